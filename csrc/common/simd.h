@@ -1,0 +1,246 @@
+// The one portable SIMD layer: compiler vector extensions as wide as the level's registers. Intrinsics live here and
+// nowhere else, and only where the compiler cannot find the instruction by itself.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/tensor_view.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace walt::WALT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float vfloat __attribute__((vector_size(kVectorBytes)));
+typedef double vdouble __attribute__((vector_size(kVectorBytes)));
+typedef int32_t vint __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t vuint __attribute__((vector_size(kVectorBytes)));
+typedef int64_t vlong __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t vhalf __attribute__((vector_size(kVectorBytes / 2)));
+
+// Vector of the accumulation type A (float or double).
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = vfloat;
+};
+template <>
+struct VectorOf<double> {
+  using type = vdouble;
+};
+template <class A>
+using vector_t = typename VectorOf<A>::type;
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <class A>
+inline vector_t<A> broadcast(A value) {
+  return value - vector_t<A>{};  // x - 0 == x bitwise, also for -0.0
+}
+
+// ---- scalars: storage type <-> accumulation type --------------------------------------------------------------------
+
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline float to_float(float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {  // infinity and NaN
+    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+  } else if (magnitude >= 0x0400) {
+    bits = sign | ((magnitude << 13) + 0x38000000);
+  } else {  // subnormal: magnitude * 2^-24
+    const float f = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &f, 4);
+    bits |= sign;
+  }
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+
+template <class T>
+T from_float(accumulate_t<T> x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline double from_float<double>(double x) {
+  return x;
+}
+template <>
+inline bfloat16 from_float<bfloat16>(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline float16 from_float<float16>(float x) {
+#if defined(__F16C__)
+  return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  const float magnitude = std::fabs(x);
+  if (x != x) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (magnitude < 6.103515625e-5f) {  // subnormal: nearbyint rounds ties to even
+    return {static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(magnitude * 16777216.0f)))};
+  }
+  bits &= 0x7fffffff;
+  bits += 0xfff + (bits >> 13 & 1);
+  return {static_cast<uint16_t>(sign | ((bits - 0x38000000) >> 13))};
+#endif
+}
+
+// ---- whole vectors --------------------------------------------------------------------------------------------------
+
+inline vfloat load(const float* p) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vdouble load(const double* p) {
+  vdouble v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vfloat load(const bfloat16* p) {
+  vhalf half;
+  std::memcpy(&half, p, sizeof half);
+  return (vfloat)(__builtin_convertvector(half, vuint) << 16);
+}
+inline vfloat load(const float16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vfloat v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, vdouble v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bfloat16* p, vfloat v) {
+  const vuint bits = (vuint)v;
+  const vuint rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const vuint quiet_nan = bits >> 16 | 0x40;
+  const vhalf half = __builtin_convertvector(v != v ? quiet_nan : rounded, vhalf);
+  std::memcpy(p, &half, sizeof half);
+}
+inline void store(float16* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = from_float<float16>(v[i]);
+#endif
+}
+
+// The first `count` lanes; the rest read as zero, and are not written.
+template <class T>
+inline vector_t<accumulate_t<T>> load_partial(const T* p, int64_t count) {
+  T lanes[kLanes<accumulate_t<T>>] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+inline void store_partial(T* p, vector_t<accumulate_t<T>> v, int64_t count) {
+  T lanes[kLanes<accumulate_t<T>>];
+  store(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class V>
+inline V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+// Sums lanes pairwise, always in the same order.
+template <class V>
+inline auto reduce_add(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  auto sum = v;
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+  }
+  return sum[0];
+}
+template <class V>
+inline auto reduce_max(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  auto best = v[0];
+  for (int i = 1; i < lanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// exp for x <= 0 or small positive x, about 1 ulp: 2^n * p(r) with r = x - n ln 2 in [-ln2/2, ln2/2]; very negative x
+// gives 0.
+inline vfloat exp(vfloat x) {
+  const vfloat low = broadcast(-87.336544f), high = broadcast(88.376262f);
+  const vint is_low = x < low;
+  vfloat clamped = x > high ? high : x;
+  clamped = clamped < low ? low : clamped;
+  const vfloat shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat shifted = clamped * 1.44269504f + shift;
+  const vfloat n = shifted - shift;
+  vfloat r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vfloat p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vint exponent = ((vint)shifted - (vint)shift + 127) << 23;
+  const vfloat result = p * (vfloat)exponent;
+  const vfloat kept = is_low ? vfloat{} : result;
+  return x != x ? x : kept;
+}
+inline vdouble exp(vdouble x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+#if defined(__AVX512BF16__)
+// acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1] over bfloat16 pairs packed into 32-bit lanes.
+#define WALT_HAS_BF16_DOT 1
+inline vfloat dot_bf16(vfloat acc, vint a, vint b) {
+  return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+}
+#endif
+
+}  // namespace walt::WALT_ISA

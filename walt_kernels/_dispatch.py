@@ -1,0 +1,124 @@
+"""Which backend runs an op: ``explain`` tells, ``select`` decides, ``use_backend`` forces.
+
+Every op has a table of backends in order of preference. A backend says why it cannot take a call, or None. The choice is made
+once, in the op's public function; forward and backward of one call always run on the same backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "flash", "triton", "cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    ``unsupported(**inputs)`` returns the reason why it cannot take these (validated) inputs, or None. ``forward`` and
+    ``backward`` take what the op's schema takes. An ``opt_in`` backend is only used when it is forced.
+    """
+
+    name: str
+    unsupported: Callable[..., str | None]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    opt_in: str | None = None  # why it is not a default yet
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op: ``prepare(*args, **kwargs)`` validates a user's call and returns its normalised inputs."""
+
+    prepare: Callable[..., dict[str, Any]]
+    backends: tuple[Backend, ...]
+
+
+_ops: dict[str, Op] = {}
+_forced: str | None = os.environ.get("WALT_KERNELS_BACKEND") or None
+_warned: set[str] = set()
+
+if _forced is not None and _forced not in BACKENDS:
+    raise ValueError(f"WALT_KERNELS_BACKEND is {_forced!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def register(name: str, prepare: Callable[..., dict[str, Any]], backends: list[Backend]) -> None:
+    _ops[name] = Op(prepare, tuple(backends))
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all ops, in order of registration."""
+    return tuple(_ops)
+
+
+def backend(op: str, name: str) -> Backend:
+    for candidate in _ops[op].backends:
+        if candidate.name == name:
+            return candidate
+    raise ValueError(f"{op} has no backend {name!r}; it has {', '.join(b.name for b in _ops[op].backends)}")
+
+
+def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
+    """For every backend of ``op``, in order of preference: why it would not be chosen for ``inputs``, or None."""
+    return {b.name: b.unsupported(**inputs) or b.opt_in for b in _ops[op].backends}
+
+
+def select(op: str, inputs: Mapping[str, Any]) -> str:
+    """The backend that runs ``op`` on validated ``inputs``: the forced one, else the first without a reason against it."""
+    if _forced is not None:
+        reason = backend(op, _forced).unsupported(**inputs)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {_forced!r} was forced and cannot run: {reason}")
+        return _forced
+    for candidate in _ops[op].backends:
+        if candidate.opt_in is None and candidate.unsupported(**inputs) is None:
+            if candidate.name == "reference" and not torch.compiler.is_compiling():
+                _warn_about_reference(op, inputs)
+            return candidate.name
+    raise AssertionError(f"{op}: the reference backend refused its inputs")
+
+
+def _warn_about_reference(op: str, inputs: Mapping[str, Any]) -> None:
+    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs.values())
+    if on_gpu and op not in _warned:
+        _warned.add(op)
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons(op, inputs).items() if reason)
+        warnings.warn(f"{op} runs on the PyTorch reference for a CUDA tensor ({why})", stacklevel=4)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """Says which backend a call would run on, and why not the others.
+
+    Takes the name of a public op and the arguments of a call to it. Returns, in order of preference, each backend's reason for
+    not running; the first backend whose reason is None is the one that runs (unless ``use_backend`` or WALT_KERNELS_BACKEND
+    forces another). Raises what the call itself would raise on bad arguments.
+
+    >>> explain("adaln_modulate", x, shift, scale)
+    {'cpu': None, 'reference': None}
+    """
+    if op not in _ops:
+        raise ValueError(f"op is {op!r}, expected one of {', '.join(_ops)}")
+    return reasons(op, _ops[op].prepare(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces every op called inside the block onto one backend; one that cannot run raises its reason.
+
+    The setting is the process's, not the thread's. Backward passes run on the backend of their forward pass.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(BACKENDS)}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous

@@ -1,0 +1,132 @@
+"""What a right kernel is, measured: shared by the tests and the benchmarks.
+
+Truth is the reference in float64. The yardstick is the same reference in the tested dtype. A kernel passes when its error is at
+most ``k`` times the yardstick's error plus a floor of a few units of rounding. Nothing here is tuned per test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+K_FORWARD = 2.0
+K_BACKWARD = 3.0
+
+
+def compare(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor, *, k: float, rows: int = 1) -> float:
+    """Asserts that ``actual`` is as near to ``truth`` as the yardstick allows; returns the larger of the two error ratios.
+
+    ``rows`` is the length of a reduction in the tested dtype: rounding grows with its square root. Both the largest absolute error
+    and the relative L2 error must pass.
+    """
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert actual.dtype == yardstick.dtype, f"{name}: dtype {actual.dtype}, expected {yardstick.dtype}"
+    if actual.numel() == 0:
+        return 0.0
+    truth = truth.double()
+    error = (actual.double() - truth).abs()
+    allowed = (yardstick.double() - truth).abs()
+    eps = torch.finfo(actual.dtype).eps
+    floor = 4 * eps * math.sqrt(rows) * truth.abs().max().item()
+    assert torch.isfinite(actual).all() or not torch.isfinite(truth).all(), f"{name}: values that are not finite"
+    worst = error.max().item()
+    limit = k * allowed.max().item() + floor
+    index = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    assert worst <= limit, (
+        f"{name}: largest error {worst:.3e} at {index} ({actual[index].item():.6g}, truth {truth[index].item():.6g}), "
+        f"limit {limit:.3e} = {k} x {allowed.max().item():.3e} + {floor:.3e}"
+    )
+    norm = truth.norm().item()
+    l2, l2_limit = error.norm().item(), k * allowed.norm().item() + 4 * eps * math.sqrt(rows) * norm
+    assert l2 <= l2_limit, f"{name}: L2 error {l2:.3e} of norm {norm:.3e}, limit {l2_limit:.3e}"
+    return max(worst / limit, l2 / l2_limit) if limit > 0 and l2_limit > 0 else 0.0
+
+
+def check_op(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    backward: bool = True,
+    rows: int = 1,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Runs ``op`` and ``reference`` on keyword ``inputs``, forward and (optionally) backward, and compares all results.
+
+    Floating tensors of ``inputs`` that require a gradient get one compared. The truth sees the inputs as they are, widened to
+    float64. Returns the error ratio of every output and gradient by name.
+    """
+    truth_inputs = {name: widen(value) for name, value in inputs.items()}
+    own = {name: leaf(value) for name, value in inputs.items()}
+    yard = {name: leaf(value) for name, value in inputs.items()}
+    results = [op(**own), reference(**truth_inputs), reference(**yard)]
+    outputs = [value if isinstance(value, tuple) else (value,) for value in results]
+    ratios = {}
+    for i, (a, t, y) in enumerate(zip(*outputs, strict=True)):
+        ratios[f"out{i}"] = compare(f"output {i}", a.detach(), t.detach(), y.detach(), k=K_FORWARD, rows=rows)
+    wanted = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad]
+    if not backward or not wanted:
+        return ratios
+    generator = torch.Generator().manual_seed(seed)
+    grads_out = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype).to(o.device) for o in outputs[0]
+    ]
+    grads = []
+    for outs, ins, wide in zip(outputs, (own, truth_inputs, yard), (False, True, False), strict=True):
+        cotangents = [g.double() if wide else g for g in grads_out]
+        grads.append(torch.autograd.grad(outs, [ins[n] for n in wanted], cotangents))
+    for name, a, t, y in zip(wanted, *grads, strict=True):
+        ratios[f"grad_{name}"] = compare(f"grad_{name}", a, t, y, k=K_BACKWARD, rows=rows)
+    return ratios
+
+
+def leaf(value: Any) -> Any:
+    """The same tensor (same memory, same strides) as a fresh leaf of the graph."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def widen(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def random(
+    *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, grad: bool = True, seed: int = 0
+) -> Tensor:
+    """Normal numbers drawn in float64 and rounded to ``dtype``, the same for a seed whatever the dtype."""
+    generator = torch.Generator().manual_seed(seed + 7919 * sum((i + 1) * s for i, s in enumerate(shape)))
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    return values.to(dtype).requires_grad_(grad)
+
+
+LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced")
+
+
+def embed(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout, inside a larger buffer of NaN where the layout leaves room around them.
+
+    ``contiguous``; ``channels_last`` (dimension 1 innermost); ``permuted`` (dense, dimensions reversed in memory); ``sliced`` (every
+    dimension cut out of a larger one, the innermost at unit stride).
+    """
+    requires_grad, source = tensor.requires_grad, tensor.detach()
+    if layout == "contiguous":
+        result = source.contiguous()
+    elif layout == "channels_last":
+        result = source.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "permuted":
+        order = tuple(reversed(range(source.dim())))
+        result = source.permute(order).contiguous().permute(order)
+    elif layout == "sliced":
+        buffer = torch.full([s + 3 for s in source.shape], math.nan, dtype=source.dtype, device=source.device)
+        result = buffer[tuple(slice(1, s + 1) for s in source.shape)]
+        result.copy_(source)
+    else:
+        raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    return result.requires_grad_(requires_grad)
