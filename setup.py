@@ -14,7 +14,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -25,25 +24,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OPS = ["causal_conv3d", "window_attention", "adaln_lora"]
 
-# Objects are linked in this order. The linker keeps the first copy of an inline function that several objects share, so the
-# baseline comes first and no AVX-512 copy of one can end up on an older processor's path.
+# Objects are linked in this order. The linker keeps the first copy of an inline function that several objects share, so
+# the baseline comes first and no AVX-512 copy of one can end up on an older processor's path.
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": (
-        [
-            "-mavx2",
-            "-mfma",
-            "-mf16c",
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512dq",
-            "-mavx512bf16",
-            "-mprefer-vector-width=512",
-        ]
-    ),
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
 }
+OPTIMIZE = ["-O3", "-fno-math-errno", "-mprefer-vector-width=512"]
+SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# GCC 12 takes the deliberately undefined vectors of its own AVX-512 headers for mistakes.
+WARN = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 
 
 def find_compiler() -> list[str] | None:
@@ -73,93 +64,66 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = find_compiler()
         if compiler is None or not compiles(compiler, []):
-            name = "no C++ compiler found" if compiler is None else f"{compiler[0]} does not compile C++17"
-            print(f"walt_kernels: {name}; installing without native CPU kernels (PyTorch reference only)")
+            problem = "no C++ compiler found" if compiler is None else f"{shlex.join(compiler)} does not compile C++17"
+            print(f"walt_kernels: {problem}; installing without native CPU kernels (PyTorch reference only)")
             return
-        levels = [
-            level
-            for level, flags in ISA_FLAGS.items()
-            if level == "baseline" or (platform.machine() in ("x86_64", "AMD64") and compiles(compiler, flags))
-        ]
-        openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(self.ninja_file(compiler, levels, openmp, output))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         import ninja
 
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        levels = [level for level, flags in ISA_FLAGS.items() if not flags or (x86 and compiles(compiler, flags))]
+        openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        for path in (output.parent, folder):
+            path.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(compiler, levels, openmp, output))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs], check=True)
-        print(
-            f"walt_kernels: built native CPU kernels for {', '.join(levels)}{' with OpenMP' if openmp else ''}; CUDA: none"
-        )
-
-    def ninja_file(self, compiler: list[str], levels: list[str], openmp: list[str], output: Path) -> str:
-        import pybind11
-
-        includes = [str(ROOT / "csrc"), pybind11.get_include(), sysconfig.get_path("include")]
-        optimize = ["-O3"]
-        link = []
-        if os.environ.get("WALT_KERNELS_SANITIZE") == "1":
-            optimize = [
-                "-O1",
-                "-g",
-                "-fno-omit-frame-pointer",
-                "-fsanitize=address,undefined",
-                "-fno-sanitize-recover=all",
-            ]
-            link = ["-fsanitize=address,undefined"]
-        common = [
-            "-std=c++17",
-            *optimize,
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-fno-math-errno",
-            "-Wall",
-            "-Wextra",
-            "-Wno-maybe-uninitialized",
-            *openmp,
-        ]
-        has = [f"-DWALT_HAS_{level.upper()}" for level in levels if level != "baseline"]
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-        defines = [*has, f'-DWALT_COMPILER="{version}"', f"-DWALT_OPENMP={int(bool(openmp))}"]
-
-        def escape(text: str) -> str:  # ninja's own escapes
-            return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-        lines = [
-            "ninja_required_version = 1.5",
-            "rule compile",
-            "  command = " + shlex.join(compiler).replace("$", "$$") + " $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = $out",
-            "rule link",
-            "  command = " + shlex.join(compiler).replace("$", "$$") + " -shared $in -o $out $flags",
-            "  description = $out",
-        ]
-        objects = []
-
-        def compile_one(source: Path, name: str, flags: list[str]) -> None:
-            objects.append(name)
-            lines.append(f"build {name}: compile {escape(str(source))}")
-            lines.append("  flags = " + shlex.join(flags).replace("$", "$$"))
-
-        include_flags = [f"-I{path}" for path in includes]
-        compile_one(ROOT / "csrc" / "module.cpp", "module.o", [*common, *include_flags, *defines])
-        for level in levels:
-            for op in OPS:
-                for source in sorted((ROOT / "csrc" / op).glob("*.cpp")):
-                    flags = [*common, *ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}", f"-I{ROOT / 'csrc'}"]
-                    compile_one(source, f"{op}.{source.stem}.{level}.o", flags)
-        lines.append(f"build {escape(str(output))}: link {' '.join(objects)}")
-        lines.append("  flags = " + shlex.join([*openmp, *link]))
-        return "\n".join(lines) + "\n"
+        summary = ", ".join(levels) + (" with OpenMP" if openmp else " without OpenMP")
+        print(f"walt_kernels: built native CPU kernels for {summary}; CUDA: none")
 
 
-if sys.version_info < (3, 10):
-    raise SystemExit("walt-kernels needs Python 3.10 or newer")
+def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], output: Path) -> str:
+    """One compile line per source and level, one link line."""
+    import pybind11
+
+    sanitize = os.environ.get("WALT_KERNELS_SANITIZE") == "1"
+    optimize = SANITIZE if sanitize else [flag for flag in OPTIMIZE if compiles(compiler, [flag])]
+    link = ["-shared", *openmp, *(["-fsanitize=address,undefined"] if sanitize else [])]
+    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *optimize, *WARN, *openmp, f"-I{ROOT / 'csrc'}"]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    module = [
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+        f"-DWALT_OPENMP={int(bool(openmp))}",
+        f'-DWALT_COMPILER="{version}"',
+        *[f"-DWALT_HAS_{level.upper()}" for level in levels if level != "baseline"],
+    ]
+    objects = {"module.o": (ROOT / "csrc" / "module.cpp", module)}
+    for level in levels:
+        for source in sorted(source for op in OPS for source in (ROOT / "csrc" / op).glob("*.cpp")):
+            flags = [*ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}"]
+            objects[f"{source.parent.name}.{source.stem}.{level}.o"] = (source, flags)
+
+    def command(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    def path(value: object) -> str:
+        return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = [
+        "rule compile",
+        f"  command = {command(compiler)} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {command(compiler)} $in -o $out {command(link)}",
+        f"build {path(output)}: link {' '.join(objects)}",
+    ]
+    for name, (source, flags) in objects.items():
+        lines += [f"build {name}: compile {path(source)}", f"  flags = {command([*common, *flags])}"]
+    return "\n".join(lines) + "\n"
+
 
 # `optional` lets an installation without a compiler go on; a compiler that fails is still an error.
 setup(

@@ -1,4 +1,4 @@
-"""Uninitialised memory is NaN while tests run: a kernel that leaves an output unwritten fails instead of passing by luck."""
+"""Uninitialised memory is NaN while tests run: a kernel that leaves an output unwritten fails, never passes by luck."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which backend runs an op: ``explain`` tells, ``select`` decides, ``use_backend`` forces.
 
-Every op has a table of backends in order of preference. A backend says why it cannot take a call, or None. The choice is made
-once, in the op's public function; forward and backward of one call always run on the same backend.
+Every op has a table of backends in order of preference. A backend says why it cannot take a call, or None. The choice
+is made once, in the op's public function; forward and backward of one call always run on the same backend.
 """
 
 from __future__ import annotations
@@ -65,13 +65,20 @@ def backend(op: str, name: str) -> Backend:
     raise ValueError(f"{op} has no backend {name!r}; it has {', '.join(b.name for b in _ops[op].backends)}")
 
 
+def prepare(op: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Validates the arguments of a call to ``op`` and returns its normalised inputs."""
+    if op not in _ops:
+        raise ValueError(f"op is {op!r}, expected one of {', '.join(_ops)}")
+    return _ops[op].prepare(*args, **kwargs)
+
+
 def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
     """For every backend of ``op``, in order of preference: why it would not be chosen for ``inputs``, or None."""
     return {b.name: b.unsupported(**inputs) or b.opt_in for b in _ops[op].backends}
 
 
 def select(op: str, inputs: Mapping[str, Any]) -> str:
-    """The backend that runs ``op`` on validated ``inputs``: the forced one, else the first without a reason against it."""
+    """The backend that runs ``op`` on validated ``inputs``: the forced one, else the first with no reason not to."""
     if _forced is not None:
         reason = backend(op, _forced).unsupported(**inputs)
         if reason is not None:
@@ -96,16 +103,14 @@ def _warn_about_reference(op: str, inputs: Mapping[str, Any]) -> None:
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     """Says which backend a call would run on, and why not the others.
 
-    Takes the name of a public op and the arguments of a call to it. Returns, in order of preference, each backend's reason for
-    not running; the first backend whose reason is None is the one that runs (unless ``use_backend`` or WALT_KERNELS_BACKEND
-    forces another). Raises what the call itself would raise on bad arguments.
+    Takes the name of a public op and the arguments of a call to it. Returns, in order of preference, each backend's
+    reason for not running; the first backend whose reason is None is the one that runs (unless ``use_backend`` or
+    WALT_KERNELS_BACKEND forces another). Raises what the call itself would raise on bad arguments.
 
     >>> explain("adaln_modulate", x, shift, scale)
     {'cpu': None, 'reference': None}
     """
-    if op not in _ops:
-        raise ValueError(f"op is {op!r}, expected one of {', '.join(_ops)}")
-    return reasons(op, _ops[op].prepare(*args, **kwargs))
+    return reasons(op, prepare(op, *args, **kwargs))
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def define(
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Casts floating tensors as autocast does for convolutions and attention; outside autocast returns them as they are."""
+    """Casts floating tensors as autocast does for convolutions and attention; outside it returns them as they are."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return tensors

