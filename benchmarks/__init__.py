@@ -1,0 +1,1 @@
+"""Times the kernels against what users run today: ``python -m benchmarks``."""

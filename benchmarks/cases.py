@@ -1,0 +1,116 @@
+"""The shapes of the model (paper sections 2 and 3 of the appendix tables), not powers of two.
+
+FLOPs count a multiply-add as two. Bytes are the least a perfect kernel moves: every input read once, every output written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from walt_kernels.testing import random
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op. ``flops`` and ``elements`` (values moved) are for the forward pass; the factors give
+    forward + backward."""
+
+    op: str
+    name: str
+    inputs: Callable[[torch.dtype], Inputs]
+    flops: float
+    elements: float
+    flops_factor: float
+    elements_factor: float
+    quick: bool = True
+
+
+def attention(name: str, shape: tuple[int, ...], window: tuple[int, int, int], quick: bool = True) -> Case:
+    """Packed q, k, v with a bias table and QK norm; ``shape`` is [B, T, H, W, heads, dim]."""
+    B, T, H, W, heads, dim = shape
+    t, h, w = window
+
+    def inputs(dtype: torch.dtype) -> Inputs:
+        qkv = random(B, T, H, W, 3, heads, dim, dtype=dtype, grad=False)
+        q, k, v = (x.requires_grad_() for x in qkv.unbind(4))
+        table = random(heads, 2 * t - 1, 2 * h - 1, 2 * w - 1)
+        norms = {"q_norm": random(dim), "k_norm": random(dim, seed=1)}
+        return {"q": q, "k": k, "v": v, "window": window, "bias_table": table, **norms}
+
+    tokens, per_window = B * T * H * W, t * h * w
+    width = heads * dim
+    # Two products forward; five more backward (scores again, dP, dV, dQ, dK).
+    return Case(
+        "window_attention", name, inputs, 4.0 * tokens * per_window * width, 4.0 * tokens * width, 3.5, 3.0, quick
+    )
+
+
+def convolution(
+    name: str,
+    shape: tuple[int, ...],
+    out_channels: int,
+    kernel: tuple[int, int, int] = (3, 3, 3),
+    stride: tuple[int, int, int] = (1, 1, 1),
+    quick: bool = True,
+) -> Case:
+    """channels_last_3d, zero padding; ``shape`` is [B, C, T, H, W]."""
+    B, C, T, H, W = shape
+
+    def inputs(dtype: torch.dtype) -> Inputs:
+        x = random(*shape, dtype=dtype, grad=False).to(memory_format=torch.channels_last_3d).requires_grad_()
+        weight = random(out_channels, C, *kernel, dtype=dtype, scale=(C * kernel[0] * kernel[1] * kernel[2]) ** -0.5)
+        return {"x": x, "weight": weight, "bias": random(out_channels, dtype=dtype), "stride": stride}
+
+    pixels = B * -(-T // stride[0]) * -(-H // stride[1]) * -(-W // stride[2])
+    taps = kernel[0] * kernel[1] * kernel[2]
+    moved = B * C * T * H * W + pixels * out_channels
+    return Case("causal_conv3d", name, inputs, 2.0 * pixels * taps * C * out_channels, moved, 3.0, 3.0, quick)
+
+
+def modulation(name: str, B: int, N: int, D: int, quick: bool = True) -> Case:
+    """residual + gate + LayerNorm + scale and shift between two sub-blocks, from a chunked 6 D table."""
+
+    def inputs(dtype: torch.dtype) -> Inputs:
+        gate, shift, scale = (c.requires_grad_() for c in random(B, 6 * D, dtype=dtype, grad=False).chunk(6, 1)[2:5])
+        x, branch = (random(B, N, D, dtype=dtype, seed=s) for s in (0, 1))
+        return {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
+
+    # Forward reads x and branch and writes x_new and h; backward reads four tensors and writes two.
+    return Case("adaln_residual_modulate", name, inputs, 10.0 * B * N * D, 4.0 * B * N * D, 3.0, 2.5, quick)
+
+
+def lora(name: str, B: int, D: int, layers: int, rank: int, quick: bool = True) -> Case:
+    """The modulation of all layers at once."""
+    K = 6 * D
+
+    def inputs(dtype: torch.dtype) -> Inputs:
+        down, up = random(layers, rank, D, dtype=dtype, scale=D**-0.5), random(layers, K, rank, dtype=dtype)
+        return {"cond": random(B, D, dtype=dtype), "base": random(B, K, dtype=dtype), "down": down, "up": up}
+
+    flops = 2.0 * B * layers * rank * (D + K)
+    return Case("adaln_lora", name, inputs, flops, layers * rank * (D + K) + layers * B * K, 3.0, 3.0, quick)
+
+
+CASES = [
+    attention("L spatial 1x16x16", (1, 5, 16, 16, 16, 64), (1, 16, 16)),
+    attention("L spatiotemporal 5x8x8", (1, 5, 16, 16, 16, 64), (5, 8, 8)),
+    attention("XL spatial 1x16x16", (1, 5, 16, 16, 16, 72), (1, 16, 16), quick=False),
+    attention("XL spatiotemporal 5x8x8", (1, 5, 16, 16, 16, 72), (5, 8, 8), quick=False),
+    convolution("C 64, 17x64x64", (1, 64, 17, 64, 64), 64),
+    convolution("C 128, 17x32x32", (1, 128, 17, 32, 32), 128),
+    convolution("C 256, 9x16x16", (1, 256, 9, 16, 16), 256),
+    convolution("C 512, 5x16x16", (1, 512, 5, 16, 16), 512, quick=False),
+    convolution("stem 3 to 128, 17x64x64", (1, 3, 17, 64, 64), 128, quick=False),
+    convolution("head 128 to 3, 17x64x64", (1, 128, 17, 64, 64), 3, quick=False),
+    convolution("down 128, 17x32x32", (1, 128, 17, 32, 32), 128, (4, 4, 4), (2, 2, 2), quick=False),
+    modulation("L block, 2 x 1280 x 1024", 2, 1280, 1024),
+    modulation("XL block, 2 x 1280 x 1152", 2, 1280, 1152, quick=False),
+    lora("24 layers, rank 2", 4, 1024, 24, 2),
+    lora("24 layers, rank 256", 4, 1024, 24, 256, quick=False),
+]

@@ -1,0 +1,137 @@
+"""What is shipped, that it builds without torch and without a compiler, and that it imports with parts missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import walt_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
+    result = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}
+    )
+    assert result.returncode == 0, f"{command} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The tree as git would check it out, in a folder of its own, so that builds leave nothing behind here."""
+    folder = tmp_path / "source"
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path) -> dict[str, str]:
+    """An environment in which importing torch is an error, for every Python process started in it."""
+    folder = tmp_path / "blocked"
+    folder.mkdir()
+    (folder / "torch.py").write_text("raise ImportError('the build must not import torch')\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def build_wheel(source: Path, out: Path, env: dict[str, str]) -> tuple[set[str], str]:
+    options = ["--no-build-isolation", "--no-deps", "--no-cache-dir", "-v", "-w", out]
+    log = run(sys.executable, "-m", "pip", "wheel", *options, source, env=env, cwd=source)
+    (wheel,) = out.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist()), log
+
+
+def test_wheel_builds_without_torch_and_holds_the_packages(
+    source: Path, tmp_path: Path, without_torch: dict[str, str]
+) -> None:
+    names, log = build_wheel(source, tmp_path / "out", without_torch)
+    assert any(re.fullmatch(r"walt_kernels/_C\..*\.so", name) for name in names)
+    assert "built native CPU kernels for baseline" in log
+    modules = {
+        str(path.relative_to(source)) for top in ("walt", "walt_kernels") for path in (source / top).rglob("*.py")
+    }
+    assert modules <= names
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"walt", "walt_kernels"}
+
+
+def test_wheel_without_a_compiler_installs_and_says_so(
+    source: Path, tmp_path: Path, without_torch: dict[str, str]
+) -> None:
+    names, log = build_wheel(source, tmp_path / "out", {**without_torch, "CXX": "no-such-compiler"})
+    assert "no-such-compiler does not compile C++17; installing without native CPU kernels" in log
+    assert not any(name.endswith(".so") for name in names)
+    assert "walt_kernels/__init__.py" in names
+
+
+def test_sdist_holds_what_the_build_needs(source: Path, tmp_path: Path, without_torch: dict[str, str]) -> None:
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path / "out", env=without_torch, cwd=source)
+    (archive,) = (tmp_path / "out").glob("*.tar.gz")
+    names = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    needed = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
+    assert needed | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+@pytest.mark.parametrize("missing", ["walt_kernels._C", "triton", "flash_attn"])
+def test_imports_and_runs_without(missing: str) -> None:
+    code = f"""
+    import sys
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name == {missing!r} or name.startswith({missing!r} + "."):
+                raise ImportError("blocked for the test")
+    sys.meta_path.insert(0, Blocker())
+    import torch, walt_kernels
+    from walt_kernels import testing, _dispatch
+    for op in _dispatch.ops():
+        args, kwargs = testing.sample_call(op)
+        assert walt_kernels.explain(op, *args, **kwargs)["reference"] is None
+        result = getattr(walt_kernels, op)(*args, **kwargs)
+        assert all(torch.isfinite(t).all() for t in (result if isinstance(result, tuple) else (result,)))
+        print(op, walt_kernels.explain(op, *args, **kwargs))
+    """
+    output = run(sys.executable, "-c", textwrap.dedent(code))
+    for op in walt_kernels._dispatch.ops():
+        assert op in output
+    if missing == "walt_kernels._C":
+        assert output.count("blocked for the test") == len(walt_kernels._dispatch.ops())
+
+
+def test_importing_does_not_start_cuda_or_read_the_compiler() -> None:
+    code = "import walt_kernels, torch, sys; assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules"
+    run(sys.executable, "-c", code)
+
+
+def test_report_names_every_op_and_says_why_not() -> None:
+    output = run(sys.executable, "-m", "walt_kernels")
+    for op in walt_kernels._dispatch.ops():
+        assert output.count(op) >= 2  # once for CPU tensors, once for CUDA tensors
+    assert "ISA levels     baseline" in output
+    assert "not cpu: runs on CPU tensors" in output
+
+
+def test_public_names_exist() -> None:
+    assert sorted(walt_kernels.__all__) == sorted(set(walt_kernels.__all__))
+    for name in walt_kernels.__all__:
+        assert hasattr(walt_kernels, name)
+
+
+def test_csrc_knows_nothing_of_torch_and_kernels_nothing_of_the_model() -> None:
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)/', path.read_text()), path
+    for path in (ROOT / "walt_kernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import)\s+walt(\.|\s|$)", path.read_text(), re.M), path
