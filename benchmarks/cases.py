@@ -1,6 +1,6 @@
 """The shapes of the model (paper sections 2 and 3 of the appendix tables), not powers of two.
 
-FLOPs count a multiply-add as two. Bytes are the least a perfect kernel moves: every input read once, every output written once.
+FLOPs count a multiply-add as two. Bytes are the least a perfect kernel moves: inputs read once, outputs written once.
 """
 
 from __future__ import annotations

@@ -81,7 +81,8 @@ def test_wheel_without_a_compiler_installs_and_says_so(
 def test_sdist_holds_what_the_build_needs(source: Path, tmp_path: Path, without_torch: dict[str, str]) -> None:
     run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path / "out", env=without_torch, cwd=source)
     (archive,) = (tmp_path / "out").glob("*.tar.gz")
-    names = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    with tarfile.open(archive) as opened:
+        names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
     needed = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
     assert needed | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
