@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: every op on the model's shapes against the fastest that PyTorch offers for the same work."""
+"""``python -m benchmarks``: every op on the model's shapes against the fastest PyTorch path for the same work."""
 
 from __future__ import annotations
 
