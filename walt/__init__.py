@@ -1,4 +1,5 @@
 """W.A.L.T: a causal video tokenizer and a windowed-attention diffusion transformer on the kernels of walt_kernels."""
+
 from __future__ import annotations
 
 from walt.config import PRESETS, DiffusionConfig, TokenizerConfig, TransformerConfig

@@ -1,4 +1,5 @@
 """What the denoiser is told beside the noisy latent: diffusion step, class label, its own last estimate."""
+
 from __future__ import annotations
 
 import math
@@ -16,7 +17,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, features: int = 256) -> None:
         super().__init__()
         self.features = features
-        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+        self.first = nn.Linear(features, width)
+        self.second = nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
         """time [...] in steps (integer or float) -> [..., width], in the dtype of the parameters."""
@@ -25,7 +27,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000.0) / half))
         angles = time.to(torch.float32)[..., None] * frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.second(F.silu(self.first(features.to(self.first.weight.dtype))))
 
 
 class ClassEmbedding(nn.Module):

@@ -2,6 +2,7 @@
 
 A configuration is a frozen dataclass, checked when it is made, that turns into plain JSON values and back.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -57,7 +58,7 @@ class Config:
 
 @dataclass(frozen=True)
 class TokenizerConfig(Config):
-    """Causal video autoencoder (paper section 3.1, MAGVIT-v2). `channels` * `multipliers[i]` is the width of stage i."""
+    """Causal video autoencoder (paper section 3.1, MAGVIT-v2). Stage i is `channels` * `multipliers[i]` wide."""
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 2, 4)
@@ -76,9 +77,9 @@ class TokenizerConfig(Config):
         widths = [self.channels * multiplier for multiplier in self.multipliers]
         good = all(width % self.groups == 0 for width in widths)
         _expect(good, "groups", self.groups, f"a divisor of the stage widths {widths}")
-        _expect(self.time_padding in ("zeros", "first_frame"), "time_padding", self.time_padding, "zeros or first_frame")
-        modes = ("zeros", "replicate", "reflect")
-        _expect(self.space_padding in modes, "space_padding", self.space_padding, " or ".join(modes))
+        time_modes, space_modes = ("zeros", "first_frame"), ("zeros", "replicate", "reflect")
+        _expect(self.time_padding in time_modes, "time_padding", self.time_padding, " or ".join(time_modes))
+        _expect(self.space_padding in space_modes, "space_padding", self.space_padding, " or ".join(space_modes))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Pixels (1 + 4k, H, W) -> latent (channels, 1 + k, H / 8, W / 8); other sizes raise ValueError."""
@@ -168,9 +169,7 @@ class TransformerConfig(Config):
         pixels = self.patch**2
         # A window of a x b x c tokens has (a b c)^2 scores; windows cut by the edge are smaller. The sum over all
         # windows of the product is the product over the axes of the sums.
-        scores = sum(
-            math.prod(_sum_of_squares(size, side) for size, side in zip(self.grid, window)) for window in self.windows()
-        )
+        scores = sum(math.prod(map(_sum_of_squares, self.grid, window)) for window in self.windows())
         modulations = 1 if self.adaln == "lora" else self.layers
         lora = 14 * self.adaln_rank * d * self.layers if self.adaln == "lora" else 0
         return {

@@ -1,4 +1,5 @@
 """Gaussian diffusion: schedule with zero terminal SNR, v-prediction, self-conditioning, DDIM."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ __all__ = ["Diffusion"]
 class Diffusion:
     """x_t = sqrt(gamma_t) x0 + sqrt(1 - gamma_t) noise, with gamma from 1 (clean) to 0 (noise alone).
 
-    The model predicts v = sqrt(gamma) noise - sqrt(1 - gamma) x0, the standard form. (The formula printed in the W.A.L.T
-    paper swaps the two roots on x0; with it x0 could not be recovered where gamma = 0.)
+    The model predicts v = sqrt(gamma) noise - sqrt(1 - gamma) x0, the standard form. (The formula printed in the
+    W.A.L.T paper has sqrt(gamma) before x0; with it x0 could not be recovered where gamma = 0.)
     """
 
     def __init__(self, config: DiffusionConfig | None = None) -> None:
@@ -75,8 +76,7 @@ class Diffusion:
                 first = model(x_t, time, label=label, image=image).to(x_t.dtype)
                 mask = chosen.to(x0).reshape(-1, *[1] * (x0.ndim - 1))
                 estimate = self.x0_from_velocity(x_t, first, time) * mask
-        kwargs = {} if estimate is None else {"self_condition": estimate}
-        v = model(x_t, time, label=label, image=image, **kwargs)
+        v = model(x_t, time, label=label, image=image, self_condition=estimate)
         return F.mse_loss(v.to(x0.dtype), self.velocity(x0, noise, time))
 
     def timesteps(self, steps: int) -> list[int]:
@@ -119,12 +119,11 @@ class Diffusion:
         times = self.timesteps(steps)
         estimate = None
         for i, time in enumerate(times):
-            kwargs = {} if estimate is None else {"self_condition": estimate.to(parameter.dtype)}
             step = torch.full(x.shape[:1], time, device=x.device)
-            v = model(x.to(parameter.dtype), step, label=label, image=image, **kwargs).to(dtype)
+            v = model(x.to(parameter.dtype), step, label=label, image=image, self_condition=estimate).to(dtype)
             x, x0 = self.ddim_step(x, v, time, times[i + 1] if i + 1 < steps else None)
             if _self_conditioned(model):
-                estimate = x0
+                estimate = x0.to(parameter.dtype)
             if progress is not None:
                 progress(i + 1, steps)
         return x

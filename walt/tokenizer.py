@@ -4,9 +4,11 @@ The autoencoder of MAGVIT-v2 without its quantizer (W.A.L.T, paper section 3.1).
 convolutions are causal and the norms take their statistics from one frame. Hence an image is a video of one frame, and
 a long video can be coded chunk by chunk.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,9 +100,7 @@ def _frames(x: Tensor) -> Iterator[tuple[slice, int]]:
     return ((slice(b, b + 1), t) for b in range(x.shape[0]) for t in range(x.shape[2]))
 
 
-def _group_norm(
-    frame: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _group_norm(frame: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised frame [1, C, H, W], mean and 1/std of each group."""
     sizes = (1, frame.shape[1], frame[0, 0].numel())
     return torch.ops.aten.native_group_norm(frame, weight, bias, *sizes, groups, eps)
@@ -161,7 +161,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Causal convolution and depth-to-space; the first frame of a video yields one frame, each later one `factor[0]`."""
+    """Causal convolution and depth-to-space; a video's first frame yields one, the others `factor[0]` each."""
 
     def __init__(self, channels: int, factor: tuple[int, int, int], config: TokenizerConfig) -> None:
         super().__init__()
@@ -186,21 +186,19 @@ def depth_to_space(x: Tensor, factor: tuple[int, int, int]) -> Tensor:
 
 
 def _conv(channels: int, out_channels: int, kernel: int, config: TokenizerConfig) -> CausalConv3d:
-    padding = {"time_padding": config.time_padding, "space_padding": config.space_padding}
-    return CausalConv3d(channels, out_channels, kernel, **padding)
+    time, space = config.time_padding, config.space_padding
+    return CausalConv3d(channels, out_channels, kernel, time_padding=time, space_padding=space)
 
 
 def _blocks(channels: int, out_channels: int, count: int, config: TokenizerConfig) -> list[nn.Module]:
-    widths = [channels] + [out_channels] * count
-    return [ResidualBlock(a, b, config) for a, b in zip(widths, widths[1:])]
+    widths = [channels, *[out_channels] * count]
+    return [ResidualBlock(a, b, config) for a, b in pairwise(widths)]
 
 
 class _Coder(nn.Module):
     """convolution, layers, norm and swish, convolution."""
 
-    def __init__(
-        self, first: CausalConv3d, layers: list[nn.Module], norm: FrameNormSwish, last: CausalConv3d
-    ) -> None:
+    def __init__(self, first: CausalConv3d, layers: list[nn.Module], norm: FrameNormSwish, last: CausalConv3d) -> None:
         super().__init__()
         self.first, self.layers, self.norm, self.last = first, nn.ModuleList(layers), norm, last
 
@@ -215,7 +213,7 @@ def make_encoder(config: TokenizerConfig) -> nn.Module:
     """Pixels [B, 3, 1+4k, H, W] -> latent [B, c, 1+k, H/8, W/8]."""
     widths = [config.channels * multiplier for multiplier in config.multipliers]
     layers = _blocks(widths[0], widths[0], config.blocks, config)
-    for before, after, factor in zip(widths, widths[1:], TRANSITIONS):
+    for (before, after), factor in zip(pairwise(widths), TRANSITIONS, strict=True):
         layers += [Downsample(before, factor, config), *_blocks(before, after, config.blocks, config)]
     layers += _blocks(widths[-1], widths[-1], config.middle_blocks, config)
     norm = FrameNormSwish(widths[-1], config.groups)
@@ -226,7 +224,7 @@ def make_decoder(config: TokenizerConfig) -> nn.Module:
     """Latent [B, c, 1+k, h, w] -> pixels [B, 3, 1+4k, 8h, 8w]."""
     widths = [config.channels * multiplier for multiplier in config.multipliers][::-1]
     layers = _blocks(widths[0], widths[0], config.middle_blocks + config.blocks, config)
-    for before, after, factor in zip(widths, widths[1:], TRANSITIONS[::-1]):
+    for (before, after), factor in zip(pairwise(widths), TRANSITIONS[::-1], strict=True):
         layers += [Upsample(before, factor, config), *_blocks(before, after, config.blocks, config)]
     norm = FrameNormSwish(widths[-1], config.groups)
     return _Coder(_conv(config.latent_channels, widths[0], 3, config), layers, norm, _conv(widths[-1], 3, 3, config))
@@ -252,7 +250,8 @@ class Tokenizer(nn.Module):
             if tuple(value.shape) != (self.config.latent_channels,):
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}; expected [{self.config.latent_channels}]")
             if not bool(value.isfinite().all()) or (name == "std" and bool((value <= 0).any())):
-                raise ValueError(f"{name}: got {value.tolist()}; expected finite{' positive' * (name == 'std')} numbers")
+                kind = "finite numbers above 0" if name == "std" else "finite numbers"
+                raise ValueError(f"{name}: got {value.tolist()}; expected {kind}")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
@@ -302,7 +301,8 @@ class Tokenizer(nn.Module):
 
     def _check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-            raise ValueError(f"video: got {video.dtype} {tuple(video.shape)}; expected floating point [B, 3, 1+4k, H, W]")
+            expected = "floating point [B, 3, 1+4k, H, W]"
+            raise ValueError(f"video: got {video.dtype} {tuple(video.shape)}; expected {expected}")
         self.config.latent_shape(1, *video.shape[3:])
 
     def _check_latent(self, latent: Tensor) -> None:

@@ -1,5 +1,9 @@
 """The denoiser: a transformer over latent video with windowed attention (W.A.L.T, paper sections 3.2 to 3.4)."""
+
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +47,7 @@ class Layer(nn.Module):
         self.spatial = window[0] == 1
 
     def attend(self, tokens: Tensor, grid: tuple[int, int, int], image: Tensor | None) -> Tensor:
-        """Attention over tokens [B, N, width]. Within one frame an image is like any frame, so S layers need no mask."""
+        """Attention over tokens [B, N, width]. S layers need no mask: frames are apart anyway."""
         out = self.attention(tokens.unflatten(1, grid), image=None if self.spatial else image)
         return out.flatten(1, 3)
 
@@ -69,7 +73,8 @@ class Transformer(nn.Module):
             self.modulation = AdaLNLoRA(width, config.layers, config.adaln_rank)
         else:
             self.modulation = SeparateAdaLN(width, config.layers)
-        self.layers = nn.ModuleList(Layer(config, window) for window in config.windows())
+        layers = nn.ModuleList(Layer(config, window) for window in config.windows())
+        self.layers = cast(Sequence[Layer], layers)  # what type checkers cannot know of a ModuleList
         self.final_modulation = nn.Linear(width, 2 * width)
         self.project_out = nn.Linear(width, config.latent_channels * pixels)
         self.reset_parameters()
@@ -98,9 +103,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Predict v, in the shape of z_t.
 
-        z_t [B, c, 1+t, h, w]; time [B], diffusion steps; label int64 [B], or [B, 1+t] where the images of a stack differ
-        (None: no label); image bool [B], True where the sample is a stack of images that must not see one another;
-        self_condition, the last estimate of the clean latent, in the shape of z_t (None: zeros).
+        z_t [B, c, 1+t, h, w]; time [B], diffusion steps; label int64 [B], or [B, 1+t] where the images of a stack
+        differ (None: no label); image bool [B], True where the sample is a stack of images that must not see
+        one another; self_condition, the last estimate of the clean latent, in the shape of z_t (None: zeros).
         """
         self._check(z_t, time, label, image, self_condition)
         joined = join_self_condition(z_t, self_condition) if self.config.self_condition else z_t
@@ -119,7 +124,7 @@ class Transformer(nn.Module):
         g_final, b_final = self.final_modulation(F.silu(cond)).chunk(2, dim=-1)
         following = [(m[0], m[2]) for m in modulations[1:]] + [(g_final, b_final)]
         h = adaln_modulate(x, modulations[0][2], modulations[0][0])
-        for layer, (_, g2, _, b2, a1, a2), (g_next, b_next) in zip(self.layers, modulations, following):
+        for layer, (_, g2, _, b2, a1, a2), (g_next, b_next) in zip(self.layers, modulations, following, strict=True):
             x, h = adaln_residual_modulate(x, layer.attend(h, grid, image), a1, b2, g2)
             x, h = adaln_residual_modulate(x, layer.mlp(h), a2, b_next, g_next)
         return unpatchify(self.project_out(h), grid, self.config.patch)

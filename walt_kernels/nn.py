@@ -2,22 +2,25 @@
 
 Parameters only; what is computed, and which backend computes it, is the business of the ops.
 """
+
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from walt_kernels import adaln_lora, causal_conv3d, window_attention
+from .adaln_lora import adaln_lora
+from .causal_conv3d import causal_conv3d
+from .window_attention import window_attention
 
 __all__ = ["AdaLNLoRA", "CausalConv3d", "WindowAttention"]
 
 # "same", one width for all four sides, (rows, columns), or ((top, bottom), (left, right)).
-Padding = Union[str, int, Sequence[int], Sequence[Sequence[int]]]
+Padding: TypeAlias = str | int | Sequence[int] | Sequence[Sequence[int]]
 
 
 def _triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
