@@ -1,4 +1,4 @@
-"""What users run today for AdaLN: layer_norm and elementwise operations in the tensors' own dtype; linears one by one."""
+"""What users run today for AdaLN: layer_norm and elementwise operations; linears one by one."""
 
 from __future__ import annotations
 
