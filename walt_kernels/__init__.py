@@ -4,5 +4,14 @@ from ._dispatch import explain, use_backend
 from ._version import __version__
 from .adaln_lora import adaln_residual
 from .causal_conv3d import causal_conv3d, next_history
+from .window_attention import window_attention
 
-__all__ = ["__version__", "adaln_residual", "causal_conv3d", "explain", "next_history", "use_backend"]
+__all__ = [
+    "__version__",
+    "adaln_residual",
+    "causal_conv3d",
+    "explain",
+    "next_history",
+    "use_backend",
+    "window_attention",
+]
