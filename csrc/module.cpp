@@ -96,13 +96,4 @@ PYBIND11_MODULE(_C, m) {
   py::class_<TensorView>(m, "TensorView")
       .def(py::init(&make_view), py::arg("address"), py::arg("dtype"), py::arg("shape"), py::arg("stride"));
 
-  const py::call_guard<py::gil_scoped_release> no_gil;
-
-  m.def(
-      "adaln_residual",
-      [](const TensorView& x, const TensorView& branch, const TensorView& gate, const TensorView& x_new, int threads) {
-        const walt::AdalnResidualParams params{x, branch, gate, x_new, threads};
-        WALT_CALL_KERNEL(adaln_residual, params)
-      },
-      py::arg("x"), py::arg("branch"), py::arg("gate"), py::arg("x_new"), py::kw_only(), py::arg("threads"), no_gil);
 }

@@ -1,21 +1,180 @@
-"""Tensors to addresses: calls the C++ kernels and allocates what they write."""
+"""Tensors to addresses: calls the C++ kernels and allocates what they write.
+
+The ``*_outputs`` functions allocate; the fakes of op.py use the same ones.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .._native import C, view
 
 
-def adaln_residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    x_new = torch.empty(x.shape, dtype=x.dtype)
-    C.adaln_residual(view(x), view(branch), view(gate), view(x_new), threads=torch.get_num_threads())
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute in, and keep statistics in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and rstd, one of each per token."""
+    dtype = accumulate_dtype(x.dtype)
+    mean = torch.empty(x.shape[:2], dtype=dtype, device=x.device)
+    return mean, torch.empty(x.shape[:2], dtype=dtype, device=x.device)
+
+
+def rows_like(scale: Tensor, frames: int) -> Tensor:
+    """A gradient of modulation rows: [B, frames, D], or [B, D] for frames = 0, in scale's dtype."""
+    shape = (scale.shape[0], frames, scale.shape[-1]) if frames else (scale.shape[0], scale.shape[-1])
+    return torch.empty(shape, dtype=scale.dtype, device=scale.device)
+
+
+def hidden_like(cond: Tensor, down: Tensor) -> Tensor:
+    layers, rank, _ = down.shape
+    return torch.empty((layers, cond.shape[0], rank), dtype=accumulate_dtype(cond.dtype), device=cond.device)
+
+
+def _unit(tensor: Tensor | None) -> Tensor | None:
+    """The kernels walk rows of unit stride; only a tensor whose last dimension is scattered in memory is copied."""
+    if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _rows(tensor: Tensor | None) -> Any:
+    """The view of modulation rows as [B, F, D]."""
+    if tensor is None or tensor.dim() == 3:
+        return view(tensor)
+    batch, width = tensor.shape
+    shape, stride = (batch, 1, width), (tensor.stride(0), 0, tensor.stride(1))
+    return C.TensorView(tensor.data_ptr(), str(tensor.dtype)[len("torch.") :], shape, stride)
+
+
+def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
+    h, (mean, rstd) = like(x), statistics(x)
+    _forward(x, None, None, shift, scale, None, h, mean, rstd, eps)
+    return h, mean, rstd
+
+
+def adaln_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    x_new = like(x)
+    _forward(x, branch, gate, None, None, x_new, None, None, None, 0.0)
     return x_new
 
 
-def adaln_residual_backward(grad: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    frames = gate.shape[1]
-    wide = grad.float().unflatten(1, (frames, -1))
-    grad_gate = (wide * branch.float().unflatten(1, (frames, -1))).sum(2).to(gate.dtype)
-    grad_branch = (wide * gate.float()[:, :, None]).flatten(1, 2).to(branch.dtype)
+def adaln_residual_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    x_new, h, (mean, rstd) = like(x), like(x), statistics(x)
+    _forward(x, branch, gate, shift, scale, x_new, h, mean, rstd, eps)
+    return x_new, h, mean, rstd
+
+
+def _forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    x_new: Tensor | None,
+    h: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    eps: float,
+) -> None:
+    x, branch, gate, shift, scale = _unit(x), _unit(branch), _unit(gate), _unit(shift), _unit(scale)
+    C.adaln_forward(
+        *(view(x), view(branch), _rows(gate), _rows(shift), _rows(scale)),
+        *(view(x_new), view(h), view(mean), view(rstd)),
+        eps=eps,
+        threads=torch.get_num_threads(),
+    )
+
+
+def adaln_modulate_backward(
+    grad_h: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, shift_frames: int
+) -> tuple[Tensor, ...]:
+    grad_x, grad_shift, grad_scale = like(x), rows_like(scale, shift_frames), like(scale)
+    _backward(None, grad_h, x, None, None, scale, mean, rstd, grad_x, None, None, grad_shift, grad_scale)
+    return grad_x, grad_shift, grad_scale
+
+
+def adaln_residual_backward(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    grad_branch, grad_gate = like(branch), like(gate)
+    _backward(grad, None, None, branch, gate, None, None, None, None, grad_branch, grad_gate, None, None)
     return grad_branch, grad_gate
+
+
+def adaln_residual_modulate_backward(
+    grad_x_new: Tensor | None,
+    grad_h: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    shift_frames: int,
+) -> tuple[Tensor, ...]:
+    grads = like(x), like(branch), like(gate), rows_like(scale, shift_frames), like(scale)
+    _backward(grad_x_new, grad_h, x, branch, gate, scale, mean, rstd, *grads)
+    return grads
+
+
+def _backward(
+    grad_x_new: Tensor | None,
+    grad_h: Tensor | None,
+    x: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    grad_x: Tensor | None,
+    grad_branch: Tensor | None,
+    grad_gate: Tensor | None,
+    grad_shift: Tensor | None,
+    grad_scale: Tensor | None,
+) -> None:
+    grad_x_new, grad_h, x, branch = _unit(grad_x_new), _unit(grad_h), _unit(x), _unit(branch)
+    gate, scale = _unit(gate), _unit(scale)
+    C.adaln_backward(
+        *(view(grad_x_new), view(grad_h), view(x), view(branch), _rows(gate), _rows(scale), view(mean), view(rstd)),
+        *(view(grad_x), view(grad_branch), _rows(grad_gate), _rows(grad_shift), _rows(grad_scale)),
+        threads=torch.get_num_threads(),
+    )
+
+
+def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    hidden, out = hidden_like(cond, down), lora_output(base, down)
+    cond, base, down, up = cond.contiguous(), base.contiguous(), down.contiguous(), up.contiguous()
+    C.adaln_lora_forward(
+        *(view(cond), view(base), view(down), view(up), view(hidden), view(out)), threads=torch.get_num_threads()
+    )
+    return out, hidden
+
+
+def lora_output(base: Tensor, down: Tensor) -> Tensor:
+    return torch.empty((down.shape[0], *base.shape), dtype=base.dtype, device=base.device)
+
+
+def adaln_lora_backward(grad: Tensor, hidden: Tensor, cond: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    grad_cond, grad_base, grad_down, grad_up = lora_gradients(grad, cond, down, up)
+    grad, cond, down, up = grad.contiguous(), cond.contiguous(), down.contiguous(), up.contiguous()
+    C.adaln_lora_backward(
+        *(view(grad), view(hidden), view(cond), view(down), view(up)),
+        *(view(grad_cond), view(grad_base), view(grad_down), view(grad_up)),
+        threads=torch.get_num_threads(),
+    )
+    return grad_cond, grad_base, grad_down, grad_up
+
+
+def lora_gradients(grad: Tensor, cond: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    grad_base = torch.empty(grad.shape[1:], dtype=grad.dtype, device=grad.device)
+    return like(cond), grad_base, like(down), like(up)

@@ -1,74 +1,209 @@
-"""Schemas, fakes and autograd of the adaln ops, and their backend tables."""
+"""Schemas, fakes and autograd of the adaln ops, and their backend tables.
+
+The ops return what their backward passes need beside what users get: mean and rstd of the norm, ``hidden`` of the low-rank
+pair. The residual ops save x, not x_new: backward recomputes the unrounded x_new bit for bit, from memory it reads anyway.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _native
 from .._dispatch import Backend, backend, register
 from .._library import define
 from . import native, reference
 
-
-def _unsupported(**inputs: Any) -> str | None:
-    return _native.unsupported(*inputs.values())
+_ops = torch.ops.walt_kernels
 
 
-def register_ops(prepare: Any) -> None:
-    register(
-        "adaln_residual",
-        prepare,
-        [
-            Backend("cpu", _unsupported, native.adaln_residual, native.adaln_residual_backward),
-            Backend("reference", lambda **inputs: None, reference.adaln_residual),
-        ],
-    )
+def _cpu_unsupported(**inputs: Any) -> str | None:
+    return _native.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
-def _residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, chosen: str) -> torch.Tensor:
-    return backend("adaln_residual", chosen).forward(x, branch, gate)
+def register_ops(**prepare: Callable[..., dict[str, Any]]) -> None:
+    """Registers the backends of every op with the function that validates its calls."""
+    for name, validate in prepare.items():
+        register(name, validate, [Backend("reference", lambda **inputs: None, getattr(reference, name))])
 
 
-def _residual_fake(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, chosen: str) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _frames(rows: Tensor) -> int:
+    return rows.shape[1] if rows.dim() == 3 else 0
 
 
-def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _x, branch, gate, ctx.chosen = inputs
+def _forward_impl(name: str) -> Callable[..., Any]:
+    return lambda *args: backend(name, args[-1]).forward(*args[:-1])
+
+
+def _backward_impl(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        kernel = backend(name, args[-1]).backward
+        assert kernel is not None
+        return kernel(*args[:-1])
+
+    return run
+
+
+# ---- adaln_modulate -------------------------------------------------------------------------------------------------
+
+
+def _modulate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, shift, scale, _, ctx.chosen = inputs
+    _, mean, rstd = output
+    ctx.shift_frames = _frames(shift)
+    ctx.save_for_backward(x, scale, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _modulate_backward(ctx: Any, grad_h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_h is None:
+        return (None,) * 5
+    x, scale, mean, rstd = ctx.saved_tensors
+    grads = _ops.adaln_modulate_backward(grad_h, x, scale, mean, rstd, ctx.shift_frames, ctx.chosen)
+    return (*grads, None, None)
+
+
+define(
+    "adaln_modulate",
+    "(Tensor x, Tensor shift, Tensor scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    impl=_forward_impl("adaln_modulate"),
+    fake=lambda x, shift, scale, eps, backend: (native.like(x), *native.statistics(x)),
+    setup_context=_modulate_setup,
+    backward=_modulate_backward,
+)
+
+define(
+    "adaln_modulate_backward",
+    "(Tensor grad_h, Tensor x, Tensor scale, Tensor mean, Tensor rstd, SymInt shift_frames, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    impl=_backward_impl("adaln_modulate"),
+    fake=lambda grad_h, x, scale, mean, rstd, shift_frames, backend: (
+        native.like(x),
+        native.rows_like(scale, shift_frames),
+        native.like(scale),
+    ),
+)
+
+
+# ---- adaln_residual -------------------------------------------------------------------------------------------------
+
+
+def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, branch, gate, ctx.chosen = inputs
     ctx.save_for_backward(branch, gate)
     ctx.set_materialize_grads(False)
 
 
-def _residual_backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _residual_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None, None, None
+        return (None,) * 4
     branch, gate = ctx.saved_tensors
-    grad_branch, grad_gate = torch.ops.walt_kernels.adaln_residual_backward(grad, branch, gate, ctx.chosen)
-    return grad, grad_branch, grad_gate, None
+    return (grad, *_ops.adaln_residual_backward(grad, branch, gate, ctx.chosen), None)
 
 
 define(
     "adaln_residual",
     "(Tensor x, Tensor branch, Tensor gate, str backend) -> Tensor",
-    impl=_residual,
-    fake=_residual_fake,
+    impl=_forward_impl("adaln_residual"),
+    fake=lambda x, branch, gate, backend: native.like(x),
     setup_context=_residual_setup,
     backward=_residual_backward,
 )
 
-
-def _residual_backward_impl(grad: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, chosen: str) -> Any:
-    return backend("adaln_residual", chosen).backward(grad, branch, gate)
-
-
 define(
     "adaln_residual_backward",
     "(Tensor grad, Tensor branch, Tensor gate, str backend) -> (Tensor, Tensor)",
-    impl=_residual_backward_impl,
-    fake=lambda grad, branch, gate, chosen: (
-        torch.empty(branch.shape, dtype=branch.dtype, device=branch.device),
-        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),
+    impl=_backward_impl("adaln_residual"),
+    fake=lambda grad, branch, gate, backend: (native.like(branch), native.like(gate)),
+)
+
+
+# ---- adaln_residual_modulate ----------------------------------------------------------------------------------------
+
+
+def _residual_modulate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, branch, gate, shift, scale, _, ctx.chosen = inputs
+    _, _, mean, rstd = output
+    ctx.shift_frames = _frames(shift)
+    ctx.save_for_backward(x, branch, gate, scale, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _residual_modulate_backward(
+    ctx: Any, grad_x_new: Tensor | None, grad_h: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, branch, gate, scale, mean, rstd = ctx.saved_tensors
+    if grad_h is not None:
+        grads = _ops.adaln_residual_modulate_backward(
+            grad_x_new, grad_h, x, branch, gate, scale, mean, rstd, ctx.shift_frames, ctx.chosen
+        )
+        return (*grads, None, None)
+    if grad_x_new is None:
+        return (None,) * 7
+    # The norm took no part: what remains is the residual's own backward pass.
+    grads = _ops.adaln_residual_backward(grad_x_new, branch, gate, ctx.chosen)
+    return (grad_x_new, *grads, None, None, None, None)
+
+
+define(
+    "adaln_residual_modulate",
+    "(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    impl=_forward_impl("adaln_residual_modulate"),
+    fake=lambda x, branch, gate, shift, scale, eps, backend: (native.like(x), native.like(x), *native.statistics(x)),
+    setup_context=_residual_modulate_setup,
+    backward=_residual_modulate_backward,
+)
+
+define(
+    "adaln_residual_modulate_backward",
+    "(Tensor? grad_x_new, Tensor grad_h, Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor mean, Tensor rstd,"
+    " SymInt shift_frames, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    impl=_backward_impl("adaln_residual_modulate"),
+    fake=lambda grad_x_new, grad_h, x, branch, gate, scale, mean, rstd, shift_frames, backend: (
+        native.like(x),
+        native.like(branch),
+        native.like(gate),
+        native.rows_like(scale, shift_frames),
+        native.like(scale),
     ),
+)
+
+
+# ---- adaln_lora -----------------------------------------------------------------------------------------------------
+
+
+def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cond, _, down, up, ctx.chosen = inputs
+    _, hidden = output
+    ctx.save_for_backward(hidden, cond, down, up)
+    ctx.mark_non_differentiable(hidden)
+    ctx.set_materialize_grads(False)
+
+
+def _lora_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    return (*_ops.adaln_lora_backward(grad, *ctx.saved_tensors, ctx.chosen), None)
+
+
+define(
+    "adaln_lora",
+    "(Tensor cond, Tensor base, Tensor down, Tensor up, str backend) -> (Tensor, Tensor)",
+    impl=_forward_impl("adaln_lora"),
+    fake=lambda cond, base, down, up, backend: (native.lora_output(base, down), native.hidden_like(cond, down)),
+    setup_context=_lora_setup,
+    backward=_lora_backward,
+)
+
+define(
+    "adaln_lora_backward",
+    "(Tensor grad, Tensor hidden, Tensor cond, Tensor down, Tensor up, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    impl=_backward_impl("adaln_lora"),
+    fake=lambda grad, hidden, cond, down, up, backend: native.lora_gradients(grad, cond, down, up),
 )
