@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from walt_kernels.window_attention.reference import expand_bias
+
+from walt_kernels.window_attention.reference import bias_of
 
 
 def _partition(x: Tensor, window: tuple[int, int, int]) -> Tensor:
@@ -38,7 +39,7 @@ def baselines(inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
         k_norm: Tensor,
     ) -> Tensor:
         q, k = (F.layer_norm(x, x.shape[-1:], eps=1e-6) * norm.to(x.dtype) for x, norm in ((q, q_norm), (k, k_norm)))
-        bias = expand_bias(bias_table, window).to(q.dtype)
+        bias = bias_of(bias_table, window, window).to(q.dtype)
         parts = (_partition(x, window) for x in (q, k, v))
         return _merge(F.scaled_dot_product_attention(*parts, attn_mask=bias), tuple(v.shape), window)
 

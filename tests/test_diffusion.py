@@ -203,9 +203,7 @@ def test_sampling_feeds_the_last_estimate_back() -> None:
     model = Recorder(lambda z_t, time: z_t.cos())
     label, image = torch.tensor([0, 1]), torch.tensor([True, False])
     done: list[tuple[int, int]] = []
-    diffusion.sample(
-        model, SHAPE, steps=4, label=label, image=image, progress=lambda *counts: done.append(counts)
-    )
+    diffusion.sample(model, SHAPE, steps=4, label=label, image=image, progress=lambda *counts: done.append(counts))
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [call["time"].tolist() for call in model.calls] == [[999] * 2, [749] * 2, [499] * 2, [249] * 2]
     assert model.calls[0]["self_condition"] is None

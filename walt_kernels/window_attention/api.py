@@ -105,7 +105,9 @@ def prepare(
     masks = {"image": image, "context_mask": context_mask}
     _check_tensors(floating | parameters | masks, q)
     q, k, v, context_k, context_v = autocast(q, k, v, context_k, context_v)  # type: ignore[assignment]
-    _check_dtypes(floating | {"q": q, "k": k, "v": v, "context_k": context_k, "context_v": context_v}, parameters, masks)
+    _check_dtypes(
+        floating | {"q": q, "k": k, "v": v, "context_k": context_k, "context_v": context_v}, parameters, masks
+    )
     if q.dim() != 6:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected 6 dimensions [B, T, H, W, heads, dim]")
     B, T, H, W, heads, dim = q.shape
@@ -214,7 +216,9 @@ def _check_context(
         missing = "context_k" if context_k is None else "context_v"
         raise ValueError(f"{missing} is None while {names[0]} is given, expected context_k and context_v together")
     if image is not None:
-        raise ValueError("image is given together with context_k, expected one or the other: image frames see no context")
+        raise ValueError(
+            "image is given together with context_k, expected one or the other: image frames see no context"
+        )
     B, heads, dim = sizes
     if context_k.dim() != 4:
         raise ValueError(f"context_k has shape {tuple(context_k.shape)}, expected 4 dimensions [B, L, heads, dim]")

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from .. import _native
-from .._dispatch import Backend, backend, register
-from .._library import define
+from .._dispatch import Backend, register
 from . import reference
 
 # The arguments that get a gradient, in the order of the backward's outputs.
