@@ -13,21 +13,8 @@ from benchmarks import __main__ as benchmark
 from benchmarks import cases, timing
 
 SMALL = cases.modulation("small", 1, 8, 16)
-FIELDS = [
-    "op",
-    "case",
-    "mode",
-    "dtype",
-    "backend",
-    "ms",
-    "baselines",
-    "best_baseline",
-    "speedup",
-    "gflops",
-    "gbps",
-    "share_of_peak",
-    "error_ratio",
-]
+FIELDS = {"op", "case", "mode", "dtype", "backend", "ms", "baselines", "best_baseline", "speedup"}
+FIELDS |= {"gflops", "gbps", "share_of_peak", "error_ratio"}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +37,7 @@ def test_rows_hold_the_fields(
     written = json.loads(out.read_text())
     assert [row["mode"] for row in written["rows"]] == ["forward", "forward+backward"]
     for row in written["rows"]:
-        assert set(FIELDS) <= set(row)
+        assert set(row) >= FIELDS
         best = row["baselines"][row["best_baseline"]]
         assert best == min(row["baselines"].values())
         assert row["speedup"] == pytest.approx(best / row["ms"])

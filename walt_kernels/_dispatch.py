@@ -18,6 +18,10 @@ import torch
 BACKENDS = ("cuda", "flash", "triton", "cpu", "reference")
 
 
+def _differentiates_itself(*args: Any) -> Any:
+    raise RuntimeError("the reference backend is differentiated by PyTorch, not by a backward kernel")
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run an op.
@@ -29,7 +33,7 @@ class Backend:
     name: str
     unsupported: Callable[..., str | None]
     forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] = _differentiates_itself
     opt_in: str | None = None  # why it is not a default yet
 
 
