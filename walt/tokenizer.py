@@ -7,6 +7,7 @@ a long video can be coded chunk by chunk.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -71,9 +72,9 @@ class _FrameNormSwish(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.groups, ctx.eps = groups, eps
         y = torch.empty_like(x)
-        for sample, frame in _frames(x):
-            normed, _, _ = _group_norm(x[sample, :, frame], weight, bias, groups, eps)
-            torch.ops.aten.silu.out(normed, out=y[sample, :, frame])
+        for b, t in itertools.product(range(x.shape[0]), range(x.shape[2])):
+            normed, _, _ = _group_norm(_frame(x, b, t), weight, bias, groups, eps)
+            torch.ops.aten.silu.out(normed, out=y[b : b + 1, :, t])
         return y
 
     @staticmethod
@@ -82,22 +83,28 @@ class _FrameNormSwish(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for sample, frame in _frames(x):
-            x_frame = x[sample, :, frame]
-            normed, mean, rstd = _group_norm(x_frame, weight, bias, ctx.groups, ctx.eps)
-            grad_normed = torch.ops.aten.silu_backward(grad_y[sample, :, frame], normed)
-            sizes = (1, x.shape[1], x_frame[0, 0].numel())
+        for b, t in itertools.product(range(x.shape[0]), range(x.shape[2])):
+            frame = _frame(x, b, t)
+            normed, mean, rstd = _group_norm(frame, weight, bias, ctx.groups, ctx.eps)
+            grad_normed = torch.ops.aten.silu_backward(_frame(grad_y, b, t), normed)
+            sizes = (1, frame.shape[1], frame[0, 0].numel())
             grad_frame, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-                grad_normed, x_frame, mean, rstd, weight, *sizes, ctx.groups, [True, True, True]
+                grad_normed, frame, mean, rstd, weight, *sizes, ctx.groups, [True, True, True]
             )
-            grad_x[sample, :, frame] = grad_frame
+            grad_x[b : b + 1, :, t] = grad_frame
             grad_weight += d_weight
             grad_bias += d_bias
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _frames(x: Tensor) -> Iterator[tuple[slice, int]]:
-    return ((slice(b, b + 1), t) for b in range(x.shape[0]) for t in range(x.shape[2]))
+def _frame(x: Tensor, sample: int, time: int) -> Tensor:
+    """Frame [1, C, H, W] in channels_last, without a copy if x is in channels_last_3d.
+
+    The strides are spelled out because those of axes of length 1 are arbitrary, and PyTorch chooses kernels by them.
+    """
+    frame = x[sample : sample + 1, :, time].contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = frame.shape
+    return frame.as_strided(frame.shape, (channels * height * width, 1, channels * width, channels))
 
 
 def _group_norm(frame: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
