@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from walt.config import TIME_FACTOR, TRANSITIONS, TokenizerConfig, check_frames
+from walt_kernels import next_history
 from walt_kernels.nn import CausalConv3d
 
 __all__ = ["History", "Tokenizer"]
@@ -38,19 +39,13 @@ class History:
         With stride s in time, a first chunk of 1 + sk frames ends on an output frame, so later chunks of sk frames give
         their outputs at frames s-1, 2s-1, ...: the s-1 frames before the first of these belong to the past.
         """
-        skipped = conv.stride[0] - 1
-        kept = conv.time_span - skipped
         past = self.frames.get(conv)
-        if past is None:
-            y = conv(x)
-            if conv.time_padding == "first_frame":
-                past = x[:, :, :1].expand(-1, -1, kept, -1, -1)
-            else:
-                past = x.new_zeros(*x.shape[:2], kept, *x.shape[3:])
-        else:
-            y = conv(x[:, :, skipped:], torch.cat([past, x[:, :, :skipped]], dim=2) if skipped else past)
-        # A copy, so that a stream does not keep whole chunks alive.
-        self.frames[conv] = torch.cat([past, x[:, :, -kept:]], dim=2)[:, :, -kept:].clone()
+        skipped = 0 if past is None else conv.stride[0] - 1
+        if skipped:
+            past = next_history(x[:, :, :skipped], past, conv.kernel_size, conv.dilation)
+            x = x[:, :, skipped:]
+        y = conv(x, past)
+        self.frames[conv] = next_history(x, past, conv.kernel_size, conv.dilation, time_padding=conv.time_padding)
         return y
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,10 @@ from torch.nn import functional as F
 
 from .adaln_lora import adaln_lora
 from .causal_conv3d import causal_conv3d
+from .causal_conv3d.api import Padding, triple
 from .window_attention import window_attention
 
 __all__ = ["AdaLNLoRA", "CausalConv3d", "WindowAttention"]
-
-# "same", one width for all four sides, (rows, columns), or ((top, bottom), (left, right)).
-Padding: TypeAlias = str | int | Sequence[int] | Sequence[Sequence[int]]
-
-
-def _triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
-    numbers = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(numbers) != 3 or not all(isinstance(n, int) and n >= 1 for n in numbers):
-        raise ValueError(f"{name}: got {value!r}; expected a positive int or three of them (time, height, width)")
-    return numbers[0], numbers[1], numbers[2]
 
 
 class CausalConv3d(nn.Module):
@@ -59,9 +50,9 @@ class CausalConv3d(nn.Module):
             if channels < 1 or groups < 1 or channels % groups:
                 raise ValueError(f"{name}: got {channels} with groups={groups}; expected a positive multiple of groups")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = _triple("kernel_size", kernel_size)
-        self.stride = _triple("stride", stride)
-        self.dilation = _triple("dilation", dilation)
+        self.kernel_size = triple("kernel_size", kernel_size)
+        self.stride = triple("stride", stride)
+        self.dilation = triple("dilation", dilation)
         self.padding, self.time_padding, self.space_padding = padding, time_padding, space_padding
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // groups, *self.kernel_size, device=device, dtype=dtype)
@@ -135,7 +126,7 @@ class WindowAttention(nn.Module):
             raise ValueError(f"context_width: got {context_width}; expected a positive int or None")
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.width, self.heads, self.dim = width, heads, width // heads
-        self.window = _triple("window", window)
+        self.window = triple("window", window)
         self.qkv = nn.Linear(width, 3 * width, **kind)
         self.proj = nn.Linear(width, width, **kind)
         self.context_kv = nn.Linear(context_width, 2 * width, **kind) if context_width is not None else None
