@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
+
+# `with torch.device(...)` knows the constructors by identity and looks once: let it see the real ones.
+_device_constructors()
 
 
 @pytest.fixture(autouse=True)
