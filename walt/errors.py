@@ -1,0 +1,32 @@
+"""Errors meant for the person at the terminal: one line that names the thing, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+
+class WaltError(Exception):
+    """A wrong file, value or environment that the user can put right. The CLI prints it and exits with code 2."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise WaltError(
+            f'{package} cannot be imported ({error}); install it with: pip install "walt-kernels[{extra}]"'
+        ) from error
+
+
+@contextlib.contextmanager
+def user_values(what: str) -> Iterator[None]:
+    """Around code that checks values which came from the user: its ValueError or TypeError becomes a WaltError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise WaltError(f"{what}: {error}") from error
