@@ -96,4 +96,54 @@ PYBIND11_MODULE(_C, m) {
   py::class_<TensorView>(m, "TensorView")
       .def(py::init(&make_view), py::arg("address"), py::arg("dtype"), py::arg("shape"), py::arg("stride"));
 
+  const py::call_guard<py::gil_scoped_release> no_gil;
+
+  // ---- adaln_lora ---------------------------------------------------------------------------------------------------
+  m.def(
+      "adaln_forward",
+      [](const TensorView& x, const TensorView* branch, const TensorView* gate, const TensorView* shift,
+         const TensorView* scale, const TensorView* x_new, const TensorView* h, const TensorView* mean,
+         const TensorView* rstd, double eps, int threads) {
+        const walt::AdalnForwardParams params{
+            x, optional(branch), optional(gate), optional(shift), optional(scale), optional(x_new), optional(h),
+            optional(mean), optional(rstd), eps, threads};
+        WALT_CALL_KERNEL(adaln_forward, params)
+      },
+      py::arg("x"), py::arg("branch"), py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("x_new"),
+      py::arg("h"), py::arg("mean"), py::arg("rstd"), py::kw_only(), py::arg("eps"), py::arg("threads"), no_gil);
+  m.def(
+      "adaln_backward",
+      [](const TensorView* grad_x_new, const TensorView* grad_h, const TensorView* x, const TensorView* branch,
+         const TensorView* gate, const TensorView* scale, const TensorView* mean, const TensorView* rstd,
+         const TensorView* grad_x, const TensorView* grad_branch, const TensorView* grad_gate,
+         const TensorView* grad_shift, const TensorView* grad_scale, int threads) {
+        const walt::AdalnBackwardParams params{
+            optional(grad_x_new), optional(grad_h), optional(x), optional(branch), optional(gate), optional(scale),
+            optional(mean), optional(rstd), optional(grad_x), optional(grad_branch), optional(grad_gate),
+            optional(grad_shift), optional(grad_scale), threads};
+        WALT_CALL_KERNEL(adaln_backward, params)
+      },
+      py::arg("grad_x_new"), py::arg("grad_h"), py::arg("x"), py::arg("branch"), py::arg("gate"), py::arg("scale"),
+      py::arg("mean"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_branch"), py::arg("grad_gate"),
+      py::arg("grad_shift"), py::arg("grad_scale"), py::kw_only(), py::arg("threads"), no_gil);
+  m.def(
+      "adaln_lora_forward",
+      [](const TensorView& cond, const TensorView& base, const TensorView& down, const TensorView& up,
+         const TensorView& hidden, const TensorView& out, int threads) {
+        const walt::LoraForwardParams params{cond, base, down, up, hidden, out, threads};
+        WALT_CALL_KERNEL(adaln_lora_forward, params)
+      },
+      py::arg("cond"), py::arg("base"), py::arg("down"), py::arg("up"), py::arg("hidden"), py::arg("out"),
+      py::kw_only(), py::arg("threads"), no_gil);
+  m.def(
+      "adaln_lora_backward",
+      [](const TensorView& grad, const TensorView& hidden, const TensorView& cond, const TensorView& down,
+         const TensorView& up, const TensorView& grad_cond, const TensorView& grad_base, const TensorView& grad_down,
+         const TensorView& grad_up, int threads) {
+        const walt::LoraBackwardParams params{grad, hidden, cond, down, up, grad_cond, grad_base, grad_down, grad_up,
+                                              threads};
+        WALT_CALL_KERNEL(adaln_lora_backward, params)
+      },
+      py::arg("grad"), py::arg("hidden"), py::arg("cond"), py::arg("down"), py::arg("up"), py::arg("grad_cond"),
+      py::arg("grad_base"), py::arg("grad_down"), py::arg("grad_up"), py::kw_only(), py::arg("threads"), no_gil);
 }

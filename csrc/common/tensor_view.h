@@ -26,6 +26,7 @@ struct TensorView {
   }
 
   bool contiguous() const {
+    if (numel() == 0) return true;
     int64_t expected = 1;
     for (int i = rank - 1; i >= 0; --i) {
       if (shape[i] != 1 && stride[i] != expected) return false;

@@ -27,7 +27,8 @@ def _cpu_unsupported(**inputs: Any) -> str | None:
 def register_ops(**prepare: Callable[..., dict[str, Any]]) -> None:
     """Registers the backends of every op with the function that validates its calls."""
     for name, validate in prepare.items():
-        register(name, validate, [Backend("reference", lambda **inputs: None, getattr(reference, name))])
+        cpu = Backend("cpu", _cpu_unsupported, getattr(native, name), getattr(native, f"{name}_backward"))
+        register(name, validate, [cpu, Backend("reference", lambda **inputs: None, getattr(reference, name))])
 
 
 def _frames(rows: Tensor) -> int:

@@ -1,0 +1,122 @@
+// Residual + gate, LayerNorm, scale and shift: one pass over memory, a row at a time.
+#include "adaln_lora/params.h"
+#include "adaln_lora/rows.h"
+#include "common/parallel.h"
+
+namespace walt::WALT_ISA {
+namespace {
+
+// Elements per task: enough work to hide the cost of handing it out.
+constexpr int64_t kTaskElements = 32768;
+
+template <class T, class M>
+void residual_row(const T* x, const T* branch, const M* gate, T* x_new, int64_t D) {
+  sweep<accumulate_t<T>>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
+    piece.store(x_new + d, piece.load(x + d) + piece.load(gate + d) * piece.load(branch + d));
+  });
+}
+
+template <class A>
+struct Statistics {
+  A mean, rstd;
+};
+
+// `row` is scratch for D elements, padded: the unrounded x_new stays there between the passes over it.
+template <bool kResidual, class T, class M, class A>
+Statistics<A> norm_row(const T* x, const T* branch, const M* gate, const M* shift, const M* scale, T* x_new, T* h,
+                       A* row, int64_t D, A eps) {
+  using V = vector_t<A>;
+  V sums[kSlots] = {};
+  sweep<A>(D, [&](int64_t d, auto piece, int slot) __attribute__((always_inline)) {
+    V v = piece.load(x + d);
+    if constexpr (kResidual) {
+      v = v + piece.load(gate + d) * piece.load(branch + d);
+      piece.store(x_new + d, v);
+    }
+    store(row + d, v);
+    sums[slot] += v;
+  });
+  const A mean = sum_slots(sums) / static_cast<A>(D);
+
+  V squares[kSlots] = {};
+  sweep<A>(D, [&](int64_t d, auto piece, int slot) __attribute__((always_inline)) {
+    const V centred = piece.keep(load(row + d) - mean);
+    squares[slot] += centred * centred;
+  });
+  const A rstd = 1 / std::sqrt(sum_slots(squares) / static_cast<A>(D) + eps);
+
+  sweep<A>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
+    const V normal = (load(row + d) - mean) * rstd;
+    piece.store(h + d, normal * (1 + piece.load(scale + d)) + piece.load(shift + d));
+  });
+  return {mean, rstd};
+}
+
+template <bool kResidual, bool kNorm, class T, class M>
+void forward(const AdalnForwardParams& p) {
+  using A = accumulate_t<T>;
+  const int64_t B = p.x.shape[0], N = p.x.shape[1], D = p.x.shape[2];
+  const Tokens<const T> x(p.x), branch(p.branch);
+  const Tokens<T> x_new(p.x_new), h(p.h);
+  const Modulation<M> gate(p.gate, N), shift(p.shift, N), scale(p.scale, N);
+  A* const mean = static_cast<A*>(p.mean.data);
+  A* const rstd = static_cast<A*>(p.rstd.data);
+
+  const int64_t rows = B * N, rows_per_task = kTaskElements / D + 1;
+  const int64_t width = padded<A>(D);
+  const Scratch<A> scratch(kNorm ? p.threads * width : 0);
+  parallel_for((rows + rows_per_task - 1) / rows_per_task, p.threads, [&](int64_t task, int thread) {
+    const int64_t end = (task + 1) * rows_per_task < rows ? (task + 1) * rows_per_task : rows;
+    for (int64_t i = task * rows_per_task; i < end; ++i) {
+      const int64_t b = i / N, n = i % N;
+      if constexpr (kNorm) {
+        const auto [m, r] = norm_row<kResidual>(
+            x.row(b, n), kResidual ? branch.row(b, n) : nullptr, kResidual ? gate.row(b, n) : nullptr, shift.row(b, n),
+            scale.row(b, n), kResidual ? x_new.row(b, n) : nullptr, h.row(b, n), scratch.data() + thread * width, D,
+            static_cast<A>(p.eps));
+        mean[i] = m;
+        rstd[i] = r;
+      } else {
+        residual_row(x.row(b, n), branch.row(b, n), gate.row(b, n), x_new.row(b, n), D);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void adaln_forward(const AdalnForwardParams& p) {
+  require(p.x.rank == 3, "x has three dimensions");
+  const int64_t B = p.x.shape[0], N = p.x.shape[1], D = p.x.shape[2];
+  const bool residual = p.branch.defined(), norm = p.h.defined();
+  require(residual || norm, "nothing to compute");
+  const DType rows = residual ? p.gate.dtype : p.scale.dtype;
+  require_tokens(p.x, "x", p.x.dtype, B, N, D);
+  if (residual) {
+    require_tokens(p.branch, "branch", p.x.dtype, B, N, D);
+    require_rows(p.gate, "gate", rows, B, N, D);
+    require_tokens(p.x_new, "x_new", p.x.dtype, B, N, D);
+  }
+  if (norm) {
+    const DType wide = p.x.dtype == DType::float64 ? DType::float64 : DType::float32;
+    require_rows(p.shift, "shift", rows, B, N, D);
+    require_rows(p.scale, "scale", rows, B, N, D);
+    require_tokens(p.h, "h", p.x.dtype, B, N, D);
+    require_view(p.mean, "mean", wide, B, N);
+    require_view(p.rstd, "rstd", wide, B, N);
+    require(p.mean.contiguous() && p.rstd.contiguous(), "mean and rstd are contiguous");
+  }
+  dispatch_modulation(p.x.dtype, rows, [&](auto x_tag, auto rows_tag) {
+    using T = decltype(x_tag);
+    using M = decltype(rows_tag);
+    if (residual && norm) {
+      forward<true, true, T, M>(p);
+    } else if (norm) {
+      forward<false, true, T, M>(p);
+    } else {
+      forward<true, false, T, M>(p);
+    }
+  });
+}
+
+}  // namespace walt::WALT_ISA
