@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "adaln_lora/params.h"
 #include "common/checks.h"
+#include "window_attention/params.h"
 
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -85,6 +87,31 @@ std::string openmp_library() {
   return "";
 }
 
+walt::WindowAttentionParams attention_params(const TensorView& q, const TensorView& k, const TensorView& v,
+                                             const std::array<int64_t, 3>& window, const TensorView* bias_table,
+                                             const TensorView* image, const TensorView* q_norm,
+                                             const TensorView* k_norm, double norm_eps, const TensorView* context_k,
+                                             const TensorView* context_v, const TensorView* context_mask, double scale,
+                                             const TensorView& lse, int threads) {
+  walt::WindowAttentionParams params;
+  params.q = q;
+  params.k = k;
+  params.v = v;
+  params.bias_table = optional(bias_table);
+  params.image = optional(image);
+  params.q_norm = optional(q_norm);
+  params.k_norm = optional(k_norm);
+  params.context_k = optional(context_k);
+  params.context_v = optional(context_v);
+  params.context_mask = optional(context_mask);
+  params.lse = lse;
+  for (int axis = 0; axis < 3; ++axis) params.window[axis] = window[static_cast<size_t>(axis)];
+  params.norm_eps = norm_eps;
+  params.scale = scale;
+  params.threads = threads;
+  return params;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -104,9 +131,17 @@ PYBIND11_MODULE(_C, m) {
       [](const TensorView& x, const TensorView* branch, const TensorView* gate, const TensorView* shift,
          const TensorView* scale, const TensorView* x_new, const TensorView* h, const TensorView* mean,
          const TensorView* rstd, double eps, int threads) {
-        const walt::AdalnForwardParams params{
-            x, optional(branch), optional(gate), optional(shift), optional(scale), optional(x_new), optional(h),
-            optional(mean), optional(rstd), eps, threads};
+        const walt::AdalnForwardParams params{x,
+                                              optional(branch),
+                                              optional(gate),
+                                              optional(shift),
+                                              optional(scale),
+                                              optional(x_new),
+                                              optional(h),
+                                              optional(mean),
+                                              optional(rstd),
+                                              eps,
+                                              threads};
         WALT_CALL_KERNEL(adaln_forward, params)
       },
       py::arg("x"), py::arg("branch"), py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("x_new"),
@@ -118,9 +153,9 @@ PYBIND11_MODULE(_C, m) {
          const TensorView* grad_x, const TensorView* grad_branch, const TensorView* grad_gate,
          const TensorView* grad_shift, const TensorView* grad_scale, int threads) {
         const walt::AdalnBackwardParams params{
-            optional(grad_x_new), optional(grad_h), optional(x), optional(branch), optional(gate), optional(scale),
-            optional(mean), optional(rstd), optional(grad_x), optional(grad_branch), optional(grad_gate),
-            optional(grad_shift), optional(grad_scale), threads};
+            optional(grad_x_new), optional(grad_h),     optional(x),          optional(branch), optional(gate),
+            optional(scale),      optional(mean),       optional(rstd),       optional(grad_x), optional(grad_branch),
+            optional(grad_gate),  optional(grad_shift), optional(grad_scale), threads};
         WALT_CALL_KERNEL(adaln_backward, params)
       },
       py::arg("grad_x_new"), py::arg("grad_h"), py::arg("x"), py::arg("branch"), py::arg("gate"), py::arg("scale"),
@@ -140,10 +175,56 @@ PYBIND11_MODULE(_C, m) {
       [](const TensorView& grad, const TensorView& hidden, const TensorView& cond, const TensorView& down,
          const TensorView& up, const TensorView& grad_cond, const TensorView& grad_base, const TensorView& grad_down,
          const TensorView& grad_up, int threads) {
-        const walt::LoraBackwardParams params{grad, hidden, cond, down, up, grad_cond, grad_base, grad_down, grad_up,
-                                              threads};
+        const walt::LoraBackwardParams params{grad,      hidden,    cond,      down,    up,
+                                              grad_cond, grad_base, grad_down, grad_up, threads};
         WALT_CALL_KERNEL(adaln_lora_backward, params)
       },
       py::arg("grad"), py::arg("hidden"), py::arg("cond"), py::arg("down"), py::arg("up"), py::arg("grad_cond"),
       py::arg("grad_base"), py::arg("grad_down"), py::arg("grad_up"), py::kw_only(), py::arg("threads"), no_gil);
+
+  // ---- window_attention -------------------------------------------------------------------------------------------
+  m.def(
+      "window_attention",
+      [](const TensorView& q, const TensorView& k, const TensorView& v, const std::array<int64_t, 3>& window,
+         const TensorView* bias_table, const TensorView* image, const TensorView* q_norm, const TensorView* k_norm,
+         double norm_eps, const TensorView* context_k, const TensorView* context_v, const TensorView* context_mask,
+         double scale, const TensorView& out, const TensorView& lse, int threads) {
+        auto params = attention_params(q, k, v, window, bias_table, image, q_norm, k_norm, norm_eps, context_k,
+                                       context_v, context_mask, scale, lse, threads);
+        params.out = out;
+        WALT_CALL_KERNEL(window_attention, params)
+      },
+      py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("window"), py::arg("bias_table"),
+      py::arg("image"), py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_eps"), py::arg("context_k"),
+      py::arg("context_v"), py::arg("context_mask"), py::arg("scale"), py::arg("out"), py::arg("lse"),
+      py::arg("threads"), no_gil);
+
+  m.def(
+      "window_attention_backward",
+      [](const TensorView& q, const TensorView& k, const TensorView& v, const std::array<int64_t, 3>& window,
+         const TensorView* bias_table, const TensorView* image, const TensorView* q_norm, const TensorView* k_norm,
+         double norm_eps, const TensorView* context_k, const TensorView* context_v, const TensorView* context_mask,
+         double scale, const TensorView& lse, const TensorView& grad_out, const TensorView* grad_q,
+         const TensorView* grad_k, const TensorView* grad_v, const TensorView* grad_bias_table,
+         const TensorView* grad_q_norm, const TensorView* grad_k_norm, const TensorView* grad_context_k,
+         const TensorView* grad_context_v, int threads) {
+        const walt::WindowAttentionBackwardParams params{
+            attention_params(q, k, v, window, bias_table, image, q_norm, k_norm, norm_eps, context_k, context_v,
+                             context_mask, scale, lse, threads),
+            grad_out,
+            optional(grad_q),
+            optional(grad_k),
+            optional(grad_v),
+            optional(grad_bias_table),
+            optional(grad_q_norm),
+            optional(grad_k_norm),
+            optional(grad_context_k),
+            optional(grad_context_v)};
+        WALT_CALL_KERNEL(window_attention_backward, params)
+      },
+      py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("window"), py::arg("bias_table"),
+      py::arg("image"), py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_eps"), py::arg("context_k"),
+      py::arg("context_v"), py::arg("context_mask"), py::arg("scale"), py::arg("lse"), py::arg("grad_out"),
+      py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_bias_table"), py::arg("grad_q_norm"),
+      py::arg("grad_k_norm"), py::arg("grad_context_k"), py::arg("grad_context_v"), py::arg("threads"), no_gil);
 }

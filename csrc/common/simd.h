@@ -189,14 +189,29 @@ inline V maximum(V a, V b) {
 }
 
 // Sums lanes pairwise, always in the same order.
-template <class V>
-inline auto reduce_add(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  auto sum = v;
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+inline float reduce_add(vfloat v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float lanes[kLanes<float>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes<float> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   }
-  return sum[0];
+  return lanes[0];
+#endif
+}
+inline double reduce_add(vdouble v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  double lanes[kLanes<double>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes<double> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+#endif
 }
 template <class V>
 inline auto reduce_max(V v) {
@@ -241,6 +256,66 @@ inline vdouble exp(vdouble x) {
 inline vfloat dot_bf16(vfloat acc, vint a, vint b) {
   return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
 }
+
+// Rounds to nearest, ties to even, and packs: lanes of `low` before those of `high`.
+inline vint round_bf16(vfloat low, vfloat high) { return (vint)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+// The same for one vector: lanes / 2 pairs.
+inline vhalf half_bf16(vfloat v) { return (vhalf)(__m256i)_mm512_cvtneps_pbh((__m512)v); }
+
+// Rounds and packs lane by lane: each 32-bit lane holds (low, high).
+inline vint pair_bf16(vfloat low, vfloat high) {
+  typedef uint16_t vshort __attribute__((vector_size(kVectorBytes)));
+  const vshort v = (vshort)round_bf16(low, high);
+  return (vint)__builtin_shufflevector(v, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
+                                       26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
 #endif
+
+// ---- transposition --------------------------------------------------------------------------------------------------
+
+// a[0], b[0], a[1], b[1], ... of the first or the second half of the lanes.
+template <class V>
+inline V interleave_low(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  if constexpr (lanes == 16) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  } else if constexpr (lanes == 8) {
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  } else if constexpr (lanes == 4) {
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  } else {
+    static_assert(lanes == 2, "lanes");
+    return __builtin_shufflevector(a, b, 0, 2);
+  }
+}
+template <class V>
+inline V interleave_high(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  if constexpr (lanes == 16) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  } else if constexpr (lanes == 8) {
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else if constexpr (lanes == 4) {
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  } else {
+    static_assert(lanes == 2, "lanes");
+    return __builtin_shufflevector(a, b, 1, 3);
+  }
+}
+
+// Transposes a square of lanes x lanes: each pass shuffles row i into row i + lanes / 2, as cards are.
+template <class V, int lanes>
+inline void transpose_lanes(V (&rows)[lanes]) {
+  static_assert(lanes * sizeof(rows[0][0]) == sizeof(V), "a square");
+  for (int width = 1; width < lanes; width *= 2) {
+    V next[lanes];
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + lanes / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + lanes / 2]);
+    }
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
 
 }  // namespace walt::WALT_ISA

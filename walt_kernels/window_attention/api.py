@@ -80,7 +80,7 @@ def window_attention(
     chosen = select("window_attention", inputs)
     if chosen == "reference":
         return reference.window_attention(**inputs)
-    return torch.ops.walt_kernels.window_attention(**inputs, backend=chosen)[0]
+    return torch.ops.walt_kernels.window_attention(*inputs.values(), chosen)[0]
 
 
 def prepare(

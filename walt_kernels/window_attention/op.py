@@ -5,22 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _native
-from .._dispatch import Backend, register
-from . import reference
+from .._dispatch import Backend, backend, register
+from .._library import define
+from . import native, reference
 
-# The arguments that get a gradient, in the order of the backward's outputs.
-DIFFERENTIABLE = ("q", "k", "v", "bias_table", "q_norm", "k_norm", "context_k", "context_v")
 ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, int[] window, Tensor? bias_table, Tensor? image, Tensor? q_norm, Tensor? k_norm, "
+    "Tensor q, Tensor k, Tensor v, int[3] window, Tensor? bias_table, Tensor? image, Tensor? q_norm, Tensor? k_norm, "
     "float norm_eps, Tensor? context_k, Tensor? context_v, Tensor? context_mask, float scale"
 )
 NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))
+# The arguments that get a gradient, in the order of the backward's outputs.
+DIFFERENTIABLE = ("q", "k", "v", "bias_table", "q_norm", "k_norm", "context_k", "context_v")
 
 
 def _unsupported(**inputs: Any) -> str | None:
-    return _native.unsupported(*(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+    return _native.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
 def register_op(prepare: Any) -> None:
@@ -28,6 +30,68 @@ def register_op(prepare: Any) -> None:
         "window_attention",
         prepare,
         [
+            Backend("cpu", _unsupported, native.window_attention, native.window_attention_backward),
             Backend("reference", lambda **inputs: None, reference.window_attention),
         ],
     )
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, chosen = arguments
+    return backend("window_attention", chosen).forward(**dict(zip(NAMES, inputs, strict=True)))
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return native.outputs_like(arguments[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+    wanted = [needed[name] for name in DIFFERENTIABLE]
+    if grad is None or not any(wanted):
+        return (None,) * len(ctx.options)
+    *tensors, lse = ctx.saved_tensors
+    inputs = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True)]
+    grads = torch.ops.walt_kernels.window_attention_backward(grad, lse, *inputs[:-1], wanted, inputs[-1])
+    result = {name: g for name, g, w in zip(DIFFERENTIABLE, grads, wanted, strict=True) if w}
+    return tuple(result.get(name) for name in (*NAMES, "backend"))
+
+
+define(
+    "window_attention",
+    f"({ARGUMENTS}, str backend) -> (Tensor, Tensor)",
+    impl=_forward,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def _backward_impl(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *values, wanted, chosen = arguments
+    inputs = dict(zip(NAMES, values, strict=True))
+    return tuple(backend("window_attention", chosen).backward(grad, lse, inputs, DIFFERENTIABLE, wanted))
+
+
+def _backward_fake(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *values, wanted, _ = arguments
+    inputs = dict(zip(NAMES, values, strict=True))
+    return tuple(native.gradients_like([inputs[name] for name in DIFFERENTIABLE], wanted))
+
+
+define(
+    "window_attention_backward",
+    f"(Tensor grad, Tensor lse, {ARGUMENTS}, bool[8] wanted, str backend) -> ("
+    + ", ".join(["Tensor"] * len(DIFFERENTIABLE))
+    + ")",
+    impl=_backward_impl,
+    fake=_backward_fake,
+)

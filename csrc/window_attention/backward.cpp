@@ -1,0 +1,364 @@
+#include <limits>
+#include <utility>
+
+#include "window_attention/params.h"
+#include "window_attention/tile.h"
+
+namespace walt::WALT_ISA {
+namespace {
+
+// Windows are cut into groups; one task is one head of one group, and sums over its windows in order. The number of
+// groups depends on the problem alone, so results do not depend on the number of threads. With a context a group is one
+// sample, whose context gradients are then the sum of one task.
+struct Groups {
+  int64_t windows, count;  // of all samples; groups per head
+
+  Groups(const WindowAttentionParams& p, const Grid& grid) : windows(p.q.shape[0] * grid.windows()) {
+    constexpr int64_t kTasks = 128;
+    const int64_t heads = p.q.shape[4];
+    count = p.context_k.defined() ? p.q.shape[0] : std::min(windows, (kTasks + heads - 1) / heads);
+  }
+  Range range(int64_t group) const { return {part_begin(windows, count, group), part_begin(windows, count, group + 1)}; }
+};
+
+// One thread's working memory.
+template <class T>
+struct BackwardScratch {
+  using A = accumulate_t<T>;
+  using Unit = typename Attention<T>::Unit;
+  A *keys, *values, *grad_keys, *grad_values, *key_stats, *context_keys, *context_values;
+  A *queries, *grads, *grad_queries, *query_stats, *scores, *slopes, *lse, *row;
+  Unit *key_along, *key_across, *value_along, *query_along, *query_across, *query_columns, *grad_along, *grad_across,
+      *grad_columns, *weight_along, *slope_along, *slope_across;
+
+  BackwardScratch(const Attention<T>& at, Arena& arena) {
+    const bool paired = Attention<T>::kPaired;
+    const int64_t ld = at.shape.ld, rows = round_up(at.max_keys, 2), size = rows * ld, block = kBlock * ld;
+    for (A** part : {&keys, &values, &grad_keys, &grad_values}) *part = arena.take<A>(size);
+    key_stats = arena.take<A>(2 * rows);
+    for (A** part : {&context_keys, &context_values}) *part = arena.take<A>(at.context * ld);
+    for (A** part : {&queries, &grads, &grad_queries}) *part = arena.take<A>(block);
+    query_stats = arena.take<A>(2 * kBlock);
+    for (A** part : {&scores, &slopes}) *part = arena.take<A>(rows * kBlock + at.lanes);
+    lse = arena.take<A>(kBlock);
+    row = arena.take<A>(ld);
+    for (Unit** part : {&query_columns, &grad_columns}) *part = arena.take<Unit>(at.units * kBlock);
+    for (Unit** part : {&key_along, &value_along}) *part = arena.take<Unit>(paired ? size : 0);
+    key_across = arena.take<Unit>(paired ? size / 2 : 0);
+    for (Unit** part : {&query_along, &grad_along}) *part = arena.take<Unit>(paired ? block : 0);
+    for (Unit** part : {&query_across, &grad_across}) *part = arena.take<Unit>(paired ? block / 2 : 0);
+    for (Unit** part : {&weight_along, &slope_along, &slope_across}) {
+      *part = arena.take<Unit>(paired ? rows * kBlock / 2 : 0);
+    }
+  }
+};
+
+// Partial sums of one task.
+template <class A>
+struct Partial {
+  A *table, *q_norm, *k_norm;
+};
+
+template <class T>
+class Backward {
+  using A = accumulate_t<T>;
+  using V = vector_t<A>;
+  using U = typename Attention<T>::U;
+  using Unit = typename U::Unit;
+  using Scratched = BackwardScratch<T>;
+  static constexpr int lanes = kLanes<A>;
+
+ public:
+  Backward(const WindowAttentionBackwardParams& params, const Attention<T>& attention)
+      : b(params),
+        p(params.forward),
+        at(attention),
+        groups(p, attention.grid),
+        table_size(round_up(attention.bias.size + lanes, lanes)),
+        wants_q(b.grad_q.defined() || b.grad_q_norm.defined()),
+        wants_k(b.grad_k.defined() || b.grad_k_norm.defined() || b.grad_context_k.defined()),
+        wants_v(b.grad_v.defined() || b.grad_context_v.defined()),
+        wants_table(b.grad_bias_table.defined()) {}
+
+  void run() {
+    Arena counter(nullptr);
+    Scratched{at, counter};
+    const int threads = std::max(p.threads, 1);
+    Scratch<char> memory(counter.used() * threads);
+    const int64_t norm_size = at.shape.padded, tasks = groups.count * at.heads;
+    Scratch<A> tables(wants_table ? tasks * table_size : 0), norms(2 * tasks * norm_size);
+    std::vector<Window> windows(static_cast<size_t>(threads));
+    std::vector<std::vector<Run>> runs(static_cast<size_t>(threads));
+    for (auto& r : runs) r.reserve(kBlock);
+    for (auto& w : windows) w.reserve(at.grid);
+
+    parallel_for(tasks, threads, [&](int64_t task, int thread) {
+      Arena arena(memory.data() + thread * counter.used());
+      const Scratched scratch(at, arena);
+      A* norm = norms.data() + 2 * task * norm_size;
+      const Partial<A> partial{wants_table ? tables.data() + task * table_size : nullptr, norm, norm + norm_size};
+      one_task(task % at.heads, task / at.heads, windows[static_cast<size_t>(thread)],
+               runs[static_cast<size_t>(thread)], scratch, partial);
+    });
+
+    if (wants_table) {
+      parallel_for(at.heads, threads, [&](int64_t head, int) {
+        A* grad = static_cast<A*>(b.grad_bias_table.data) + head * at.bias.size;
+        sum_partials(tables.data() + head * table_size, at.heads * table_size, groups.count, at.bias.size, grad);
+      });
+    }
+    for (const auto& [view, first] : {std::pair(b.grad_q_norm, norms.data()), std::pair(b.grad_k_norm, norms.data() + norm_size)}) {
+      if (view.defined()) sum_partials(first, 2 * norm_size, tasks, at.shape.dim, static_cast<A*>(view.data));
+    }
+  }
+
+ private:
+  static void clear(A* x, int64_t count) {
+    if (count > 0) std::memset(x, 0, static_cast<size_t>(count) * sizeof(A));
+  }
+
+  static void sum_partials(const A* first, int64_t stride, int64_t count, int64_t size, A* result) {
+    clear(result, size);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t d = 0; d < size; ++d) result[d] += first[i * stride + d];
+    }
+  }
+
+  void one_task(int64_t head, int64_t group, Window& window, std::vector<Run>& runs, const Scratched& s,
+                const Partial<A>& partial) const {
+    clear(partial.table, wants_table ? table_size : 0);
+    clear(partial.q_norm, at.shape.padded);
+    clear(partial.k_norm, at.shape.padded);
+    clear(s.context_keys, at.context * at.shape.ld);
+    clear(s.context_values, at.context * at.shape.ld);
+    const Range range = groups.range(group);
+    for (int64_t index = range.begin; index < range.end; ++index) {
+      window.load(at.grid, p.image, index / at.grid.windows(), index % at.grid.windows());
+      images(window, head);
+      if (!window.video.empty()) one_window(window, head, runs, s, partial);
+    }
+    for (const auto& [view, sums] : {std::pair(b.grad_context_k, s.context_keys), std::pair(b.grad_context_v, s.context_values)}) {
+      if (!view.defined()) continue;
+      for (int64_t l = 0; l < at.context; ++l) {
+        T* to = at.mutable_data(view) + group * view.stride[0] + l * view.stride[1] + head * view.stride[2];
+        store_row(to, view.stride[3], at.shape.dim, sums + l * at.shape.ld);
+      }
+    }
+  }
+
+  // An image token is its own value: its gradient passes to v alone.
+  void images(const Window& window, int64_t head) const {
+    window.each_image_token([&](int64_t frame, int64_t row, int64_t column) {
+      const auto at_token = [&](const TensorView& x) {
+        return at.mutable_data(x) + window.offset(x, head, frame, row, column);
+      };
+      if (b.grad_v.defined()) {
+        copy_row<T>(at_token(b.grad_out), b.grad_out.stride[5], at_token(b.grad_v), b.grad_v.stride[5], at.shape.dim);
+      }
+      for (const TensorView* view : {&b.grad_q, &b.grad_k}) {
+        if (!view->defined()) continue;
+        for (int64_t d = 0; d < at.shape.dim; ++d) at_token(*view)[d * view->stride[5]] = T{};
+      }
+    });
+  }
+
+  void one_window(const Window& window, int64_t head, std::vector<Run>& runs, const Scratched& s,
+                  const Partial<A>& partial) const {
+    const int64_t tokens = window.tokens(), ld = at.shape.ld, block = at.block_size(tokens);
+    const int64_t keys = at.load_keys(window, head, p.k, p.context_k, &at.k_norm, s.key_stats, s.keys);
+    at.load_keys(window, head, p.v, p.context_v, nullptr, nullptr, s.values);
+    const Unit* key_along = at.along(s.keys, keys, s.key_along);
+    const Unit* key_across = at.across(s.keys, keys, s.key_across);
+    const Unit* value_along = at.along(s.values, keys, s.value_along);
+    at.clear_rows(s.grad_keys, 0, keys);
+    at.clear_rows(s.grad_values, 0, keys);
+
+    for (int64_t begin = 0; begin < tokens; begin += block) {
+      const int64_t end = std::min(begin + block, tokens), count = end - begin, queries = round_up(count, lanes);
+      const int64_t vectors = queries / lanes;
+      at.load_queries(window, head, begin, end, queries, s.query_stats, s.queries);
+      load_grads(window, head, begin, end, queries, s);
+      transpose(at.along(s.queries, queries, s.query_along), ld, s.query_columns, kBlock, queries, at.units);
+      transpose(at.along(s.grads, queries, s.grad_along), ld, s.grad_columns, kBlock, queries, at.units);
+      at.bias.runs(window, begin, end, runs);
+      at.start_scores(window, head, runs, keys, count, s.scores);
+      gemm<U, false>(keys, vectors, at.units, key_along, ld, s.query_columns, kBlock, s.scores, kBlock);
+      clear(s.slopes, keys * kBlock);
+      gemm<U, false>(keys, vectors, at.units, value_along, ld, s.grad_columns, kBlock, s.slopes, kBlock);
+      for (int64_t i = 0; i < queries; i += lanes) softmax_backward(keys, i, s);
+      if (wants_table) add_to_table(window, runs, s.slopes, partial.table);
+      if (wants_v) {
+        const Unit* grad_across = at.across(s.grads, count, s.grad_across);
+        gemm<U, false>(keys, at.shape.vectors, at.unit_rows(count), pick(s.scores, s.weight_along), kBlock / U::kStep,
+                       grad_across, ld, s.grad_values, ld);
+      }
+      if (wants_k) {
+        const Unit* query_across = at.across(s.queries, count, s.query_across);
+        gemm<U, false>(keys, at.shape.vectors, at.unit_rows(count), pick(s.slopes, s.slope_along), kBlock / U::kStep,
+                       query_across, ld, s.grad_keys, ld);
+      }
+      if (wants_q) {
+        at.clear_rows(s.grad_queries, 0, count);
+        gemm<U, true>(count, at.shape.vectors, at.unit_rows(keys), pick(s.slopes, s.slope_across), kBlock, key_across,
+                      ld, s.grad_queries, ld);
+        finish_queries(window, head, begin, end, s, partial);
+      }
+    }
+    if (wants_k) finish_keys(window, head, s, partial);
+    if (wants_v) finish_values(window, head, s);
+  }
+
+  // Scores and slopes as units: themselves, or their packed pairs.
+  static const Unit* pick([[maybe_unused]] const A* plain, [[maybe_unused]] const Unit* packed) {
+    if constexpr (Attention<T>::kPaired) {
+      return packed;
+    } else {
+      return plain;
+    }
+  }
+
+  // Rows of grad_out, and lse: infinite beyond the last query, so that weights there are zero.
+  void load_grads(const Window& window, int64_t head, int64_t begin, int64_t end, int64_t padded,
+                  const Scratched& s) const {
+    window.each_token(begin, end, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
+      load_row(at.data(b.grad_out) + window.offset(b.grad_out, head, frame, row, column), b.grad_out.stride[5],
+               at.shape, s.grads + n * at.shape.ld);
+      s.lse[n] = static_cast<const A*>(p.lse.data)[lse_offset(p.lse, window, head, frame, row, column)];
+    });
+    at.clear_rows(s.grads, end - begin, padded);
+    for (int64_t n = end - begin; n < padded; ++n) s.lse[n] = std::numeric_limits<A>::infinity();
+  }
+
+  // For one vector of queries: scores become weights P = exp(score - lse), slopes dP become dS = P (dP - sum_j P dP).
+  static void softmax_backward(int64_t keys, int64_t i, const Scratched& s) {
+    A *scores = s.scores + i, *slopes = s.slopes + i;
+    const V lse = load(s.lse + i);
+    V delta{};
+    for (int64_t n = 0; n < keys; ++n) {
+      const V weight = exp(load(scores + n * kBlock) - lse);
+      delta += weight * load(slopes + n * kBlock);
+      store(scores + n * kBlock, weight);
+    }
+    for (int64_t n = 0; n < keys; ++n) {
+      store(slopes + n * kBlock, load(scores + n * kBlock) * (load(slopes + n * kBlock) - delta));
+    }
+    if constexpr (Attention<T>::kPaired) pack_pairs(keys, i, s);
+  }
+
+  static void pack_pairs([[maybe_unused]] int64_t keys, [[maybe_unused]] int64_t i,
+                         [[maybe_unused]] const Scratched& s) {
+#ifdef WALT_HAS_BF16_DOT
+    if constexpr (Attention<T>::kPaired) {
+      const auto along = [&](const float* from, Unit* to) {  // half a vector of units
+        const vhalf half = half_bf16(load(from));
+        std::memcpy(to, &half, sizeof half);
+      };
+      for (int64_t n = 0; n < keys; ++n) {
+        along(s.scores + n * kBlock + i, s.weight_along + (n * kBlock + i) / 2);
+        along(s.slopes + n * kBlock + i, s.slope_along + (n * kBlock + i) / 2);
+      }
+      for (int64_t n = 0; n < keys; n += 2) {
+        const V odd = n + 1 < keys ? load(s.slopes + (n + 1) * kBlock + i) : V{};
+        const vint pair = pair_bf16(load(s.slopes + n * kBlock + i), odd);
+        std::memcpy(s.slope_across + n / 2 * kBlock + i, &pair, sizeof pair);
+      }
+    }
+#endif
+  }
+
+  void add_to_table(const Window& window, const std::vector<Run>& runs, const A* slopes, A* table) const {
+    V index{};
+    for (int i = 0; i < lanes; ++i) index[i] = static_cast<A>(i);
+    window.each_token(0, window.tokens(), [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
+      A* to = table + at.bias.center - at.bias.position(frame, row, column);
+      const A* from = slopes + n * kBlock;
+      for (const Run& run : runs) {
+        for (int64_t i = 0; i < run.length; i += lanes) {
+          const V slope = load(from + run.offset + i);
+          const V inside = index < broadcast(static_cast<A>(run.length - i)) ? slope : V{};
+          A* entry = to + run.position + i;
+          store(entry, load(entry) + inside);
+        }
+      }
+    });
+  }
+
+  void finish_queries(const Window& window, int64_t head, int64_t begin, int64_t end, const Scratched& s,
+                      const Partial<A>& partial) const {
+    window.each_token(begin, end, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
+      A* grad = s.grad_queries + n * at.shape.ld;
+      scale_row(grad, static_cast<A>(p.scale), at.shape.vectors);
+      if (at.q_norm.defined()) {
+        load_row(at.data(p.q) + window.offset(p.q, head, frame, row, column), p.q.stride[5], at.shape, s.row);
+        at.q_norm.backward(grad, s.row, s.query_stats + 2 * n, partial.q_norm);
+      }
+      if (b.grad_q.defined()) {
+        store_row(at.mutable_data(b.grad_q) + window.offset(b.grad_q, head, frame, row, column), b.grad_q.stride[5],
+                  at.shape.dim, grad);
+      }
+    });
+  }
+
+  void finish_keys(const Window& window, int64_t head, const Scratched& s, const Partial<A>& partial) const {
+    const auto through_norm = [&](const T* x, int64_t stride, int64_t n) {
+      A* grad = s.grad_keys + n * at.shape.ld;
+      if (at.k_norm.defined()) {
+        load_row(x, stride, at.shape, s.row);
+        at.k_norm.backward(grad, s.row, s.key_stats + 2 * n, partial.k_norm);
+      }
+      return grad;
+    };
+    const int64_t tokens = window.tokens();
+    window.each_token(0, tokens, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
+      const T* x = at.data(p.k) + window.offset(p.k, head, frame, row, column);
+      const A* grad = through_norm(x, p.k.stride[5], n);
+      if (!b.grad_k.defined()) return;
+      store_row(at.mutable_data(b.grad_k) + window.offset(b.grad_k, head, frame, row, column), b.grad_k.stride[5],
+                at.shape.dim, grad);
+    });
+    at.each_context_row(p.context_k, window.sample, head, [&](int64_t n, const T* x, int64_t l) {
+      add_row(s.context_keys + l * at.shape.ld, through_norm(x, p.context_k.stride[3], tokens + n));
+    });
+  }
+
+  void finish_values(const Window& window, int64_t head, const Scratched& s) const {
+    const int64_t tokens = window.tokens();
+    if (b.grad_v.defined()) {
+      window.each_token(0, tokens, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
+        store_row(at.mutable_data(b.grad_v) + window.offset(b.grad_v, head, frame, row, column), b.grad_v.stride[5],
+                  at.shape.dim, s.grad_values + n * at.shape.ld);
+      });
+    }
+    at.each_context_row(p.context_v, window.sample, head, [&](int64_t n, const T*, int64_t l) {
+      add_row(s.context_values + l * at.shape.ld, s.grad_values + (tokens + n) * at.shape.ld);
+    });
+  }
+
+  void add_row(A* to, const A* from) const {
+    for (int64_t i = 0; i < at.shape.vectors * lanes; i += lanes) store(to + i, load(to + i) + load(from + i));
+  }
+
+  const WindowAttentionBackwardParams& b;
+  const WindowAttentionParams& p;
+  const Attention<T>& at;
+  const Groups groups;
+  const int64_t table_size;
+  const bool wants_q, wants_k, wants_v, wants_table;
+};
+
+}  // namespace
+
+void window_attention_backward(const WindowAttentionBackwardParams& p) {
+  check(p.forward);
+  const TensorView& q = p.forward.q;
+  check_tokens(p.grad_out, "grad_out", q);
+  for (const TensorView* view : {&p.grad_q, &p.grad_k, &p.grad_v}) {
+    if (view->defined()) check_tokens(*view, "gradient", q);
+  }
+  with_attention(p.forward, [&](const auto& attention) {
+    using T = typename std::decay_t<decltype(attention)>::Element;
+    Backward<T>(p, attention).run();
+  });
+}
+
+}  // namespace walt::WALT_ISA
