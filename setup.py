@@ -34,7 +34,7 @@ ISA_FLAGS = {
 OPTIMIZE = ["-O3", "-fno-math-errno", "-mprefer-vector-width=512"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # GCC 12 takes the deliberately undefined vectors of its own AVX-512 headers for mistakes.
-WARN = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+WARN = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 def find_compiler() -> list[str] | None:

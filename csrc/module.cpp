@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "adaln_lora/params.h"
+#include "causal_conv3d/params.h"
 #include "common/checks.h"
 #include "window_attention/params.h"
 
@@ -110,6 +111,23 @@ walt::WindowAttentionParams attention_params(const TensorView& q, const TensorVi
   params.scale = scale;
   params.threads = threads;
   return params;
+}
+
+walt::ConvOptions conv_options(const std::array<int64_t, 3>& stride, const std::array<int64_t, 3>& dilation,
+                               const std::array<int64_t, 4>& padding, const std::string& time_padding,
+                               const std::string& space_padding, int64_t groups, int threads) {
+  walt::ConvOptions options{stride, dilation, padding, {}, {}, groups, threads};
+  for (int64_t i : stride) walt::require(i >= 1, "stride must be at least 1");
+  for (int64_t i : dilation) walt::require(i >= 1, "dilation must be at least 1");
+  for (int64_t i : padding) walt::require(i >= 0, "padding must be at least 0");
+  walt::require(groups >= 1, "groups must be at least 1");
+  walt::require(time_padding == "zeros" || time_padding == "first_frame", "time_padding must be zeros or first_frame");
+  walt::require(space_padding == "zeros" || space_padding == "replicate" || space_padding == "reflect",
+                "space_padding must be zeros, replicate or reflect");
+  if (time_padding == "first_frame") options.time_padding = walt::TimePadding::first_frame;
+  if (space_padding == "replicate") options.space_padding = walt::SpacePadding::replicate;
+  if (space_padding == "reflect") options.space_padding = walt::SpacePadding::reflect;
+  return options;
 }
 
 }  // namespace
@@ -227,4 +245,36 @@ PYBIND11_MODULE(_C, m) {
       py::arg("context_v"), py::arg("context_mask"), py::arg("scale"), py::arg("lse"), py::arg("grad_out"),
       py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("grad_bias_table"), py::arg("grad_q_norm"),
       py::arg("grad_k_norm"), py::arg("grad_context_k"), py::arg("grad_context_v"), py::arg("threads"), no_gil);
+
+  py::class_<walt::ConvOptions>(m, "ConvOptions")
+      .def(py::init(&conv_options), py::kw_only(), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
+           py::arg("time_padding"), py::arg("space_padding"), py::arg("groups"), py::arg("threads"));
+  m.def(
+      "causal_conv3d",
+      [](const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView* history,
+         const TensorView& y, const walt::ConvOptions& options) {
+        const walt::ConvForwardParams params{x, weight, optional(bias), optional(history), y, options};
+        WALT_CALL_KERNEL(causal_conv3d, params)
+      },
+      py::arg("x"), py::arg("weight"), py::arg("bias").none(true), py::arg("history").none(true), py::arg("y"),
+      py::arg("options"), no_gil);
+  m.def(
+      "causal_conv3d_backward_data",
+      [](const TensorView& grad_y, const TensorView& weight, const TensorView& grad_x, const TensorView* grad_history,
+         bool has_history, const walt::ConvOptions& options) {
+        const walt::ConvBackwardDataParams params{grad_y, weight, grad_x, optional(grad_history), has_history, options};
+        WALT_CALL_KERNEL(causal_conv3d_backward_data, params)
+      },
+      py::arg("grad_y"), py::arg("weight"), py::arg("grad_x"), py::arg("grad_history").none(true),
+      py::arg("has_history"), py::arg("options"), no_gil);
+  m.def(
+      "causal_conv3d_backward_weight",
+      [](const TensorView& grad_y, const TensorView& x, const TensorView* history, const TensorView* grad_weight,
+         const TensorView* grad_bias, const std::array<int64_t, 3>& kernel, const walt::ConvOptions& options) {
+        const walt::ConvBackwardWeightParams params{
+            grad_y, x, optional(history), optional(grad_weight), optional(grad_bias), kernel, options};
+        WALT_CALL_KERNEL(causal_conv3d_backward_weight, params)
+      },
+      py::arg("grad_y"), py::arg("x"), py::arg("history").none(true), py::arg("grad_weight").none(true),
+      py::arg("grad_bias").none(true), py::arg("kernel"), py::arg("options"), no_gil);
 }

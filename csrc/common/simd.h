@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "common/tensor_view.h"
 
@@ -172,12 +174,22 @@ inline void store(float16* p, vfloat v) {
 // The first `count` lanes; the rest read as zero, and are not written.
 template <class T>
 inline vector_t<accumulate_t<T>> load_partial(const T* p, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  }
+#endif
   T lanes[kLanes<accumulate_t<T>>] = {};
   std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
   return load(lanes);
 }
 template <class T>
 inline void store_partial(T* p, vector_t<accumulate_t<T>> v, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+  }
+#endif
   T lanes[kLanes<accumulate_t<T>>];
   store(lanes, v);
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
@@ -219,6 +231,44 @@ inline auto reduce_max(V v) {
   auto best = v[0];
   for (int i = 1; i < lanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
+}
+
+// ---- square transposes ----------------------------------------------------------------------------------------------
+
+namespace detail {
+// Lanes of a where `lane & distance` is zero, else b's, `distance` lanes lower; or the mirror image of it.
+template <int distance, bool upper, class V, int... lane>
+inline V exchange(V a, V b, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+#if defined(__clang__)
+  return upper ? __builtin_shufflevector(a, b, (lane & distance ? lanes + lane : lane + distance)...)
+               : __builtin_shufflevector(a, b, (lane & distance ? lanes + lane - distance : lane)...);
+#else
+  using Index = std::conditional_t<lanes == kLanes<float>, vint, vlong>;
+  if (upper) return __builtin_shuffle(a, b, Index{(lane & distance ? lanes + lane : lane + distance)...});
+  return __builtin_shuffle(a, b, Index{(lane & distance ? lanes + lane - distance : lane)...});
+#endif
+}
+
+template <int distance, class V, size_t lanes>
+inline void transpose_step(V (&rows)[lanes]) {
+  constexpr auto sequence = std::make_integer_sequence<int, static_cast<int>(lanes)>{};
+#pragma GCC unroll 16
+  for (size_t i = 0; i < lanes; ++i) {
+    if (i & distance) continue;
+    const V a = rows[i], b = rows[i + distance];
+    rows[i] = exchange<distance, false>(a, b, sequence);
+    rows[i + distance] = exchange<distance, true>(a, b, sequence);
+  }
+  if constexpr (distance > 1) transpose_step<distance / 2>(rows);
+}
+}  // namespace detail
+
+// Transposes a square of vectors: lane j of row i goes to lane i of row j.
+template <class V, size_t lanes>
+inline void transpose(V (&rows)[lanes]) {
+  static_assert(lanes == sizeof(V) / sizeof(rows[0][0]), "as many rows as lanes");
+  detail::transpose_step<static_cast<int>(lanes / 2)>(rows);
 }
 
 // exp for x <= 0 or small positive x, about 1 ulp: 2^n * p(r) with r = x - n ln 2 in [-ln2/2, ln2/2]; very negative x

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._dispatch import select
 from .._library import autocast
 from . import op, reference
+from .layout import memory_format
 
 Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
 
@@ -293,7 +294,7 @@ def next_history(
     if missing:
         before = reference.past(x, missing, time_padding) if history is None else history[:, :, frames - missing :]
         tail = torch.cat([before, tail], dim=2)
-    return tail.clone(memory_format=op.memory_format(x))
+    return tail.clone(memory_format=memory_format(x))
 
 
 __all__ = ["causal_conv3d", "next_history"]

@@ -1,0 +1,288 @@
+// Gradients of weight and bias. The clip's blocks are dealt to a number of splits that depends on shapes only; each split
+// adds its blocks up in order, and the splits are then summed in order: no atomics, and the same bits on any number of
+// threads.
+#include <algorithm>
+
+#include "causal_conv3d/pack.h"
+#include "causal_conv3d/weight_tile.h"
+#include "common/checks.h"
+
+namespace walt::WALT_ISA {
+namespace {
+
+constexpr int64_t kSplits = 16;
+constexpr int64_t kPartialBytes = 64 << 20;
+
+struct WeightGradient {
+  const ConvBackwardWeightParams* params;
+  Source source;
+  std::vector<Block> blocks;
+  int64_t in_channels, out_channels, groups, taps;  // channels per group
+
+  bool wants_weight() const { return params->grad_weight.defined(); }
+  bool wants_bias() const { return params->grad_bias.defined(); }
+};
+
+template <class T>
+class WeightGradientKernel {
+  using Pack = PixelPacking<T>;
+  using Lane = typename Pack::Lane;
+  using A = typename Pack::Acc;
+  using Stored = std::conditional_t<Pack::step == 2, T, A>;  // before pairs are made
+  static constexpr int step = Pack::step;
+  static constexpr int lanes = kLanes<A>;
+  static constexpr int panel_width = 2 * lanes;
+
+ public:
+  explicit WeightGradientKernel(const WeightGradient& g) : g_(g) {
+    rows_ = g.taps * g.in_channels;
+    panels_ = (g.out_channels + panel_width - 1) / panel_width;
+    panel_size_ = (rows_ + 1) * panel_width;  // the bias is one more row
+    const int64_t units = g.groups * panels_, blocks = static_cast<int64_t>(g.blocks.size());
+    const int64_t bytes = units * panel_size_ * static_cast<int64_t>(sizeof(A));
+    splits_ = std::max<int64_t>(1, std::min({kSplits, kPartialBytes / bytes, blocks}));
+    shares_ = std::min(units, (kSplits + splits_ - 1) / splits_);
+    for (const Block& block : g.blocks) {
+      patch_size_ = std::max(patch_size_, patch_pixels(block) * g.in_channels);
+      pixels_ = std::max(pixels_, block.count[0] * block.count[1] * padded(block.count[2]));
+    }
+  }
+
+  void run() {
+    const int threads = std::max(g_.params->options.threads, 1);
+    const int64_t units = g_.groups * panels_;
+    Scratch<A> partial(splits_ * units * panel_size_);
+    Scratch<Lane> patches(threads * patch_size_), grads(threads * pixels_ * panel_width);
+    // Room for bfloat16 rows before they are paired.
+    Scratch<Stored> unpaired(step == 2 ? threads * std::max(patch_size_, pixels_ * panel_width) : 0);
+    Scratch<int64_t> offsets(threads * pixels_);
+    parallel_for(splits_ * shares_, threads, [&](int64_t task, int thread) {
+      const int64_t split = task / shares_, share = task % shares_;
+      const Room room{patches.data() + thread * patch_size_, grads.data() + thread * pixels_ * panel_width,
+                      unpaired.data() + (step == 2 ? thread * std::max(patch_size_, pixels_ * panel_width) : 0),
+                      offsets.data() + thread * pixels_};
+      accumulate_split(room, partial.data() + split * units * panel_size_, split, part_begin(units, shares_, share),
+                       part_begin(units, shares_, share + 1));
+    });
+    const int64_t chunk = 16, chunks = (g_.in_channels + chunk - 1) / chunk;
+    Scratch<A> scratch(threads * g_.taps * panel_width);
+    parallel_for(units * chunks, threads, [&](int64_t task, int thread) {
+      const int64_t begin = task % chunks * chunk;
+      reduce(partial.data(), task / chunks, begin, std::min(begin + chunk, g_.in_channels),
+             scratch.data() + thread * g_.taps * panel_width);
+    });
+  }
+
+ private:
+  struct Room {
+    Lane* patch;
+    Lane* grad;
+    Stored* unpaired;
+    int64_t* offsets;
+  };
+
+  static int64_t padded(int64_t columns) { return (columns + step - 1) / step * step; }
+  static int64_t patch_pixels(const Block& block) {
+    return block.patch_size(0) * block.patch_size(1) * block.patch_size(2);
+  }
+  int64_t count(int64_t unit) const {
+    return std::min<int64_t>(panel_width, g_.out_channels - unit % panels_ * panel_width);
+  }
+
+  // Adds the blocks of one split to the partial sums of units [begin, end); a unit is a panel of a group.
+  void accumulate_split(const Room& room, A* partial, int64_t split, int64_t begin, int64_t end) const {
+    std::memset(partial + begin * panel_size_, 0, static_cast<size_t>((end - begin) * panel_size_) * sizeof(A));
+    const int64_t blocks = static_cast<int64_t>(g_.blocks.size());
+    std::vector<Piece> pieces;
+    for (int64_t b = part_begin(blocks, splits_, split); b < part_begin(blocks, splits_, split + 1); ++b) {
+      const Block& block = g_.blocks[static_cast<size_t>(b)];
+      const std::vector<Run> runs = reduction_runs(block, g_.in_channels, g_.params->kernel.data(), false);
+      const int64_t pixels = pair_offsets(block, room.offsets);
+      int64_t filled = -1;  // the group in the patch
+      for (int64_t unit = begin; unit < end; ++unit) {
+        if (g_.wants_weight() && unit / panels_ != filled) {
+          filled = unit / panels_;
+          load_patch(block, filled, room, pieces);
+        }
+        const int vectors = count(unit) <= lanes ? 1 : 2;
+        load_grad(block, unit, vectors * lanes, room);
+        A* sum = partial + unit * panel_size_;
+        if (g_.wants_weight()) multiply(runs, room, pixels, vectors, sum);
+        if (g_.wants_bias()) add_bias(room.grad, pixels, vectors * lanes, sum + rows_ * panel_width);
+      }
+    }
+  }
+
+  static void multiply(const std::vector<Run>& runs, const Room& room, int64_t pixels, int vectors, A* sum) {
+    for (const Run& run : runs) {
+      const int64_t tiles = (run.length + kTilePixels - 1) / kTilePixels;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t i = part_begin(run.length, tiles, tile), size = part_begin(run.length, tiles, tile + 1) - i;
+        weight_tile_for<T>(static_cast<int>(size), vectors)(room.patch + run.patch + i, room.offsets, pixels, room.grad,
+                                                            sum + (run.weight + i) * vectors * lanes);
+      }
+    }
+  }
+
+  // Offsets of pixels in the patch, or of pairs of pixels in a row.
+  int64_t pair_offsets(const Block& block, int64_t* offsets) const {
+    pixel_offsets(block, g_.in_channels, offsets);
+    if constexpr (step == 1) return block.pixels();
+    int64_t n = 0;
+    for (int64_t row = 0; row < block.count[0] * block.count[1]; ++row) {
+      for (int64_t k = 0; k < block.count[2]; k += step) offsets[n++] = offsets[row * block.count[2] + k];
+    }
+    return n;
+  }
+
+  void load_patch(const Block& block, int64_t group, const Room& room, std::vector<Piece>& pieces) const {
+    const int64_t channels = g_.in_channels;
+    if constexpr (step == 1) {
+      fill_patch<T>(g_.source, block, group * channels, channels, channels, pieces, room.patch);
+    } else {
+      fill_patch<T>(g_.source, block, group * channels, channels, channels, pieces, room.unpaired);
+      const int64_t row = block.patch_size(2) * channels, next = block.run[2]->base_step * channels;
+      for (int64_t r = 0; r < block.patch_size(0) * block.patch_size(1); ++r) {
+        pair_up(room.unpaired + r * row, next, row, room.patch + r * row);
+      }
+    }
+  }
+
+  // to[i] = (from[i], from[i + next]) for i < n; past the end the second is zero.
+  static void pair_up(const bfloat16* from, int64_t next, int64_t n, int32_t* to) {
+    const int64_t both = std::max<int64_t>(n - next, 0);
+    for (int64_t i = 0; i < both; ++i) {
+      to[i] = static_cast<int32_t>(from[i].bits | static_cast<uint32_t>(from[i + next].bits) << 16);
+    }
+    for (int64_t i = both; i < n; ++i) to[i] = from[i].bits;
+  }
+
+  // The output gradient's panel as [pixel][width], or [pair][width] of pairs.
+  void load_grad(const Block& block, int64_t unit, int64_t width, const Room& room) const {
+    const TensorView& view = g_.params->grad_y;
+    const int64_t channel = unit / panels_ * g_.out_channels + unit % panels_ * panel_width;
+    const int64_t columns = block.count[2], row_pixels = padded(columns);
+    Stored* rows = nullptr;
+    if constexpr (step == 1) {
+      rows = room.grad;
+    } else {
+      rows = room.unpaired;
+    }
+    if (count(unit) != width || row_pixels != columns) {
+      std::memset(rows, 0, static_cast<size_t>(block.count[0] * block.count[1] * row_pixels * width) * sizeof(Stored));
+    }
+    for (int64_t i = 0; i < block.count[0]; ++i) {
+      for (int64_t j = 0; j < block.count[1]; ++j) {
+        const T* from = static_cast<const T*>(view.data) + block.batch * view.stride[0] + channel * view.stride[1] +
+                        block.position(0, i) * view.stride[2] + block.position(1, j) * view.stride[3] +
+                        block.position(2, 0) * view.stride[4];
+        Stored* to = rows + (i * block.count[1] + j) * row_pixels * width;
+        copy_columns(from, view.stride[1], view.stride[4], to, width, count(unit), columns);
+      }
+    }
+    if constexpr (step == 2) {
+      const int64_t pairs = block.count[0] * block.count[1] * row_pixels / 2;
+      for (int64_t p = 0; p < pairs; ++p) {
+        const bfloat16 *first = rows + 2 * p * width, *second = first + width;
+        for (int64_t n = 0; n < width; ++n) {
+          room.grad[p * width + n] = static_cast<int32_t>(first[n].bits | static_cast<uint32_t>(second[n].bits) << 16);
+        }
+      }
+    }
+  }
+
+  static void add_bias(const Lane* grad, int64_t pixels, int64_t width, A* sum) {
+    A total[panel_width] = {};
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int64_t n = 0; n < width; ++n) total[n] += lane_sum(grad[p * width + n]);
+    }
+    for (int64_t n = 0; n < width; ++n) sum[n] += total[n];
+  }
+  static float lane_sum(float x) { return x; }
+  static double lane_sum(double x) { return x; }
+  static float lane_sum(int32_t pair) {
+    const uint32_t bits = static_cast<uint32_t>(pair);
+    return to_float(bfloat16{static_cast<uint16_t>(bits)}) + to_float(bfloat16{static_cast<uint16_t>(bits >> 16)});
+  }
+
+  // Sums the splits of one unit over input channels [begin, end) and writes them; the first chunk also writes the bias.
+  void reduce(const A* partial, int64_t unit, int64_t begin, int64_t end, A* rows) const {
+    const int64_t width = (count(unit) <= lanes ? 1 : 2) * lanes, n = count(unit), taps = g_.taps;
+    const int64_t split_size = g_.groups * panels_ * panel_size_;
+    const int64_t out_channel = unit / panels_ * g_.out_channels + unit % panels_ * panel_width;
+    const auto sum_row = [&](int64_t row, A* to) {
+      const A* from = partial + unit * panel_size_ + row;
+      for (int64_t v = 0; v < width; v += lanes) {
+        vector_t<A> sum = load(from + v);
+        for (int64_t s = 1; s < splits_; ++s) sum += load(from + s * split_size + v);
+        store(to + v, sum);
+      }
+    };
+    if (g_.wants_bias() && begin == 0) {
+      sum_row(rows_ * panel_width, rows);
+      const TensorView& bias = g_.params->grad_bias;
+      for (int64_t i = 0; i < n; ++i) {
+        static_cast<T*>(bias.data)[(out_channel + i) * bias.stride[0]] = from_float<T>(rows[i]);
+      }
+    }
+    if (!g_.wants_weight()) return;
+    const TensorView& weight = g_.params->grad_weight;
+    const int64_t* kernel = g_.params->kernel.data();
+    const bool consecutive = weight.stride[4] == 1 && weight.stride[3] == kernel[2] &&
+                             weight.stride[2] == kernel[1] * kernel[2];
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t i = 0; i < taps; ++i) sum_row((i * g_.in_channels + c) * width, rows + i * width);
+      T* to = static_cast<T*>(weight.data) + out_channel * weight.stride[0] + c * weight.stride[1];
+      if (consecutive) {
+        copy_transposed(rows, width, to, weight.stride[0], taps, n);
+        continue;
+      }
+      for (int64_t i = 0; i < taps; ++i) {
+        const int64_t at = i / (kernel[1] * kernel[2]) * weight.stride[2] +
+                           i / kernel[2] % kernel[1] * weight.stride[3] + i % kernel[2] * weight.stride[4];
+        for (int64_t o = 0; o < n; ++o) to[o * weight.stride[0] + at] = from_float<T>(rows[i * width + o]);
+      }
+    }
+  }
+
+  const WeightGradient& g_;
+  int64_t rows_, panels_, panel_size_, splits_, shares_, patch_size_ = 0, pixels_ = 0;
+};
+
+}  // namespace
+
+void causal_conv3d_backward_weight(const ConvBackwardWeightParams& p) {
+  const TensorView &x = p.x, &grad_y = p.grad_y;
+  const ConvOptions& o = p.options;
+  require(x.rank == 5 && grad_y.rank == 5, "x and grad_y must have 5 dimensions");
+  require(o.groups >= 1 && x.shape[1] % o.groups == 0 && grad_y.shape[1] % o.groups == 0,
+          "groups must divide the channels of x and grad_y");
+  const Axis axes[3] = {time_axis(x.shape[2], p.kernel[0], o, p.history.defined()),
+                        space_axis(1, x.shape[3], p.kernel[1], o), space_axis(2, x.shape[4], p.kernel[2], o)};
+  const int64_t in_channels = x.shape[1] / o.groups;
+  require_view(grad_y, "grad_y", x.dtype, x.shape[0], -1, axes[0].outputs(), axes[1].outputs(), axes[2].outputs());
+  if (p.grad_weight.defined()) {
+    require_view(p.grad_weight, "grad_weight", x.dtype, grad_y.shape[1], in_channels, p.kernel[0], p.kernel[1],
+                 p.kernel[2]);
+  }
+  if (p.grad_bias.defined()) require_view(p.grad_bias, "grad_bias", x.dtype, grad_y.shape[1]);
+  if (p.history.defined()) {
+    require_view(p.history, "history", x.dtype, x.shape[0], x.shape[1], axes[0].before, x.shape[3], x.shape[4]);
+  }
+  const std::vector<AxisRun> runs[3] = {forward_runs(axes[0], true), forward_runs(axes[1], false),
+                                        forward_runs(axes[2], false)};
+  dispatch_dtype(x.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const int64_t pixel_bytes = in_channels * static_cast<int64_t>(sizeof(typename PixelPacking<T>::Lane));
+    const WeightGradient g{&p,
+                           {&x, &p.history, {forward_map(axes[0]), forward_map(axes[1]), forward_map(axes[2])}},
+                           make_blocks(runs, x.shape[0], pixel_bytes),
+                           in_channels,
+                           grad_y.shape[1] / o.groups,
+                           o.groups,
+                           p.kernel[0] * p.kernel[1] * p.kernel[2]};
+    WeightGradientKernel<T>(g).run();
+  });
+}
+
+}  // namespace walt::WALT_ISA

@@ -1,0 +1,113 @@
+// The inner loops: a few pixels times one panel of output channels, held in registers over the whole reduction.
+#pragma once
+
+#include "causal_conv3d/geometry.h"
+#include "common/simd.h"
+
+namespace walt::WALT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTilePixels = 12;  // 24 accumulators, 2 weights and a broadcast of 32 registers; 12 + 3 addresses of 16
+#elif defined(__AVX__)
+constexpr int kTilePixels = 6;
+#else
+constexpr int kTilePixels = 4;
+#endif
+
+// How the numbers of dtype T lie in patches and packed weights. 16-bit floats are widened, except bfloat16 where the
+// processor multiplies pairs of them; then `step` = 2 values of the reduction sit in one 32-bit lane.
+template <class T>
+struct Packing {
+  using Acc = accumulate_t<T>;
+  using Value = accumulate_t<T>;  // in patches
+  using Lane = accumulate_t<T>;   // in packed weights
+  static constexpr int step = 1;
+};
+#if defined(WALT_HAS_BF16_DOT)
+template <>
+struct Packing<bfloat16> {
+  using Acc = float;
+  using Value = bfloat16;
+  using Lane = int32_t;
+  static constexpr int step = 2;
+};
+#endif
+
+inline vfloat load_lanes(const float* p) { return load(p); }
+inline vdouble load_lanes(const double* p) { return load(p); }
+inline vfloat spread(const float* p) { return broadcast(*p); }
+inline vdouble spread(const double* p) { return broadcast(*p); }
+inline vfloat accumulate(vfloat acc, vfloat a, vfloat b) { return acc + a * b; }
+inline vdouble accumulate(vdouble acc, vdouble a, vdouble b) { return acc + a * b; }
+#if defined(WALT_HAS_BF16_DOT)
+inline vint load_lanes(const int32_t* p) {
+  vint v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vint spread(const bfloat16* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return vint{} + pair;
+}
+inline vint spread(const int32_t* p) { return vint{} + *p; }
+inline vfloat accumulate(vfloat acc, vint a, vint b) { return dot_bf16(acc, a, b); }
+#endif
+
+// acc[p][n] (+)= sum over runs of patch[offset_p + k] * weights[k][n] for `pixels` pixels and `vectors` vectors of n.
+// `resume` continues from what acc holds.
+template <class T, int pixels, int vectors>
+void tile_kernel(const typename Packing<T>::Value* patch, const int64_t* offsets, const Run* runs, int64_t run_count,
+                 const typename Packing<T>::Lane* weights, typename Packing<T>::Acc* acc, bool resume) {
+  using Pack = Packing<T>;
+  using A = typename Pack::Acc;
+  constexpr int lanes = kLanes<A>, width = vectors * lanes, step = Pack::step;
+  vector_t<A> sum[pixels][vectors];
+  const typename Pack::Value* x[pixels];
+#pragma GCC unroll 16
+  for (int p = 0; p < pixels; ++p) {
+    x[p] = patch + offsets[p];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sum[p][v] = resume ? load(acc + p * width + v * lanes) : vector_t<A>{};
+  }
+  for (int64_t r = 0; r < run_count; ++r) {
+    const typename Pack::Lane* w = weights + runs[r].weight / step * width;
+    int64_t k = runs[r].patch;
+    const int64_t end = k + runs[r].length;
+#pragma GCC unroll 2
+    for (; k < end; k += step, w += width) {
+      decltype(load_lanes(w)) row[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) row[v] = load_lanes(w + v * lanes);
+#pragma GCC unroll 16
+      for (int p = 0; p < pixels; ++p) {
+        const auto value = spread(x[p] + k);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum[p][v] = accumulate(sum[p][v], value, row[v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < pixels; ++p) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) store(acc + p * width + v * lanes, sum[p][v]);
+  }
+}
+
+template <class T>
+using TileKernel = void (*)(const typename Packing<T>::Value*, const int64_t*, const Run*, int64_t,
+                            const typename Packing<T>::Lane*, typename Packing<T>::Acc*, bool);
+
+template <class T, int vectors, int... index>
+TileKernel<T> find_tile_kernel(int pixels, std::integer_sequence<int, index...>) {
+  static constexpr TileKernel<T> table[] = {tile_kernel<T, index + 1, vectors>...};
+  return table[pixels - 1];
+}
+
+template <class T>
+TileKernel<T> tile_kernel_for(int pixels, int vectors) {
+  constexpr auto sequence = std::make_integer_sequence<int, kTilePixels>{};
+  return vectors == 1 ? find_tile_kernel<T, 1>(pixels, sequence) : find_tile_kernel<T, 2>(pixels, sequence);
+}
+
+}  // namespace walt::WALT_ISA

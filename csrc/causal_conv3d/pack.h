@@ -1,0 +1,119 @@
+// Packs weights once per call into panels of output channels: [group][panel][kt][kh][kw][channel][width], with channels
+// padded to Packing::step and pairs of them interleaved where the kernel multiplies pairs.
+#pragma once
+
+#include "causal_conv3d/micro.h"
+#include "causal_conv3d/patch.h"
+#include "common/parallel.h"
+
+namespace walt::WALT_ISA {
+
+// How weights are read: forward sums over input channels, backward data over output channels with the kernel's last axis
+// reversed. Channel counts are per group.
+struct WeightView {
+  const TensorView* weight;
+  int64_t in_channels, out_channels, groups;  // of the sum, of the result
+  bool transposed;
+
+  int64_t kernel(int axis) const { return weight->shape[2 + axis]; }
+  int64_t taps() const { return kernel(0) * kernel(1) * kernel(2); }
+  int64_t in_stride() const { return weight->stride[transposed ? 0 : 1]; }
+  int64_t out_stride() const { return weight->stride[transposed ? 1 : 0]; }
+  int64_t group_offset(int64_t g) const { return g * (transposed ? in_channels : out_channels) * weight->stride[0]; }
+  // Where tap i of the packed order lies in the tensor.
+  int64_t tap_offset(int64_t i) const {
+    const int64_t w = i % kernel(2), h = i / kernel(2) % kernel(1), t = i / kernel(2) / kernel(1);
+    return t * weight->stride[2] + h * weight->stride[3] + (transposed ? kernel(2) - 1 - w : w) * weight->stride[4];
+  }
+};
+
+template <class T>
+struct PanelLayout {
+  static constexpr int lanes = kLanes<typename Packing<T>::Acc>;
+  static constexpr int width = 2 * lanes;
+  int64_t channels;  // padded
+  int64_t rows;      // of one panel, each `width` lanes
+  int64_t panels;    // of one group
+
+  PanelLayout(int64_t in_channels, int64_t out_channels, int64_t taps)
+      : channels((in_channels + Packing<T>::step - 1) / Packing<T>::step * Packing<T>::step),
+        rows(taps * channels / Packing<T>::step),
+        panels((out_channels + width - 1) / width) {}
+  int64_t panel_size() const { return rows * width; }
+  // The last panel is one vector wide if that is enough; its rows then lie closer together.
+  static int64_t count(int64_t out_channels, int64_t panel) { return std::min<int64_t>(width, out_channels - panel * width); }
+  static int vectors(int64_t count) { return count <= lanes ? 1 : 2; }
+};
+
+// rows[tap][width] of one input channel, as accumulation type.
+template <class T, class A>
+void weight_rows(const WeightView& view, const T* from, const std::vector<int64_t>& tap_offset, int64_t count,
+                 int64_t width, A* rows) {
+  const int64_t taps = static_cast<int64_t>(tap_offset.size()), stride = view.out_stride();
+  if (stride == 1) {
+    for (int64_t i = 0; i < taps; ++i) copy_channels(from + tap_offset[i], rows + i * width, count);
+    return;
+  }
+  bool consecutive = taps > 2 && count > 2;
+  for (int64_t i = 0; i < taps; ++i) consecutive = consecutive && tap_offset[i] == i;
+  if (consecutive) {
+    copy_transposed(from, stride, rows, width, count, taps);
+    return;
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t i = 0; i < taps; ++i) rows[i * width + n] = to_float(from[n * stride + tap_offset[i]]);
+  }
+}
+
+inline void store_rows(const float* even, const float*, int64_t width, float* to) {
+  std::memcpy(to, even, static_cast<size_t>(width) * sizeof(float));
+}
+inline void store_rows(const double* even, const double*, int64_t width, double* to) {
+  std::memcpy(to, even, static_cast<size_t>(width) * sizeof(double));
+}
+// Two rows of numbers that bfloat16 represents exactly, interleaved.
+inline void store_rows(const float* even, const float* odd, int64_t width, int32_t* to) {
+  for (int64_t n = 0; n < width; ++n) {
+    uint32_t low, high;
+    std::memcpy(&low, even + n, 4);
+    std::memcpy(&high, odd + n, 4);
+    to[n] = static_cast<int32_t>(low >> 16 | (high & 0xffff0000u));
+  }
+}
+
+// `packed` holds groups * panels * panel_size lanes.
+template <class T>
+void pack_weights(const WeightView& view, int threads, typename Packing<T>::Lane* packed) {
+  using Layout = PanelLayout<T>;
+  using A = typename Packing<T>::Acc;
+  constexpr int step = Packing<T>::step;
+  const int64_t taps = view.taps();
+  const Layout layout(view.in_channels, view.out_channels, taps);
+  std::vector<int64_t> tap_offset;
+  for (int64_t i = 0; i < taps; ++i) tap_offset.push_back(view.tap_offset(i));
+  const int64_t panels = view.groups * layout.panels, slices = layout.channels / step;
+  const int64_t chunk = 16, chunks = (slices + chunk - 1) / chunk;
+  const int64_t scratch_size = step * taps * Layout::width;
+  Scratch<A> scratch(threads * scratch_size);
+  parallel_for(panels * chunks, threads, [&](int64_t task, int thread) {
+    A* rows = scratch.data() + thread * scratch_size;
+    const int64_t group = task / chunks / layout.panels, panel = task / chunks % layout.panels;
+    const int64_t count = Layout::count(view.out_channels, panel), width = Layout::vectors(count) * Layout::lanes;
+    const T* from = static_cast<const T*>(view.weight->data) + view.group_offset(group) +
+                    panel * Layout::width * view.out_stride();
+    const int64_t end = std::min(slices, (task % chunks + 1) * chunk);
+    for (int64_t slice = task % chunks * chunk; slice < end; ++slice) {
+      std::memset(rows, 0, static_cast<size_t>(scratch_size) * sizeof(A));
+      for (int i = 0; i < step && slice * step + i < view.in_channels; ++i) {
+        weight_rows(view, from + (slice * step + i) * view.in_stride(), tap_offset, count, width,
+                    rows + i * taps * width);
+      }
+      for (int64_t i = 0; i < taps; ++i) {
+        store_rows(rows + i * width, rows + ((step - 1) * taps + i) * width, width,
+                   packed + (task / chunks) * layout.panel_size() + (i * slices + slice) * width);
+      }
+    }
+  });
+}
+
+}  // namespace walt::WALT_ISA
