@@ -290,6 +290,15 @@ def test_gradient_of_the_whole_is_the_slope() -> None:
     torch.testing.assert_close((slope * direction).sum(), (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-10)
 
 
+def test_autocast_costs_no_more_than_its_rounding() -> None:
+    tokenizer = make()
+    video = draw(1, 3, 5, 16, 16)
+    expected = tokenizer(video)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tokenizer(video)
+    assert (out - expected).norm() / expected.norm() < 4 * torch.finfo(torch.bfloat16).eps
+
+
 # Statistics, state, errors
 
 

@@ -354,6 +354,15 @@ def test_compiles_without_graph_breaks_or_recompiles() -> None:
     assert len(graphs) == 1
 
 
+def test_autocast_costs_no_more_than_its_rounding() -> None:
+    model, batch = make().float(), {name: t.float() if t.is_floating_point() else t for name, t in inputs().items()}
+    expected = model(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch)
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).norm() / expected.norm() < 4 * torch.finfo(torch.bfloat16).eps
+
+
 # Errors and configurations
 
 

@@ -163,7 +163,8 @@ class TransformerConfig(Config):
         """Floating-point operations of one forward pass over one video sample, by part.
 
         Matrix products only, one multiply-add being 2 operations; norms, activations, softmax, biases and residuals
-        are not counted. A training step costs three times as much (forward, and two products backward for each).
+        are not counted. A training step costs three times as much (forward, and two products backward for each), plus
+        one forward pass for each sample that is self-conditioned.
         """
         d, n = self.width, self.tokens
         pixels = self.patch**2
@@ -208,7 +209,7 @@ class DiffusionConfig(Config):
 # "L" and "XL" are the class-conditional UCF-101 models, 17x128x128 pixels; "tiny" learns 17x64x64 clips on two cores.
 PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     "tiny": (
-        TokenizerConfig(channels=16, multipliers=(1, 2, 4, 4), blocks=1, middle_blocks=1, groups=8),
+        TokenizerConfig(channels=16, multipliers=(1, 2, 2, 4), blocks=1, middle_blocks=1, groups=8),
         TransformerConfig(
             layers=6,
             width=256,

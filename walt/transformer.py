@@ -110,7 +110,8 @@ class Transformer(nn.Module):
         self._check(z_t, time, label, image, self_condition)
         joined = join_self_condition(z_t, self_condition) if self.config.self_condition else z_t
         patches, grid = patchify(joined, self.config.patch)
-        x = self.project_in(patches) + self._positions(grid[0], image).flatten(1, 3)
+        x = self.project_in(patches)
+        x = x + self._positions(grid[0], image).flatten(1, 3).to(x.dtype)  # under autocast, tokens stay narrow
 
         cond = self.embed_time(time)
         if self.embed_class is not None:
