@@ -34,9 +34,9 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json (kind, description), `<name>.safetensors` for each group of tensors and state.json, if any.
+    """Write config.json (kind, description), `<name>.safetensors` for each group of tensors, and state.json, if any.
 
-    The folder appears complete or not at all; a folder that was there is replaced. Raises WaltError if the disk is full.
+    The folder appears complete or not at all; one that was there is replaced. WaltError if the disk is full.
     """
     document = {"format": FORMAT, "version": VERSION, "kind": kind, **description}
     with replacing_folder(folder) as temporary:

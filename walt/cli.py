@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from walt import commands
 from walt.demo import Demo, DemoConfig, summary
 from walt.errors import WaltError
+from walt.simulator import SCENARIOS
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -59,8 +60,12 @@ def parser() -> argparse.ArgumentParser:
         "train a small model on rendered and filmed clips, sample it, write a report",
         "walt demo --out runs/demo --minutes 12",
     )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all output (default: %(default)s)")
-    demo.add_argument("--scenarios", nargs="+", metavar="NAME", help="ViZDoom scenarios, each one a class")
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for all output (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--scenarios", nargs="+", metavar="NAME", default=SCENARIOS, help="ViZDoom scenarios, each one a class"
+    )
     helps = {
         "minutes": "budget of wall-clock time",
         "clips": "training clips a class",
@@ -89,8 +94,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("stage", choices=("tokenizer", "base"), help="base needs the tokenizer of the same --out")
     train.add_argument("--data", type=Path, required=True, help="folder of videos; subfolders are classes")
     train.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
-    train.add_argument("--preset", default="tiny", help="sizes of the model (default: %(default)s); see walt info --all")
-    train.add_argument("--steps", type=_positive, default=1000, metavar="N", help="training steps (default: %(default)s)")
+    train.add_argument(
+        "--preset", default="tiny", help="sizes of the model (default: %(default)s); see walt info --all"
+    )
+    train.add_argument(
+        "--steps", type=_positive, default=1000, metavar="N", help="training steps (default: %(default)s)"
+    )
     train.add_argument("--batch", type=_positive, default=4, metavar="N", help="clips a step (default: %(default)s)")
     train.add_argument("--lr", type=_positive_float, default=1e-3, metavar="X", help="peak (default: %(default)s)")
     train.add_argument("--frames", type=_positive, default=17, metavar="N", help="1 + 4k (default: %(default)s)")
@@ -106,11 +115,15 @@ def parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--from", dest="source", type=Path, required=True, help="folder of a trained model")
     sample.add_argument("--class", dest="label", help="name or number (default: one sample of each class)")
-    sample.add_argument("--num", type=_positive, default=None, metavar="N", help="samples (default: one, or one a class)")
+    sample.add_argument(
+        "--num", type=_positive, default=None, metavar="N", help="samples (default: one, or one a class)"
+    )
     sample.add_argument("--images", action="store_true", help="independent pictures instead of clips")
     sample.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default: %(default)s)")
     sample.add_argument("--seed", type=_natural, default=0, metavar="N", help="(default: %(default)s)")
-    sample.add_argument("--out", type=Path, default=None, help=".mp4, .gif, or .png for pictures (default: samples.mp4)")
+    sample.add_argument(
+        "--out", type=Path, default=None, help=".mp4, .gif, or .png for pictures (default: samples.mp4)"
+    )
 
     evaluate = _command(
         group,
@@ -125,7 +138,11 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--size", type=_positive, default=64, metavar="N", help="in pixels (default: %(default)s)")
 
     info = _command(
-        group, "info", commands.info, "shapes, parameters and FLOPs of the configurations", "walt info L    walt info --all"
+        group,
+        "info",
+        commands.info,
+        "shapes, parameters and FLOPs of the configurations",
+        "walt info L    walt info --all",
     )
     info.add_argument("name", nargs="?", default="tiny", help="a preset (default: %(default)s)")
     info.add_argument("--all", action="store_true", help="every preset")
@@ -175,10 +192,7 @@ def _number(text: str, kind: type[int] | type[float], what: str) -> float:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    given = {field.name: getattr(arguments, field.name, None) for field in fields(DemoConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "scenarios" in given:
-        given["scenarios"] = tuple(given["scenarios"])
+    given = {field.name: getattr(arguments, field.name) for field in fields(DemoConfig) if field.name in arguments}
     metrics = Demo(DemoConfig(**given), arguments.out).run()
     print("\n".join(summary(metrics, arguments.out)))
 

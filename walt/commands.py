@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from walt.data import centre_square, folder_clips, shrink
 from walt.errors import WaltError, user_values
 from walt.evaluate import psnr
 from walt.pipeline import ClipShape, WaltPipeline, load_tokenizer
-from walt.stages import decode, encode, new_transformer, prepare_latents
+from walt.stages import decode, encode, fitted, new_transformer, prepare_latents
 from walt.stages import train_tokenizer as run_tokenizer
 from walt.stages import train_transformer as run_transformer
 from walt.tokenizer import Tokenizer
@@ -31,27 +31,6 @@ def preset(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
     return PRESETS[name]
 
 
-def fitted(
-    tokenizer: TokenizerConfig, transformer: TransformerConfig, frames: int, size: int, classes: int
-) -> TransformerConfig:
-    """The configuration with the latent size of such clips; windows larger than that are cut down to it."""
-    with user_values(f"clips of {frames} frames at {size}x{size}"):
-        channels, *latent = tokenizer.latent_shape(frames, size, size)
-    depth, height, width = latent
-
-    def inside(window: tuple[int, int, int]) -> tuple[int, int, int]:
-        return min(window[0], depth), min(window[1], height), min(window[2], width)
-
-    return replace(
-        transformer,
-        latent_channels=channels,
-        latent_size=(depth, height, width),
-        spatial_window=inside(transformer.spatial_window),
-        spacetime_window=inside(transformer.spacetime_window),
-        classes=classes,
-    )
-
-
 def train_tokenizer(arguments: argparse.Namespace) -> None:
     config, _ = preset(arguments.preset)
     _, data = _settings(arguments, config)
@@ -63,6 +42,7 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
         arguments.out / "tokenizer",
         batch=arguments.batch,
         frames=arguments.frames,
+        crop=arguments.size,
         data=data,
     )
     _report(trainer)
@@ -74,9 +54,7 @@ def train_base(arguments: argparse.Namespace) -> None:
     clip, data = _settings(arguments, preset(arguments.preset)[0])
     tokenizer = load_tokenizer(arguments.out / "tokenizer")
     train, _ = folder_clips(arguments.data, frames=arguments.frames, size=arguments.size, held_out=0)
-    config = fitted(
-        tokenizer.config, preset(arguments.preset)[1], arguments.frames, arguments.size, len(train.classes)
-    )
+    config = fitted(tokenizer.config, preset(arguments.preset)[1], arguments.frames, arguments.size, len(train.classes))
     transformer, diffusion = new_transformer(config, arguments.seed)
     _, trainer = run_transformer(
         transformer,
@@ -104,7 +82,7 @@ def _training(arguments: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(arguments.steps, lr=arguments.lr, seed=arguments.seed)
 
 
-def _report(trainer: Trainer) -> None:
+def _report(trainer: Trainer[Any]) -> None:
     print(f"{trainer.folder}: {trainer.step} steps in {trainer.elapsed:.0f} s; losses in {trainer.log_path}")
 
 
@@ -170,7 +148,7 @@ def describe(name: str) -> str:
         f" decoder {_millions(tokenizer.decoder)}",
         f"  transformer      {_millions(transformer)} parameters: {denoiser.layers} layers, width {denoiser.width},"
         f" {denoiser.heads} heads, {denoiser.classes} classes",
-        f"  FLOPs a sample   {flops / 1e9:.1f} G for one pass of the transformer, {flops * 50 / 1e12:.2f} T for 50 steps",
+        f"  FLOPs a sample   {flops / 1e9:.1f} G for a pass of the transformer, {flops * 50 / 1e12:.2f} T for 50 steps",
         *(f"    {part:<22} {value / 1e9:9.2f} G" for part, value in denoiser.flops().items()),
     ]
     return "\n".join(lines)
@@ -178,5 +156,3 @@ def describe(name: str) -> str:
 
 def _millions(model: torch.nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M"
-
-

@@ -95,7 +95,7 @@ def film_path() -> Path:
 def film_clips(
     path: Path, span: tuple[int, int], count: int, *, name: str = FILM, frames: int = 17, size: int = 64, seed: int = 0
 ) -> Clips:
-    """`count` clips from frames span[0] .. span[1] - 1 of a film: random start, random square window that stands still."""
+    """`count` clips from frames span[0] .. span[1] - 1 of a film: random starts, random square windows at rest."""
     start, stop = span
     if stop - start < frames:
         raise WaltError(f"{path}: frames {start} to {stop - 1} cannot hold a clip of {frames} frames")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ import numpy as np
 import torch
 
 from walt import report
-from walt.config import PRESETS, TokenizerConfig, TransformerConfig
+from walt.config import PRESETS
 from walt.data import Clips, balanced, demo_clips
-from walt.errors import WaltError, user_values
+from walt.errors import WaltError
 from walt.evaluate import FEATURES, FrameFeatures, Projection, clip_distances, psnr
 from walt.files import write_json
 from walt.pipeline import ClipShape, WaltPipeline
 from walt.simulator import SCENARIOS
-from walt.stages import decode, encode, new_transformer, prepare_latents, train_tokenizer, train_transformer
+from walt.stages import decode, encode, fitted, new_transformer, prepare_latents, train_tokenizer, train_transformer
 from walt.tokenizer import Tokenizer
 from walt.training import Trainer, TrainingConfig
+from walt.transformer import Transformer
 
 FPS = 12
 FEATURE_FRAMES_PER_SECOND = 200  # on two cores, rounded down
@@ -41,6 +42,7 @@ class DemoConfig:
     tokenizer_steps: int = 1500
     tokenizer_batch: int = 4
     tokenizer_frames: int = 9
+    tokenizer_crop: int = 32
     tokenizer_share: float = 0.4  # of the training time
     transformer_steps: int = 1500
     transformer_batch: int = 16
@@ -61,8 +63,9 @@ class Demo:
         self.config, self.out = config, Path(out)
         self.started = time.monotonic()
         self.times: dict[str, float] = {}
-        with user_values("demo"):
-            self.tokenizer_config, self.transformer_config = model_configs(config)
+        self.tokenizer_config, transformer = PRESETS["tiny"]
+        classes = len(config.scenarios) + 1
+        self.transformer_config = fitted(self.tokenizer_config, transformer, config.frames, config.size, classes)
         self.clip = ClipShape(config.frames, config.size, config.size, FPS)
 
     def run(self) -> dict[str, Any]:
@@ -114,23 +117,22 @@ class Demo:
 
     def _data(self) -> tuple[Clips, Clips]:
         c = self.config
-        train, test = demo_clips(
-            c.clips, c.samples, scenarios=c.scenarios, frames=c.frames, size=c.size, seed=c.seed
-        )
+        train, test = demo_clips(c.clips, c.samples, scenarios=c.scenarios, frames=c.frames, size=c.size, seed=c.seed)
         shared = set(train.source) & set(test.source)
         if shared:
             raise WaltError(f"{len(shared)} sources are both trained on and held out, such as {min(shared)}")
         return train, test
 
-    def _tokenizer(self, clips: Clips) -> tuple[Tokenizer, Trainer]:
+    def _tokenizer(self, clips: Clips) -> tuple[Tokenizer, Trainer[Tokenizer]]:
         c = self.config
         return train_tokenizer(
             clips,
             self.tokenizer_config,
-            TrainingConfig(c.tokenizer_steps, lr=2e-3, save_every=c.save_every, seed=c.seed),
+            TrainingConfig(c.tokenizer_steps, lr=4e-3, save_every=c.save_every, seed=c.seed),
             self.out / "tokenizer",
             batch=c.tokenizer_batch,
             frames=min(c.frames, c.tokenizer_frames),
+            crop=min(c.size, c.tokenizer_crop),
             data=c.data(),
             seconds=max(1.0, c.tokenizer_share * self._left()),
         )
@@ -138,7 +140,7 @@ class Demo:
     def _reconstruct(self, tokenizer: Tokenizer, test: Clips) -> np.ndarray:
         return decode(tokenizer, encode(tokenizer, test.video, desc="reconstruct"))
 
-    def _transformer(self, tokenizer: Tokenizer, clips: Clips) -> tuple[WaltPipeline, np.ndarray, Trainer]:
+    def _transformer(self, tokenizer: Tokenizer, clips: Clips) -> tuple[WaltPipeline, np.ndarray, Trainer[Transformer]]:
         """Train; also returns what the same network samples before its first step."""
         c = self.config
         latents = prepare_latents(tokenizer, clips)
@@ -190,21 +192,6 @@ class Demo:
         return {**distances, "real training clips": clip_distances(project(known), held_out)}, dimensions
 
 
-def model_configs(config: DemoConfig) -> tuple[TokenizerConfig, TransformerConfig]:
-    """The preset "tiny", fitted to the clips' size and the number of classes."""
-    tokenizer, transformer = PRESETS["tiny"]
-    channels, depth, height, width = tokenizer.latent_shape(config.frames, config.size, config.size)
-    fitted = replace(
-        transformer,
-        latent_channels=channels,
-        latent_size=(depth, height, width),
-        spatial_window=(1, height, width),
-        spacetime_window=(depth, max(1, height // 2), max(1, width // 2)),
-        classes=len(config.scenarios) + 1,
-    )
-    return tokenizer, fitted
-
-
 def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -214,7 +201,7 @@ def summary(metrics: dict[str, Any], out: Path) -> Sequence[str]:
     frechet = metrics["frechet"]
     return (
         f"held-out reconstruction   PSNR {metrics['psnr']:.2f} dB (mean of {metrics['clips']['held out']} clips)",
-        f"Frechet distance to held-out clips ({metrics['frechet_clips']} clips = {metrics['frechet_frames']} frames a side)",
+        f"Frechet distance to {metrics['frechet_clips']} held-out clips ({metrics['frechet_frames']} frames a side)",
         f"  features                {metrics['frechet_features']}",
         *(f"  {name:<23} frames {d['frames']:8.1f}   motion {d['motion']:8.2f}" for name, d in frechet.items()),
         f"  untrained / trained     {metrics['frechet_ratio']:.2f}",

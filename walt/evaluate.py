@@ -39,12 +39,12 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
         raise ValueError(
             f"first {list(first.shape)} and second {list(second.shape)} must be [N, D] and [M, D] with N, M >= 2"
         )
-    a, b = first.astype(np.float64), second.astype(np.float64)
-    mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
-    a, b = (a - mean_a) / np.sqrt(len(a) - 1), (b - mean_b) / np.sqrt(len(b) - 1)
+    a, b = (torch.from_numpy(features.astype(np.float64)) for features in (first, second))
+    mean_a, mean_b = a.mean(dim=0), b.mean(dim=0)
+    a, b = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
     # R of a QR has the same Gram matrix as its argument and at most D rows.
-    cross = np.linalg.svd(np.linalg.qr(a, mode="r") @ np.linalg.qr(b, mode="r").T, compute_uv=False).sum()
-    return float(np.square(mean_a - mean_b).sum() + np.square(a).sum() + np.square(b).sum() - 2 * cross)
+    roots = torch.linalg.svdvals(torch.linalg.qr(a, mode="r").R @ torch.linalg.qr(b, mode="r").R.T)
+    return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * roots.sum())
 
 
 class FrameFeatures:

@@ -93,9 +93,7 @@ class WaltPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what from_pretrained reads: safetensors and config.json, without any training state."""
         folder = Path(folder)
-        description = transformer_description(
-            self.transformer.config, self.diffusion.config, self.clip, self.classes
-        )
+        description = transformer_description(self.transformer.config, self.diffusion.config, self.clip, self.classes)
         for kind, model, text in (
             ("tokenizer", self.tokenizer, tokenizer_description(self.tokenizer.config)),
             ("transformer", self.transformer, description),
@@ -115,7 +113,7 @@ class WaltPipeline:
 
     def generate(
         self,
-        label: str | int | None | Sequence[str | int] = None,
+        label: str | int | Sequence[str | int] | None = None,
         num: int = 1,
         *,
         steps: int = 50,

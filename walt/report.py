@@ -84,15 +84,15 @@ side. Features: {html.escape(metrics["frechet_features"])}.
 The trained model is {metrics["frechet_ratio"]:.2f} times nearer than the same network before its first step.</p>
 {_table(["set", "frames", "motion"], [[n, f"{d['frames']:.1f}", f"{d['motion']:.2f}"] for n, d in frechet.items()])}
 <p class="note">"Frames" compares single frames, "motion" the steps of the features from frame to frame. The untrained
-model has the same sampler, seeds, tokenizer and number of clips. The last row is the floor: other real clips against the
-held-out ones. Few clips make every distance larger than it would be with many, and these numbers cannot be compared with
-a published FVD or FID, which use other features, other data and thousands of clips.</p>
+model has the same sampler, seeds, tokenizer and number of clips. The last row is the floor: other real clips against
+the held-out ones. Few clips make every distance larger than many would, and these numbers cannot be compared with a
+published FVD or FID, which use other features, other data and thousands of clips.</p>
 <h2>Training</h2>
 {_picture(out / "losses.png", "loss curves")}
 {_training(metrics)}
-<p class="note">Held out are whole episodes of the simulator and the last frames of the film: no held-out frame was trained
-on. The rooms of a scenario are the same in all its episodes, so this measures new views and motions, not new rooms.
-Clips: <a href="https://vizdoom.cs.put.edu.pl">ViZDoom</a> scenarios, and "Big Buck Bunny" (Blender Foundation,
+<p class="note">Held out are whole episodes of the simulator and the last frames of the film: no held-out frame was
+trained on. The rooms of a scenario are the same in all its episodes, so this measures new views and motions, not new
+rooms. Clips: <a href="https://vizdoom.cs.put.edu.pl">ViZDoom</a> scenarios, and "Big Buck Bunny" (Blender Foundation,
 CC-BY 3.0). Sample again with <code>walt sample --from {html.escape(str(out))}</code>.</p>
 </body></html>
 """

@@ -1,9 +1,9 @@
-"""The two stages of training: what a step is, and the latents that join them. `walt demo` and `walt train` share them."""
+"""The two stages of training: what a step is, and the latents that join them; for `walt demo` and `walt train`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from walt.config import DiffusionConfig, TokenizerConfig, TransformerConfig
 from walt.data import Clips, to_model, to_pixels
 from walt.diffusion import Diffusion
+from walt.errors import user_values
 from walt.losses import reconstruction_loss
 from walt.pipeline import ClipShape, tokenizer_description, transformer_description
 from walt.tokenizer import Tokenizer
@@ -24,17 +25,19 @@ from walt.transformer import Transformer
 IMAGE_STRIDE = 4  # every fourth frame of a clip also serves as an image
 
 
-def tokenizer_step(clips: Clips, batch: int, frames: int) -> Step:
-    """Reconstruct `batch` random clips, cut to a random run of `frames` frames.
+def tokenizer_step(clips: Clips, batch: int, frames: int, crop: int) -> Step:
+    """Reconstruct `batch` random clips, cut to a random run of `frames` frames and a random square of `crop` pixels.
 
-    The tokenizer is causal and its norms do not pool over time, so short runs teach it as well and cost less.
+    The tokenizer is convolutional and causal, so small pieces teach it what whole clips would and cost less: on a CPU
+    many small steps get further than a few large ones.
     """
     video = torch.from_numpy(clips.video)
+    ranges = [size - piece + 1 for size, piece in zip(video.shape[1:4], (frames, crop, crop), strict=True)]
 
     def step(model: nn.Module, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(video), (batch,), generator=generator)
-        first = int(torch.randint(video.shape[1] - frames + 1, (1,), generator=generator))
-        target = to_model(video[index, first : first + frames])
+        t, y, x = (int(torch.randint(size, (1,), generator=generator)) for size in ranges)
+        target = to_model(video[index, t : t + frames, y : y + crop, x : x + crop])
         return reconstruction_loss(model(target), target)
 
     return step
@@ -114,9 +117,10 @@ def train_tokenizer(
     *,
     batch: int,
     frames: int,
+    crop: int,
     data: Mapping[str, Any],
     seconds: float | None = None,
-) -> tuple[Tokenizer, Trainer]:
+) -> tuple[Tokenizer, Trainer[Tokenizer]]:
     """First stage, from its checkpoint in `folder` if there is one -> the averaged tokenizer, with latent statistics.
 
     `data` describes the clips: a checkpoint of other clips is not gone on from. `seconds` is for this run.
@@ -124,7 +128,7 @@ def train_tokenizer(
     torch.manual_seed(training.seed)
     trainer = Trainer(
         Tokenizer(config),
-        tokenizer_step(clips, batch, frames),
+        tokenizer_step(clips, batch, frames, crop),
         training,
         folder,
         kind="tokenizer",
@@ -132,8 +136,8 @@ def train_tokenizer(
         frames_per_step=batch * frames,
     )
     trainer.resume()
-    tokenizer = trainer.ema.module
-    if not trainer.finished or bool((tokenizer.latent_std == 1).all()):
+    tokenizer = trainer.averaged
+    if not trainer.finished or torch.equal(tokenizer.latent_std, torch.ones_like(tokenizer.latent_std)):
         trainer.run(seconds=None if seconds is None else trainer.elapsed + seconds)
         set_statistics(tokenizer.eval(), clips)
         trainer.save()
@@ -153,7 +157,7 @@ def train_transformer(
     classes: tuple[str, ...],
     data: Mapping[str, Any],
     seconds: float | None = None,
-) -> tuple[Transformer, Trainer]:
+) -> tuple[Transformer, Trainer[Transformer]]:
     """Second stage, from its checkpoint in `folder` if there is one -> the averaged transformer."""
     description = transformer_description(transformer.config, diffusion.config, clip, classes)
     trainer = Trainer(
@@ -167,7 +171,28 @@ def train_transformer(
     )
     trainer.resume()
     trainer.run(seconds=None if seconds is None else trainer.elapsed + seconds)
-    return trainer.ema.module.eval(), trainer
+    return trainer.averaged.eval(), trainer
+
+
+def fitted(
+    tokenizer: TokenizerConfig, transformer: TransformerConfig, frames: int, size: int, classes: int
+) -> TransformerConfig:
+    """The configuration with the latent size of such clips; windows larger than that are cut down to it."""
+    with user_values(f"clips of {frames} frames at {size}x{size}"):
+        channels, *latent = tokenizer.latent_shape(frames, size, size)
+    depth, height, width = latent
+
+    def inside(window: tuple[int, int, int]) -> tuple[int, int, int]:
+        return min(window[0], depth), min(window[1], height), min(window[2], width)
+
+    return replace(
+        transformer,
+        latent_channels=channels,
+        latent_size=(depth, height, width),
+        spatial_window=inside(transformer.spatial_window),
+        spacetime_window=inside(transformer.spacetime_window),
+        classes=classes,
+    )
 
 
 def new_transformer(config: TransformerConfig, seed: int) -> tuple[Transformer, Diffusion]:

@@ -7,11 +7,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ from walt.checkpoint import (
 from walt.errors import WaltError
 from walt.files import read_json, replacing
 
+Model = TypeVar("Model", bound=nn.Module)
 Step = Callable[[nn.Module, torch.Generator], Tensor]
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """lr rises over `warmup` steps and falls to 2 % of itself on a cosine; ema_decay counts steps from the first one."""
+    """lr rises over `warmup` steps and falls to 2 % of itself on a cosine; the EMA is warmed up too (`_warm_ema`)."""
 
     steps: int
     lr: float = 1e-3
@@ -53,7 +55,7 @@ class TrainingConfig:
     seed: int = 0
 
 
-class Trainer:
+class Trainer(Generic[Model]):
     """Trains `model` by `step(model, generator) -> loss`, which draws its batch and its noise from `generator`.
 
     All that a run depends on is in its checkpoint (weights, EMA, optimizer, step, both random generators), so a run
@@ -62,7 +64,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         step: Step,
         config: TrainingConfig,
         folder: str | Path,
@@ -129,6 +131,11 @@ class Trainer:
             frames = steps_per_second * self.frames_per_step
             bar.set_postfix(loss=f"{value:.4f}", frames_s=f"{frames:.0f}", refresh=False)
             self._log({"step": self.step, "loss": value, "lr": rate, "grad_norm": norm.item(), "frames_s": frames})
+
+    @property
+    def averaged(self) -> Model:
+        """The model with the averaged weights."""
+        return cast(Model, self.ema.module)
 
     def progress(self) -> dict[str, float]:
         return {"done": self.step, "planned": self.config.steps, "seconds": round(self.elapsed, 1)}
@@ -212,13 +219,13 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _warm_ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+def _warm_ema(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """ema += (1 - d)(model - ema) with d = min(decay, (1 + n) / (10 + n)), so the random start is forgotten early."""
 
     @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
+    def update(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
         n = int(updates)
-        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
     return update
 
