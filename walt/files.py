@@ -25,7 +25,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,174 @@
+"""walt.data and walt.simulator: the same clips for the same seed, and nothing held out that was trained on."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from walt.data import (
+    Clips,
+    balanced,
+    centre_square,
+    demo_clips,
+    film_clips,
+    film_path,
+    folder_clips,
+    join,
+    render_clips,
+    shrink,
+    to_model,
+    to_pixels,
+)
+from walt.errors import WaltError
+from walt.video import read_video, write_mp4
+
+
+@pytest.fixture
+def film():
+    pytest.importorskip("av", reason="PyAV is not installed")
+    try:
+        return film_path()
+    except WaltError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def simulator():
+    pytest.importorskip("vizdoom", reason="ViZDoom is not installed")
+
+
+def constant_clips(name: str, value: int, count: int = 2) -> Clips:
+    video = np.full((count, 5, 8, 8, 3), value, np.uint8)
+    return Clips(video, np.zeros(count, np.int64), tuple(f"{name}/{i}" for i in range(count)), (name,))
+
+
+def test_join_renumbers_classes():
+    first = join([constant_clips("a", 1), constant_clips("b", 2)])
+    both = join([first, constant_clips("b", 3), constant_clips("c", 4)])
+    assert both.classes == ("a", "b", "c")
+    assert both.label.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert both.video[:, 0, 0, 0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert balanced(both, 1).tolist() == [0, 2, 6]
+
+
+def test_shrink_is_the_mean_of_blocks():
+    video = np.random.default_rng(0).integers(0, 256, (2, 12, 18, 3), np.uint8)
+    expected = video.reshape(2, 4, 3, 6, 3, 3).astype(np.float64).mean(axis=(2, 4))
+    assert np.abs(shrink(video, 4, 6) - expected).max() <= 0.5 + 1e-4
+
+
+def test_centre_square():
+    video = np.arange(6 * 10, dtype=np.uint8).reshape(1, 6, 10, 1).repeat(3, axis=3)
+    assert np.array_equal(centre_square(video), video[:, :, 2:8])
+
+
+def test_pixels_survive_the_model_range():
+    video = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1).repeat(3, axis=4)
+    tensor = to_model(video)
+    assert tensor.shape == (1, 3, 1, 16, 16)
+    assert (tensor.min(), tensor.max()) == (-1, 1)
+    assert np.array_equal(to_pixels(tensor), video)
+    assert to_pixels(torch.full((1, 3, 1, 1, 1), 7.0)).item(0) == 255
+
+
+@pytest.mark.usefixtures("simulator")
+class TestSimulator:
+    def test_same_seed_same_clips(self):
+        first = render_clips(["basic", "my_way_home"], range(2), frames=5, size=32, seed=3, progress=False)
+        again = render_clips(["basic", "my_way_home"], range(2), frames=5, size=32, seed=3, progress=False)
+        assert np.array_equal(first.video, again.video)
+        assert first.video.shape == (4, 5, 32, 32, 3)
+        assert first.label.tolist() == [0, 0, 1, 1]
+        other = render_clips(["basic", "my_way_home"], range(2), frames=5, size=32, seed=4, progress=False)
+        assert not any(np.array_equal(a, b) for a, b in zip(first.video, other.video, strict=True))
+
+    def test_an_episode_does_not_depend_on_those_before_it(self):
+        several = render_clips(["defend_the_center"], range(3), frames=5, size=32, progress=False)
+        alone = render_clips(["defend_the_center"], range(2, 3), frames=5, size=32, progress=False)
+        assert np.array_equal(several.video[2], alone.video[0])
+        assert several.source[2] == alone.source[0] == "defend_the_center/episode-2"
+
+    def test_clips_move(self):
+        clips = render_clips(["basic", "take_cover"], range(3), frames=9, size=32, progress=False)
+        change = np.abs(np.diff(clips.video.astype(int), axis=1)).mean(axis=(1, 2, 3, 4))
+        assert (change > 0.5).all()
+
+    def test_leaves_no_files_and_the_same_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        render_clips(["basic"], range(1), frames=5, size=32, progress=False)
+        assert os.listdir(tmp_path) == []
+        assert os.getcwd() == str(tmp_path)
+
+    def test_unknown_scenario(self):
+        with pytest.raises(WaltError, match="unknown scenario 'chess'"):
+            render_clips(["chess"], range(1), progress=False)
+
+    def test_demo_split_shares_nothing(self, film):
+        train, test = demo_clips(3, 2, scenarios=("basic", "take_cover"), frames=5, size=32, seed=0)
+        assert train.classes == test.classes == ("basic", "take_cover", "big_buck_bunny")
+        assert not set(train.source) & set(test.source)
+        assert np.bincount(train.label).tolist() == [3, 3, 3]
+        assert np.bincount(test.label).tolist() == [2, 2, 2]
+        for clip in test.video:
+            assert not (clip == train.video).all(axis=(1, 2, 3, 4)).any()
+
+
+def test_film_clips_stay_in_their_span(tmp_path):
+    pytest.importorskip("av", reason="PyAV is not installed")
+    brightness = np.arange(10, 250, 6, dtype=np.uint8)  # frame i is all 10 + 6 i
+    write_mp4(tmp_path / "ramp.mp4", np.broadcast_to(brightness[:, None, None, None], (40, 48, 64, 3)).copy())
+    clips = film_clips(tmp_path / "ramp.mp4", (20, 32), 12, name="ramp", frames=5, size=16)
+    index = (clips.video.mean(axis=(2, 3, 4)) - 10) / 6
+    assert np.abs(index - index.round()).max() < 0.4
+    assert index.round().min() >= 20
+    assert index.round().max() <= 31
+    assert (np.diff(index.round(), axis=1) == 1).all()
+    assert len(set(index[:, 0].round())) > 3
+    assert set(clips.source) == {"ramp/frames-20-31"}
+
+
+def test_the_film(film):
+    whole = read_video(film)
+    assert whole.shape == (132, 720, 1280, 3)
+    clips = film_clips(film, (100, 132), 3, frames=17, size=32)
+    assert clips.video.shape == (3, 17, 32, 32, 3)
+    assert np.array_equal(clips.video, film_clips(film, (100, 132), 3, frames=17, size=32).video)
+
+
+def test_film_span_too_short(film):
+    with pytest.raises(WaltError, match="frames 0 to 9 cannot hold a clip of 17 frames"):
+        film_clips(film, (0, 10), 1)
+
+
+def test_folder_holds_out_the_end_of_each_video(tmp_path):
+    pytest.importorskip("av", reason="PyAV is not installed")
+    for name, frames in (("cats/one.mp4", 23), ("dogs/two.mp4", 10)):
+        path = tmp_path / name
+        path.parent.mkdir()
+        ramp = np.linspace(20, 220, frames).astype(np.uint8)[:, None, None, None]
+        write_mp4(path, np.broadcast_to(ramp, (frames, 32, 48, 3)).copy())
+    train, test = folder_clips(tmp_path, frames=5, size=16, held_out=0.25, progress=False)
+    assert train.classes == ("cats", "dogs")
+    assert train.source == (
+        "cats/one.mp4/frames-0-4",
+        "cats/one.mp4/frames-5-9",
+        "cats/one.mp4/frames-10-14",
+        "dogs/two.mp4/frames-0-4",
+    )
+    assert test.source == ("cats/one.mp4/frames-15-19", "dogs/two.mp4/frames-5-9")
+    assert train.label.tolist() == [0, 0, 0, 1]
+    assert test.video[0].min() > train.video[:3].max()  # the ramp rises: later frames are brighter
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(WaltError, match="no such folder"):
+        folder_clips(tmp_path / "nowhere")
+    with pytest.raises(WaltError, match="holds no video"):
+        folder_clips(tmp_path)
+    pytest.importorskip("av", reason="PyAV is not installed")
+    write_mp4(tmp_path / "short.mp4", np.zeros((4, 16, 16, 3), np.uint8))
+    with pytest.raises(WaltError, match=r"short\.mp4 has 4 frames; clips of 17 frames"):
+        folder_clips(tmp_path, progress=False)
