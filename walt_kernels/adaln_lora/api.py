@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,10 +128,14 @@ def prepare_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> dict[s
         _check_device(name, tensor, "cond", cond)
     batch, width = cond.shape
     layers, rank, _ = down.shape
-    _check_shape("base", base, f"[B, K] with B = {batch} as in cond", base.shape[0] == batch)
-    _check_shape("down", down, f"[layers, r, D] with D = {width} as in cond", down.shape[2] == width)
-    expected = f"[layers, K, r] = [{layers}, {base.shape[1]}, {rank}] as in base and down"
-    _check_shape("up", up, expected, tuple(up.shape) == (layers, base.shape[1], rank))
+    _check_shape("base", base, lambda: f"[B, K] with B = {batch} as in cond", base.shape[0] == batch)
+    _check_shape("down", down, lambda: f"[layers, r, D] with D = {width} as in cond", down.shape[2] == width)
+    _check_shape(
+        "up",
+        up,
+        lambda: f"[layers, K, r] = [{layers}, {base.shape[1]}, {rank}] as in base and down",
+        tuple(up.shape) == (layers, base.shape[1], rank),
+    )
     if torch.is_autocast_enabled(cond.device.type):
         widest = cond.dtype
         for tensor in tensors.values():
@@ -170,9 +175,11 @@ def _check_tensor(name: str, tensor: Any, expected: str) -> None:
     _check_shape(name, tensor, expected, tensor.dim() == rank)
 
 
-def _check_shape(name: str, tensor: Tensor, expected: str, good: bool) -> None:
+def _check_shape(name: str, tensor: Tensor, expected: str | Callable[[], str], good: bool) -> None:
+    """``expected`` is a function where it shows a size: to print one while torch.compile traces would fix it."""
     if not good:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {expected}")
+        text = expected if isinstance(expected, str) else expected()
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {text}")
 
 
 def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -200,7 +207,7 @@ def _check_tokens(x: Tensor, branch: Any) -> Any:
     if branch is None:
         return None
     _check_tensor("branch", branch, "[B, N, D]")
-    _check_shape("branch", branch, f"{list(x.shape)} as x", branch.shape == x.shape)
+    _check_shape("branch", branch, lambda: f"{list(x.shape)} as x", branch.shape == x.shape)
     _check_device("branch", branch, "x", x)
     if torch.is_autocast_enabled(x.device.type):
         return branch.to(x.dtype)
@@ -211,10 +218,13 @@ def _check_tokens(x: Tensor, branch: Any) -> Any:
 def _modulation(x: Tensor, **rows: Any) -> list[Tensor]:
     """Validates modulation tensors against x: one dtype for all of them, x's or float32 beside a 16-bit x."""
     batch, tokens, width = x.shape
-    expected = f"[B, D] = [{batch}, {width}] or [B, F, D] with F dividing N = {tokens}"
+
+    def expected() -> str:
+        return f"[B, D] = [{batch}, {width}] or [B, F, D] with F dividing N = {tokens}"
+
     for name, tensor in rows.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor {expected}")
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor {expected()}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected {x.dtype} as x")
         good = tensor.dim() in (2, 3) and tensor.shape[0] == batch and tensor.shape[-1] == width
