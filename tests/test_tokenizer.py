@@ -196,6 +196,14 @@ def test_bad_chunks(plan: list[int], message: str) -> None:
         list(tokenizer.encode_chunks(draw(1, 3, sum(plan), 8, 8).split(plan, dim=2)))
 
 
+def test_chunks_must_be_alike() -> None:
+    tokenizer = make()
+    with pytest.raises(ValueError, match=r"chunk 1: got \(1, 3, 16, 8\) beside its frames; expected \(1, 3, 8, 8\)"):
+        list(tokenizer.encode_chunks([draw(1, 3, 1, 8, 8), draw(1, 3, 4, 16, 8)]))
+    with pytest.raises(ValueError, match=r"chunk 1: got \(1, 4, 2, 2\)"):
+        list(tokenizer.decode_chunks([draw(2, 4, 1, 2, 2), draw(1, 4, 1, 2, 2)]))
+
+
 # Layers
 
 
@@ -233,12 +241,19 @@ def test_norm_gradcheck() -> None:
     assert torch.autograd.gradcheck(function, (x, *parameters.values()))
 
 
-def test_compiled_norm_is_the_same() -> None:
-    norm = FrameNormSwish(12, groups=4)
-    x = draw(2, 12, 3, 9, 7)
+def test_compiles_without_graph_breaks() -> None:
+    tokenizer = make(dtype=torch.float64).requires_grad_(True)
+    video = draw(1, 3, 5, 8, 8, dtype=torch.float64)
     torch._dynamo.reset()
-    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), norm(x))
+    compiled = torch.compile(tokenizer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, tokenizer):
+        tokenizer.zero_grad()
+        y = run(video)
+        y.square().sum().backward()
+        results.append((y.detach(), *(parameter.grad.clone() for parameter in tokenizer.parameters())))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_depth_to_space_puts_each_channel_in_its_place() -> None:

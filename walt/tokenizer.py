@@ -232,8 +232,23 @@ def make_decoder(config: TokenizerConfig) -> nn.Module:
     return _Coder(_conv(config.latent_channels, widths[0], 3, config), layers, norm, _conv(widths[-1], 3, 3, config))
 
 
+def _alike(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The chunks, as long as all but their frames is like the first."""
+    first = None
+    for i, chunk in enumerate(chunks):
+        shape = (*chunk.shape[:2], *chunk.shape[3:])
+        first = shape if first is None else first
+        if shape != first:
+            raise ValueError(f"chunk {i}: got {shape} beside its frames; expected {first}, like the chunks before")
+        yield chunk
+
+
 class Tokenizer(nn.Module):
-    """Encoder, decoder and the statistics that bring latents to mean 0 and deviation 1 per channel."""
+    """Encoder, decoder and the statistics that bring latents to mean 0 and deviation 1 per channel.
+
+    An image is coded as the first frame of a video would be: to the same bits where the native convolution runs, to
+    rounding where PyTorch's own does.
+    """
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -275,7 +290,7 @@ class Tokenizer(nn.Module):
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Encode a stream: a first chunk of 1 + 4k frames, then chunks of 4k. The latents join to `encode(whole)`."""
         history = History()
-        for i, chunk in enumerate(chunks):
+        for i, chunk in enumerate(_alike(chunks)):
             self._check_video(chunk)
             if i == 0:
                 check_frames(chunk.shape[2], "first chunk")
@@ -286,7 +301,7 @@ class Tokenizer(nn.Module):
     def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode a stream of any number of latent frames at a time. The videos join to `decode(whole)`."""
         history = History()
-        for chunk in chunks:
+        for chunk in _alike(chunks):
             self._check_latent(chunk)
             yield self._decode(chunk, history)
 
