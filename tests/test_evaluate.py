@@ -1,4 +1,4 @@
-"""walt.evaluate: PSNR and Frechet distance against closed forms; the feature network against what it was trained for."""
+"""walt.evaluate: PSNR and Frechet distance against closed forms; features that follow what the eye sees."""
 
 from __future__ import annotations
 

@@ -205,12 +205,19 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path):
 
 
 def test_a_failing_writer_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "x.json") as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "y") as temporary:
-        (temporary / "file").write_text("half")
-        raise KeyboardInterrupt
+    def half_a_file():
+        with replacing(tmp_path / "x.json") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    def half_a_folder():
+        with replacing_folder(tmp_path / "y") as temporary:
+            (temporary / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    for write in (half_a_file, half_a_folder):
+        with pytest.raises(KeyboardInterrupt):
+            write()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,9 +363,10 @@ def crash_after(steps: int, stage) -> None:
             raise RuntimeError("the power went out")
         original(self, *args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_one_step", one_step)
-        stage()
+        with pytest.raises(RuntimeError, match="power"):
+            stage()
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +411,9 @@ def test_pictures(trained):
     _, pipeline = trained
     pictures = pipeline.generate(["left", "right", "left"], 3, steps=2, images=True, progress=False)
     assert pictures.shape == (3, 16, 16, 3)
-    assert np.array_equal(pictures, pipeline.generate(["left", "right", "left"], 3, steps=2, images=True, progress=False))
+    assert np.array_equal(
+        pictures, pipeline.generate(["left", "right", "left"], 3, steps=2, images=True, progress=False)
+    )
 
 
 def test_generate_bad_values(trained):
@@ -424,7 +434,7 @@ def test_a_config_that_is_not_ours(trained, tmp_path):
 
 def test_another_data_set_is_refused(trained):
     config = replace(TINY_TOKENIZER)
-    with pytest.raises(WaltError, match="data.name is 'bars' there, 'balls' here"):
+    with pytest.raises(WaltError, match=r"data\.name is 'bars' there, 'balls' here"):
         train_tokenizer(
             moving_bars(),
             config,

@@ -70,7 +70,8 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         torch.manual_seed(self.config.seed)
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.out.exists() and not self.out.is_dir():
+            raise WaltError(f"--out {self.out} is a file, not a folder")
         features = FrameFeatures()  # fails now, not after ten minutes, if a package is missing
         train, test = self._timed("data", self._data)
         tokenizer, first = self._timed("tokenizer", self._tokenizer, train)
