@@ -125,16 +125,15 @@ inline float16 from_float<float16>(float x) {
 
 // ---- whole vectors --------------------------------------------------------------------------------------------------
 
-inline vfloat load(const float* p) {
-  vfloat v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline vdouble load(const double* p) {
-  vdouble v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+// Vectors anywhere in memory. Plain dereferences, not memcpy: arrays of vectors that are loaded and stored through
+// these stay in registers.
+typedef float vfloat_anywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef double vdouble_anywhere __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+typedef int32_t vint_anywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+
+inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat_anywhere*>(p); }
+inline vdouble load(const double* p) { return *reinterpret_cast<const vdouble_anywhere*>(p); }
+inline vint load(const int32_t* p) { return *reinterpret_cast<const vint_anywhere*>(p); }
 inline vfloat load(const bfloat16* p) {
   vhalf half;
   std::memcpy(&half, p, sizeof half);
@@ -152,8 +151,9 @@ inline vfloat load(const float16* p) {
 #endif
 }
 
-inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
-inline void store(double* p, vdouble v) { std::memcpy(p, &v, sizeof v); }
+inline void store(float* p, vfloat v) { *reinterpret_cast<vfloat_anywhere*>(p) = v; }
+inline void store(double* p, vdouble v) { *reinterpret_cast<vdouble_anywhere*>(p) = v; }
+inline void store(int32_t* p, vint v) { *reinterpret_cast<vint_anywhere*>(p) = v; }
 inline void store(bfloat16* p, vfloat v) {
   const vuint bits = (vuint)v;
   const vuint rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -308,7 +308,9 @@ inline vfloat dot_bf16(vfloat acc, vint a, vint b) {
 }
 
 // Rounds to nearest, ties to even, and packs: lanes of `low` before those of `high`.
-inline vint round_bf16(vfloat low, vfloat high) { return (vint)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+inline vint round_bf16(vfloat low, vfloat high) {
+  return (vint)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
 
 // The same for one vector: lanes / 2 pairs.
 inline vhalf half_bf16(vfloat v) { return (vhalf)(__m256i)_mm512_cvtneps_pbh((__m512)v); }

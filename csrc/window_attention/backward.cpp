@@ -18,7 +18,9 @@ struct Groups {
     const int64_t heads = p.q.shape[4];
     count = p.context_k.defined() ? p.q.shape[0] : std::min(windows, (kTasks + heads - 1) / heads);
   }
-  Range range(int64_t group) const { return {part_begin(windows, count, group), part_begin(windows, count, group + 1)}; }
+  Range range(int64_t group) const {
+    return {part_begin(windows, count, group), part_begin(windows, count, group + 1)};
+  }
 };
 
 // One thread's working memory.
@@ -107,7 +109,8 @@ class Backward {
         sum_partials(tables.data() + head * table_size, at.heads * table_size, groups.count, at.bias.size, grad);
       });
     }
-    for (const auto& [view, first] : {std::pair(b.grad_q_norm, norms.data()), std::pair(b.grad_k_norm, norms.data() + norm_size)}) {
+    for (const auto& [view, first] :
+         {std::pair(b.grad_q_norm, norms.data()), std::pair(b.grad_k_norm, norms.data() + norm_size)}) {
       if (view.defined()) sum_partials(first, 2 * norm_size, tasks, at.shape.dim, static_cast<A*>(view.data));
     }
   }
@@ -137,7 +140,8 @@ class Backward {
       images(window, head);
       if (!window.video.empty()) one_window(window, head, runs, s, partial);
     }
-    for (const auto& [view, sums] : {std::pair(b.grad_context_k, s.context_keys), std::pair(b.grad_context_v, s.context_values)}) {
+    for (const auto& [view, sums] :
+         {std::pair(b.grad_context_k, s.context_keys), std::pair(b.grad_context_v, s.context_values)}) {
       if (!view.defined()) continue;
       for (int64_t l = 0; l < at.context; ++l) {
         T* to = at.mutable_data(view) + group * view.stride[0] + l * view.stride[1] + head * view.stride[2];
@@ -259,8 +263,7 @@ class Backward {
       }
       for (int64_t n = 0; n < keys; n += 2) {
         const V odd = n + 1 < keys ? load(s.slopes + (n + 1) * kBlock + i) : V{};
-        const vint pair = pair_bf16(load(s.slopes + n * kBlock + i), odd);
-        std::memcpy(s.slope_across + n / 2 * kBlock + i, &pair, sizeof pair);
+        store(s.slope_across + n / 2 * kBlock + i, pair_bf16(load(s.slopes + n * kBlock + i), odd));
       }
     }
 #endif

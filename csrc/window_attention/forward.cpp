@@ -58,8 +58,7 @@ void softmax_columns(int64_t keys, typename Attention<T>::A* scores, typename At
       const A* even = scores + n / 2 * 2 * kBlock;
       for (int v = 0; v < Vectors; ++v) {
         const V odd = n % 2 == 1 ? load(even + kBlock + v * lanes) : V{};
-        const auto pair = pair_bf16(load(even + v * lanes), odd);
-        std::memcpy(weights + n / 2 * kBlock + v * lanes, &pair, sizeof pair);
+        store(weights + n / 2 * kBlock + v * lanes, pair_bf16(load(even + v * lanes), odd));
       }
     }
   }

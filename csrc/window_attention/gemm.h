@@ -28,11 +28,7 @@ struct Bf16Pairs {
   using Unit = int32_t;
   static constexpr int kStep = 2;
   static vint spread(const Unit* p) { return *p - vint{}; }
-  static vint vector(const Unit* p) {
-    vint v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
+  static vint vector(const Unit* p) { return load(p); }
   static V multiply_add(V sum, vint a, vint b) { return dot_bf16(sum, a, b); }
 };
 #endif
@@ -49,20 +45,27 @@ inline void micro_kernel(int64_t k, const typename U::Unit* a, int64_t lda, cons
                          typename U::A* c, int64_t ldc) {
   constexpr int lanes = kLanes<typename U::A>;
   typename U::V sum[Rows][Vectors];
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) sum[r][v] = load(c + r * ldc + v * lanes);
   }
   for (int64_t i = 0; i < k; ++i) {
     decltype(U::vector(b)) row[Vectors];
+#pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) row[v] = U::vector(b + v * lanes);
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
       const auto x = U::spread(a + (kUnitRow ? r : r * lda));
+#pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) sum[r][v] = U::multiply_add(sum[r][v], x, row[v]);
     }
     a += kUnitRow ? lda : 1;
     b += ldb;
   }
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) store(c + r * ldc + v * lanes, sum[r][v]);
   }
 }

@@ -156,14 +156,12 @@ inline void pack_across(PlainUnits<A>, const A* rows, int64_t, A* units, int64_t
 inline void pack_along(Bf16Pairs, const float* row, int32_t* units, int64_t n) {
   constexpr int lanes = kLanes<float>;
   for (int64_t i = 0; i < n; i += 2 * lanes) {
-    const vint v = round_bf16(load(row + i), load(row + i + lanes));
-    std::memcpy(units + i / 2, &v, sizeof v);
+    store(units + i / 2, round_bf16(load(row + i), load(row + i + lanes)));
   }
 }
 inline void pack_across(Bf16Pairs, const float* rows, int64_t ld, int32_t* units, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<float>) {
-    const vint v = pair_bf16(load(rows + i), load(rows + ld + i));
-    std::memcpy(units + i, &v, sizeof v);
+    store(units + i, pair_bf16(load(rows + i), load(rows + ld + i)));
   }
 }
 #endif
@@ -172,15 +170,15 @@ inline void pack_across(Bf16Pairs, const float* rows, int64_t ld, int32_t* units
 // next multiple of the lanes.
 template <class Unit>
 inline void transpose(const Unit* in, int64_t ldi, Unit* out, int64_t ldo, int64_t rows, int64_t columns) {
-  typedef Unit V __attribute__((vector_size(kVectorBytes)));
+  using V = decltype(load(in));
   constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(Unit));
   for (int64_t c = 0; c < columns; c += lanes) {
     for (int64_t r = 0; r < rows; r += lanes) {
       V block[lanes];
-      for (int i = 0; i < lanes; ++i) std::memcpy(&block[i], in + (r + i) * ldi + c, sizeof(V));
+      for (int i = 0; i < lanes; ++i) block[i] = load(in + (r + i) * ldi + c);
       transpose_lanes(block);
       const int count = static_cast<int>(columns - c < lanes ? columns - c : lanes);
-      for (int i = 0; i < count; ++i) std::memcpy(out + (c + i) * ldo + r, &block[i], sizeof(V));
+      for (int i = 0; i < count; ++i) store(out + (c + i) * ldo + r, block[i]);
     }
   }
 }

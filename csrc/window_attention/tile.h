@@ -9,8 +9,8 @@
 
 #include "common/checks.h"
 #include "common/parallel.h"
-#include "window_attention/geometry.h"
 #include "window_attention/gemm.h"
+#include "window_attention/geometry.h"
 #include "window_attention/rows.h"
 
 namespace walt::WALT_ISA {
