@@ -17,11 +17,21 @@ K_FORWARD = 2.0
 K_BACKWARD = 3.0
 
 
-def compare(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor, *, k: float, rows: int = 1) -> float:
+def compare(
+    name: str,
+    actual: Tensor,
+    truth: Tensor,
+    yardstick: Tensor,
+    *,
+    k: float,
+    rows: int = 1,
+    dtype: torch.dtype | None = None,
+) -> float:
     """Asserts that ``actual`` is as near to ``truth`` as the yardstick allows; returns the larger of two error ratios.
 
     ``rows`` is the length of a reduction in the tested dtype: rounding grows with its square root. Both the largest
-    absolute error and the relative L2 error must pass.
+    absolute error and the relative L2 error must pass. ``dtype`` is the tested dtype where it is not that of ``actual``:
+    a float32 parameter beside bfloat16 tokens has a gradient in float32 that was made of bfloat16 products.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.dtype == yardstick.dtype, f"{name}: dtype {actual.dtype}, expected {yardstick.dtype}"
@@ -30,7 +40,7 @@ def compare(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor, *, k: f
     truth = truth.double()
     error = (actual.double() - truth).abs()
     allowed = (yardstick.double() - truth).abs()
-    eps = torch.finfo(actual.dtype).eps
+    eps = torch.finfo(dtype or actual.dtype).eps
     floor = 4 * eps * math.sqrt(rows) * truth.abs().max().item()
     assert torch.isfinite(actual).all() or not torch.isfinite(truth).all(), f"{name}: values that are not finite"
     worst = error.max().item()
@@ -66,8 +76,12 @@ def check_op(
     results = [op(**own), reference(**truth_inputs), reference(**yard)]
     outputs = [value if isinstance(value, tuple) else (value,) for value in results]
     ratios = {}
+    floating = [v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    dtype = max(floating, key=lambda d: torch.finfo(d).eps)
     for i, (a, t, y) in enumerate(zip(*outputs, strict=True)):
-        ratios[f"out{i}"] = compare(f"output {i}", a.detach(), t.detach(), y.detach(), k=K_FORWARD, rows=rows)
+        ratios[f"out{i}"] = compare(
+            f"output {i}", a.detach(), t.detach(), y.detach(), k=K_FORWARD, rows=rows, dtype=dtype
+        )
     wanted = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad]
     if not backward or not wanted:
         return ratios
@@ -80,7 +94,7 @@ def check_op(
         cotangents = [g.double() if wide else g for g in grads_out]
         grads.append(torch.autograd.grad(outs, [ins[n] for n in wanted], cotangents))
     for name, a, t, y in zip(wanted, *grads, strict=True):
-        ratios[f"grad_{name}"] = compare(f"grad_{name}", a, t, y, k=K_BACKWARD, rows=rows)
+        ratios[f"grad_{name}"] = compare(f"grad_{name}", a, t, y, k=K_BACKWARD, rows=rows, dtype=dtype)
     return ratios
 
 

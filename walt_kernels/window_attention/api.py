@@ -41,23 +41,25 @@ def window_attention(
     Args:
         q, k, v: ``[B, T, H, W, heads, dim]``, float32, float64, bfloat16 or float16, any strides (views of one packed
             projection are taken as they are); dim from 8 to 256, multiples of 8 are fast.
-        window: ``(t, h, w)`` in tokens; a spatial window is ``(1, h, w)``. Sizes that it does not divide leave smaller windows
-            at the far edge.
+        window: ``(t, h, w)`` in tokens; a spatial window is ``(1, h, w)``. Sizes that it does not divide leave smaller
+            windows at the far edge.
         bias_table: ``[heads, 2t-1, 2h-1, 2w-1]``, added to the scores by relative position.
-        image: bool ``[B]`` or ``[B, T]``. Tokens of image frames attend to themselves alone: ``out = v`` bitwise, nothing
-            flows into q, k, the norms or the table. Video tokens do not see image frames. Not together with a context.
-        q_norm, k_norm: ``[dim]``, the scales of a LayerNorm over dim (no bias) of the queries and of all keys, the context's
-            included; None leaves them as they are.
+        image: bool ``[B]`` or ``[B, T]``. Tokens of image frames attend to themselves alone: ``out = v`` bitwise,
+            nothing flows into q, k, the norms or the table. Video tokens do not see image frames. Not together with a
+            context.
+        q_norm, k_norm: ``[dim]``, the scales of a LayerNorm over dim (no bias) of the queries and of all keys, the
+            context's included; None leaves them as they are.
         norm_eps: added to the variance in both norms.
-        context_k, context_v: ``[B, L, heads, dim]``, keys and values which every window of a sample sees beside its own tokens,
-            without bias (the paper's cross-attention).
+        context_k, context_v: ``[B, L, heads, dim]``, keys and values which every window of a sample sees beside its own
+            tokens, without bias (the paper's cross-attention).
         context_mask: bool ``[B, L]``, true where the context is visible.
         scale: factor of the scores, ``dim ** -0.5`` by default.
 
     The table and the norms may be float32 while q is bfloat16 or float16; sums are float32 or wider.
 
     Returns:
-        ``[B, T, H, W, heads, dim]``, contiguous, in q's dtype. Gradients flow into every floating tensor and are deterministic.
+        ``[B, T, H, W, heads, dim]``, contiguous, in q's dtype. Gradients flow into every floating tensor and are
+        deterministic.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the text names it.

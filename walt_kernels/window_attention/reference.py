@@ -63,8 +63,8 @@ def attend(
 ) -> torch.Tensor:
     """[B, windows, N, heads, dim] and keys [B, windows, M, heads, dim] -> [B, windows, N, heads, dim].
 
-    ``bias`` [heads, N, M] and ``visible`` (broadcastable to [B, windows, heads, N, M]) act on the scores, which are float32 or
-    wider; probabilities are rounded to v's dtype once.
+    ``bias`` [heads, N, M] and ``visible`` (broadcastable to [B, windows, heads, N, M]) act on the scores, which are
+    float32 or wider; probabilities are rounded to v's dtype once.
     """
     q, k, v = (x.transpose(2, 3) for x in (q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
