@@ -90,9 +90,10 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], output
     sanitize = os.environ.get("WALT_KERNELS_SANITIZE") == "1"
     optimize = SANITIZE if sanitize else [flag for flag in OPTIMIZE if compiles(compiler, [flag])]
     link = ["-shared", *openmp, *(["-fsanitize=address,undefined"] if sanitize else [])]
-    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *optimize, *WARN, *openmp, f"-I{ROOT / 'csrc'}"]
+    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *WARN, *openmp, f"-I{ROOT / 'csrc'}"]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     module = [
+        "-O1",  # nothing in it is hot, and pybind11 is slow to optimise
         f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_path('include')}",
         f"-DWALT_OPENMP={int(bool(openmp))}",
@@ -102,7 +103,7 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], output
     objects = {"module.o": (ROOT / "csrc" / "module.cpp", module)}
     for level in levels:
         for source in sorted(source for op in OPS for source in (ROOT / "csrc" / op).glob("*.cpp")):
-            flags = [*ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}"]
+            flags = [*optimize, *ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}"]
             objects[f"{source.parent.name}.{source.stem}.{level}.o"] = (source, flags)
 
     def command(words: list[str]) -> str:
