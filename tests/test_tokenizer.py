@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from walt.config import PRESETS, TokenizerConfig
 from walt.tokenizer import FrameNormSwish, Tokenizer, Upsample, depth_to_space
 from walt_kernels import explain
+from walt_kernels.nn import CausalConv3d
 from walt_kernels.testing import K_BACKWARD, K_FORWARD, compare
 
 SMALL = TokenizerConfig(channels=8, multipliers=(1, 2, 2, 3), blocks=1, middle_blocks=1, latent_channels=4, groups=4)
@@ -120,6 +121,27 @@ def test_decoder_is_causal(time_padding: str) -> None:
         video, frames = tokenizer.decode(changed), 1 + 4 * latent_frame
         assert torch.equal(video[:, :, :frames], whole[:, :, :frames])
         assert not torch.equal(video[:, :, frames : frames + 4], whole[:, :, frames : frames + 4])
+
+
+def test_a_still_video_is_a_still_latent_where_frame_0_is_repeated() -> None:
+    for time_padding, still in (("first_frame", True), ("zeros", False)):
+        tokenizer = make(replace(SMALL, time_padding=time_padding), torch.float64)
+        latent = tokenizer.encode(draw(1, 3, 1, 16, 16, dtype=torch.float64).expand(-1, -1, 9, -1, -1))
+        assert ((latent - latent[:, :, -1:]).abs().max() < 1e-12) == still
+
+
+def test_a_plain_colour_has_no_edges_where_space_is_not_padded_with_zeros() -> None:
+    colour = torch.tensor([0.1, -0.5, 0.8], dtype=torch.float64)[:, None, None, None]
+    for space_padding, plain in (("replicate", True), ("reflect", True), ("zeros", False)):
+        tokenizer = make(replace(SMALL, space_padding=space_padding), torch.float64)
+        latent = tokenizer.encode(colour.expand(1, 3, 5, 16, 16))
+        assert ((latent - latent[..., :1, :1]).abs().max() < 1e-12) == plain
+
+
+def test_all_convolutions_are_padded_as_configured() -> None:
+    tokenizer = make(replace(SMALL, time_padding="zeros", space_padding="replicate"))
+    convs = [module for module in tokenizer.modules() if isinstance(module, CausalConv3d)]
+    assert {(conv.time_padding, conv.space_padding) for conv in convs} == {("zeros", "replicate")}
 
 
 # 64x64 frames are large enough for threads to share one; 24x40 leaves tails in every vector loop.

@@ -167,6 +167,7 @@ def test_starts_as_zero_and_identity() -> None:
     torch.manual_seed(0)
     model = Transformer(SMALL).double()
     assert not model(**inputs()).any()
+    assert not model.final_modulation.weight.any()
     # With an open output, a closed gate still makes every layer the identity: the blocks cannot matter.
     with torch.no_grad():
         model.project_out.weight.normal_()
