@@ -334,7 +334,8 @@ def test_float_steps() -> None:
     close(model(**{**batch, "time": batch["time"].float()}), model(**batch))
 
 
-def test_compiles_without_graph_breaks_or_recompiles() -> None:
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compiles_without_graph_breaks_or_recompiles(dynamic: bool | None) -> None:
     model = make()
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
@@ -343,11 +344,11 @@ def test_compiles_without_graph_breaks_or_recompiles() -> None:
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)
     for batch in (2, 3, 4):
         arguments = {**inputs(batch), "image": torch.arange(batch) % 2 == 0}
         expected = model(**arguments)
-        for tensor in arguments.values():
+        for tensor in arguments.values() if dynamic is None else ():
             torch._dynamo.mark_dynamic(tensor, 0)
         close(compiled(**arguments), expected)
     assert len(graphs) == 1
