@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from walt.config import DiffusionConfig
+from walt.config import DiffusionConfig, TransformerConfig
 from walt.diffusion import Diffusion, noise_schedule
+from walt.transformer import Transformer
 
 SHAPE = (2, 4, 3, 6, 5)
 
@@ -183,6 +184,25 @@ def test_self_conditioning_in_the_loss(probability: float) -> None:
     assert not estimate[~given].any()
     assert bool(given.all()) == (probability == 1)
     assert bool(given.any())
+
+
+def test_the_pass_without_gradient_takes_none_from_the_other_under_autocast() -> None:
+    """Autocast keeps narrow copies of weights: those made without gradient must not serve the trained pass."""
+    config = TransformerConfig(
+        layers=2, width=16, heads=2, latent_channels=4, latent_size=(3, 6, 5), classes=2, spatial_window=(1, 6, 5)
+    )
+    torch.manual_seed(0)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    diffusion = Diffusion(DiffusionConfig(self_condition_probability=1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = diffusion.loss(model, draw(*SHAPE).float(), label=torch.tensor([0, 1]))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
 
 
 def test_loss_covers_all_steps_and_is_reproducible() -> None:

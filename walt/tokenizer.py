@@ -3,13 +3,16 @@
 The autoencoder of MAGVIT-v2 without its quantizer (W.A.L.T, paper section 3.1). No layer sees a later frame: the
 convolutions are causal and the norms take their statistics from one frame. Hence an image is a video of one frame, and
 a long video can be coded chunk by chunk.
+
+Our own choices, where the papers are silent: padding modes, the shapes of the strided kernels, GroupNorm per frame, the
+1x1x1 convolution that makes the latent, and its normalisation by the mean and deviation of each channel. MAGVIT-v2's
+adaptive group norm in the decoder is left out.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -67,7 +70,7 @@ class _FrameNormSwish(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.groups, ctx.eps = groups, eps
         y = torch.empty_like(x)
-        for b, t in itertools.product(range(x.shape[0]), range(x.shape[2])):
+        for b, t in product(range(x.shape[0]), range(x.shape[2])):
             normed, _, _ = _group_norm(_frame(x, b, t), weight, bias, groups, eps)
             torch.ops.aten.silu.out(normed, out=y[b : b + 1, :, t])
         return y
@@ -78,7 +81,7 @@ class _FrameNormSwish(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for b, t in itertools.product(range(x.shape[0]), range(x.shape[2])):
+        for b, t in product(range(x.shape[0]), range(x.shape[2])):
             frame = _frame(x, b, t)
             normed, mean, rstd = _group_norm(frame, weight, bias, ctx.groups, ctx.eps)
             grad_normed = torch.ops.aten.silu_backward(_frame(grad_y, b, t), normed)
