@@ -30,8 +30,8 @@ def compare(
     """Asserts that ``actual`` is as near to ``truth`` as the yardstick allows; returns the larger of two error ratios.
 
     ``rows`` is the length of a reduction in the tested dtype: rounding grows with its square root. Both the largest
-    absolute error and the relative L2 error must pass. ``dtype`` is the tested dtype where it is not that of ``actual``:
-    a float32 parameter beside bfloat16 tokens has a gradient in float32 that was made of bfloat16 products.
+    absolute error and the relative L2 error must pass. ``dtype`` is the tested dtype where it is not ``actual``'s: a
+    float32 parameter beside bfloat16 tokens has a gradient in float32 that was made of bfloat16 products.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.dtype == yardstick.dtype, f"{name}: dtype {actual.dtype}, expected {yardstick.dtype}"

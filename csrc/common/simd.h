@@ -201,29 +201,15 @@ inline V maximum(V a, V b) {
 }
 
 // Sums lanes pairwise, always in the same order.
-inline float reduce_add(vfloat v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float lanes[kLanes<float>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes<float> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+template <class V>
+inline auto reduce_add(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  std::decay_t<decltype(v[0])> sums[lanes];
+  std::memcpy(sums, &v, sizeof v);
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
   }
-  return lanes[0];
-#endif
-}
-inline double reduce_add(vdouble v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_pd((__m512d)v);
-#else
-  double lanes[kLanes<double>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes<double> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-#endif
+  return sums[0];
 }
 template <class V>
 inline auto reduce_max(V v) {
@@ -273,6 +259,22 @@ inline void transpose(V (&rows)[lanes]) {
 
 // exp for x <= 0 or small positive x, about 1 ulp: 2^n * p(r) with r = x - n ln 2 in [-ln2/2, ln2/2]; very negative x
 // gives 0.
+#if defined(__AVX512F__)
+inline vfloat exp(vfloat x) {
+  const vfloat clamped = (vfloat)_mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x);   // keeps NaN
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(clamped * 1.44269504f), 8);  // to nearest, no exceptions
+  vfloat r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vfloat p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+#else
 inline vfloat exp(vfloat x) {
   const vfloat low = broadcast(-87.336544f), high = broadcast(88.376262f);
   const vint is_low = x < low;
@@ -295,6 +297,7 @@ inline vfloat exp(vfloat x) {
   const vfloat kept = is_low ? vfloat{} : result;
   return x != x ? x : kept;
 }
+#endif
 inline vdouble exp(vdouble x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
@@ -323,51 +326,5 @@ inline vint pair_bf16(vfloat low, vfloat high) {
                                        26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 #endif
-
-// ---- transposition --------------------------------------------------------------------------------------------------
-
-// a[0], b[0], a[1], b[1], ... of the first or the second half of the lanes.
-template <class V>
-inline V interleave_low(V a, V b) {
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  if constexpr (lanes == 16) {
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  } else if constexpr (lanes == 8) {
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  } else if constexpr (lanes == 4) {
-    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  } else {
-    static_assert(lanes == 2, "lanes");
-    return __builtin_shufflevector(a, b, 0, 2);
-  }
-}
-template <class V>
-inline V interleave_high(V a, V b) {
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  if constexpr (lanes == 16) {
-    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  } else if constexpr (lanes == 8) {
-    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  } else if constexpr (lanes == 4) {
-    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  } else {
-    static_assert(lanes == 2, "lanes");
-    return __builtin_shufflevector(a, b, 1, 3);
-  }
-}
-
-// Transposes a square of lanes x lanes: each pass shuffles row i into row i + lanes / 2, as cards are.
-template <class V, int lanes>
-inline void transpose_lanes(V (&rows)[lanes]) {
-  static_assert(lanes * sizeof(rows[0][0]) == sizeof(V), "a square");
-  for (int width = 1; width < lanes; width *= 2) {
-    V next[lanes];
-    for (int i = 0; i < lanes / 2; ++i) {
-      next[2 * i] = interleave_low(rows[i], rows[i + lanes / 2]);
-      next[2 * i + 1] = interleave_high(rows[i], rows[i + lanes / 2]);
-    }
-    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
-  }
-}
 
 }  // namespace walt::WALT_ISA

@@ -184,7 +184,7 @@ class Backward {
       load_grads(window, head, begin, end, queries, s);
       transpose(at.along(s.queries, queries, s.query_along), ld, s.query_columns, kBlock, queries, at.units);
       transpose(at.along(s.grads, queries, s.grad_along), ld, s.grad_columns, kBlock, queries, at.units);
-      at.bias.runs(window, begin, end, runs);
+      at.bias.runs(window, begin, end, lanes, runs);
       at.start_scores(window, head, runs, keys, count, s.scores);
       gemm<U, false>(keys, vectors, at.units, key_along, ld, s.query_columns, kBlock, s.scores, kBlock);
       clear(s.slopes, keys * kBlock);
@@ -225,8 +225,9 @@ class Backward {
   void load_grads(const Window& window, int64_t head, int64_t begin, int64_t end, int64_t padded,
                   const Scratched& s) const {
     window.each_token(begin, end, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
-      load_row(at.data(b.grad_out) + window.offset(b.grad_out, head, frame, row, column), b.grad_out.stride[5],
-               at.shape, s.grads + n * at.shape.ld);
+      const T* from = at.data(b.grad_out) + window.offset(b.grad_out, head, frame, row, column);
+      prefetch_row(from + b.grad_out.stride[2], at.shape.dim);
+      load_row(from, b.grad_out.stride[5], at.shape, s.grads + n * at.shape.ld);
       s.lse[n] = static_cast<const A*>(p.lse.data)[lse_offset(p.lse, window, head, frame, row, column)];
     });
     at.clear_rows(s.grads, end - begin, padded);
@@ -234,17 +235,23 @@ class Backward {
   }
 
   // For one vector of queries: scores become weights P = exp(score - lse), slopes dP become dS = P (dP - sum_j P dP).
+  // Weights are normalised again: the rounding of a large lse would scale a whole row.
   static void softmax_backward(int64_t keys, int64_t i, const Scratched& s) {
     A *scores = s.scores + i, *slopes = s.slopes + i;
     const V lse = load(s.lse + i);
-    V delta{};
+    V sum{}, product{};
     for (int64_t n = 0; n < keys; ++n) {
       const V weight = exp(load(scores + n * kBlock) - lse);
-      delta += weight * load(slopes + n * kBlock);
+      sum += weight;
+      product += weight * load(slopes + n * kBlock);
       store(scores + n * kBlock, weight);
     }
+    const V factor = broadcast(A{1}) / (sum > V{} ? sum : broadcast(A{1}));  // no weights beyond the last query
+    const V delta = product * factor;
     for (int64_t n = 0; n < keys; ++n) {
-      store(slopes + n * kBlock, load(scores + n * kBlock) * (load(slopes + n * kBlock) - delta));
+      const V weight = load(scores + n * kBlock) * factor;
+      store(scores + n * kBlock, weight);
+      store(slopes + n * kBlock, weight * (load(slopes + n * kBlock) - delta));
     }
     if constexpr (Attention<T>::kPaired) pack_pairs(keys, i, s);
   }
@@ -276,12 +283,9 @@ class Backward {
       A* to = table + at.bias.center - at.bias.position(frame, row, column);
       const A* from = slopes + n * kBlock;
       for (const Run& run : runs) {
-        for (int64_t i = 0; i < run.length; i += lanes) {
-          const V slope = load(from + run.offset + i);
-          const V inside = index < broadcast(static_cast<A>(run.length - i)) ? slope : V{};
-          A* entry = to + run.position + i;
-          store(entry, load(entry) + inside);
-        }
+        const V slope = load(from + run.offset);
+        const V inside = index < broadcast(static_cast<A>(run.length)) ? slope : V{};
+        store(to + run.position, load(to + run.position) + inside);
       }
     });
   }

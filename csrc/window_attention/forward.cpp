@@ -101,7 +101,7 @@ void attend(const Attention<T>& at, const Window& window, int64_t head, std::vec
     const Unit* query_units = at.along(s.queries, queries, s.query_units);
     transpose(query_units, shape.ld, s.query_columns, kBlock, queries, at.units);
 
-    at.bias.runs(window, begin, end, runs);
+    at.bias.runs(window, begin, end, at.lanes, runs);
     at.start_scores(window, head, runs, keys, end - begin, s.scores);
     gemm<U, false>(keys, queries / at.lanes, at.units, key_units, shape.ld, s.query_columns, kBlock, s.scores, kBlock);
     softmax(keys, queries, s);

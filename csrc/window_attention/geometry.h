@@ -91,7 +91,7 @@ struct Window {
   }
 };
 
-// A run of queries in one row of the window: neighbours in a column of scores and in the bias table.
+// At most a vector of queries in one row of the window: neighbours in a row of scores and in the bias table.
 struct Run {
   int64_t offset, length, position;
 };
@@ -109,10 +109,11 @@ struct BiasGeometry {
     return (frame * extent[1] + row) * extent[2] + column;
   }
 
-  void runs(const Window& window, int64_t begin, int64_t end, std::vector<Run>& result) const {
+  void runs(const Window& window, int64_t begin, int64_t end, int64_t lanes, std::vector<Run>& result) const {
     result.clear();
     window.each_token(begin, end, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
-      if (n == 0 || column == window.columns.begin) result.push_back({n, 0, position(frame, row, column)});
+      const bool starts = n == 0 || column == window.columns.begin || result.back().length == lanes;
+      if (starts) result.push_back({n, 0, position(frame, row, column)});
       ++result.back().length;
     });
   }

@@ -113,7 +113,9 @@ struct Attention {
     const int64_t tokens = window.tokens();
     window.each_token(0, tokens, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       A* to = out + n * shape.ld;
-      load_row(data(x) + window.offset(x, head, frame, row, column), x.stride[5], shape, to);
+      const T* from = data(x) + window.offset(x, head, frame, row, column);
+      prefetch_row(from + x.stride[2], shape.dim);
+      load_row(from, x.stride[5], shape, to);
       if (norm != nullptr) norm->forward(to, stats + 2 * n);
     });
     return tokens + each_context_row(context_x, window.sample, head, [&](int64_t n, const T* from, int64_t) {
@@ -128,7 +130,9 @@ struct Attention {
                     A* out) const {
     window.each_token(begin, end, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       A* to = out + n * shape.ld;
-      load_row(data(p.q) + window.offset(p.q, head, frame, row, column), p.q.stride[5], shape, to);
+      const T* from = data(p.q) + window.offset(p.q, head, frame, row, column);
+      prefetch_row(from + p.q.stride[2], shape.dim);
+      load_row(from, p.q.stride[5], shape, to);
       q_norm.forward(to, stats + 2 * n);
       scale_row(to, static_cast<A>(p.scale), shape.vectors);
     });
@@ -179,11 +183,8 @@ struct Attention {
       A* to = scores + n * kBlock;
       const A* from = head_table - bias.position(frame, row, column);
       if (queries != width) store(to + width - lanes, V{});
-      for (const Run& run : runs) {  // whole vectors: what is written beyond a run is overwritten by the next
-        for (int64_t i = 0; i < run.length; i += lanes) {
-          store(to + run.offset + i, load(from + run.position + i));
-        }
-      }
+      // Whole vectors: what is written beyond a run is overwritten by the next.
+      for (const Run& run : runs) store(to + run.offset, load(from + run.position));
     });
     for (int64_t n = tokens; n < keys; ++n) {
       for (int64_t i = 0; i < width; i += lanes) store(scores + n * kBlock + i, V{});

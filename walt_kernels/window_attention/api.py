@@ -198,7 +198,8 @@ def _check_window(window: Any) -> tuple[int, int, int]:
 
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}, expected a number")
+        shown = repr(value) if isinstance(value, str | bool) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {shown}, expected a number")
     if not -math.inf < value < math.inf:  # what torch.compile can trace with a number that varies
         raise ValueError(f"{name} is {value}, expected a finite number")
 
