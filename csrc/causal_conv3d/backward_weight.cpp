@@ -1,6 +1,6 @@
-// Gradients of weight and bias. The clip's blocks are dealt to a number of splits that depends on shapes only; each split
-// adds its blocks up in order, and the splits are then summed in order: no atomics, and the same bits on any number of
-// threads.
+// Gradients of weight and bias. The clip's blocks are dealt to a number of splits that depends on shapes only; each
+// split adds its blocks up in order, and the splits are then summed in order: no atomics, and the same bits on any
+// number of threads.
 #include <algorithm>
 
 #include "causal_conv3d/pack.h"
@@ -11,7 +11,7 @@ namespace walt::WALT_ISA {
 namespace {
 
 constexpr int64_t kSplits = 16;
-constexpr int64_t kPartialBytes = 64 << 20;
+constexpr int64_t kPartialBytes = 8 << 20;  // all splits together, where one is not already more
 
 struct WeightGradient {
   const ConvBackwardWeightParams* params;
@@ -34,24 +34,22 @@ class WeightGradientKernel {
   static constexpr int panel_width = 2 * lanes;
 
  public:
-  explicit WeightGradientKernel(const WeightGradient& g) : g_(g) {
-    rows_ = g.taps * g.in_channels;
+  WeightGradientKernel(const WeightGradient& g, const Chunks& chunks) : g_(g), chunks_(chunks) {
     panels_ = (g.out_channels + panel_width - 1) / panel_width;
-    panel_size_ = (rows_ + 1) * panel_width;  // the bias is one more row
-    const int64_t units = g.groups * panels_, blocks = static_cast<int64_t>(g.blocks.size());
-    const int64_t bytes = units * panel_size_ * static_cast<int64_t>(sizeof(A));
-    splits_ = std::max<int64_t>(1, std::min({kSplits, kPartialBytes / bytes, blocks}));
-    shares_ = std::min(units, (kSplits + splits_ - 1) / splits_);
+    unit_size_ = (g.taps * chunks.widest() + 1) * panel_width;  // the bias is one more row
+    units_ = g.groups * chunks.count * panels_;
+    const int64_t bytes = units_ * unit_size_ * static_cast<int64_t>(sizeof(A));
+    splits_ = std::max<int64_t>(1, std::min({kSplits, kPartialBytes / bytes, static_cast<int64_t>(g.blocks.size())}));
+    shares_ = std::min(units_, (kSplits + splits_ - 1) / splits_);
     for (const Block& block : g.blocks) {
-      patch_size_ = std::max(patch_size_, patch_pixels(block) * g.in_channels);
+      patch_size_ = std::max(patch_size_, patch_pixels(block) * chunks.widest());
       pixels_ = std::max(pixels_, block.count[0] * block.count[1] * padded(block.count[2]));
     }
   }
 
   void run() {
     const int threads = std::max(g_.params->options.threads, 1);
-    const int64_t units = g_.groups * panels_;
-    Scratch<A> partial(splits_ * units * panel_size_);
+    Scratch<A> partial(splits_ * units_ * unit_size_);
     Scratch<Lane> patches(threads * patch_size_), grads(threads * pixels_ * panel_width);
     // Room for bfloat16 rows before they are paired.
     Scratch<Stored> unpaired(step == 2 ? threads * std::max(patch_size_, pixels_ * panel_width) : 0);
@@ -61,15 +59,12 @@ class WeightGradientKernel {
       const Room room{patches.data() + thread * patch_size_, grads.data() + thread * pixels_ * panel_width,
                       unpaired.data() + (step == 2 ? thread * std::max(patch_size_, pixels_ * panel_width) : 0),
                       offsets.data() + thread * pixels_};
-      accumulate_split(room, partial.data() + split * units * panel_size_, split, part_begin(units, shares_, share),
-                       part_begin(units, shares_, share + 1));
+      accumulate_split(room, partial.data() + split * units_ * unit_size_, split, part_begin(units_, shares_, share),
+                       part_begin(units_, shares_, share + 1));
     });
-    const int64_t chunk = 16, chunks = (g_.in_channels + chunk - 1) / chunk;
     Scratch<A> scratch(threads * g_.taps * panel_width);
-    parallel_for(units * chunks, threads, [&](int64_t task, int thread) {
-      const int64_t begin = task % chunks * chunk;
-      reduce(partial.data(), task / chunks, begin, std::min(begin + chunk, g_.in_channels),
-             scratch.data() + thread * g_.taps * panel_width);
+    parallel_for(units_, threads, [&](int64_t unit, int thread) {
+      reduce(partial.data(), unit, scratch.data() + thread * g_.taps * panel_width);
     });
   }
 
@@ -85,30 +80,38 @@ class WeightGradientKernel {
   static int64_t patch_pixels(const Block& block) {
     return block.patch_size(0) * block.patch_size(1) * block.patch_size(2);
   }
+  // A unit is a panel of output channels against a chunk of input channels of one group.
+  int64_t group(int64_t unit) const { return unit / panels_ / chunks_.count; }
+  int64_t chunk(int64_t unit) const { return unit / panels_ % chunks_.count; }
+  int64_t out_channel(int64_t unit) const { return group(unit) * g_.out_channels + unit % panels_ * panel_width; }
   int64_t count(int64_t unit) const {
     return std::min<int64_t>(panel_width, g_.out_channels - unit % panels_ * panel_width);
   }
+  int64_t bias_row(int64_t unit) const { return g_.taps * chunks_.size(chunk(unit)) * panel_width; }
 
-  // Adds the blocks of one split to the partial sums of units [begin, end); a unit is a panel of a group.
+  // Adds the blocks of one split to the partial sums of units [begin, end).
   void accumulate_split(const Room& room, A* partial, int64_t split, int64_t begin, int64_t end) const {
-    std::memset(partial + begin * panel_size_, 0, static_cast<size_t>((end - begin) * panel_size_) * sizeof(A));
+    std::memset(partial + begin * unit_size_, 0, static_cast<size_t>((end - begin) * unit_size_) * sizeof(A));
     const int64_t blocks = static_cast<int64_t>(g_.blocks.size());
     std::vector<Piece> pieces;
+    std::vector<Run> runs;
     for (int64_t b = part_begin(blocks, splits_, split); b < part_begin(blocks, splits_, split + 1); ++b) {
       const Block& block = g_.blocks[static_cast<size_t>(b)];
-      const std::vector<Run> runs = reduction_runs(block, g_.in_channels, g_.params->kernel.data(), false);
-      const int64_t pixels = pair_offsets(block, room.offsets);
-      int64_t filled = -1;  // the group in the patch
+      int64_t pixels = 0, filled = -1;  // the group and chunk in the patch
       for (int64_t unit = begin; unit < end; ++unit) {
-        if (g_.wants_weight() && unit / panels_ != filled) {
+        if (unit / panels_ != filled) {
           filled = unit / panels_;
-          load_patch(block, filled, room, pieces);
+          const int64_t channels = chunks_.size(chunk(unit));
+          pixels = pair_offsets(block, channels, room.offsets);
+          runs = reduction_runs(block, channels, g_.params->kernel.data(), false);
+          const int64_t channel = group(unit) * g_.in_channels + chunks_.begin(chunk(unit));
+          if (g_.wants_weight()) load_patch(block, channel, channels, room, pieces);
         }
         const int vectors = count(unit) <= lanes ? 1 : 2;
         load_grad(block, unit, vectors * lanes, room);
-        A* sum = partial + unit * panel_size_;
+        A* sum = partial + unit * unit_size_;
         if (g_.wants_weight()) multiply(runs, room, pixels, vectors, sum);
-        if (g_.wants_bias()) add_bias(room.grad, pixels, vectors * lanes, sum + rows_ * panel_width);
+        if (g_.wants_bias() && chunk(unit) == 0) add_bias(room.grad, pixels, vectors * lanes, sum + bias_row(unit));
       }
     }
   }
@@ -125,8 +128,8 @@ class WeightGradientKernel {
   }
 
   // Offsets of pixels in the patch, or of pairs of pixels in a row.
-  int64_t pair_offsets(const Block& block, int64_t* offsets) const {
-    pixel_offsets(block, g_.in_channels, offsets);
+  static int64_t pair_offsets(const Block& block, int64_t channels, int64_t* offsets) {
+    pixel_offsets(block, channels, offsets);
     if constexpr (step == 1) return block.pixels();
     int64_t n = 0;
     for (int64_t row = 0; row < block.count[0] * block.count[1]; ++row) {
@@ -135,12 +138,12 @@ class WeightGradientKernel {
     return n;
   }
 
-  void load_patch(const Block& block, int64_t group, const Room& room, std::vector<Piece>& pieces) const {
-    const int64_t channels = g_.in_channels;
+  void load_patch(const Block& block, int64_t channel, int64_t channels, const Room& room,
+                  std::vector<Piece>& pieces) const {
     if constexpr (step == 1) {
-      fill_patch<T>(g_.source, block, group * channels, channels, channels, pieces, room.patch);
+      fill_patch<T>(g_.source, block, channel, channels, channels, pieces, room.patch);
     } else {
-      fill_patch<T>(g_.source, block, group * channels, channels, channels, pieces, room.unpaired);
+      fill_patch<T>(g_.source, block, channel, channels, channels, pieces, room.unpaired);
       const int64_t row = block.patch_size(2) * channels, next = block.run[2]->base_step * channels;
       for (int64_t r = 0; r < block.patch_size(0) * block.patch_size(1); ++r) {
         pair_up(room.unpaired + r * row, next, row, room.patch + r * row);
@@ -160,7 +163,6 @@ class WeightGradientKernel {
   // The output gradient's panel as [pixel][width], or [pair][width] of pairs.
   void load_grad(const Block& block, int64_t unit, int64_t width, const Room& room) const {
     const TensorView& view = g_.params->grad_y;
-    const int64_t channel = unit / panels_ * g_.out_channels + unit % panels_ * panel_width;
     const int64_t columns = block.count[2], row_pixels = padded(columns);
     Stored* rows = nullptr;
     if constexpr (step == 1) {
@@ -173,9 +175,9 @@ class WeightGradientKernel {
     }
     for (int64_t i = 0; i < block.count[0]; ++i) {
       for (int64_t j = 0; j < block.count[1]; ++j) {
-        const T* from = static_cast<const T*>(view.data) + block.batch * view.stride[0] + channel * view.stride[1] +
-                        block.position(0, i) * view.stride[2] + block.position(1, j) * view.stride[3] +
-                        block.position(2, 0) * view.stride[4];
+        const T* from = static_cast<const T*>(view.data) + block.batch * view.stride[0] +
+                        out_channel(unit) * view.stride[1] + block.position(0, i) * view.stride[2] +
+                        block.position(1, j) * view.stride[3] + block.position(2, 0) * view.stride[4];
         Stored* to = rows + (i * block.count[1] + j) * row_pixels * width;
         copy_columns(from, view.stride[1], view.stride[4], to, width, count(unit), columns);
       }
@@ -205,34 +207,33 @@ class WeightGradientKernel {
     return to_float(bfloat16{static_cast<uint16_t>(bits)}) + to_float(bfloat16{static_cast<uint16_t>(bits >> 16)});
   }
 
-  // Sums the splits of one unit over input channels [begin, end) and writes them; the first chunk also writes the bias.
-  void reduce(const A* partial, int64_t unit, int64_t begin, int64_t end, A* rows) const {
+  // Sums the splits of one unit, in order, and writes them.
+  void reduce(const A* partial, int64_t unit, A* rows) const {
     const int64_t width = (count(unit) <= lanes ? 1 : 2) * lanes, n = count(unit), taps = g_.taps;
-    const int64_t split_size = g_.groups * panels_ * panel_size_;
-    const int64_t out_channel = unit / panels_ * g_.out_channels + unit % panels_ * panel_width;
     const auto sum_row = [&](int64_t row, A* to) {
-      const A* from = partial + unit * panel_size_ + row;
+      const A* from = partial + unit * unit_size_ + row;
       for (int64_t v = 0; v < width; v += lanes) {
         vector_t<A> sum = load(from + v);
-        for (int64_t s = 1; s < splits_; ++s) sum += load(from + s * split_size + v);
+        for (int64_t s = 1; s < splits_; ++s) sum += load(from + s * units_ * unit_size_ + v);
         store(to + v, sum);
       }
     };
-    if (g_.wants_bias() && begin == 0) {
-      sum_row(rows_ * panel_width, rows);
+    if (g_.wants_bias() && chunk(unit) == 0) {
+      sum_row(bias_row(unit), rows);
       const TensorView& bias = g_.params->grad_bias;
       for (int64_t i = 0; i < n; ++i) {
-        static_cast<T*>(bias.data)[(out_channel + i) * bias.stride[0]] = from_float<T>(rows[i]);
+        static_cast<T*>(bias.data)[(out_channel(unit) + i) * bias.stride[0]] = from_float<T>(rows[i]);
       }
     }
     if (!g_.wants_weight()) return;
     const TensorView& weight = g_.params->grad_weight;
     const int64_t* kernel = g_.params->kernel.data();
-    const bool consecutive = weight.stride[4] == 1 && weight.stride[3] == kernel[2] &&
-                             weight.stride[2] == kernel[1] * kernel[2];
-    for (int64_t c = begin; c < end; ++c) {
-      for (int64_t i = 0; i < taps; ++i) sum_row((i * g_.in_channels + c) * width, rows + i * width);
-      T* to = static_cast<T*>(weight.data) + out_channel * weight.stride[0] + c * weight.stride[1];
+    const bool consecutive =
+        weight.stride[4] == 1 && weight.stride[3] == kernel[2] && weight.stride[2] == kernel[1] * kernel[2];
+    const int64_t channels = chunks_.size(chunk(unit)), first = chunks_.begin(chunk(unit));
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < taps; ++i) sum_row((i * channels + c) * width, rows + i * width);
+      T* to = static_cast<T*>(weight.data) + out_channel(unit) * weight.stride[0] + (first + c) * weight.stride[1];
       if (consecutive) {
         copy_transposed(rows, width, to, weight.stride[0], taps, n);
         continue;
@@ -246,7 +247,8 @@ class WeightGradientKernel {
   }
 
   const WeightGradient& g_;
-  int64_t rows_, panels_, panel_size_, splits_, shares_, patch_size_ = 0, pixels_ = 0;
+  const Chunks chunks_;
+  int64_t panels_, units_, unit_size_, splits_, shares_, patch_size_ = 0, pixels_ = 0;
 };
 
 }  // namespace
@@ -273,15 +275,16 @@ void causal_conv3d_backward_weight(const ConvBackwardWeightParams& p) {
                                         forward_runs(axes[2], false)};
   dispatch_dtype(x.dtype, [&](auto tag) {
     using T = decltype(tag);
-    const int64_t pixel_bytes = in_channels * static_cast<int64_t>(sizeof(typename PixelPacking<T>::Lane));
+    constexpr int64_t lane_bytes = sizeof(typename PixelPacking<T>::Lane);
+    const Chunks chunks(in_channels, 1, kChunkBytes / lane_bytes);
     const WeightGradient g{&p,
                            {&x, &p.history, {forward_map(axes[0]), forward_map(axes[1]), forward_map(axes[2])}},
-                           make_blocks(runs, x.shape[0], pixel_bytes),
+                           make_blocks(runs, x.shape[0], chunks.widest() * lane_bytes),
                            in_channels,
                            grad_y.shape[1] / o.groups,
                            o.groups,
                            p.kernel[0] * p.kernel[1] * p.kernel[2]};
-    WeightGradientKernel<T>(g).run();
+    WeightGradientKernel<T>(g, chunks).run();
   });
 }
 

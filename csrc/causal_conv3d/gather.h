@@ -1,6 +1,6 @@
 // The convolution that forward and backward data share: every output pixel sums weighted source pixels over a list of
-// taps. Blocks of output pixels are independent, and each pixel's sum has one order whatever the block, so results depend
-// neither on threads nor on neighbours, batch or clip length.
+// taps. Blocks of output pixels are independent, and each pixel's sum has one order whatever the block, so results
+// depend neither on threads nor on neighbours, batch or clip length.
 #pragma once
 
 #include "causal_conv3d/pack.h"
@@ -113,7 +113,8 @@ void gather_convolution(const Gather& g) {
   const WeightView& weight = g.weight;
   const int64_t kernel[3] = {weight.kernel(0), weight.kernel(1), weight.kernel(2)};
   const Layout layout(weight.in_channels, weight.out_channels, weight.taps());
-  const std::vector<Block> blocks = make_blocks(g.axes, g.batches, layout.channels * static_cast<int64_t>(sizeof(Value)));
+  const std::vector<Block> blocks =
+      make_blocks(g.axes, g.batches, layout.chunks.widest() * static_cast<int64_t>(sizeof(Value)));
   if (blocks.empty()) return;
 
   Scratch<typename Pack::Lane> packed(weight.groups * layout.panels * layout.panel_size());
@@ -130,48 +131,55 @@ void gather_convolution(const Gather& g) {
   for (const Block& block : blocks) {
     pixels = std::max(pixels, block.pixels());
     if (block.empty()) continue;
-    patch_size = std::max(patch_size, block.patch_size(0) * block.patch_size(1) * block.patch_size(2) * layout.channels);
+    patch_size =
+        std::max(patch_size, block.patch_size(0) * block.patch_size(1) * block.patch_size(2) * layout.chunks.widest());
   }
   // Few blocks: several tasks share one, each with its own panels.
   const int64_t tasks = static_cast<int64_t>(blocks.size()) * weight.groups;
   const int64_t splits = std::min(layout.panels, (4 * g.threads + tasks - 1) / tasks);
+  const int64_t split_panels = (layout.panels + splits - 1) / splits;
   const int64_t patch_stride = (patch_size + 31) / 32 * 32, acc_size = pixels * Layout::width;
   const int threads = std::max(g.threads, 1);
   Scratch<Value> patches(threads * patch_stride);
-  Scratch<A> accumulators(threads * acc_size);
+  Scratch<A> accumulators(threads * split_panels * acc_size);
   Scratch<int64_t> offsets(threads * pixels);
 
   parallel_for(tasks * splits, threads, [&](int64_t task, int thread) {
     const Block& block = blocks[static_cast<size_t>(task / splits / weight.groups)];
     const int64_t group = task / splits % weight.groups, split = task % splits;
+    const int64_t first = part_begin(layout.panels, splits, split), end = part_begin(layout.panels, splits, split + 1);
     Value* patch = patches.data() + thread * patch_stride;
-    A* acc = accumulators.data() + thread * acc_size;
+    A* acc = accumulators.data() + thread * split_panels * acc_size;
     int64_t* offset = offsets.data() + thread * pixels;
-    std::vector<std::vector<Run>> parts;
-    if (block.empty()) {
-      std::memset(acc, 0, static_cast<size_t>(acc_size) * sizeof(A));
-    } else {
-      std::vector<Piece> pieces;
-      fill_patch<T>(g.source, block, group * weight.in_channels, weight.in_channels, layout.channels, pieces, patch);
-      pixel_offsets(block, layout.channels, offset);
-      parts = split_reduction(reduction_runs(block, layout.channels, kernel, weight.transposed), step);
-    }
     const int64_t n = block.pixels(), tiles = (n + kTilePixels - 1) / kTilePixels;
-    for (int64_t panel = part_begin(layout.panels, splits, split); panel < part_begin(layout.panels, splits, split + 1);
-         ++panel) {
-      const int64_t count = Layout::count(weight.out_channels, panel);
-      const int vectors = Layout::vectors(count);
-      const int64_t width = vectors * Layout::lanes, index = group * layout.panels + panel;
-      for (size_t part = 0; part < parts.size(); ++part) {
-        const std::vector<Run>& runs = parts[part];
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t begin = part_begin(n, tiles, tile), size = part_begin(n, tiles, tile + 1) - begin;
-          tile_kernel_for<T>(static_cast<int>(size), vectors)(
-              patch, offset + begin, runs.data(), static_cast<int64_t>(runs.size()),
-              packed.data() + index * layout.panel_size(), acc + begin * width, part > 0);
+    if (block.empty()) std::memset(acc, 0, static_cast<size_t>((end - first) * acc_size) * sizeof(A));
+    std::vector<Piece> pieces;
+    for (int64_t chunk = 0; chunk < layout.chunks.count && !block.empty(); ++chunk) {
+      const int64_t pitch = layout.chunks.pitch(chunk);
+      fill_patch<T>(g.source, block, group * weight.in_channels + layout.chunks.begin(chunk), layout.chunks.size(chunk),
+                    pitch, pieces, patch);
+      pixel_offsets(block, pitch, offset);
+      const auto parts = split_reduction(reduction_runs(block, pitch, kernel, weight.transposed), step);
+      for (int64_t panel = first; panel < end; ++panel) {
+        const int vectors = Layout::vectors(Layout::count(weight.out_channels, panel));
+        const int64_t width = vectors * Layout::lanes;
+        const auto* rows =
+            packed.data() + (group * layout.panels + panel) * layout.panel_size() + layout.chunk_row(chunk) * width;
+        for (size_t part = 0; part < parts.size(); ++part) {
+          const std::vector<Run>& runs = parts[part];
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t begin = part_begin(n, tiles, tile), size = part_begin(n, tiles, tile + 1) - begin;
+            tile_kernel_for<T>(static_cast<int>(size), vectors)(
+                patch, offset + begin, runs.data(), static_cast<int64_t>(runs.size()), rows,
+                acc + (panel - first) * acc_size + begin * width, chunk > 0 || part > 0);
+          }
         }
       }
-      write_block<T>(g, block, acc, width, bias.data() + index * Layout::width,
+    }
+    for (int64_t panel = first; panel < end; ++panel) {
+      const int64_t count = Layout::count(weight.out_channels, panel);
+      write_block<T>(g, block, acc + (panel - first) * acc_size, Layout::vectors(count) * Layout::lanes,
+                     bias.data() + (group * layout.panels + panel) * Layout::width,
                      group * weight.out_channels + panel * Layout::width, count);
     }
   });

@@ -1,6 +1,6 @@
-// Which source positions an output position reads, per axis. Forward, backward data, strides, dilation and every padding
-// mode come down to the same two tables: a list of taps (source offset, kernel index) shared by a run of positions, and
-// a map from padded source coordinates to real ones.
+// Which source positions an output position reads, per axis. Forward, backward data, strides, dilation and every
+// padding mode come down to the same two tables: a list of taps (source offset, kernel index) shared by a run of
+// positions, and a map from padded source coordinates to real ones.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,9 @@ struct Tap {
   int64_t offset;  // in the source, from the position's base
   int64_t kernel;  // index into the kernel
   bool operator==(const Tap& other) const { return offset == other.offset && kernel == other.kernel; }
-  bool operator<(const Tap& other) const { return offset != other.offset ? offset < other.offset : kernel < other.kernel; }
+  bool operator<(const Tap& other) const {
+    return offset != other.offset ? offset < other.offset : kernel < other.kernel;
+  }
 };
 
 // Positions first, first + step, ... whose bases are base, base + base_step, ... and whose taps are the same.
@@ -93,8 +95,8 @@ inline std::vector<AxisRun> forward_runs(const Axis& axis, bool skip_zeros) {
 }
 
 // Input positions [begin, end) (negative ones are history) reading output coordinates. Position n collects the gradient
-// of every padded coordinate that copies it. Reads past the ends of the output are zeros in the patch; with `skip_zeros`
-// they are left out.
+// of every padded coordinate that copies it. Reads past the ends of the output are zeros in the patch; with
+// `skip_zeros` they are left out.
 inline std::vector<AxisRun> backward_runs(const Axis& axis, int64_t begin, int64_t end, bool skip_zeros) {
   const int64_t outputs = axis.outputs();
   std::vector<std::vector<Tap>> taps(static_cast<size_t>(end - begin));
@@ -138,8 +140,8 @@ struct Block {
 constexpr int64_t kBlockPixels = 768;       // the accumulators of a panel: 768 x 32 x 4 bytes
 constexpr int64_t kPatchBytes = 448 << 10;  // half of a second-level cache, which also holds weights and accumulators
 
-// Cuts the product of three runs into blocks whose patch fits the cache, sharing as much of the halo as possible. Depends
-// on shapes only.
+// Cuts the product of three runs into blocks whose patch fits the cache, sharing as much of the halo as possible.
+// Depends on shapes only.
 inline void choose_block(const AxisRun* const run[3], int64_t pixel_bytes, int64_t best[3]) {
   const auto extent = [&](int axis, int64_t n) { return run[axis]->taps.empty() ? n : run[axis]->extent(n); };
   int64_t columns = std::min(run[2]->count, kBlockPixels);
@@ -176,11 +178,11 @@ inline std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int
           for (int64_t i = 0; i < t.count; i += size[0]) {
             for (int64_t j = 0; j < h.count; j += size[1]) {
               for (int64_t k = 0; k < w.count; k += size[2]) {
-                blocks.push_back({{&t, &h, &w},
-                                  {i, j, k},
-                                  {std::min(size[0], t.count - i), std::min(size[1], h.count - j),
-                                   std::min(size[2], w.count - k)},
-                                  batch});
+                blocks.push_back(
+                    {{&t, &h, &w},
+                     {i, j, k},
+                     {std::min(size[0], t.count - i), std::min(size[1], h.count - j), std::min(size[2], w.count - k)},
+                     batch});
               }
             }
           }
@@ -191,13 +193,14 @@ inline std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int
   return blocks;
 }
 
-// A stretch of the reduction: `length` consecutive values of a pixel's patch against consecutive rows of packed weights.
+// A stretch of the reduction: `length` consecutive values of a pixel's patch against consecutive rows of packed
+// weights.
 struct Run {
   int64_t patch, weight, length;
 };
 
-// The reduction of one block, in kernel order, merged where both sides are contiguous. `flipped` kernels are packed with
-// their last axis reversed, so that backward data's descending kernel index still walks the weights upwards.
+// The reduction of one block, in kernel order, merged where both sides are contiguous. `flipped` kernels are packed
+// with their last axis reversed, so that backward data's descending kernel index still walks the weights upwards.
 inline std::vector<Run> reduction_runs(const Block& block, int64_t channels, const int64_t kernel[3], bool flipped) {
   std::vector<Run> runs;
   const int64_t rows = block.patch_size(1), columns = block.patch_size(2);

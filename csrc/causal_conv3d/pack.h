@@ -1,5 +1,6 @@
-// Packs weights once per call into panels of output channels: [group][panel][kt][kh][kw][channel][width], with channels
-// padded to Packing::step and pairs of them interleaved where the kernel multiplies pairs.
+// Packs weights once per call into panels of output channels: [group][panel][chunk][kt][kh][kw][channel][width]. A
+// chunk is as many input channels as a block's patch holds at a time; its channels are padded to Packing::step, and
+// pairs of them interleaved where the kernel multiplies pairs.
 #pragma once
 
 #include "causal_conv3d/micro.h"
@@ -8,8 +9,8 @@
 
 namespace walt::WALT_ISA {
 
-// How weights are read: forward sums over input channels, backward data over output channels with the kernel's last axis
-// reversed. Channel counts are per group.
+// How weights are read: forward sums over input channels, backward data over output channels with the kernel's last
+// axis reversed. Channel counts are per group.
 struct WeightView {
   const TensorView* weight;
   int64_t in_channels, out_channels, groups;  // of the sum, of the result
@@ -27,21 +28,42 @@ struct WeightView {
   }
 };
 
+constexpr int64_t kChunkBytes = 256;  // of one pixel in a patch
+
+// Channels [begin, end) of chunk i when `channels` are cut into nearly equal chunks of whole `step`s.
+struct Chunks {
+  int64_t channels, step, count;
+  Chunks(int64_t channels, int64_t step, int64_t limit)
+      : channels(channels), step(step), count((channels + limit - 1) / limit) {}
+  int64_t begin(int64_t i) const {
+    return std::min(part_begin((channels + step - 1) / step, count, i) * step, channels);
+  }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t pitch(int64_t i) const { return (size(i) + step - 1) / step * step; }  // with padding
+  int64_t widest() const { return ((channels + step - 1) / step + count - 1) / count * step; }
+};
+
 template <class T>
 struct PanelLayout {
+  static constexpr int step = Packing<T>::step;
   static constexpr int lanes = kLanes<typename Packing<T>::Acc>;
   static constexpr int width = 2 * lanes;
-  int64_t channels;  // padded
-  int64_t rows;      // of one panel, each `width` lanes
-  int64_t panels;    // of one group
+  int64_t taps;
+  Chunks chunks;
+  int64_t rows;    // of one panel, each `width` lanes
+  int64_t panels;  // of one group
 
   PanelLayout(int64_t in_channels, int64_t out_channels, int64_t taps)
-      : channels((in_channels + Packing<T>::step - 1) / Packing<T>::step * Packing<T>::step),
-        rows(taps * channels / Packing<T>::step),
+      : taps(taps),
+        chunks(in_channels, step, kChunkBytes / static_cast<int64_t>(sizeof(typename Packing<T>::Value))),
+        rows(taps * ((in_channels + step - 1) / step)),
         panels((out_channels + width - 1) / width) {}
   int64_t panel_size() const { return rows * width; }
+  int64_t chunk_row(int64_t chunk) const { return chunks.begin(chunk) / step * taps; }
+  static int64_t count(int64_t out_channels, int64_t panel) {
+    return std::min<int64_t>(width, out_channels - panel * width);
+  }
   // The last panel is one vector wide if that is enough; its rows then lie closer together.
-  static int64_t count(int64_t out_channels, int64_t panel) { return std::min<int64_t>(width, out_channels - panel * width); }
   static int vectors(int64_t count) { return count <= lanes ? 1 : 2; }
 };
 
@@ -91,26 +113,35 @@ void pack_weights(const WeightView& view, int threads, typename Packing<T>::Lane
   const Layout layout(view.in_channels, view.out_channels, taps);
   std::vector<int64_t> tap_offset;
   for (int64_t i = 0; i < taps; ++i) tap_offset.push_back(view.tap_offset(i));
-  const int64_t panels = view.groups * layout.panels, slices = layout.channels / step;
-  const int64_t chunk = 16, chunks = (slices + chunk - 1) / chunk;
+  const int64_t panels = view.groups * layout.panels, slices = (view.in_channels + step - 1) / step;
+  constexpr int64_t slices_per_task = 16;
+  const int64_t tasks = (slices + slices_per_task - 1) / slices_per_task;
   const int64_t scratch_size = step * taps * Layout::width;
   Scratch<A> scratch(threads * scratch_size);
-  parallel_for(panels * chunks, threads, [&](int64_t task, int thread) {
+  parallel_for(panels * tasks, threads, [&](int64_t task, int thread) {
     A* rows = scratch.data() + thread * scratch_size;
-    const int64_t group = task / chunks / layout.panels, panel = task / chunks % layout.panels;
+    const int64_t group = task / tasks / layout.panels, panel = task / tasks % layout.panels;
     const int64_t count = Layout::count(view.out_channels, panel), width = Layout::vectors(count) * Layout::lanes;
-    const T* from = static_cast<const T*>(view.weight->data) + view.group_offset(group) +
-                    panel * Layout::width * view.out_stride();
-    const int64_t end = std::min(slices, (task % chunks + 1) * chunk);
-    for (int64_t slice = task % chunks * chunk; slice < end; ++slice) {
-      std::memset(rows, 0, static_cast<size_t>(scratch_size) * sizeof(A));
-      for (int i = 0; i < step && slice * step + i < view.in_channels; ++i) {
-        weight_rows(view, from + (slice * step + i) * view.in_stride(), tap_offset, count, width,
-                    rows + i * taps * width);
+    const T* from =
+        static_cast<const T*>(view.weight->data) + view.group_offset(group) + panel * Layout::width * view.out_stride();
+    std::memset(rows, 0, static_cast<size_t>(scratch_size) * sizeof(A));
+    const int64_t end = std::min(slices, (task % tasks + 1) * slices_per_task);
+    int64_t chunk = 0;
+    for (int64_t slice = task % tasks * slices_per_task; slice < end; ++slice) {
+      while (slice * step >= layout.chunks.begin(chunk + 1)) ++chunk;
+      for (int i = 0; i < step; ++i) {
+        const int64_t channel = slice * step + i;
+        if (channel < view.in_channels) {
+          weight_rows(view, from + channel * view.in_stride(), tap_offset, count, width, rows + i * taps * width);
+        } else {
+          std::memset(rows + i * taps * width, 0, static_cast<size_t>(taps * width) * sizeof(A));
+        }
       }
+      const int64_t pitch = layout.chunks.pitch(chunk) / step, local = slice - layout.chunks.begin(chunk) / step;
+      typename Packing<T>::Lane* to =
+          packed + (task / tasks) * layout.panel_size() + (layout.chunk_row(chunk) + local) * width;
       for (int64_t i = 0; i < taps; ++i) {
-        store_rows(rows + i * width, rows + ((step - 1) * taps + i) * width, width,
-                   packed + (task / chunks) * layout.panel_size() + (i * slices + slice) * width);
+        store_rows(rows + i * width, rows + ((step - 1) * taps + i) * width, width, to + i * pitch * width);
       }
     }
   });

@@ -77,6 +77,37 @@ void copy_transposed(const T* from, int64_t from_stride, P* to, int64_t to_strid
   }
 }
 
+// The same for bfloat16 as it is, two rows at a time in the lanes of one transpose. An odd last row is paired with
+// zeros, so `to` must have room for it.
+inline void copy_transposed_pairs(const bfloat16* from, int64_t from_stride, bfloat16* to, int64_t to_stride,
+                                  int64_t rows, int64_t columns) {
+  constexpr int lanes = kLanes<float>;
+  const auto row = [&](int64_t i, int64_t j, int64_t width) {
+    if (i >= rows) return vuint{};
+    const bfloat16* p = from + i * from_stride + j;
+    return (vuint)(width == lanes ? load(p) : load_partial(p, width)) >> 16;
+  };
+  for (int64_t j = 0; j < columns; j += lanes) {
+    const int64_t width = std::min<int64_t>(lanes, columns - j);
+    for (int64_t i = 0; i < rows; i += 2 * lanes) {
+      const int64_t pairs = std::min<int64_t>(lanes, (rows - i + 1) / 2);
+      vfloat tile[lanes] = {};
+      for (int64_t k = 0; k < pairs; ++k) {
+        tile[k] = (vfloat)(row(i + 2 * k, j, width) | row(i + 2 * k + 1, j, width) << 16);
+      }
+      transpose(tile);
+      for (int64_t k = 0; k < width; ++k) {
+        float* target = reinterpret_cast<float*>(to + (j + k) * to_stride + i);
+        if (pairs == lanes) {
+          std::memcpy(target, &tile[k], sizeof tile[k]);
+        } else {
+          std::memcpy(target, &tile[k], static_cast<size_t>(pairs) * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
 // One tensor (and history) as the source of patches.
 struct Source {
   const TensorView* view;
@@ -84,7 +115,8 @@ struct Source {
   SourceMap map[3];
 };
 
-// A piece of a patch row: columns [column, column + count) copy source columns [from, from + count), or zeros (from -1).
+// A piece of a patch row: columns [column, column + count) copy source columns [from, from + count), or zeros (from
+// -1).
 struct Piece {
   int64_t column, from, count;
 };
@@ -112,19 +144,30 @@ void copy_columns(const T* from, int64_t channel_stride, int64_t column_stride, 
       return copy_channels(from, to, columns * channels);
     }
     for (int64_t i = 0; i < columns; ++i) copy_channels(from + i * column_stride, to + i * pitch, channels);
-  } else if (column_stride == 1 && channels > 2 && columns > 2) {
-    copy_transposed(from, channel_stride, to, pitch, channels, columns);
-  } else {
+    return;
+  }
+  if (column_stride == 1 && channels >= 8 && columns >= 4) {
+    if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<P, bfloat16>) {
+      if (channels % 2 == 0 || pitch > channels) {
+        return copy_transposed_pairs(from, channel_stride, to, pitch, channels, columns);
+      }
+    }
+    return copy_transposed(from, channel_stride, to, pitch, channels, columns);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
     for (int64_t i = 0; i < columns; ++i) {
-      for (int64_t c = 0; c < channels; ++c) {
-        to[i * pitch + c] = from_float<P>(to_float(from[i * column_stride + c * channel_stride]));
+      const T value = from[i * column_stride + c * channel_stride];
+      if constexpr (std::is_same_v<T, P>) {
+        to[i * pitch + c] = value;
+      } else {
+        to[i * pitch + c] = from_float<P>(to_float(value));
       }
     }
   }
 }
 
-// Fills rows [first_row, end_row) of the patch, counted over frames * rows, from channels [channel, channel + channels).
-// `pitch` >= channels values lie between pixels; the rest of each pixel becomes zero.
+// Fills rows [first_row, end_row) of the patch, counted over frames * rows, from channels [channel, channel +
+// channels). `pitch` >= channels values lie between pixels; the rest of each pixel becomes zero.
 template <class T, class P>
 void fill_patch(const Source& source, const Block& block, int64_t channel, int64_t channels, int64_t pitch,
                 std::vector<Piece>& pieces, P* patch) {
