@@ -62,10 +62,10 @@ class WeightGradientKernel {
       accumulate_split(room, partial.data() + split * units_ * unit_size_, split, part_begin(units_, shares_, share),
                        part_begin(units_, shares_, share + 1));
     });
-    Scratch<A> scratch(threads * g_.taps * panel_width);
-    parallel_for(units_, threads, [&](int64_t unit, int thread) {
-      reduce(partial.data(), unit, scratch.data() + thread * g_.taps * panel_width);
-    });
+    const int64_t rows = std::max(g_.taps, chunks_.widest()) * panel_width;
+    Scratch<A> scratch(threads * rows);
+    parallel_for(units_, threads,
+                 [&](int64_t unit, int thread) { reduce(partial.data(), unit, scratch.data() + thread * rows); });
   }
 
  private:
@@ -231,16 +231,27 @@ class WeightGradientKernel {
     const bool consecutive =
         weight.stride[4] == 1 && weight.stride[3] == kernel[2] && weight.stride[2] == kernel[1] * kernel[2];
     const int64_t channels = chunks_.size(chunk(unit)), first = chunks_.begin(chunk(unit));
+    T* target = static_cast<T*>(weight.data) + out_channel(unit) * weight.stride[0] + first * weight.stride[1];
+    const auto tap_offset = [&](int64_t i) {
+      return i / (kernel[1] * kernel[2]) * weight.stride[2] + i / kernel[2] % kernel[1] * weight.stride[3] +
+             i % kernel[2] * weight.stride[4];
+    };
+    if (weight.stride[1] == 1 && channels > 2) {
+      for (int64_t i = 0; i < taps; ++i) {
+        for (int64_t c = 0; c < channels; ++c) sum_row((i * channels + c) * width, rows + c * width);
+        copy_transposed(rows, width, target + tap_offset(i), weight.stride[0], channels, n);
+      }
+      return;
+    }
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t i = 0; i < taps; ++i) sum_row((i * channels + c) * width, rows + i * width);
-      T* to = static_cast<T*>(weight.data) + out_channel(unit) * weight.stride[0] + (first + c) * weight.stride[1];
+      T* to = target + c * weight.stride[1];
       if (consecutive) {
         copy_transposed(rows, width, to, weight.stride[0], taps, n);
         continue;
       }
       for (int64_t i = 0; i < taps; ++i) {
-        const int64_t at = i / (kernel[1] * kernel[2]) * weight.stride[2] +
-                           i / kernel[2] % kernel[1] * weight.stride[3] + i % kernel[2] * weight.stride[4];
+        const int64_t at = tap_offset(i);
         for (int64_t o = 0; o < n; ++o) to[o * weight.stride[0] + at] = from_float<T>(rows[i * width + o]);
       }
     }

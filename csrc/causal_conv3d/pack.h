@@ -67,23 +67,29 @@ struct PanelLayout {
   static int vectors(int64_t count) { return count <= lanes ? 1 : 2; }
 };
 
-// rows[tap][width] of one input channel, as accumulation type.
+// rows[channel][tap][width] of a few input channels, as accumulation type, by whichever stride is one.
 template <class T, class A>
-void weight_rows(const WeightView& view, const T* from, const std::vector<int64_t>& tap_offset, int64_t count,
-                 int64_t width, A* rows) {
+void weight_rows(const WeightView& view, const T* from, const std::vector<int64_t>& tap_offset, int64_t channels,
+                 int64_t count, int64_t width, A* rows) {
   const int64_t taps = static_cast<int64_t>(tap_offset.size()), stride = view.out_stride();
-  if (stride == 1) {
-    for (int64_t i = 0; i < taps; ++i) copy_channels(from + tap_offset[i], rows + i * width, count);
+  if (stride != 1 && view.in_stride() == 1 && channels > 2) {
+    for (int64_t i = 0; i < taps; ++i) {
+      copy_transposed(from + tap_offset[i], stride, rows + i * width, taps * width, count, channels);
+    }
     return;
   }
   bool consecutive = taps > 2 && count > 2;
   for (int64_t i = 0; i < taps; ++i) consecutive = consecutive && tap_offset[i] == i;
-  if (consecutive) {
-    copy_transposed(from, stride, rows, width, count, taps);
-    return;
-  }
-  for (int64_t n = 0; n < count; ++n) {
-    for (int64_t i = 0; i < taps; ++i) rows[i * width + n] = to_float(from[n * stride + tap_offset[i]]);
+  for (int64_t c = 0; c < channels; ++c, from += view.in_stride(), rows += taps * width) {
+    if (stride == 1) {
+      for (int64_t i = 0; i < taps; ++i) copy_channels(from + tap_offset[i], rows + i * width, count);
+    } else if (consecutive) {
+      copy_transposed(from, stride, rows, width, count, taps);
+    } else {
+      for (int64_t n = 0; n < count; ++n) {
+        for (int64_t i = 0; i < taps; ++i) rows[i * width + n] = to_float(from[n * stride + tap_offset[i]]);
+      }
+    }
   }
 }
 
@@ -114,9 +120,9 @@ void pack_weights(const WeightView& view, int threads, typename Packing<T>::Lane
   std::vector<int64_t> tap_offset;
   for (int64_t i = 0; i < taps; ++i) tap_offset.push_back(view.tap_offset(i));
   const int64_t panels = view.groups * layout.panels, slices = (view.in_channels + step - 1) / step;
-  constexpr int64_t slices_per_task = 16;
+  constexpr int64_t slices_per_task = 16 / step;
   const int64_t tasks = (slices + slices_per_task - 1) / slices_per_task;
-  const int64_t scratch_size = step * taps * Layout::width;
+  const int64_t scratch_size = slices_per_task * step * taps * Layout::width;
   Scratch<A> scratch(threads * scratch_size);
   parallel_for(panels * tasks, threads, [&](int64_t task, int thread) {
     A* rows = scratch.data() + thread * scratch_size;
@@ -124,19 +130,13 @@ void pack_weights(const WeightView& view, int threads, typename Packing<T>::Lane
     const int64_t count = Layout::count(view.out_channels, panel), width = Layout::vectors(count) * Layout::lanes;
     const T* from =
         static_cast<const T*>(view.weight->data) + view.group_offset(group) + panel * Layout::width * view.out_stride();
+    const int64_t begin = task % tasks * slices_per_task, end = std::min(slices, begin + slices_per_task);
+    const int64_t channels = std::min(end * step, view.in_channels) - begin * step;
     std::memset(rows, 0, static_cast<size_t>(scratch_size) * sizeof(A));
-    const int64_t end = std::min(slices, (task % tasks + 1) * slices_per_task);
+    weight_rows(view, from + begin * step * view.in_stride(), tap_offset, channels, count, width, rows);
     int64_t chunk = 0;
-    for (int64_t slice = task % tasks * slices_per_task; slice < end; ++slice) {
+    for (int64_t slice = begin; slice < end; ++slice, rows += step * taps * width) {
       while (slice * step >= layout.chunks.begin(chunk + 1)) ++chunk;
-      for (int i = 0; i < step; ++i) {
-        const int64_t channel = slice * step + i;
-        if (channel < view.in_channels) {
-          weight_rows(view, from + channel * view.in_stride(), tap_offset, count, width, rows + i * taps * width);
-        } else {
-          std::memset(rows + i * taps * width, 0, static_cast<size_t>(taps * width) * sizeof(A));
-        }
-      }
       const int64_t pitch = layout.chunks.pitch(chunk) / step, local = slice - layout.chunks.begin(chunk) / step;
       typename Packing<T>::Lane* to =
           packed + (task / tasks) * layout.panel_size() + (layout.chunk_row(chunk) + local) * width;
