@@ -11,6 +11,7 @@ namespace walt::WALT_ISA {
 namespace {
 
 constexpr int64_t kSplits = 16;
+constexpr int64_t kBlockPixels = 768;       // a panel of their gradients takes 96 KiB
 constexpr int64_t kPartialBytes = 8 << 20;  // all splits together, where one is not already more
 
 struct WeightGradient {
@@ -290,7 +291,7 @@ void causal_conv3d_backward_weight(const ConvBackwardWeightParams& p) {
     const Chunks chunks(in_channels, 1, kChunkBytes / lane_bytes);
     const WeightGradient g{&p,
                            {&x, &p.history, {forward_map(axes[0]), forward_map(axes[1]), forward_map(axes[2])}},
-                           make_blocks(runs, x.shape[0], chunks.widest() * lane_bytes),
+                           make_blocks(runs, x.shape[0], chunks.widest() * lane_bytes, kBlockPixels),
                            in_channels,
                            grad_y.shape[1] / o.groups,
                            o.groups,

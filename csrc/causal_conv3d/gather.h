@@ -18,6 +18,7 @@ struct Gather {
   int threads;
 };
 
+constexpr int64_t kMostPixels = 2048;     // of a block: 256 KiB of accumulators
 constexpr int64_t kReductionRows = 1536;  // of packed weights between two looks at the accumulators: 192 KiB
 
 // Cuts runs so that the packed weights of each part stay in the second-level cache over a whole block.
@@ -50,7 +51,7 @@ void write_pixels(const A* acc, int64_t width, const A* bias, T* to, int64_t cha
       for (int64_t c = 0; c < count; c += lanes) {
         const vector_t<A> sum = load(acc + i * width + c) + load(bias + c);
         if (c + lanes <= count) {
-          store(to + i * column_stride + c, sum);
+          store_flushed(to + i * column_stride + c, sum);
         } else {
           store_partial(to + i * column_stride + c, sum, count - c);
         }
@@ -69,7 +70,7 @@ void write_pixels(const A* acc, int64_t width, const A* bias, T* to, int64_t cha
         if (column_stride != 1) {
           for (int64_t p = 0; p < pixels; ++p) row[p * column_stride] = from_float<T>(tile[k][p]);
         } else if (pixels == lanes) {
-          store(row, tile[k]);
+          store_flushed(row, tile[k]);
         } else {
           store_partial(row, tile[k], pixels);
         }
@@ -113,12 +114,20 @@ void gather_convolution(const Gather& g) {
   const WeightView& weight = g.weight;
   const int64_t kernel[3] = {weight.kernel(0), weight.kernel(1), weight.kernel(2)};
   const Layout layout(weight.in_channels, weight.out_channels, weight.taps());
+  int64_t outputs = g.batches;
+  for (const std::vector<AxisRun>& axis : g.axes) {
+    int64_t positions = 0;
+    for (const AxisRun& run : axis) positions += run.count;
+    outputs *= positions;
+  }
+  const int threads = std::max(g.threads, 1);
+  const int64_t most = std::clamp<int64_t>(outputs / (4 * threads), 192, kMostPixels);
   const std::vector<Block> blocks =
-      make_blocks(g.axes, g.batches, layout.chunks.widest() * static_cast<int64_t>(sizeof(Value)));
+      make_blocks(g.axes, g.batches, layout.chunks.widest() * static_cast<int64_t>(sizeof(Value)), most);
   if (blocks.empty()) return;
 
   Scratch<typename Pack::Lane> packed(weight.groups * layout.panels * layout.panel_size());
-  pack_weights<T>(weight, g.threads, packed.data());
+  pack_weights<T>(weight, threads, packed.data());
   Scratch<A> bias(weight.groups * layout.panels * Layout::width);
   for (int64_t i = 0; i < weight.groups * layout.panels * Layout::width; ++i) {
     const int64_t group = i / (layout.panels * Layout::width), n = i % (layout.panels * Layout::width);
@@ -136,12 +145,12 @@ void gather_convolution(const Gather& g) {
   }
   // Few blocks: several tasks share one, each with its own panels.
   const int64_t tasks = static_cast<int64_t>(blocks.size()) * weight.groups;
-  const int64_t splits = std::min(layout.panels, (4 * g.threads + tasks - 1) / tasks);
-  const int64_t split_panels = (layout.panels + splits - 1) / splits;
+  const int64_t splits = std::min(layout.panels, (4 * threads + tasks - 1) / tasks);
+  // Panels whose sums go on in the next chunk need room for each.
+  const int64_t slots = layout.chunks.count == 1 ? 1 : (layout.panels + splits - 1) / splits;
   const int64_t patch_stride = (patch_size + 31) / 32 * 32, acc_size = pixels * Layout::width;
-  const int threads = std::max(g.threads, 1);
   Scratch<Value> patches(threads * patch_stride);
-  Scratch<A> accumulators(threads * split_panels * acc_size);
+  Scratch<A> accumulators(threads * slots * acc_size);
   Scratch<int64_t> offsets(threads * pixels);
 
   parallel_for(tasks * splits, threads, [&](int64_t task, int thread) {
@@ -149,12 +158,22 @@ void gather_convolution(const Gather& g) {
     const int64_t group = task / splits % weight.groups, split = task % splits;
     const int64_t first = part_begin(layout.panels, splits, split), end = part_begin(layout.panels, splits, split + 1);
     Value* patch = patches.data() + thread * patch_stride;
-    A* acc = accumulators.data() + thread * split_panels * acc_size;
+    A* acc = accumulators.data() + thread * slots * acc_size;
     int64_t* offset = offsets.data() + thread * pixels;
     const int64_t n = block.pixels(), tiles = (n + kTilePixels - 1) / kTilePixels;
-    if (block.empty()) std::memset(acc, 0, static_cast<size_t>((end - first) * acc_size) * sizeof(A));
+    const auto write = [&](int64_t panel, const A* sums) {
+      const int64_t count = Layout::count(weight.out_channels, panel);
+      write_block<T>(g, block, sums, Layout::vectors(count) * Layout::lanes,
+                     bias.data() + (group * layout.panels + panel) * Layout::width,
+                     group * weight.out_channels + panel * Layout::width, count);
+    };
+    if (block.empty()) {  // a stride that skips these positions
+      std::memset(acc, 0, static_cast<size_t>(acc_size) * sizeof(A));
+      for (int64_t panel = first; panel < end; ++panel) write(panel, acc);
+      return;
+    }
     std::vector<Piece> pieces;
-    for (int64_t chunk = 0; chunk < layout.chunks.count && !block.empty(); ++chunk) {
+    for (int64_t chunk = 0; chunk < layout.chunks.count; ++chunk) {
       const int64_t pitch = layout.chunks.pitch(chunk);
       fill_patch<T>(g.source, block, group * weight.in_channels + layout.chunks.begin(chunk), layout.chunks.size(chunk),
                     pitch, pieces, patch);
@@ -165,22 +184,18 @@ void gather_convolution(const Gather& g) {
         const int64_t width = vectors * Layout::lanes;
         const auto* rows =
             packed.data() + (group * layout.panels + panel) * layout.panel_size() + layout.chunk_row(chunk) * width;
+        A* sums = acc + (slots == 1 ? 0 : panel - first) * acc_size;
         for (size_t part = 0; part < parts.size(); ++part) {
           const std::vector<Run>& runs = parts[part];
           for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t begin = part_begin(n, tiles, tile), size = part_begin(n, tiles, tile + 1) - begin;
-            tile_kernel_for<T>(static_cast<int>(size), vectors)(
-                patch, offset + begin, runs.data(), static_cast<int64_t>(runs.size()), rows,
-                acc + (panel - first) * acc_size + begin * width, chunk > 0 || part > 0);
+            tile_kernel_for<T>(static_cast<int>(size), vectors)(patch, offset + begin, runs.data(),
+                                                                static_cast<int64_t>(runs.size()), rows,
+                                                                sums + begin * width, chunk > 0 || part > 0);
           }
         }
+        if (chunk + 1 == layout.chunks.count) write(panel, sums);
       }
-    }
-    for (int64_t panel = first; panel < end; ++panel) {
-      const int64_t count = Layout::count(weight.out_channels, panel);
-      write_block<T>(g, block, acc + (panel - first) * acc_size, Layout::vectors(count) * Layout::lanes,
-                     bias.data() + (group * layout.panels + panel) * Layout::width,
-                     group * weight.out_channels + panel * Layout::width, count);
     }
   });
 }

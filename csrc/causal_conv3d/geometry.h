@@ -137,14 +137,14 @@ struct Block {
   int64_t patch_size(int axis) const { return run[axis]->extent(count[axis]); }
 };
 
-constexpr int64_t kBlockPixels = 768;       // the accumulators of a panel: 768 x 32 x 4 bytes
+constexpr int64_t kBlockCost = 64;          // of starting a block, in patch pixels
 constexpr int64_t kPatchBytes = 448 << 10;  // half of a second-level cache, which also holds weights and accumulators
 
-// Cuts the product of three runs into blocks whose patch fits the cache, sharing as much of the halo as possible.
-// Depends on shapes only.
-inline void choose_block(const AxisRun* const run[3], int64_t pixel_bytes, int64_t best[3]) {
+// Cuts the product of three runs into blocks of at most `most` pixels whose patch fits the cache, sharing as much of
+// the halo as possible.
+inline void choose_block(const AxisRun* const run[3], int64_t pixel_bytes, int64_t most, int64_t best[3]) {
   const auto extent = [&](int axis, int64_t n) { return run[axis]->taps.empty() ? n : run[axis]->extent(n); };
-  int64_t columns = std::min(run[2]->count, kBlockPixels);
+  int64_t columns = std::min(run[2]->count, most);
   while (columns > 16 && extent(2, columns) * extent(1, 1) * extent(0, 1) * pixel_bytes > kPatchBytes) {
     columns = (columns + 1) / 2;
   }
@@ -155,8 +155,8 @@ inline void choose_block(const AxisRun* const run[3], int64_t pixel_bytes, int64
     for (int64_t rows = 1; rows <= std::min<int64_t>(run[1]->count, 64); ++rows) {
       const int64_t pixels = frames * rows * columns;
       const int64_t patch = extent(0, frames) * extent(1, rows) * extent(2, columns);
-      const double cost = static_cast<double>(patch) / static_cast<double>(pixels);
-      const bool fits = pixels <= kBlockPixels && patch * pixel_bytes <= kPatchBytes;
+      const double cost = static_cast<double>(patch + kBlockCost) / static_cast<double>(pixels);
+      const bool fits = pixels <= most && patch * pixel_bytes <= kPatchBytes;
       if (fits && (best_cost == 0 || cost < best_cost)) {
         best_cost = cost;
         best[0] = frames;
@@ -166,14 +166,15 @@ inline void choose_block(const AxisRun* const run[3], int64_t pixel_bytes, int64
   }
 }
 
-inline std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int64_t batches, int64_t pixel_bytes) {
+inline std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int64_t batches, int64_t pixel_bytes,
+                                      int64_t most) {
   std::vector<Block> blocks;
   for (const AxisRun& t : axes[0]) {
     for (const AxisRun& h : axes[1]) {
       for (const AxisRun& w : axes[2]) {
         const AxisRun* const run[3] = {&t, &h, &w};
         int64_t size[3];
-        choose_block(run, pixel_bytes, size);
+        choose_block(run, pixel_bytes, most, size);
         for (int64_t batch = 0; batch < batches; ++batch) {
           for (int64_t i = 0; i < t.count; i += size[0]) {
             for (int64_t j = 0; j < h.count; j += size[1]) {

@@ -171,6 +171,19 @@ inline void store(float16* p, vfloat v) {
 #endif
 }
 
+// Where a processor rounds to bfloat16 in one instruction, that also makes subnormal numbers zero, as dot_bf16 does.
+template <class T>
+inline void store_flushed(T* p, vector_t<accumulate_t<T>> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &half, sizeof half);
+    return;
+  }
+#endif
+  store(p, v);
+}
+
 // The first `count` lanes; the rest read as zero, and are not written.
 template <class T>
 inline vector_t<accumulate_t<T>> load_partial(const T* p, int64_t count) {
