@@ -28,7 +28,7 @@ struct Row {
 // With g = grad_h * (1 + scale) and xhat the normalised row:
 // grad_x = grad_x_new + rstd * (g - mean(g) - xhat * mean(g * xhat)). `scratch` holds two padded rows.
 template <bool kResidual, class T, class M, class A>
-void norm_row(const Row<T, M, A>& r, A* scratch, int64_t width, int64_t D) {
+void norm_row(const Row<T, M, A> r, A* scratch, int64_t width, int64_t D) {
   using V = vector_t<A>;
   A *const g_row = scratch, *const xhat_row = scratch + width;
   V g_sums[kSlots] = {}, gx_sums[kSlots] = {};
@@ -65,7 +65,7 @@ void norm_row(const Row<T, M, A>& r, A* scratch, int64_t width, int64_t D) {
 }
 
 template <class T, class M, class A>
-void residual_row(const Row<T, M, A>& r, int64_t D) {
+void residual_row(const Row<T, M, A> r, int64_t D) {
   sweep<A>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
     const auto grad = piece.load(r.grad_x_new + d);
     piece.store(r.grad_branch + d, grad * piece.load(r.gate + d));

@@ -70,10 +70,10 @@ void forward(const AdalnForwardParams& p) {
     for (int64_t i = task * rows_per_task; i < end; ++i) {
       const int64_t b = i / N, n = i % N;
       if constexpr (kNorm) {
-        const auto [m, r] = norm_row<kResidual>(
-            x.row(b, n), kResidual ? branch.row(b, n) : nullptr, kResidual ? gate.row(b, n) : nullptr, shift.row(b, n),
-            scale.row(b, n), kResidual ? x_new.row(b, n) : nullptr, h.row(b, n), scratch.data() + thread * width, D,
-            static_cast<A>(p.eps));
+        const auto [m, r] = norm_row<kResidual>(x.row(b, n), kResidual ? branch.row(b, n) : nullptr,
+                                                kResidual ? gate.row(b, n) : nullptr, shift.row(b, n), scale.row(b, n),
+                                                kResidual ? x_new.row(b, n) : nullptr, h.row(b, n),
+                                                scratch.data() + thread * width, D, static_cast<A>(p.eps));
         mean[i] = m;
         rstd[i] = r;
       } else {

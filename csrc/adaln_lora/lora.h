@@ -1,4 +1,5 @@
-// What the low-rank kernels share. Few samples meet many weights here, so the floor is reading (or writing) each weight once.
+// What the low-rank kernels share. Few samples meet many weights here, so the floor is reading (or writing) each weight
+// once.
 #pragma once
 
 #include "adaln_lora/rows.h"

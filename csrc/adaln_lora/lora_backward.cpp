@@ -1,5 +1,5 @@
-// Gradients of the low-rank modulation. Sums over K, over layers and over the rows of `down` run in fixed order: partial
-// sums of a number of blocks that depends on the shapes alone, then the blocks in order.
+// Gradients of the low-rank modulation. Sums over K, over layers and over the rows of `down` run in fixed order:
+// partial sums of a number of blocks that depends on the shapes alone, then the blocks in order.
 #include "adaln_lora/lora.h"
 #include "adaln_lora/params.h"
 #include "common/parallel.h"
@@ -15,8 +15,8 @@ constexpr int kGroup = 4;               // weight rows that share a pass over th
 //   grad_weights[row] = sum_b c[b, row] * vectors[b],   partial[b] += sum_row c[b, row] * weights[row].
 // `coefficient(b, row)` returns c; partial rows are padded, `scratch` holds B * kGroup numbers.
 template <int kRows, class T, class A, class F>
-void outer_rows(const T* weights, T* grad_weights, const A* vectors, A* partial, A* scratch, int64_t row, int64_t length,
-                int64_t width, int64_t B, F&& coefficient) {
+void outer_rows(const T* weights, T* grad_weights, const A* vectors, A* partial, A* scratch, int64_t row,
+                int64_t length, int64_t width, int64_t B, F&& coefficient) {
   using V = vector_t<A>;
   for (int64_t b = 0; b < B; ++b) {
     for (int i = 0; i < kRows; ++i) scratch[b * kRows + i] = coefficient(b, row + i);
@@ -42,8 +42,8 @@ void outer_rows(const T* weights, T* grad_weights, const A* vectors, A* partial,
 }
 
 template <class T, class A, class F>
-void outer_range(const T* weights, T* grad_weights, const A* vectors, A* partial, A* scratch, int64_t begin, int64_t end,
-                 int64_t length, int64_t width, int64_t B, F&& coefficient) {
+void outer_range(const T* weights, T* grad_weights, const A* vectors, A* partial, A* scratch, int64_t begin,
+                 int64_t end, int64_t length, int64_t width, int64_t B, F&& coefficient) {
   std::memset(partial, 0, static_cast<size_t>(B * width) * sizeof(A));
   int64_t row = begin;
   for (; row + kGroup <= end; row += kGroup) {
@@ -170,7 +170,8 @@ void backward(const LoraBackwardParams& p) {
 }  // namespace
 
 void adaln_lora_backward(const LoraBackwardParams& p) {
-  require(p.down.rank == 3 && p.cond.rank == 2 && p.grad.rank == 3, "cond has two dimensions, grad and down have three");
+  require(p.down.rank == 3 && p.cond.rank == 2 && p.grad.rank == 3,
+          "cond has two dimensions, grad and down have three");
   const int64_t layers = p.down.shape[0], rank = p.down.shape[1], D = p.down.shape[2];
   const int64_t B = p.cond.shape[0], K = p.grad.shape[2];
   const DType dtype = p.cond.dtype, wide = dtype == DType::float64 ? DType::float64 : DType::float32;
@@ -182,8 +183,8 @@ void adaln_lora_backward(const LoraBackwardParams& p) {
   require_view(p.grad_base, "grad_base", dtype, B, K);
   require_view(p.grad_down, "grad_down", dtype, layers, rank, D);
   require_view(p.grad_up, "grad_up", dtype, layers, K, rank);
-  for (const TensorView* view : {&p.grad, &p.hidden, &p.cond, &p.down, &p.up, &p.grad_cond, &p.grad_base, &p.grad_down,
-                                 &p.grad_up}) {
+  for (const TensorView* view :
+       {&p.grad, &p.hidden, &p.cond, &p.down, &p.up, &p.grad_cond, &p.grad_base, &p.grad_down, &p.grad_up}) {
     require_dense(*view, "an argument");
   }
   dispatch_dtype(dtype, [&](auto tag) { backward<decltype(tag)>(p); });

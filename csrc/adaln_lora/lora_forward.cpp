@@ -85,14 +85,14 @@ void forward(const LoraForwardParams& p) {
   parallel_for((layers * rank + down_rows - 1) / down_rows, p.threads, [&](int64_t task, int) {
     const int64_t begin = task * down_rows;
     const int64_t end = begin + down_rows < layers * rank ? begin + down_rows : layers * rank;
-    dot_rows(down, cond.data(), D, D, begin, end, B, [&](int64_t row, int64_t b, A dot) {
-      hidden[(row / rank * B + b) * rank + row % rank] = dot;
-    });
+    dot_rows(down, cond.data(), D, D, begin, end, B,
+             [&](int64_t row, int64_t b, A dot) { hidden[(row / rank * B + b) * rank + row % rank] = dot; });
   });
 
   const bool wide = rank >= kWideRank;
-  const int64_t up_rows = wide ? kTaskBytes / (rank * static_cast<int64_t>(sizeof(T))) / kTileRows * kTileRows + kTileRows
-                               : 8 * kNarrowColumns;
+  const int64_t up_rows =
+      wide ? kTaskBytes / (rank * static_cast<int64_t>(sizeof(T))) / kTileRows * kTileRows + kTileRows
+           : 8 * kNarrowColumns;
   const int64_t blocks = (K + up_rows - 1) / up_rows;
   parallel_for(layers * blocks, p.threads, [&](int64_t task, int thread) {
     const int64_t l = task / blocks, begin = task % blocks * up_rows;
@@ -108,8 +108,8 @@ void forward(const LoraForwardParams& p) {
     }
     for (int64_t k = begin; k < end; k += kNarrowColumns) {
       narrow_block(own_up + k * rank, own_hidden, base + k, own_out + k,
-                   columns.data() + thread * kWideRank * kNarrowColumns, end - k < kNarrowColumns ? end - k : kNarrowColumns,
-                   B, rank, K);
+                   columns.data() + thread * kWideRank * kNarrowColumns,
+                   end - k < kNarrowColumns ? end - k : kNarrowColumns, B, rank, K);
     }
   });
 }
@@ -117,7 +117,8 @@ void forward(const LoraForwardParams& p) {
 }  // namespace
 
 void adaln_lora_forward(const LoraForwardParams& p) {
-  require(p.down.rank == 3 && p.cond.rank == 2 && p.base.rank == 2, "cond and base have two dimensions, down has three");
+  require(p.down.rank == 3 && p.cond.rank == 2 && p.base.rank == 2,
+          "cond and base have two dimensions, down has three");
   const int64_t layers = p.down.shape[0], rank = p.down.shape[1], D = p.down.shape[2];
   const int64_t B = p.cond.shape[0], K = p.base.shape[1];
   const DType dtype = p.cond.dtype, wide = dtype == DType::float64 ? DType::float64 : DType::float32;
@@ -127,7 +128,8 @@ void adaln_lora_forward(const LoraForwardParams& p) {
   require_view(p.up, "up", dtype, layers, K, rank);
   require_view(p.hidden, "hidden", wide, layers, B, rank);
   require_view(p.out, "out", dtype, layers, B, K);
-  for (const TensorView* view : {&p.cond, &p.base, &p.down, &p.up, &p.hidden, &p.out}) require_dense(*view, "an argument");
+  for (const TensorView* view : {&p.cond, &p.base, &p.down, &p.up, &p.hidden, &p.out})
+    require_dense(*view, "an argument");
   dispatch_dtype(dtype, [&](auto tag) { forward<decltype(tag)>(p); });
 }
 

@@ -40,8 +40,8 @@ struct Part {
   }
 };
 
-// Calls f(d, piece, slot) for the vectors of a row of D elements. Neighbouring calls get different slots (0..3), so that a
-// sum can run in four independent chains.
+// Calls f(d, piece, slot) for the vectors of a row of D elements. Neighbouring calls get different slots (0..3), so
+// that a sum can run in four independent chains.
 constexpr int kSlots = 4;
 template <class A, class F>
 inline __attribute__((always_inline)) void sweep(int64_t D, F&& f) {

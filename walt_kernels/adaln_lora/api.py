@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> Tensor:
         ``[layers, B, K]``, contiguous. ``out[i].chunk(6, dim=-1)`` are views that the other ops take without a copy.
 
     All four tensors have one dtype (float32, bfloat16, float16 or float64); products are summed in float32 (float64 for
-    float64) and rounded once. Gradients for all four. Under autocast nothing is narrowed: modulation stays as precise as its
-    weights, and ``cond`` or ``base`` that an autocast layer narrowed are widened to the widest dtype of the four.
+    float64) and rounded once. Gradients for all four. Under autocast nothing is narrowed: modulation stays as precise
+    as its weights, and ``cond`` or ``base`` that an autocast layer narrowed are widened to the widest dtype of the four.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -49,8 +48,8 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
 
     Args:
         x: ``[B, N, D]``, any strides.
-        shift, scale: ``[B, D]``, or ``[B, F, D]`` with F dividing N: row f belongs to tokens ``f * N/F .. (f+1) * N/F - 1``.
-            Views (chunks of ``[..., k * D]``) are taken by stride, not copied. Same dtype as x, or float32 when x has 16 bits.
+        shift, scale: ``[B, D]``, or ``[B, F, D]`` with F dividing N: one row for every N / F consecutive tokens. Views
+            (chunks of ``[..., k * D]``) are taken by stride, not copied. One dtype: x's, or float32 when x has 16 bits.
         eps: added to the variance.
 
     Returns:
@@ -103,8 +102,8 @@ def adaln_residual_modulate(
         eps: added to the variance.
 
     Returns:
-        ``(x_new, h)``, both ``[B, N, D]``, contiguous, x's dtype. x_new is rounded once, and h is computed from the unrounded
-        x_new in float32 (float64 for float64).
+        ``(x_new, h)``, both ``[B, N, D]``, contiguous, x's dtype. x_new is rounded once, and h is computed from the
+        unrounded x_new in float32 (float64 for float64).
 
     Gradients for all five tensors, through either output or both; deterministic.
 
@@ -121,21 +120,22 @@ def adaln_residual_modulate(
 # ---- validation -----------------------------------------------------------------------------------------------------
 
 
+# A message is written only when it is raised: under torch.compile a formatted size becomes a constant of the graph.
+
+
 def prepare_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> dict[str, Any]:
     tensors = {"cond": cond, "base": base, "down": down, "up": up}
-    for (name, tensor), expected in zip(tensors.items(), ("[B, D]", "[B, K]", "[layers, r, D]", "[layers, K, r]")):
-        _check_tensor(name, tensor, expected)
+    expected = {"cond": "[B, D]", "base": "[B, K]", "down": "[layers, r, D]", "up": "[layers, K, r]"}
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, expected[name])
         _check_device(name, tensor, "cond", cond)
-    batch, width = cond.shape
-    layers, rank, _ = down.shape
-    _check_shape("base", base, lambda: f"[B, K] with B = {batch} as in cond", base.shape[0] == batch)
-    _check_shape("down", down, lambda: f"[layers, r, D] with D = {width} as in cond", down.shape[2] == width)
-    _check_shape(
-        "up",
-        up,
-        lambda: f"[layers, K, r] = [{layers}, {base.shape[1]}, {rank}] as in base and down",
-        tuple(up.shape) == (layers, base.shape[1], rank),
-    )
+    if base.shape[0] != cond.shape[0]:
+        raise _shape_error("base", base, f"[B, K] with B = {cond.shape[0]} as in cond")
+    if down.shape[2] != cond.shape[1]:
+        raise _shape_error("down", down, f"[layers, r, D] with D = {cond.shape[1]} as in cond")
+    if up.shape[0] != down.shape[0] or up.shape[1] != base.shape[1] or up.shape[2] != down.shape[1]:
+        sizes = [down.shape[0], base.shape[1], down.shape[1]]
+        raise _shape_error("up", up, f"[layers, K, r] = {sizes} as in base and down")
     if torch.is_autocast_enabled(cond.device.type):
         widest = cond.dtype
         for tensor in tensors.values():
@@ -171,15 +171,12 @@ def _check_tensor(name: str, tensor: Any, expected: str) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor {expected}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    rank = expected.count(",") + 1
-    _check_shape(name, tensor, expected, tensor.dim() == rank)
+    if tensor.dim() != expected.count(",") + 1:
+        raise _shape_error(name, tensor, expected)
 
 
-def _check_shape(name: str, tensor: Tensor, expected: str | Callable[[], str], good: bool) -> None:
-    """``expected`` is a function where it shows a size: to print one while torch.compile traces would fix it."""
-    if not good:
-        text = expected if isinstance(expected, str) else expected()
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {text}")
+def _shape_error(name: str, tensor: Tensor, expected: str) -> ValueError:
+    return ValueError(f"{name} has shape {list(tensor.shape)}, expected {expected}")
 
 
 def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -203,11 +200,13 @@ def _check_eps(eps: float) -> float:
 def _check_tokens(x: Tensor, branch: Any) -> Any:
     """Validates x and, where it is given, branch; returns branch (in x's dtype under autocast)."""
     _check_tensor("x", x, "[B, N, D]")
-    _check_shape("x", x, "[B, N, D] with D of at least 1", x.shape[2] > 0)
+    if x.shape[2] == 0:
+        raise _shape_error("x", x, "[B, N, D] with D of at least 1")
     if branch is None:
         return None
     _check_tensor("branch", branch, "[B, N, D]")
-    _check_shape("branch", branch, lambda: f"{list(x.shape)} as x", branch.shape == x.shape)
+    if branch.shape != x.shape:
+        raise _shape_error("branch", branch, f"{list(x.shape)} as x")
     _check_device("branch", branch, "x", x)
     if torch.is_autocast_enabled(x.device.type):
         return branch.to(x.dtype)
@@ -215,22 +214,23 @@ def _check_tokens(x: Tensor, branch: Any) -> Any:
     return branch
 
 
+def _rows_of(x: Tensor) -> str:
+    return f"[B, D] = [{x.shape[0]}, {x.shape[2]}] or [B, F, D] with F dividing N = {x.shape[1]}"
+
+
 def _modulation(x: Tensor, **rows: Any) -> list[Tensor]:
     """Validates modulation tensors against x: one dtype for all of them, x's or float32 beside a 16-bit x."""
     batch, tokens, width = x.shape
-
-    def expected() -> str:
-        return f"[B, D] = [{batch}, {width}] or [B, F, D] with F dividing N = {tokens}"
-
     for name, tensor in rows.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor {expected()}")
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor {_rows_of(x)}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected {x.dtype} as x")
         good = tensor.dim() in (2, 3) and tensor.shape[0] == batch and tensor.shape[-1] == width
         if good and tensor.dim() == 3:
             good = tensor.shape[1] > 0 and tokens % tensor.shape[1] == 0
-        _check_shape(name, tensor, expected, good)
+        if not good:
+            raise _shape_error(name, tensor, _rows_of(x))
         _check_device(name, tensor, "x", x)
     allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
     first_name, first = next(iter(rows.items()))

@@ -88,9 +88,11 @@ def _forward(
     rstd: Tensor | None,
     eps: float,
 ) -> None:
-    x, branch, gate, shift, scale = _unit(x), _unit(branch), _unit(gate), _unit(shift), _unit(scale)
+    tokens = _unit(x), _unit(branch)  # held until the kernel returns, copies too
+    rows = _unit(gate), _unit(shift), _unit(scale)
     C.adaln_forward(
-        *(view(x), view(branch), _rows(gate), _rows(shift), _rows(scale)),
+        *map(view, tokens),
+        *map(_rows, rows),
         *(view(x_new), view(h), view(mean), view(rstd)),
         eps=eps,
         threads=torch.get_num_threads(),
@@ -142,10 +144,12 @@ def _backward(
     grad_shift: Tensor | None,
     grad_scale: Tensor | None,
 ) -> None:
-    grad_x_new, grad_h, x, branch = _unit(grad_x_new), _unit(grad_h), _unit(x), _unit(branch)
-    gate, scale = _unit(gate), _unit(scale)
+    tokens = _unit(grad_x_new), _unit(grad_h), _unit(x), _unit(branch)
+    rows = _unit(gate), _unit(scale)
     C.adaln_backward(
-        *(view(grad_x_new), view(grad_h), view(x), view(branch), _rows(gate), _rows(scale), view(mean), view(rstd)),
+        *map(view, tokens),
+        *map(_rows, rows),
+        *(view(mean), view(rstd)),
         *(view(grad_x), view(grad_branch), _rows(grad_gate), _rows(grad_shift), _rows(grad_scale)),
         threads=torch.get_num_threads(),
     )

@@ -1,7 +1,9 @@
 """Schemas, fakes and autograd of the adaln ops, and their backend tables.
 
-The ops return what their backward passes need beside what users get: mean and rstd of the norm, ``hidden`` of the low-rank
-pair. The residual ops save x, not x_new: backward recomputes the unrounded x_new bit for bit, from memory it reads anyway.
+The ops return what their backward passes need beside what users get: mean and rstd of the norm, ``hidden`` of the
+low-rank pair. adaln_residual_modulate saves x, not x_new: from x, branch and gate, all of which backward reads anyway,
+the unrounded x_new is computed again. The rounded one would not fit the statistics, least of all where the mean is
+large beside the spread.
 """
 
 from __future__ import annotations
@@ -40,12 +42,7 @@ def _forward_impl(name: str) -> Callable[..., Any]:
 
 
 def _backward_impl(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        kernel = backend(name, args[-1]).backward
-        assert kernel is not None
-        return kernel(*args[:-1])
-
-    return run
+    return lambda *args: backend(name, args[-1]).backward(*args[:-1])
 
 
 # ---- adaln_modulate -------------------------------------------------------------------------------------------------
@@ -204,7 +201,8 @@ define(
 
 define(
     "adaln_lora_backward",
-    "(Tensor grad, Tensor hidden, Tensor cond, Tensor down, Tensor up, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor hidden, Tensor cond, Tensor down, Tensor up, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     impl=_backward_impl("adaln_lora"),
     fake=lambda grad, hidden, cond, down, up, backend: native.lora_gradients(grad, cond, down, up),
 )

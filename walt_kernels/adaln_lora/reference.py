@@ -48,7 +48,7 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def _per_token(x: Tensor, rows: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """combine(x, rows) with one row of ``rows`` ([B, D] or [B, F, D]) for every N / F consecutive tokens of x [B, N, D]."""
+    """combine(x, rows): one row of ``rows`` ([B, D] or [B, F, D]) for every N / F consecutive tokens of x [B, N, D]."""
     frames = rows.shape[1] if rows.dim() == 3 else 1
     rows = _widen(rows).reshape(rows.shape[0], frames, 1, rows.shape[-1])
     return combine(x.unflatten(1, (frames, x.shape[1] // frames)), rows).flatten(1, 2)
