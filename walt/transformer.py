@@ -1,6 +1,6 @@
 """The denoiser: a transformer over latent video with windowed attention (W.A.L.T, paper sections 3.2 to 3.4).
 
-Our own choices, where the paper is silent: GELU in the MLP, the initial values, and the class table's row for "no label".
+Our own choices, where the paper is silent: GELU in the MLP, initial values, and the class table's row for "no label".
 """
 
 from __future__ import annotations
