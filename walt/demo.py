@@ -39,9 +39,9 @@ class DemoConfig:
     samples: int = 9  # a class, held out and generated alike
     frames: int = 17
     size: int = 64
-    tokenizer_steps: int = 1500
+    tokenizer_steps: int = 2000
     tokenizer_batch: int = 4
-    tokenizer_frames: int = 9
+    tokenizer_frames: int = 5
     tokenizer_crop: int = 32
     tokenizer_share: float = 0.4  # of the training time
     transformer_steps: int = 1500
