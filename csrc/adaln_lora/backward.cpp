@@ -109,9 +109,10 @@ void backward(const AdalnBackwardParams& p) {
   parts = parts < tokens / kMinRowsPerPart ? parts : tokens / kMinRowsPerPart;
   parts = parts > 1 ? parts : 1;
 
+  const int threads = threads_for(B * N * D, p.threads);
   const int64_t width = padded<A>(D), rows = segments * parts, size = B * rows * width;
-  const Scratch<A> partial(size * 3), scratch(kNorm ? p.threads * 2 * width : 0);
-  parallel_for(B * rows, p.threads, [&](int64_t task, int thread) {
+  const Scratch<A> partial(size * 3), scratch(kNorm ? threads * 2 * width : 0);
+  parallel_for(B * rows, threads, [&](int64_t task, int thread) {
     const int64_t b = task / rows, segment = task % rows / parts, part = task % parts;
     A* own[3];
     for (int i = 0; i < 3; ++i) {
@@ -145,7 +146,7 @@ void backward(const AdalnBackwardParams& p) {
   });
 
   const int64_t blocks = (D + kReduceColumns - 1) / kReduceColumns;
-  parallel_for(B * blocks, p.threads, [&](int64_t task, int) {
+  parallel_for(B * blocks, threads, [&](int64_t task, int) {
     const int64_t b = task / blocks, begin = task % blocks * kReduceColumns;
     const int64_t end = begin + kReduceColumns < D ? begin + kReduceColumns : D;
     for (int i = 0; i < 3; ++i) {

@@ -6,9 +6,6 @@
 namespace walt::WALT_ISA {
 namespace {
 
-// Elements per task: enough work to hide the cost of handing it out.
-constexpr int64_t kTaskElements = 32768;
-
 template <class T, class M>
 void residual_row(const T* x, const T* branch, const M* gate, T* x_new, int64_t D) {
   sweep<accumulate_t<T>>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
@@ -62,7 +59,7 @@ void forward(const AdalnForwardParams& p) {
   A* const mean = static_cast<A*>(p.mean.data);
   A* const rstd = static_cast<A*>(p.rstd.data);
 
-  const int64_t rows = B * N, rows_per_task = kTaskElements / D + 1;
+  const int64_t rows = B * N, rows_per_task = kGrain / D + 1;
   const int64_t width = padded<A>(D);
   const Scratch<A> scratch(kNorm ? p.threads * width : 0);
   parallel_for((rows + rows_per_task - 1) / rows_per_task, p.threads, [&](int64_t task, int thread) {

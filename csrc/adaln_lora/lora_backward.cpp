@@ -99,17 +99,18 @@ void backward(const LoraBackwardParams& p) {
   T *const grad_up = static_cast<T*>(p.grad_up.data), *const grad_down = static_cast<T*>(p.grad_down.data);
   T *const grad_base = static_cast<T*>(p.grad_base.data), *const grad_cond = static_cast<T*>(p.grad_cond.data);
 
+  const int threads = threads_for(layers * (rank * (D + K) + B * K), p.threads);
   const int64_t rank_width = padded<A>(rank), cond_width = padded<A>(D);
   int64_t up_blocks = K / kMinBlockRows < kMaxBlocks ? K / kMinBlockRows : kMaxBlocks;
   up_blocks = up_blocks > 1 ? up_blocks : 1;
   const int64_t down_blocks = layers * rank < kMaxBlocks ? layers * rank : kMaxBlocks;
   const int64_t thread_scratch = padded<A>(B * kGroup + 2 * kWideRank * kNarrowColumns);
-  const Scratch<A> hidden(layers * B * rank_width), cond(B * cond_width), scratch(p.threads * thread_scratch);
+  const Scratch<A> hidden(layers * B * rank_width), cond(B * cond_width), scratch(threads * thread_scratch);
   const Scratch<A> up_partial(layers * up_blocks * B * rank_width), down_partial(down_blocks * B * cond_width);
   pad_rows(static_cast<const A*>(p.hidden.data), hidden.data(), layers * B, rank, rank_width);
   pad_rows(static_cast<const T*>(p.cond.data), cond.data(), B, D, cond_width);
 
-  parallel_for(B * ((K + kNarrowColumns - 1) / kNarrowColumns), p.threads, [&](int64_t task, int) {
+  parallel_for(B * ((K + kNarrowColumns - 1) / kNarrowColumns), threads, [&](int64_t task, int) {
     const int64_t k0 = task / B * kNarrowColumns, count = K - k0 < kNarrowColumns ? K - k0 : kNarrowColumns;
     const int64_t at = task % B * K + k0;
     sweep<A>(count, [&](int64_t k, auto piece, int) __attribute__((always_inline)) {
@@ -119,7 +120,7 @@ void backward(const LoraBackwardParams& p) {
     });
   });
 
-  parallel_for(layers * up_blocks, p.threads, [&](int64_t task, int thread) {
+  parallel_for(layers * up_blocks, threads, [&](int64_t task, int thread) {
     const int64_t l = task / up_blocks, block = task % up_blocks;
     const int64_t begin = part_begin(K, up_blocks, block), end = part_begin(K, up_blocks, block + 1);
     const T *const own_up = up + l * K * rank, *const own_grad = grad + l * B * K;
@@ -139,14 +140,14 @@ void backward(const LoraBackwardParams& p) {
   });
 
   // grad_hidden[l, b] goes where the first block's partial sum was.
-  parallel_for(layers, p.threads, [&](int64_t l, int) {
+  parallel_for(layers, threads, [&](int64_t l, int) {
     A* const total = up_partial.data() + l * up_blocks * B * rank_width;
     for (int64_t block = 1; block < up_blocks; ++block) {
       for (int64_t i = 0; i < B * rank_width; ++i) total[i] += total[block * B * rank_width + i];
     }
   });
 
-  parallel_for(down_blocks, p.threads, [&](int64_t block, int thread) {
+  parallel_for(down_blocks, threads, [&](int64_t block, int thread) {
     const int64_t begin = part_begin(layers * rank, down_blocks, block);
     const int64_t end = part_begin(layers * rank, down_blocks, block + 1);
     outer_range(down, grad_down, cond.data(), down_partial.data() + block * B * cond_width,

@@ -79,10 +79,11 @@ void forward(const LoraForwardParams& p) {
   A* const hidden = static_cast<A*>(p.hidden.data);
   T* const out = static_cast<T*>(p.out.data);
 
-  const Scratch<A> cond(B * D), columns(p.threads * kWideRank * kNarrowColumns);
+  const int threads = threads_for(layers * (rank * (D + K) + B * K), p.threads);
+  const Scratch<A> cond(B * D), columns(threads * kWideRank * kNarrowColumns);
   widen(static_cast<const T*>(p.cond.data), cond.data(), B * D);
   const int64_t down_rows = kTaskBytes / (D * static_cast<int64_t>(sizeof(T)) + 1) / kTileRows * kTileRows + kTileRows;
-  parallel_for((layers * rank + down_rows - 1) / down_rows, p.threads, [&](int64_t task, int) {
+  parallel_for((layers * rank + down_rows - 1) / down_rows, threads, [&](int64_t task, int) {
     const int64_t begin = task * down_rows;
     const int64_t end = begin + down_rows < layers * rank ? begin + down_rows : layers * rank;
     dot_rows(down, cond.data(), D, D, begin, end, B,
@@ -94,7 +95,7 @@ void forward(const LoraForwardParams& p) {
       wide ? kTaskBytes / (rank * static_cast<int64_t>(sizeof(T))) / kTileRows * kTileRows + kTileRows
            : 8 * kNarrowColumns;
   const int64_t blocks = (K + up_rows - 1) / up_rows;
-  parallel_for(layers * blocks, p.threads, [&](int64_t task, int thread) {
+  parallel_for(layers * blocks, threads, [&](int64_t task, int thread) {
     const int64_t l = task / blocks, begin = task % blocks * up_rows;
     const int64_t end = begin + up_rows < K ? begin + up_rows : K;
     const A* const own_hidden = hidden + l * B * rank;

@@ -62,6 +62,10 @@ inline auto sum_slots(const V (&slots)[kSlots]) {
   return reduce_add((slots[0] + slots[1]) + (slots[2] + slots[3]));
 }
 
+// Below this much work a second thread costs more than it brings.
+constexpr int64_t kGrain = 32768;
+inline int threads_for(int64_t elements, int threads) { return elements < kGrain ? 1 : threads; }
+
 // A row length rounded up so that whole vectors may be read and written in scratch memory.
 template <class A>
 inline int64_t padded(int64_t D) {

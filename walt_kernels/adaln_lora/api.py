@@ -29,7 +29,7 @@ def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
     All four tensors have one dtype (float32, bfloat16, float16 or float64); products are summed in float32 (float64 for
     float64) and rounded once. Gradients for all four. Under autocast nothing is narrowed: modulation stays as precise
-    as its weights, and ``cond`` or ``base`` that an autocast layer narrowed are widened to the widest dtype of the four.
+    as its weights; ``cond`` or ``base`` that an autocast layer narrowed are widened to the widest dtype of the four.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.

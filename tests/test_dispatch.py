@@ -1,0 +1,242 @@
+"""The choice of a backend: explain, use_backend, WALT_KERNELS_BACKEND, warnings; the thread pool shared with torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import walt_kernels as wk
+from walt_kernels import _dispatch, _native
+from walt_kernels.testing import sample_call
+
+OPS = _dispatch.ops()
+needs_native = pytest.mark.skipif(_native.C is None, reason=f"native kernels: {_native.reason}")
+
+
+def call(op: str) -> Any:
+    torch.manual_seed(0)
+    args, kwargs = sample_call(op)
+    return getattr(wk, op)(*args, **kwargs)
+
+
+def first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def on_cuda(op: str) -> tuple[list[Any], dict[str, Any]]:
+    """The sample call with CUDA tensors that have no memory; for use inside FakeTensorMode."""
+    args, kwargs = sample_call(op)
+
+    def move(value: Any) -> Any:
+        return torch.empty_like(value, device="cuda") if isinstance(value, Tensor) else value
+
+    return [move(a) for a in args], {k: move(v) for k, v in kwargs.items()}
+
+
+@pytest.fixture
+def backend_of_forward(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills with the names of the backends whose native forward ran."""
+    ran: list[str] = []
+    for op in OPS:
+        registered = _dispatch._ops[op]
+        wrapped = []
+        for backend in registered.backends:
+
+            def forward(*args: Any, _inner: Any = backend.forward, _name: str = backend.name, **kwargs: Any) -> Any:
+                ran.append(_name)
+                return _inner(*args, **kwargs)
+
+            fields = {**backend.__dict__, "forward": forward}
+            wrapped.append(_dispatch.Backend(**fields))
+        monkeypatch.setitem(_dispatch._ops, op, _dispatch.Op(registered.prepare, tuple(wrapped)))
+    return ran
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_explain_lists_backends_in_order_of_preference(op: str) -> None:
+    args, kwargs = sample_call(op)
+    reasons = wk.explain(op, *args, **kwargs)
+    assert list(reasons) == sorted(reasons, key=_dispatch.BACKENDS.index)
+    assert reasons["reference"] is None
+    if _native.C is not None:
+        assert next(name for name, reason in reasons.items() if reason is None) == "cpu"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_explain_on_cuda_tensors_without_a_gpu(op: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        args, kwargs = on_cuda(op)
+        reasons = wk.explain(op, *args, **kwargs)
+    assert reasons["reference"] is None
+    if _native.C is not None:
+        assert "cuda:0" in str(reasons["cpu"])
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_what_explain_says_is_what_runs(op: str, backend_of_forward: list[str]) -> None:
+    call(op)
+    assert backend_of_forward == ["cpu"]
+    assert _dispatch._forced is None
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_use_backend_forces_and_restores(op: str, backend_of_forward: list[str]) -> None:
+    natural = first(call(op))
+    backend_of_forward.clear()
+    with wk.use_backend("reference"):
+        forced = first(call(op))
+        assert backend_of_forward == []  # PyTorch differentiates the reference: it does not go through the op
+        with wk.use_backend("cpu"):
+            call(op)
+        assert backend_of_forward == ["cpu"]
+        call(op)
+    assert backend_of_forward == ["cpu"]
+    torch.testing.assert_close(forced, natural, rtol=1e-4, atol=1e-4)
+    with pytest.raises(KeyError), wk.use_backend("reference"):
+        raise KeyError("an error inside the block")
+    assert _dispatch._forced is None
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_backward_runs_where_forward_ran(op: str) -> None:
+    """Leaving use_backend before backward does not move the backward pass."""
+    args, kwargs = sample_call(op)
+    args = [a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in args]
+    with wk.use_backend("cpu"):
+        out = first(getattr(wk, op)(*args, **kwargs))
+    with wk.use_backend("reference"):
+        out.sum().backward()
+    assert args[0].grad is not None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forced_backend_that_cannot_run_raises_its_reason(op: str) -> None:
+    if _native.C is not None:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            args, kwargs = on_cuda(op)
+            reason = wk.explain(op, *args, **kwargs)["cpu"]
+            expected = re.escape(f"{op}: backend 'cpu' was forced and cannot run: {reason}")
+            with pytest.raises(RuntimeError, match=expected), wk.use_backend("cpu"):
+                getattr(wk, op)(*args, **kwargs)
+    missing = next(name for name in _dispatch.BACKENDS if name not in {b.name for b in _dispatch._ops[op].backends})
+    with pytest.raises(ValueError, match=f"{op} has no backend '{missing}'; it has "), wk.use_backend(missing):
+        call(op)
+
+
+def test_without_the_native_module_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "C", None)
+    monkeypatch.setattr(_native, "reason", "the native module is not built")
+    for op in OPS:
+        args, kwargs = sample_call(op)
+        assert wk.explain(op, *args, **kwargs)["cpu"] == "the native module is not built"
+        assert torch.isfinite(first(call(op))).all()
+        with pytest.raises(RuntimeError, match="cannot run: the native module is not built"), wk.use_backend("cpu"):
+            call(op)
+
+
+def test_opt_in_backend_runs_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = "adaln_residual"
+    registered = _dispatch._ops[op]
+    trial = _dispatch.Backend(
+        "triton", lambda **inputs: None, registered.backends[0].forward, opt_in="not yet run on a GPU"
+    )
+    monkeypatch.setitem(_dispatch._ops, op, _dispatch.Op(registered.prepare, (trial, *registered.backends)))
+    args, kwargs = sample_call(op)
+    inputs = _dispatch.prepare(op, *args, **kwargs)
+    assert wk.explain(op, *args, **kwargs)["triton"] == "not yet run on a GPU"
+    assert _dispatch.select(op, inputs) != "triton"
+    with wk.use_backend("triton"):
+        assert _dispatch.select(op, inputs) == "triton"
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match=r"name is 'gpu', expected one of cuda, flash, triton, cpu, reference"):
+        wk.use_backend("gpu").__enter__()
+    with pytest.raises(ValueError, match=r"op is 'conv', expected one of .*adaln_lora"):
+        wk.explain("conv")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_reference_for_a_cuda_tensor_warns_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        args, kwargs = on_cuda(op)
+        inputs = _dispatch.prepare(op, *args, **kwargs)
+        with pytest.warns(UserWarning, match=f"{op} runs on the PyTorch reference for a CUDA tensor \\(cpu: "):
+            assert _dispatch.select(op, inputs) == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _dispatch.select(op, inputs)
+    with warnings.catch_warnings():  # nor ever for a CPU tensor
+        warnings.simplefilter("error")
+        monkeypatch.setattr(_dispatch, "_warned", set())
+        call(op)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = Path(wk.__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+ASK = """
+import torch, walt_kernels as wk
+from walt_kernels import _dispatch
+x = torch.zeros(1, 2, 4)
+print(_dispatch.select("adaln_residual", _dispatch.prepare("adaln_residual", x, x, x[:, 0])))
+"""
+
+
+@needs_native
+def test_environment_variable_forces() -> None:
+    done = run_python(ASK, WALT_KERNELS_BACKEND="reference")
+    assert (done.returncode, done.stdout.strip()) == (0, "reference"), done.stderr
+
+
+def test_environment_variable_with_an_unknown_name() -> None:
+    done = run_python("import walt_kernels", WALT_KERNELS_BACKEND="gpu")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ValueError: WALT_KERNELS_BACKEND is 'gpu', expected one of cuda, flash, triton, cpu, reference"
+    )
+
+
+THREADS = """
+import torch
+from walt_kernels import _native
+x = torch.randn(2, 640, 64)
+import walt_kernels as wk
+wk.adaln_residual(x, x, x[:, 0])
+x @ x.mT
+print(_native.C.openmp_library())
+for line in open("/proc/self/maps"):
+    if "gomp" in line or "libomp" in line or "iomp" in line:
+        print(line.split()[-1])
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_one_thread_pool_and_it_is_torchs() -> None:
+    if not _native.C.build_info()["openmp"]:
+        pytest.skip("built without OpenMP")
+    done = run_python(THREADS)
+    assert done.returncode == 0, done.stderr
+    used, *loaded = (os.path.realpath(line) for line in done.stdout.split())
+    folder = os.path.realpath(Path(torch.__file__).parent)
+    # torch's own copy lies in torch/lib, or in torch.libs where its wheel was repaired
+    assert used.startswith((folder + os.sep + "lib" + os.sep, folder + ".libs" + os.sep)), used
+    assert set(loaded) == {used}
