@@ -15,20 +15,32 @@ constexpr int64_t kTaskBytes = 65536;
 template <int kRows, int kSamples, class T, class A, class F>
 inline void dot_tile(const T* weights, const A* vectors, int64_t vector_stride, int64_t length, F&& finish) {
   using V = vector_t<A>;
-  V sums[kRows][kSamples] = {};
+  V sums[kSamples * kRows] = {};
   const auto step = [&](int64_t d, auto piece) __attribute__((always_inline)) {
     V w[kRows];
-    for (int i = 0; i < kRows; ++i) w[i] = piece.load(weights + i * length + d);
+    for (int i = 0; i < kRows; ++i) {
+      w[i] = piece.load(weights + i * length + d);
+      __builtin_prefetch(weights + (kRows + i) * length + d);  // the next tile; rows are too short for the hardware's
+    }
     for (int s = 0; s < kSamples; ++s) {
       const V v = piece.load(vectors + s * vector_stride + d);
-      for (int i = 0; i < kRows; ++i) sums[i][s] += w[i] * v;
+      for (int i = 0; i < kRows; ++i) sums[s * kRows + i] += w[i] * v;
     }
   };
   int64_t d = 0;
   for (; d + kLanes<A> <= length; d += kLanes<A>) step(d, Whole{});
   if (d < length) step(d, Part{length - d});
-  for (int s = 0; s < kSamples; ++s) {
-    for (int i = 0; i < kRows; ++i) finish(i, s, reduce_add(sums[i][s]));
+  if constexpr (kRows * kSamples == kLanes<A>) {  // as many sums as lanes: all at once
+    transpose(sums);
+    V total = sums[0];
+    for (int i = 1; i < kLanes<A>; ++i) total += sums[i];
+    for (int s = 0; s < kSamples; ++s) {
+      for (int i = 0; i < kRows; ++i) finish(i, s, total[s * kRows + i]);
+    }
+  } else {
+    for (int s = 0; s < kSamples; ++s) {
+      for (int i = 0; i < kRows; ++i) finish(i, s, reduce_add(sums[s * kRows + i]));
+    }
   }
 }
 
@@ -95,6 +107,7 @@ void forward(const LoraForwardParams& p) {
       wide ? kTaskBytes / (rank * static_cast<int64_t>(sizeof(T))) / kTileRows * kTileRows + kTileRows
            : 8 * kNarrowColumns;
   const int64_t blocks = (K + up_rows - 1) / up_rows;
+  const Scratch<A> dots(wide ? threads * B * up_rows : 0);
   parallel_for(layers * blocks, threads, [&](int64_t task, int thread) {
     const int64_t l = task / blocks, begin = task % blocks * up_rows;
     const int64_t end = begin + up_rows < K ? begin + up_rows : K;
@@ -102,9 +115,15 @@ void forward(const LoraForwardParams& p) {
     const T* const own_up = up + l * K * rank;
     T* const own_out = out + l * B * K;
     if (wide) {
-      dot_rows(own_up, own_hidden, rank, rank, begin, end, B, [&](int64_t k, int64_t b, A dot) {
-        own_out[b * K + k] = from_float<T>(to_float(base[b * K + k]) + dot);
-      });
+      A* const own_dots = dots.data() + thread * B * up_rows;
+      dot_rows(own_up, own_hidden, rank, rank, begin, end, B,
+               [&](int64_t k, int64_t b, A dot) { own_dots[b * up_rows + k - begin] = dot; });
+      for (int64_t b = 0; b < B; ++b) {
+        sweep<A>(end - begin, [&](int64_t k, auto piece, int) __attribute__((always_inline)) {
+          const auto sum = piece.load(base + b * K + begin + k) + piece.load(own_dots + b * up_rows + k);
+          piece.store(own_out + b * K + begin + k, sum);
+        });
+      }
       return;
     }
     for (int64_t k = begin; k < end; k += kNarrowColumns) {
