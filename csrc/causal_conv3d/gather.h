@@ -18,7 +18,7 @@ struct Gather {
   int threads;
 };
 
-constexpr int64_t kMostPixels = 2048;     // of a block: 256 KiB of accumulators
+constexpr int64_t kBlockSums = 65536;     // accumulators of a block: 256 KiB
 constexpr int64_t kReductionRows = 1536;  // of packed weights between two looks at the accumulators: 192 KiB
 
 // Cuts runs so that the packed weights of each part stay in the second-level cache over a whole block.
@@ -41,31 +41,42 @@ inline std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& run
   return parts;
 }
 
-// Writes `columns` pixels of `count` channels from [pixel][width] accumulators.
+// The sums of a block: panels of [pixel][width], the last one vector wide if that is enough.
+template <class A>
+struct PanelSums {
+  static constexpr int lanes = kLanes<A>, width = 2 * lanes;
+  const A* data;
+  int64_t panel_stride;
+  const A* bias;
+  int64_t channels;
+
+  vector_t<A> load_at(int64_t pixel, int64_t channel) const {
+    const int64_t panel = channel / width, pitch = channels - panel * width <= lanes ? lanes : width;
+    return load(data + panel * panel_stride + pixel * pitch + channel % width) + load(bias + channel);
+  }
+};
+
+// Writes pixels [pixel, pixel + columns) of a block, side by side in memory at `column_stride`.
 template <class T, class A>
-void write_pixels(const A* acc, int64_t width, const A* bias, T* to, int64_t channel_stride, int64_t column_stride,
-                  int64_t count, int64_t columns) {
+void write_pixels(const PanelSums<A>& sums, int64_t pixel, T* to, int64_t channel_stride, int64_t column_stride,
+                  int64_t columns) {
   constexpr int lanes = kLanes<A>;
   if (channel_stride == 1) {
-    for (int64_t i = 0; i < columns; ++i) {
-      for (int64_t c = 0; c < count; c += lanes) {
-        const vector_t<A> sum = load(acc + i * width + c) + load(bias + c);
-        if (c + lanes <= count) {
-          store_flushed(to + i * column_stride + c, sum);
-        } else {
-          store_partial(to + i * column_stride + c, sum, count - c);
-        }
-      }
+    const int64_t full = sums.channels / lanes * lanes;
+    for (int64_t i = 0; i < columns; ++i, to += column_stride) {
+      for (int64_t c = 0; c < full; c += lanes) store_flushed(to + c, sums.load_at(pixel + i, c));
+      if (full < sums.channels) store_partial(to + full, sums.load_at(pixel + i, full), sums.channels - full);
     }
     return;
   }
-  for (int64_t i = 0; i < columns; i += lanes) {
-    const int64_t pixels = std::min<int64_t>(lanes, columns - i);
-    for (int64_t c = 0; c < count; c += lanes) {
+  for (int64_t c = 0; c < sums.channels; c += lanes) {
+    const int64_t count = std::min<int64_t>(lanes, sums.channels - c);
+    for (int64_t i = 0; i < columns; i += lanes) {
+      const int64_t pixels = std::min<int64_t>(lanes, columns - i);
       vector_t<A> tile[lanes] = {};
-      for (int64_t k = 0; k < pixels; ++k) tile[k] = load(acc + (i + k) * width + c) + load(bias + c);
+      for (int64_t k = 0; k < pixels; ++k) tile[k] = sums.load_at(pixel + i + k, c);
       transpose(tile);
-      for (int64_t k = 0; k < std::min<int64_t>(lanes, count - c); ++k) {
+      for (int64_t k = 0; k < count; ++k) {
         T* row = to + (c + k) * channel_stride + i * column_stride;
         if (column_stride != 1) {
           for (int64_t p = 0; p < pixels; ++p) row[p * column_stride] = from_float<T>(tile[k][p]);
@@ -79,28 +90,21 @@ void write_pixels(const A* acc, int64_t width, const A* bias, T* to, int64_t cha
   }
 }
 
-// Writes a block's panel: `count` channels from `channel` on.
+// Writes a block's channels from `channel` on.
 template <class T, class A>
-void write_block(const Gather& g, const Block& block, const A* acc, int64_t width, const A* bias, int64_t channel,
-                 int64_t count) {
-  const int64_t columns = block.count[2];
+void write_block(const Gather& g, const Block& block, const PanelSums<A>& sums, int64_t channel) {
+  const int64_t columns = block.count[2], rows = block.count[1];
   for (int64_t i = 0; i < block.count[0]; ++i) {
     const int64_t frame = block.position(0, i);
     const TensorView& out = frame < 0 ? *g.out_history : *g.out;
     T* to = static_cast<T*>(out.data) + block.batch * out.stride[0] + channel * out.stride[1] +
             (frame < 0 ? frame + out.shape[2] : frame) * out.stride[2] + block.position(2, 0) * out.stride[4];
     const int64_t column_stride = out.stride[4] * block.run[2]->step;
-    const int64_t row_stride = out.stride[3] * block.run[1]->step;
-    if (row_stride == columns * column_stride) {  // whole rows: one long run of pixels
-      write_pixels(acc, width, bias, to + block.position(1, 0) * out.stride[3], out.stride[1], column_stride, count,
-                   columns * block.count[1]);
-    } else {
-      for (int64_t j = 0; j < block.count[1]; ++j) {
-        write_pixels(acc + j * columns * width, width, bias, to + block.position(1, j) * out.stride[3], out.stride[1],
-                     column_stride, count, columns);
-      }
+    const bool whole_rows = out.stride[3] * block.run[1]->step == columns * column_stride;  // one long run of pixels
+    for (int64_t j = 0; j < (whole_rows ? 1 : rows); ++j) {
+      write_pixels(sums, (i * rows + j) * columns, to + block.position(1, j) * out.stride[3], out.stride[1],
+                   column_stride, whole_rows ? rows * columns : columns);
     }
-    acc += block.count[1] * columns * width;
   }
 }
 
@@ -121,7 +125,10 @@ void gather_convolution(const Gather& g) {
     outputs *= positions;
   }
   const int threads = std::max(g.threads, 1);
-  const int64_t most = std::clamp<int64_t>(outputs / (4 * threads), 192, kMostPixels);
+  // Few enough pixels for the sums to stay near, unless they wait for further chunks anyway.
+  const int64_t near = kBlockSums / (layout.panels * Layout::width);
+  const int64_t most = std::clamp<int64_t>(std::max<int64_t>(near, layout.chunks.count > 1 ? 768 : 0), 192,
+                                           std::max<int64_t>(outputs / (4 * threads), 192));
   const std::vector<Block> blocks =
       make_blocks(g.axes, g.batches, layout.chunks.widest() * static_cast<int64_t>(sizeof(Value)), most);
   if (blocks.empty()) return;
@@ -146,11 +153,10 @@ void gather_convolution(const Gather& g) {
   // Few blocks: several tasks share one, each with its own panels.
   const int64_t tasks = static_cast<int64_t>(blocks.size()) * weight.groups;
   const int64_t splits = std::min(layout.panels, (4 * threads + tasks - 1) / tasks);
-  // Panels whose sums go on in the next chunk need room for each.
-  const int64_t slots = layout.chunks.count == 1 ? 1 : (layout.panels + splits - 1) / splits;
+  const int64_t split_panels = (layout.panels + splits - 1) / splits;
   const int64_t patch_stride = (patch_size + 31) / 32 * 32, acc_size = pixels * Layout::width;
   Scratch<Value> patches(threads * patch_stride);
-  Scratch<A> accumulators(threads * slots * acc_size);
+  Scratch<A> accumulators(threads * split_panels * acc_size);
   Scratch<int64_t> offsets(threads * pixels);
 
   parallel_for(tasks * splits, threads, [&](int64_t task, int thread) {
@@ -158,22 +164,14 @@ void gather_convolution(const Gather& g) {
     const int64_t group = task / splits % weight.groups, split = task % splits;
     const int64_t first = part_begin(layout.panels, splits, split), end = part_begin(layout.panels, splits, split + 1);
     Value* patch = patches.data() + thread * patch_stride;
-    A* acc = accumulators.data() + thread * slots * acc_size;
+    A* acc = accumulators.data() + thread * split_panels * acc_size;
     int64_t* offset = offsets.data() + thread * pixels;
     const int64_t n = block.pixels(), tiles = (n + kTilePixels - 1) / kTilePixels;
-    const auto write = [&](int64_t panel, const A* sums) {
-      const int64_t count = Layout::count(weight.out_channels, panel);
-      write_block<T>(g, block, sums, Layout::vectors(count) * Layout::lanes,
-                     bias.data() + (group * layout.panels + panel) * Layout::width,
-                     group * weight.out_channels + panel * Layout::width, count);
-    };
     if (block.empty()) {  // a stride that skips these positions
-      std::memset(acc, 0, static_cast<size_t>(acc_size) * sizeof(A));
-      for (int64_t panel = first; panel < end; ++panel) write(panel, acc);
-      return;
+      std::memset(acc, 0, static_cast<size_t>((end - first) * acc_size) * sizeof(A));
     }
     std::vector<Piece> pieces;
-    for (int64_t chunk = 0; chunk < layout.chunks.count; ++chunk) {
+    for (int64_t chunk = 0; chunk < layout.chunks.count && !block.empty(); ++chunk) {
       const int64_t pitch = layout.chunks.pitch(chunk);
       fill_patch<T>(g.source, block, group * weight.in_channels + layout.chunks.begin(chunk), layout.chunks.size(chunk),
                     pitch, pieces, patch);
@@ -184,7 +182,7 @@ void gather_convolution(const Gather& g) {
         const int64_t width = vectors * Layout::lanes;
         const auto* rows =
             packed.data() + (group * layout.panels + panel) * layout.panel_size() + layout.chunk_row(chunk) * width;
-        A* sums = acc + (slots == 1 ? 0 : panel - first) * acc_size;
+        A* sums = acc + (panel - first) * acc_size;
         for (size_t part = 0; part < parts.size(); ++part) {
           const std::vector<Run>& runs = parts[part];
           for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -194,9 +192,13 @@ void gather_convolution(const Gather& g) {
                                                                 sums + begin * width, chunk > 0 || part > 0);
           }
         }
-        if (chunk + 1 == layout.chunks.count) write(panel, sums);
       }
     }
+    const int64_t begin = first * Layout::width;
+    write_block<T>(g, block,
+                   PanelSums<A>{acc, acc_size, bias.data() + group * layout.panels * Layout::width + begin,
+                                std::min(weight.out_channels, end * Layout::width) - begin},
+                   group * weight.out_channels + begin);
   });
 }
 
