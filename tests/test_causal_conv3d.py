@@ -543,7 +543,11 @@ BAD = [
     ({"time_padding": "replicate"}, ValueError, "time_padding is 'replicate', expected one of 'zeros', 'first_frame'"),
     ({"space_padding": "wrap"}, ValueError, "space_padding is 'wrap', expected one of 'zeros', 'replicate', 'reflect'"),
     ({"space_padding": "reflect", "padding": 5}, ValueError, "padding of 5 reflects more than x's height of 5 has"),
-    ({"padding": 0, "dilation": 3}, ValueError, "weight spans 7 pixels of height, expected at most the padded frame's 5"),
+    (
+        {"padding": 0, "dilation": 3},
+        ValueError,
+        "weight spans 7 pixels of height, expected at most the padded frame's 5",
+    ),
     ({"history": X[:, :, :1]}, ValueError, r"history has shape \(1, 4, 1, 5, 6\), expected \(1, 4, 2, 5, 6\)"),
     ({"history": X}, ValueError, r"\(kernel_t - 1\) \* dilation_t = 2 frames"),
     ({"history": X[:, :, :2].double()}, TypeError, "history has dtype torch.float64, expected x's torch.float32"),
