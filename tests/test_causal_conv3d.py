@@ -139,7 +139,7 @@ SHAPES = {
 
 
 @native
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_truth_in_every_shape(shape: str, dtype: torch.dtype) -> None:
     for layout in ("contiguous", "channels_last"):
@@ -148,7 +148,7 @@ def test_matches_the_truth_in_every_shape(shape: str, dtype: torch.dtype) -> Non
 
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", (1.0, 4.0, 16.0))
+@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
 def test_matches_the_truth_at_every_scale(scale: float, dtype: torch.dtype) -> None:
     check(sample(dtype=dtype, scale=scale, channels=24))
 
@@ -249,7 +249,7 @@ def test_numpy_calls_the_kernel_without_torch() -> None:
 
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_is_causal_bit_for_bit(layout: str, dtype: torch.dtype) -> None:
     for stride, dilation, time_padding in itertools.product((1, 2), (1, 2), ("zeros", "first_frame")):
         inputs = sample(dtype=dtype, layout=layout, frames=9, time_padding=time_padding)
@@ -264,7 +264,7 @@ def test_is_causal_bit_for_bit(layout: str, dtype: torch.dtype) -> None:
 
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("time_padding", ("zeros", "first_frame"))
+@pytest.mark.parametrize("time_padding", ["zeros", "first_frame"])
 def test_an_image_is_the_first_frame_of_a_video(time_padding: str, dtype: torch.dtype) -> None:
     inputs = sample(dtype=dtype, frames=9, channels=17, size=(13, 11), time_padding=time_padding)
     video = causal_conv3d(**inputs)
@@ -291,8 +291,8 @@ def in_chunks(inputs: dict[str, Any], plan: list[int]) -> Tensor:
 
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize("time_padding", ("zeros", "first_frame"))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("time_padding", ["zeros", "first_frame"])
 def test_chunks_equal_the_whole_bit_for_bit(time_padding: str, layout: str, dtype: torch.dtype) -> None:
     for kernel, stride, dilation in ((3, 1, 1), (3, 1, 2), (4, 1, 1), (1, 1, 1), (3, 2, 1), (4, 4, 1), (4, 2, 3)):
         inputs = sample(dtype=dtype, layout=layout, frames=13, kernel=(kernel, 3, 3), time_padding=time_padding)
@@ -344,7 +344,7 @@ def all_results(inputs: dict[str, Any]) -> list[Tensor]:
 
 @native
 @pytest.mark.usefixtures("restore_threads")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_do_not_depend_on_runs_or_threads(dtype: torch.dtype) -> None:
     inputs = sample(dtype=dtype, channels=20, out_channels=70, frames=5, size=(19, 23), history=True)
     inputs["space_padding"] = "replicate"
@@ -380,7 +380,7 @@ def test_nothing_the_size_of_x_is_allocated() -> None:
 
 
 @native
-@pytest.mark.parametrize("option", ("plain", "stride", "replicate", "history", "depthwise"))
+@pytest.mark.parametrize("option", ["plain", "stride", "replicate", "history", "depthwise"])
 def test_gradcheck(option: str) -> None:
     small = {"batch": 1, "channels": 2, "out_channels": 2, "frames": 2, "size": (3, 3), "dtype": torch.float64}
     if option == "depthwise":
@@ -396,8 +396,8 @@ def test_gradcheck(option: str) -> None:
 
 
 @native
-@pytest.mark.parametrize("layout", ("contiguous", "permuted", "channels_last"))
-@pytest.mark.parametrize("option", ("plain", "stride", "history", "replicate"))
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "channels_last"])
+@pytest.mark.parametrize("option", ["plain", "stride", "history", "replicate"])
 def test_opcheck(option: str, layout: str) -> None:
     inputs = sample(layout=layout, batch=1, channels=3, out_channels=4, frames=3, size=(5, 4), **OPTIONS[option])
     from walt_kernels.causal_conv3d.api import _prepare
@@ -414,7 +414,7 @@ def test_opcheck(option: str, layout: str) -> None:
 
 
 @native
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiles_once_for_all_batch_sizes(layout: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

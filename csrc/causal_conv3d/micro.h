@@ -33,18 +33,11 @@ struct Packing<bfloat16> {
 };
 #endif
 
-inline vfloat load_lanes(const float* p) { return load(p); }
-inline vdouble load_lanes(const double* p) { return load(p); }
 inline vfloat spread(const float* p) { return broadcast(*p); }
 inline vdouble spread(const double* p) { return broadcast(*p); }
 inline vfloat accumulate(vfloat acc, vfloat a, vfloat b) { return acc + a * b; }
 inline vdouble accumulate(vdouble acc, vdouble a, vdouble b) { return acc + a * b; }
 #if defined(WALT_HAS_BF16_DOT)
-inline vint load_lanes(const int32_t* p) {
-  vint v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 inline vint spread(const bfloat16* p) {
   int32_t pair;
   std::memcpy(&pair, p, sizeof pair);
@@ -76,9 +69,9 @@ void tile_kernel(const typename Packing<T>::Value* patch, const int64_t* offsets
     const int64_t end = k + runs[r].length;
 #pragma GCC unroll 2
     for (; k < end; k += step, w += width) {
-      decltype(load_lanes(w)) row[vectors];
+      decltype(load(w)) row[vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) row[v] = load_lanes(w + v * lanes);
+      for (int v = 0; v < vectors; ++v) row[v] = load(w + v * lanes);
 #pragma GCC unroll 16
       for (int p = 0; p < pixels; ++p) {
         const auto value = spread(x[p] + k);

@@ -32,9 +32,9 @@ void weight_tile(const typename PixelPacking<T>::Lane* patch, const int64_t* off
   vector_t<A> acc[rows][vectors] = {};
   for (int64_t p = 0; p < pixels; ++p, grad += width) {
     const typename PixelPacking<T>::Lane* x = patch + offsets[p];
-    decltype(load_lanes(grad)) row[vectors];
+    decltype(load(grad)) row[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) row[v] = load_lanes(grad + v * lanes);
+    for (int v = 0; v < vectors; ++v) row[v] = load(grad + v * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const auto value = spread(x + i);

@@ -212,18 +212,19 @@ def causal_conv3d(
         bias: [C_out] or None; x's dtype.
         stride: int or (time, height, width).
         dilation: int or (time, height, width).
-        padding: of the frame; time is always padded by (kt-1)*dt frames in front. "same" gives ceil(H / sh) rows: (kh-1)*dh // 2
-            rows on top, and below what the last window needs, which is the rest of (kh-1)*dh at stride 1 (so an even kernel
-            gets the larger half below). Or an int, (ph, pw), or ((top, bottom), (left, right)).
+        padding: of the frame; time is always padded by (kt-1)*dt frames in front. "same" gives ceil(H / sh) rows:
+            (kh-1)*dh // 2 rows on top, and below what the last window needs, which is the rest of (kh-1)*dh at
+            stride 1 (so an even kernel gets the larger half below). Or an int, (ph, pw), or
+            ((top, bottom), (left, right)).
         time_padding: what stands before frame 0 when there is no history: "zeros" or copies of the "first_frame".
         space_padding: "zeros", "replicate" or "reflect" (without repeating the edge).
-        history: [B, C, (kt-1)*dt, H, W], the frames before x, from ``next_history``. It takes the place of time padding, so
-            ``time_padding`` says only what the first chunk starts from.
+        history: [B, C, (kt-1)*dt, H, W], the frames before x, from ``next_history``. It takes the place of time
+            padding, so ``time_padding`` says only what the first chunk starts from.
         groups: splits channels as ``nn.Conv3d`` does.
 
     Returns:
-        [B, C_out, ceil(T / st), H', W'] in x's dtype, channels_last_3d where x is. Products are summed in float32 (float64 for
-        float64). Differentiable once in x, weight, bias and history.
+        [B, C_out, ceil(T / st), H', W'] in x's dtype, channels_last_3d where x is. Products are summed in float32
+        (float64 for float64). Differentiable once in x, weight, bias and history.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the text names it.
@@ -265,9 +266,10 @@ def next_history(
     ...     y = causal_conv3d(chunk, weight, history=history)
     ...     history = next_history(chunk, history, weight.shape[2:])
 
-    With a stride in time, a convolution's output frames sit at input frames 0, st, 2 st, ... of the whole stream, so a chunk given to
-    ``causal_conv3d`` must start at one of them: make chunk lengths multiples of st. Where they are not (1 + 4k frames cut into 1, 4,
-    4, ... with st = 2 or 4) the first st - 1 frames of the later chunks complete no window; push them into the history:
+    With a stride in time, a convolution's output frames sit at input frames 0, st, 2 st, ... of the whole stream, so a
+    chunk given to ``causal_conv3d`` must start at one of them: make chunk lengths multiples of st. Where they are not
+    (1 + 4k frames cut into 1, 4, 4, ... with st = 2 or 4) the first st - 1 frames of the later chunks complete no
+    window; push them into the history:
 
     >>> skipped, chunk = chunk[:, :, : st - 1], chunk[:, :, st - 1 :]
     >>> history = next_history(skipped, history, weight.shape[2:])
