@@ -209,7 +209,7 @@ class DiffusionConfig(Config):
 # "L" and "XL" are the class-conditional UCF-101 models, 17x128x128 pixels; "tiny" learns 17x64x64 clips on two cores.
 PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     "tiny": (
-        TokenizerConfig(channels=16, multipliers=(1, 2, 2, 4), blocks=1, middle_blocks=1, groups=8),
+        TokenizerConfig(channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2),
         TransformerConfig(
             layers=6,
             width=192,

@@ -39,8 +39,8 @@ class DemoConfig:
     samples: int = 9  # a class, held out and generated alike
     frames: int = 17
     size: int = 64
-    tokenizer_steps: int = 2000
-    tokenizer_batch: int = 4
+    tokenizer_steps: int = 3000
+    tokenizer_batch: int = 2
     tokenizer_frames: int = 5
     tokenizer_crop: int = 32
     tokenizer_share: float = 0.4  # of the training time
@@ -129,7 +129,7 @@ class Demo:
         return train_tokenizer(
             clips,
             self.tokenizer_config,
-            TrainingConfig(c.tokenizer_steps, lr=4e-3, save_every=c.save_every, seed=c.seed),
+            TrainingConfig(c.tokenizer_steps, lr=3e-3, save_every=c.save_every, seed=c.seed),
             self.out / "tokenizer",
             batch=c.tokenizer_batch,
             frames=min(c.frames, c.tokenizer_frames),
