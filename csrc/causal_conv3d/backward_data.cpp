@@ -30,7 +30,7 @@ void causal_conv3d_backward_data(const ConvBackwardDataParams& p) {
                 &p.grad_x,
                 &p.grad_history,
                 shape.shape[0],
-                o.threads};
+                std::max(o.threads, 1)};
   for (int i = 0; i < 3; ++i) gather.source.map[i] = backward_map(gather.axes[i], axes[i].outputs());
   dispatch_dtype(grad_y.dtype, [&](auto tag) { gather_convolution<decltype(tag)>(gather); });
 }

@@ -25,7 +25,7 @@ void causal_conv3d(const ConvForwardParams& p) {
                       &y,
                       &none,
                       x.shape[0],
-                      o.threads};
+                      std::max(o.threads, 1)};
   dispatch_dtype(x.dtype, [&](auto tag) { gather_convolution<decltype(tag)>(gather); });
 }
 

@@ -15,7 +15,7 @@ struct Gather {
   const TensorView* out;          // may be undefined: then only negative frames are computed
   const TensorView* out_history;  // frames before 0; may be undefined
   int64_t batches;
-  int threads;
+  int threads;  // at least 1
 };
 
 constexpr int64_t kBlockSums = 65536;     // accumulators of a block: 256 KiB
@@ -108,98 +108,123 @@ void write_block(const Gather& g, const Block& block, const PanelSums<A>& sums, 
   }
 }
 
-template <class T>
-void gather_convolution(const Gather& g) {
-  using Pack = Packing<T>;
-  using Value = typename Pack::Value;
-  using A = typename Pack::Acc;
-  using Layout = PanelLayout<T>;
-  constexpr int step = Pack::step;
-  const WeightView& weight = g.weight;
-  const int64_t kernel[3] = {weight.kernel(0), weight.kernel(1), weight.kernel(2)};
-  const Layout layout(weight.in_channels, weight.out_channels, weight.taps());
+inline int64_t block_limit(const Gather& g, int64_t sums_per_pixel, int64_t chunks) {
   int64_t outputs = g.batches;
   for (const std::vector<AxisRun>& axis : g.axes) {
     int64_t positions = 0;
     for (const AxisRun& run : axis) positions += run.count;
     outputs *= positions;
   }
-  const int threads = std::max(g.threads, 1);
-  // Few enough pixels for the sums to stay near, unless they wait for further chunks anyway.
-  const int64_t near = kBlockSums / (layout.panels * Layout::width);
-  const int64_t most = std::clamp<int64_t>(std::max<int64_t>(near, layout.chunks.count > 1 ? 768 : 0), 192,
-                                           std::max<int64_t>(outputs / (4 * threads), 192));
-  const std::vector<Block> blocks =
-      make_blocks(g.axes, g.batches, layout.chunks.widest() * static_cast<int64_t>(sizeof(Value)), most);
-  if (blocks.empty()) return;
+  // Few enough pixels for the sums to stay near, unless they wait for further chunks anyway, and for all threads to
+  // work.
+  const int64_t near = std::max<int64_t>(kBlockSums / sums_per_pixel, chunks > 1 ? 768 : 0);
+  return std::max<int64_t>(std::min(near, outputs / (4 * g.threads)), 192);
+}
 
-  Scratch<typename Pack::Lane> packed(weight.groups * layout.panels * layout.panel_size());
-  pack_weights<T>(weight, threads, packed.data());
-  Scratch<A> bias(weight.groups * layout.panels * Layout::width);
-  for (int64_t i = 0; i < weight.groups * layout.panels * Layout::width; ++i) {
-    const int64_t group = i / (layout.panels * Layout::width), n = i % (layout.panels * Layout::width);
-    const bool exists = g.bias->defined() && n < weight.out_channels;
-    const T* from = static_cast<const T*>(g.bias->data);
-    bias[i] = exists ? to_float(from[(group * weight.out_channels + n) * g.bias->stride[0]]) : A{};
+template <class T>
+class GatherKernel {
+  using Pack = Packing<T>;
+  using Value = typename Pack::Value;
+  using A = typename Pack::Acc;
+  using Layout = PanelLayout<T>;
+
+ public:
+  explicit GatherKernel(const Gather& g)
+      : g_(g),
+        layout_(g.weight.in_channels, g.weight.out_channels, g.weight.taps()),
+        blocks_(make_blocks(g.axes, g.batches, layout_.chunks.widest() * static_cast<int64_t>(sizeof(Value)),
+                            block_limit(g, layout_.panels * Layout::width, layout_.chunks.count))) {
+    for (const Block& block : blocks_) {
+      pixels_ = std::max(pixels_, block.pixels());
+      if (block.empty()) continue;
+      patch_size_ = std::max(patch_size_, block.patch_size(0) * block.patch_size(1) * block.patch_size(2));
+    }
+    patch_size_ *= layout_.chunks.widest();
+    // Few blocks: several tasks share one, each with its own panels.
+    const int64_t tasks = static_cast<int64_t>(blocks_.size()) * g.weight.groups;
+    splits_ = tasks == 0 ? 1 : std::min(layout_.panels, (4 * g.threads + tasks - 1) / tasks);
   }
 
-  int64_t patch_size = 0, pixels = 0;
-  for (const Block& block : blocks) {
-    pixels = std::max(pixels, block.pixels());
-    if (block.empty()) continue;
-    patch_size =
-        std::max(patch_size, block.patch_size(0) * block.patch_size(1) * block.patch_size(2) * layout.chunks.widest());
+  void run() {
+    const int64_t groups = g_.weight.groups, split_panels = (layout_.panels + splits_ - 1) / splits_;
+    Scratch<typename Pack::Lane> packed(groups * layout_.panels * layout_.panel_size());
+    Scratch<A> bias(groups * layout_.panels * Layout::width);
+    Scratch<Value> patches(g_.threads * patch_size_);
+    Scratch<A> sums(g_.threads * split_panels * pixels_ * Layout::width);
+    Scratch<int64_t> offsets(g_.threads * pixels_);
+    pack_weights<T>(g_.weight, g_.threads, packed.data());
+    load_bias(bias.data());
+    parallel_for(static_cast<int64_t>(blocks_.size()) * groups * splits_, g_.threads, [&](int64_t task, int thread) {
+      const Block& block = blocks_[static_cast<size_t>(task / splits_ / groups)];
+      const int64_t group = task / splits_ % groups, split = task % splits_;
+      const int64_t first = group * layout_.panels;
+      compute(block, group, part_begin(layout_.panels, splits_, split), part_begin(layout_.panels, splits_, split + 1),
+              packed.data() + first * layout_.panel_size(), bias.data() + first * Layout::width,
+              patches.data() + thread * patch_size_, offsets.data() + thread * pixels_,
+              sums.data() + thread * split_panels * pixels_ * Layout::width);
+    });
   }
-  // Few blocks: several tasks share one, each with its own panels.
-  const int64_t tasks = static_cast<int64_t>(blocks.size()) * weight.groups;
-  const int64_t splits = std::min(layout.panels, (4 * threads + tasks - 1) / tasks);
-  const int64_t split_panels = (layout.panels + splits - 1) / splits;
-  const int64_t patch_stride = (patch_size + 31) / 32 * 32, acc_size = pixels * Layout::width;
-  Scratch<Value> patches(threads * patch_stride);
-  Scratch<A> accumulators(threads * split_panels * acc_size);
-  Scratch<int64_t> offsets(threads * pixels);
 
-  parallel_for(tasks * splits, threads, [&](int64_t task, int thread) {
-    const Block& block = blocks[static_cast<size_t>(task / splits / weight.groups)];
-    const int64_t group = task / splits % weight.groups, split = task % splits;
-    const int64_t first = part_begin(layout.panels, splits, split), end = part_begin(layout.panels, splits, split + 1);
-    Value* patch = patches.data() + thread * patch_stride;
-    A* acc = accumulators.data() + thread * split_panels * acc_size;
-    int64_t* offset = offsets.data() + thread * pixels;
-    const int64_t n = block.pixels(), tiles = (n + kTilePixels - 1) / kTilePixels;
+ private:
+  void load_bias(A* bias) const {
+    const int64_t padded = layout_.panels * Layout::width;
+    for (int64_t i = 0; i < g_.weight.groups * padded; ++i) {
+      const int64_t n = i % padded, channel = i / padded * g_.weight.out_channels + n;
+      const bool exists = g_.bias->defined() && n < g_.weight.out_channels;
+      bias[i] = exists ? to_float(static_cast<const T*>(g_.bias->data)[channel * g_.bias->stride[0]]) : A{};
+    }
+  }
+
+  // Panels [first, end) of one group over one block.
+  void compute(const Block& block, int64_t group, int64_t first, int64_t end, const typename Pack::Lane* packed,
+               const A* bias, Value* patch, int64_t* offsets, A* sums) const {
+    const WeightView& weight = g_.weight;
+    const int64_t kernel[3] = {weight.kernel(0), weight.kernel(1), weight.kernel(2)};
+    const int64_t panel_sums = pixels_ * Layout::width;
     if (block.empty()) {  // a stride that skips these positions
-      std::memset(acc, 0, static_cast<size_t>((end - first) * acc_size) * sizeof(A));
+      std::memset(sums, 0, static_cast<size_t>((end - first) * panel_sums) * sizeof(A));
     }
     std::vector<Piece> pieces;
-    for (int64_t chunk = 0; chunk < layout.chunks.count && !block.empty(); ++chunk) {
-      const int64_t pitch = layout.chunks.pitch(chunk);
-      fill_patch<T>(g.source, block, group * weight.in_channels + layout.chunks.begin(chunk), layout.chunks.size(chunk),
-                    pitch, pieces, patch);
-      pixel_offsets(block, pitch, offset);
-      const auto parts = split_reduction(reduction_runs(block, pitch, kernel, weight.transposed), step);
+    for (int64_t chunk = 0; chunk < layout_.chunks.count && !block.empty(); ++chunk) {
+      const int64_t pitch = layout_.chunks.pitch(chunk);
+      fill_patch<T>(g_.source, block, group * weight.in_channels + layout_.chunks.begin(chunk),
+                    layout_.chunks.size(chunk), pitch, pieces, patch);
+      pixel_offsets(block, pitch, offsets);
+      const auto parts = split_reduction(reduction_runs(block, pitch, kernel, weight.transposed), Pack::step);
       for (int64_t panel = first; panel < end; ++panel) {
         const int vectors = Layout::vectors(Layout::count(weight.out_channels, panel));
-        const int64_t width = vectors * Layout::lanes;
-        const auto* rows =
-            packed.data() + (group * layout.panels + panel) * layout.panel_size() + layout.chunk_row(chunk) * width;
-        A* sums = acc + (panel - first) * acc_size;
+        const auto* rows = packed + panel * layout_.panel_size() + layout_.chunk_row(chunk) * vectors * Layout::lanes;
         for (size_t part = 0; part < parts.size(); ++part) {
-          const std::vector<Run>& runs = parts[part];
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t begin = part_begin(n, tiles, tile), size = part_begin(n, tiles, tile + 1) - begin;
-            tile_kernel_for<T>(static_cast<int>(size), vectors)(patch, offset + begin, runs.data(),
-                                                                static_cast<int64_t>(runs.size()), rows,
-                                                                sums + begin * width, chunk > 0 || part > 0);
-          }
+          multiply(parts[part], block.pixels(), vectors, patch, offsets, rows, sums + (panel - first) * panel_sums,
+                   chunk > 0 || part > 0);
         }
       }
     }
-    const int64_t begin = first * Layout::width;
-    write_block<T>(g, block,
-                   PanelSums<A>{acc, acc_size, bias.data() + group * layout.panels * Layout::width + begin,
-                                std::min(weight.out_channels, end * Layout::width) - begin},
-                   group * weight.out_channels + begin);
-  });
+    const int64_t channel = first * Layout::width;
+    const int64_t channels = std::min(weight.out_channels, end * Layout::width) - channel;
+    write_block<T>(g_, block, PanelSums<A>{sums, panel_sums, bias + channel, channels},
+                   group * weight.out_channels + channel);
+  }
+
+  static void multiply(const std::vector<Run>& runs, int64_t pixels, int vectors, const Value* patch,
+                       const int64_t* offsets, const typename Pack::Lane* rows, A* sums, bool resume) {
+    const int64_t tiles = (pixels + kTilePixels - 1) / kTilePixels, count = static_cast<int64_t>(runs.size());
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = part_begin(pixels, tiles, tile), size = part_begin(pixels, tiles, tile + 1) - begin;
+      tile_kernel_for<T>(static_cast<int>(size), vectors)(patch, offsets + begin, runs.data(), count, rows,
+                                                          sums + begin * vectors * Layout::lanes, resume);
+    }
+  }
+
+  const Gather& g_;
+  const Layout layout_;
+  const std::vector<Block> blocks_;
+  int64_t pixels_ = 0, patch_size_ = 0, splits_ = 1;
+};
+
+template <class T>
+void gather_convolution(const Gather& g) {
+  GatherKernel<T>(g).run();
 }
 
 }  // namespace walt::WALT_ISA
