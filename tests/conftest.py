@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._device import _device_constructors
+
+# For `benchmarks`, which is not installed. At the end, so that an installed walt_kernels is the one that is tested.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 # `with torch.device(...)` knows the constructors by identity and looks once: let it see the real ones.
 _device_constructors()
