@@ -216,7 +216,7 @@ class TestDemo:
         assert metrics["frechet_clips"] == 4
         assert metrics["frechet_frames"] == 20
         frechet = metrics["frechet"]
-        assert frechet.keys() == {"trained", "untrained", "real training clips"}
+        assert frechet.keys() == {"trained", "untrained", "reconstructions", "real training clips"}
         assert metrics["frechet_ratio"] == pytest.approx(frechet["untrained"]["frames"] / frechet["trained"]["frames"])
         assert 5 < metrics["psnr"] < 50
         assert np.mean(list(metrics["psnr_by_class"].values())) == pytest.approx(metrics["psnr"])

@@ -79,7 +79,8 @@ class Demo:
         pipeline, untrained, second = self._timed("transformer", self._transformer, tokenizer, train)
         samples = self._timed("sampling", self._samples, pipeline)
         pictures = self._timed("sampling images", self._pictures, pipeline)
-        sets = {"trained": samples, "untrained": untrained}
+        # How far the tokenizer alone is from the real clips: samples cannot be much nearer than that.
+        sets = {"trained": samples, "untrained": untrained, "reconstructions": reconstruction}
         distances, dimensions = self._timed("features", self._distances, features, train, test, sets)
         decibel = psnr(reconstruction, test.video)
         metrics = {
@@ -149,8 +150,8 @@ class Demo:
         pipeline = WaltPipeline(tokenizer, transformer, diffusion, clip=self.clip, classes=clips.classes)
         begun = time.monotonic()
         untrained = self._samples(pipeline)
-        # Left for the end: the same sampling again, features of four sets of clips, the report.
-        reserve = 1.3 * (time.monotonic() - begun) + 4 * untrained.shape[0] * c.frames / FEATURE_FRAMES_PER_SECOND + 15
+        # Left for the end: the same sampling again, features of five sets of clips, the report.
+        reserve = 1.3 * (time.monotonic() - begun) + 5 * untrained.shape[0] * c.frames / FEATURE_FRAMES_PER_SECOND + 15
         pipeline.transformer, trainer = train_transformer(
             transformer,
             diffusion,
