@@ -85,8 +85,8 @@ The trained model is {metrics["frechet_ratio"]:.2f} times nearer than the same n
 {_table(["set", "frames", "motion"], [[n, f"{d['frames']:.1f}", f"{d['motion']:.2f}"] for n, d in frechet.items()])}
 <p class="note">"Frames" compares single frames, "motion" the steps of the features from frame to frame. The untrained
 model has the same sampler, seeds, tokenizer and number of clips. "Reconstructions" are the held-out clips through the
-tokenizer, which samples can hardly beat. The last row is the floor: other real clips against the held-out ones. Few clips
-make every distance larger than many would, and these numbers cannot be compared with a
+tokenizer, which samples can hardly beat. The last row is the floor: other real clips against the held-out ones. Few
+clips make every distance larger than many would, and these numbers cannot be compared with a
 published FVD or FID, which use other features, other data and thousands of clips.</p>
 <h2>Training</h2>
 {_picture(out / "losses.png", "loss curves")}
