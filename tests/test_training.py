@@ -20,7 +20,7 @@ from walt.config import PRESETS, TokenizerConfig, TransformerConfig
 from walt.data import Clips
 from walt.errors import WaltError
 from walt.files import replacing, replacing_folder, settled, write_json
-from walt.losses import reconstruction_loss
+from walt.losses import decorrelation_loss, reconstruction_loss
 from walt.pipeline import ClipShape, WaltPipeline, load_tokenizer
 from walt.stages import new_transformer, prepare_latents, train_tokenizer, train_transformer
 from walt.training import Trainer, TrainingConfig, learning_rate, read_log
@@ -303,6 +303,15 @@ def test_a_broken_trainer_state_is_one_error(tmp_path):
 # Both stages
 
 
+def test_decorrelation_loss():
+    one, other = torch.randn(2, 3, 1, 4, 4, 4)
+    apart = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]]).view(1, 2, 1, 1, 4)
+    assert decorrelation_loss(apart).item() == pytest.approx(0, abs=1e-6)
+    assert decorrelation_loss(torch.cat([one, -3 * one + 5], 1)).item() == pytest.approx(1, abs=1e-3)
+    correlation = torch.corrcoef(torch.cat([one, other], 1).transpose(0, 1).flatten(1))[0, 1].item()
+    assert decorrelation_loss(torch.cat([one, other], 1)).item() == pytest.approx(correlation**2, abs=1e-3)
+
+
 def test_reconstruction_loss():
     target = torch.zeros(1, 3, 1, 2, 2)
     assert reconstruction_loss(target + 0.5, target, absolute=0.2).item() == pytest.approx(0.25 + 0.2 * 0.5)
@@ -327,7 +336,7 @@ def train_both(out: Path, steps: int = 6, stop: int | None = None) -> WaltPipeli
 
     def tokenizer_stage():
         return train_tokenizer(
-            clips, TINY_TOKENIZER, training, out / "tokenizer", batch=2, frames=5, crop=8, data={"name": "bars"}
+            clips, TINY_TOKENIZER, training, out / "tokenizer", batch=2, frames=5, data={"name": "bars"}
         )[0]
 
     def transformer_stage(tokenizer):
@@ -442,7 +451,6 @@ def test_another_data_set_is_refused(trained):
             trained[0] / "tokenizer",
             batch=2,
             frames=5,
-            crop=8,
             data={"name": "balls"},
         )
 

@@ -42,7 +42,6 @@ def train_tokenizer(arguments: argparse.Namespace) -> None:
         arguments.out / "tokenizer",
         batch=arguments.batch,
         frames=arguments.frames,
-        crop=arguments.size,
         data=data,
     )
     _report(trainer)

@@ -39,12 +39,11 @@ class DemoConfig:
     samples: int = 9  # a class, held out and generated alike
     frames: int = 17
     size: int = 64
-    tokenizer_steps: int = 3000
-    tokenizer_batch: int = 2
+    tokenizer_steps: int = 5000
+    tokenizer_batch: int = 1
     tokenizer_frames: int = 5
-    tokenizer_crop: int = 32
     tokenizer_share: float = 0.4  # of the training time
-    transformer_steps: int = 1500
+    transformer_steps: int = 2000
     transformer_batch: int = 16
     transformer_images: int = 4  # stacks of images among the batch
     sampling_steps: int = 50
@@ -130,11 +129,10 @@ class Demo:
         return train_tokenizer(
             clips,
             self.tokenizer_config,
-            TrainingConfig(c.tokenizer_steps, lr=3e-3, save_every=c.save_every, seed=c.seed),
+            TrainingConfig(c.tokenizer_steps, lr=2e-3, warmup=100, save_every=c.save_every, seed=c.seed),
             self.out / "tokenizer",
             batch=c.tokenizer_batch,
             frames=min(c.frames, c.tokenizer_frames),
-            crop=min(c.size, c.tokenizer_crop),
             data=c.data(),
             seconds=max(1.0, c.tokenizer_share * self._left()),
         )

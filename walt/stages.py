@@ -16,29 +16,31 @@ from walt.config import DiffusionConfig, TokenizerConfig, TransformerConfig
 from walt.data import Clips, to_model, to_pixels
 from walt.diffusion import Diffusion
 from walt.errors import user_values
-from walt.losses import reconstruction_loss
+from walt.losses import decorrelation_loss, reconstruction_loss
 from walt.pipeline import ClipShape, tokenizer_description, transformer_description
 from walt.tokenizer import Tokenizer
 from walt.training import Step, Trainer, TrainingConfig
 from walt.transformer import Transformer
 
+DECORRELATION = 0.02  # weight beside the reconstruction loss; ours
 IMAGE_STRIDE = 4  # every fourth frame of a clip also serves as an image
 
 
-def tokenizer_step(clips: Clips, batch: int, frames: int, crop: int) -> Step:
-    """Reconstruct `batch` random clips, cut to a random run of `frames` frames and a random square of `crop` pixels.
+def tokenizer_step(clips: Clips, batch: int, frames: int) -> Step:
+    """Reconstruct `batch` random clips, cut to a random run of `frames` frames.
 
-    The tokenizer is convolutional and causal, so small pieces teach it what whole clips would and cost less: on a CPU
-    many small steps get further than a few large ones.
+    The tokenizer is causal, so short runs teach it what whole clips would and cost less. Frames stay whole: its norms
+    pool over a frame, and what they learn on crops does not hold for frames.
     """
     video = torch.from_numpy(clips.video)
-    ranges = [size - piece + 1 for size, piece in zip(video.shape[1:4], (frames, crop, crop), strict=True)]
 
     def step(model: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(model, Tokenizer)
         index = torch.randint(len(video), (batch,), generator=generator)
-        t, y, x = (int(torch.randint(size, (1,), generator=generator)) for size in ranges)
-        target = to_model(video[index, t : t + frames, y : y + crop, x : x + crop])
-        return reconstruction_loss(model(target), target)
+        start = int(torch.randint(video.shape[1] - frames + 1, (1,), generator=generator))
+        target = to_model(video[index, start : start + frames])
+        latent = model.encode(target)
+        return reconstruction_loss(model.decode(latent), target) + DECORRELATION * decorrelation_loss(latent)
 
     return step
 
@@ -117,7 +119,6 @@ def train_tokenizer(
     *,
     batch: int,
     frames: int,
-    crop: int,
     data: Mapping[str, Any],
     seconds: float | None = None,
 ) -> tuple[Tokenizer, Trainer[Tokenizer]]:
@@ -128,7 +129,7 @@ def train_tokenizer(
     torch.manual_seed(training.seed)
     trainer = Trainer(
         Tokenizer(config),
-        tokenizer_step(clips, batch, frames, crop),
+        tokenizer_step(clips, batch, frames),
         training,
         folder,
         kind="tokenizer",

@@ -129,7 +129,10 @@ class FrameNormSwish(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1x1 shortcut where the channels change."""
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1x1 shortcut where the channels change.
+
+    The last convolution is zero at first (our choice): a new block is its shortcut, and a new tokenizer nearly linear.
+    """
 
     def __init__(self, channels: int, out_channels: int, config: TokenizerConfig) -> None:
         super().__init__()
@@ -137,6 +140,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = _conv(channels, out_channels, 3, config)
         self.norm2 = FrameNormSwish(out_channels, config.groups)
         self.conv2 = _conv(out_channels, out_channels, 3, config)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
         self.shortcut = _conv(channels, out_channels, 1, config) if channels != out_channels else None
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
