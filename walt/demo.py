@@ -87,6 +87,7 @@ class Demo:
             "psnr_by_class": {n: float(decibel[test.label == i].mean()) for i, n in enumerate(test.classes)},
             "frechet": distances,
             "frechet_ratio": distances["untrained"]["frames"] / distances["trained"]["frames"],
+            "decoded_ratio": distances["untrained"]["decoded"] / distances["trained"]["decoded"],
             "frechet_features": f"{FEATURES}, first {dimensions} principal components of real training frames",
             "frechet_clips": len(test),
             "frechet_frames": len(test) * test.video.shape[1],
@@ -180,16 +181,24 @@ class Demo:
     def _distances(
         self, features: FrameFeatures, train: Clips, test: Clips, sets: Mapping[str, np.ndarray]
     ) -> tuple[dict[str, dict[str, float]], int]:
-        """Frechet distances of each set, and of real training clips (the floor), to the held-out clips."""
+        """Frechet distances of each set, and of real training clips (the floor), to the held-out clips.
+
+        "decoded" is the distance to the held-out clips as the tokenizer shows them: what is left to the transformer.
+        """
         known = features(train.video[balanced(train, self.config.samples)], desc="features of training clips")
         dimensions = min(self.config.dimensions, known.shape[0] * known.shape[1] // 4)
         project = Projection(known, dimensions)
         held_out = project(features(test.video, desc="features of held-out clips"))
+        projected = {name: project(features(video, desc=f"features of {name}")) for name, video in sets.items()}
+        projected["real training clips"] = project(known)
         distances = {
-            name: clip_distances(project(features(video, desc=f"features of {name}")), held_out)
-            for name, video in sets.items()
+            name: {
+                **clip_distances(rows, held_out),
+                "decoded": clip_distances(rows, projected["reconstructions"])["frames"],
+            }
+            for name, rows in projected.items()
         }
-        return {**distances, "real training clips": clip_distances(project(known), held_out)}, dimensions
+        return distances, dimensions
 
 
 def count(model: torch.nn.Module) -> int:
@@ -203,8 +212,11 @@ def summary(metrics: dict[str, Any], out: Path) -> Sequence[str]:
         f"held-out reconstruction   PSNR {metrics['psnr']:.2f} dB (mean of {metrics['clips']['held out']} clips)",
         f"Frechet distance to {metrics['frechet_clips']} held-out clips ({metrics['frechet_frames']} frames a side)",
         f"  features                {metrics['frechet_features']}",
-        *(f"  {name:<23} frames {d['frames']:8.1f}   motion {d['motion']:8.2f}" for name, d in frechet.items()),
-        f"  untrained / trained     {metrics['frechet_ratio']:.2f}",
+        *(
+            f"  {name:<23} frames {d['frames']:8.1f}  motion {d['motion']:7.2f}  to reconstructions {d['decoded']:7.1f}"
+            for name, d in frechet.items()
+        ),
+        f"  untrained / trained     {metrics['frechet_ratio']:.2f}, to reconstructions {metrics['decoded_ratio']:.2f}",
         f"time                      {metrics['seconds']['total']:.0f} s",
         f"report                    {out / 'report.html'}",
     )
