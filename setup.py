@@ -117,6 +117,7 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], output
         f"  command = {command(compiler)} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "  description = compile $out",
         "rule link",
         f"  command = {command(compiler)} $in -o $out {command(link)}",
         f"build {path(output)}: link {' '.join(objects)}",
