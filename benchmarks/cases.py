@@ -19,7 +19,8 @@ Inputs = dict[str, Any]
 @dataclass(frozen=True)
 class Case:
     """One shape of one op. ``flops`` and ``elements`` (values moved) are for the forward pass; the factors give
-    forward + backward."""
+    forward + backward.
+    """
 
     op: str
     name: str
@@ -28,6 +29,7 @@ class Case:
     elements: float
     flops_factor: float
     elements_factor: float
+    terms: int  # of the longest sum: its rounding in float32 grows with their square root
     quick: bool = True
 
 
@@ -47,7 +49,15 @@ def attention(name: str, shape: tuple[int, ...], window: tuple[int, int, int], q
     width = heads * dim
     # Two products forward; five more backward (scores again, dP, dV, dQ, dK).
     return Case(
-        "window_attention", name, inputs, 4.0 * tokens * per_window * width, 4.0 * tokens * width, 3.5, 3.0, quick
+        "window_attention",
+        name,
+        inputs,
+        4.0 * tokens * per_window * width,
+        4.0 * tokens * width,
+        3.5,
+        3.0,
+        per_window,
+        quick,
     )
 
 
@@ -70,7 +80,7 @@ def convolution(
     pixels = B * -(-T // stride[0]) * -(-H // stride[1]) * -(-W // stride[2])
     taps = kernel[0] * kernel[1] * kernel[2]
     moved = B * C * T * H * W + pixels * out_channels
-    return Case("causal_conv3d", name, inputs, 2.0 * pixels * taps * C * out_channels, moved, 3.0, 3.0, quick)
+    return Case("causal_conv3d", name, inputs, 2.0 * pixels * taps * C * out_channels, moved, 3.0, 3.0, taps * C, quick)
 
 
 def modulation(name: str, B: int, N: int, D: int, quick: bool = True) -> Case:
@@ -82,7 +92,7 @@ def modulation(name: str, B: int, N: int, D: int, quick: bool = True) -> Case:
         return {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
 
     # Forward reads x and branch and writes x_new and h; backward reads four tensors and writes two.
-    return Case("adaln_residual_modulate", name, inputs, 10.0 * B * N * D, 4.0 * B * N * D, 3.0, 2.5, quick)
+    return Case("adaln_residual_modulate", name, inputs, 10.0 * B * N * D, 4.0 * B * N * D, 3.0, 2.5, D, quick)
 
 
 def lora(name: str, B: int, D: int, layers: int, rank: int, quick: bool = True) -> Case:
@@ -94,7 +104,7 @@ def lora(name: str, B: int, D: int, layers: int, rank: int, quick: bool = True) 
         return {"cond": random(B, D, dtype=dtype), "base": random(B, K, dtype=dtype), "down": down, "up": up}
 
     flops = 2.0 * B * layers * rank * (D + K)
-    return Case("adaln_lora", name, inputs, flops, layers * rank * (D + K) + layers * B * K, 3.0, 3.0, quick)
+    return Case("adaln_lora", name, inputs, flops, layers * rank * (D + K) + layers * B * K, 3.0, 3.0, D, quick)
 
 
 CASES = [
