@@ -229,7 +229,7 @@ def causal_conv3d(
     Raises:
         ValueError, TypeError: an argument that does not fit; the text names it.
 
-    Source: paper.md section 1 (causal tokenizer) and 7 (streaming).
+    Source: W.A.L.T, section 3.1, and MAGVIT-v2 (causal tokenizer).
     """
     inputs = _prepare(
         x,
