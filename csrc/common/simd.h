@@ -237,13 +237,6 @@ inline auto reduce_add(V v) {
   }
   return sums[0];
 }
-template <class V>
-inline auto reduce_max(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  auto best = v[0];
-  for (int i = 1; i < lanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
 
 // ---- square transposes ----------------------------------------------------------------------------------------------
 
