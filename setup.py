@@ -4,7 +4,7 @@ Every csrc/<op>/cpu.cpp is compiled once per instruction-set level; the module p
 the package still installs, with the PyTorch reference kernels only.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
-UndefinedBehaviorSanitizer).
+UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 (the AVX-512 level as plain code that AVX2 can run, for tests).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"],
 }
+if os.environ.get("WALT_KERNELS_EMULATE_AVX512") == "1":
+    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-DWALT_EMULATE_AVX512", "-Wno-psabi"]
 OPTIMIZE = ["-O3", "-fno-math-errno", "-mprefer-vector-width=512"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # GCC 12 takes the deliberately undefined vectors of its own AVX-512 headers for mistakes.
@@ -98,6 +100,7 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], output
         f"-I{sysconfig.get_path('include')}",
         f"-DWALT_OPENMP={int(bool(openmp))}",
         f'-DWALT_COMPILER="{version}"',
+        *[flag for flag in ISA_FLAGS["avx512"] if flag.startswith("-D")],
         *[f"-DWALT_HAS_{level.upper()}" for level in levels if level != "baseline"],
     ]
     objects = {"module.o": (ROOT / "csrc" / "module.cpp", module)}

@@ -6,13 +6,8 @@
 
 namespace walt::WALT_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kTilePixels = 12;  // 24 accumulators, 2 weights and a broadcast of 32 registers; 12 + 3 addresses of 16
-#elif defined(__AVX__)
-constexpr int kTilePixels = 6;
-#else
-constexpr int kTilePixels = 4;
-#endif
+// With 64-byte vectors: 24 accumulators, 2 weights and a broadcast of 32 registers; 12 + 3 addresses of 16.
+constexpr int kTilePixels = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 6 : 4;
 
 // How the numbers of dtype T lie in patches and packed weights. 16-bit floats are widened, except bfloat16 where the
 // processor multiplies pairs of them; then `step` = 2 values of the reduction sit in one 32-bit lane.

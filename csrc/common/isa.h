@@ -34,6 +34,9 @@ inline bool isa_runs_here(Isa isa) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   }
   if (isa == Isa::avx512) {
+#ifdef WALT_EMULATE_AVX512
+    return isa_runs_here(Isa::avx2);
+#endif
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bf16");

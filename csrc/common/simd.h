@@ -16,7 +16,9 @@
 
 namespace walt::WALT_ISA {
 
-#if defined(__AVX512F__)
+// WALT_EMULATE_AVX512 compiles the AVX-512 level for any processor: the same widths and the same pairs of bfloat16, in
+// plain vector code. Slow; it lets the level's kernels be tested where it cannot run.
+#if defined(__AVX512F__) || defined(WALT_EMULATE_AVX512)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
@@ -138,7 +140,7 @@ inline vfloat load(const bfloat16* p) {
 #if defined(__AVX512F__)
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(WALT_EMULATE_AVX512)
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
 #else
@@ -150,7 +152,7 @@ inline vfloat load(const bfloat16* p) {
 inline vfloat load(const float16* p) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && !defined(WALT_EMULATE_AVX512)
   return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   vfloat v;
@@ -177,7 +179,7 @@ inline void store(bfloat16* p, vfloat v) {
 inline void store(float16* p, vfloat v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && !defined(WALT_EMULATE_AVX512)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i] = from_float<float16>(v[i]);
@@ -322,9 +324,10 @@ inline vdouble exp(vdouble x) {
   return x;
 }
 
+#if defined(__AVX512BF16__) || defined(WALT_EMULATE_AVX512)
+#define WALT_HAS_BF16_DOT 1
 #if defined(__AVX512BF16__)
 // acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1] over bfloat16 pairs packed into 32-bit lanes.
-#define WALT_HAS_BF16_DOT 1
 inline vfloat dot_bf16(vfloat acc, vint a, vint b) {
   return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
 }
@@ -336,6 +339,23 @@ inline vint round_bf16(vfloat low, vfloat high) {
 
 // The same for one vector: lanes / 2 pairs.
 inline vhalf half_bf16(vfloat v) { return (vhalf)(__m256i)_mm512_cvtneps_pbh((__m512)v); }
+#else
+inline vfloat dot_bf16(vfloat acc, vint a, vint b) {
+  const vfloat odd = (vfloat)(a & -65536) * (vfloat)(b & -65536);
+  return acc + odd + (vfloat)(a << 16) * (vfloat)(b << 16);
+}
+inline vhalf half_bf16(vfloat v) {
+  vhalf half;
+  store(reinterpret_cast<bfloat16*>(&half), v);
+  return half;
+}
+inline vint round_bf16(vfloat low, vfloat high) {
+  const vhalf halves[2] = {half_bf16(low), half_bf16(high)};
+  vint both;
+  std::memcpy(&both, halves, sizeof both);
+  return both;
+}
+#endif
 
 // Rounds and packs lane by lane: each 32-bit lane holds (low, high).
 inline vint pair_bf16(vfloat low, vfloat high) {

@@ -33,11 +33,7 @@ struct Bf16Pairs {
 };
 #endif
 
-#if defined(__AVX512F__)
-constexpr int kRows = 12;  // 12 x 2 sums of 32 registers
-#else
-constexpr int kRows = 6;  // 6 x 2 of 16
-#endif
+constexpr int kRows = kVectorBytes == 64 ? 12 : 6;  // 12 x 2 sums of 32 registers; 6 x 2 of 16
 
 // Rows x (Vectors * lanes) of C. A is read with unit stride along m when kUnitRow, else along k.
 template <class U, int Rows, int Vectors, bool kUnitRow>
