@@ -1,0 +1,71 @@
+// Winograd's minimal filtering F(m x m, 3 x 3): m x m outputs of a 3 x 3 correlation from (m + 2)^2 products instead of
+// 9 m^2 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", section 4):
+//
+//   Y = A^T [ (G g G^T) * (B^T d B) ] A          y: m x m outputs, g: 3 x 3 taps, d: (m + 2)^2 inputs, *: elementwise
+//
+// and, being linear in g, the gradient of the taps is dg = G^T [ sum over tiles of (A dy A^T) * (B^T d B) ] G.
+// Each function below is one factor, applied along one axis: from[i * stride] -> to[i * stride]. X is a vector or a
+// number; `from` and `to` may be the same memory.
+//
+// For m = 2 an output depends on its own three inputs only, to the bit: the terms that it does not share with its
+// neighbour hold nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace walt::WALT_ISA {
+
+template <int m>
+struct Winograd;
+
+template <>
+struct Winograd<2> {
+  static constexpr int n = 4;  // positions of a transformed tile along one axis
+
+  // B^T d: 4 inputs -> 4 positions.
+  template <class X>
+  static void input(const X* from, X* to, int64_t stride) {
+    const X d0 = from[0], d1 = from[stride], d2 = from[2 * stride], d3 = from[3 * stride];
+    to[0] = d0 - d2;
+    to[stride] = d1 + d2;
+    to[2 * stride] = d2 - d1;
+    to[3 * stride] = d1 - d3;
+  }
+  // G g: 3 taps -> 4 positions.
+  template <class X>
+  static void weight(const X* from, X* to, int64_t stride) {
+    const X g0 = from[0], g1 = from[stride], g2 = from[2 * stride];
+    const X even = (g0 + g2) * 0.5f, odd = g1 * 0.5f;
+    to[0] = g0;
+    to[stride] = even + odd;
+    to[2 * stride] = even - odd;
+    to[3 * stride] = g2;
+  }
+  // A^T p: 4 positions -> 2 outputs.
+  template <class X>
+  static void output(const X* from, X* to, int64_t stride) {
+    const X p0 = from[0], p1 = from[stride], p2 = from[2 * stride], p3 = from[3 * stride];
+    to[0] = p0 + p1 + p2;
+    to[stride] = p1 - p2 - p3;
+  }
+  // A dy: 2 output gradients -> 4 positions.
+  template <class X>
+  static void output_gradient(const X* from, X* to, int64_t stride) {
+    const X y0 = from[0], y1 = from[stride];
+    to[0] = y0;
+    to[stride] = y0 + y1;
+    to[2 * stride] = y0 - y1;
+    to[3 * stride] = -y1;
+  }
+  // G^T p: 4 positions -> 3 tap gradients.
+  template <class X>
+  static void weight_gradient(const X* from, X* to, int64_t stride) {
+    const X p0 = from[0], p1 = from[stride], p2 = from[2 * stride], p3 = from[3 * stride];
+    const X even = (p1 + p2) * 0.5f;
+    to[0] = p0 + even;
+    to[stride] = (p1 - p2) * 0.5f;
+    to[2 * stride] = p3 + even;
+  }
+};
+
+}  // namespace walt::WALT_ISA
