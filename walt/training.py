@@ -78,7 +78,7 @@ class Trainer(Generic[Model]):
         self.frames_per_step = frames_per_step
         self.ema = AveragedModel(model, multi_avg_fn=_warm_ema(config.ema_decay))
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0
@@ -119,7 +119,7 @@ class Trainer(Generic[Model]):
         loss = self.step_function(self.model, self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm, foreach=True)
         if not math.isfinite(value := loss.item()):
             raise WaltError(f"the loss of the {self.kind} became {value} at step {self.step}; lower the learning rate")
         self.optimizer.step()
