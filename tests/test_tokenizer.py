@@ -204,6 +204,32 @@ def test_streams_are_lazy_and_apart() -> None:
         torch.testing.assert_close(torch.cat([pieces[i] for i in order], 2), whole)
 
 
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that PyTorch held at a time of what it allocated during `work`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_the_memory_of_a_stream_does_not_grow_with_its_length(direction: str) -> None:
+    tokenizer = make()
+    code = getattr(tokenizer, f"{direction}_chunks")
+    shape, length = ((1, 4, 1, 4, 4), 1) if direction == "decode" else ((1, 3, 4, 32, 32), 4)
+
+    def stream(count: int) -> int:
+        chunks = (draw(*shape)[:, :, : 1 if i == 0 else None] for i in range(count))
+        return peak_bytes(lambda: [None for _ in code(chunks)])
+
+    whole = draw(*shape[:2], 1 + 15 * length, *shape[3:])
+    assert stream(16) <= stream(4) < peak_bytes(lambda: getattr(tokenizer, direction)(whole)) / 2
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
