@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .contender import Contender
 
 
 def _padded(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
@@ -15,11 +16,11 @@ def _padded(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, i
     # The same rule as padding="same": the last output pixel's window ends at or beyond the frame's edge.
     pads = [max(k - s - (size - 1) % s, 0) for k, s, size in zip((kh, kw), stride[1:], x.shape[3:], strict=True)]
     (ph, pw) = pads
-    padded = F.pad(x, (pw // 2, pw - pw // 2, ph // 2, ph - ph // 2, kt - 1, 0))
+    padded = F.pad(x, (pw // 2, pw - pw // 2, ph // 2, ph - ph // 2, kt - 1, 0)) if ph or pw or kt > 1 else x
     return F.conv3d(padded, weight, bias, stride)
 
 
-def baselines(inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+def baselines(inputs: dict[str, Any]) -> dict[str, Contender]:
     """Functions of the same keyword arguments as the op."""
 
     def channels_last(x: Tensor, **rest: Any) -> Tensor:
@@ -28,4 +29,4 @@ def baselines(inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     def channels_first(x: Tensor, **rest: Any) -> Tensor:
         return _padded(x.contiguous(), **rest)
 
-    return {"pad + conv3d NDHWC": channels_last, "pad + conv3d NCDHW": channels_first}
+    return {"pad + conv3d NDHWC": Contender(channels_last), "pad + conv3d NCDHW": Contender(channels_first)}
