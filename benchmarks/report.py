@@ -85,11 +85,11 @@ def section(results: dict[str, Any]) -> str:
             means.append(f"**{mean(found):.2f}x**, {min(found):.2f}x" if found else "-")
         lines.append(_cells([f"`{op}`", *means]))
     baselines = dict.fromkeys(name for row in rows for name in row["baselines"])
-    command = results.get("command", "python -m benchmarks --quick")
+    command = results.get("command", "python -m benchmarks")
     return "\n".join(
         [
             f"Written by `{command}` on {sentence(results['machine'])}.",
-            "Milliseconds of ours (median), and how many times as long the **fastest** baseline of the same run takes; a",
+            "Milliseconds of ours (median), and how many times as long the **fastest** baseline of that run takes; a",
             "whole training step stands under forward+backward. Baselines, interleaved with ours where they run:",
             f"{', '.join(baselines)}.",
             "",

@@ -50,7 +50,6 @@ def growths(
 
 def line(growth: Growth) -> str:
     verdict = "in step" if growth["per_doubling"] <= LIMIT else f"MORE than {LIMIT}x"
-    return (
-        f"{growth['op']}, {growth['dtype']}, {growth['mode']}, twice the {growth['doubled']}: "
-        f"{growth['flops']:.1f}x the FLOPs in {growth['time']:.2f}x the time, {growth['per_doubling']:.2f}x per doubling ({verdict})"
-    )
+    what = f"{growth['op']}, {growth['dtype']}, {growth['mode']}, twice the {growth['doubled']}"
+    cost = f"{growth['flops']:.1f}x the FLOPs in {growth['time']:.2f}x the time"
+    return f"{what}: {cost}, {growth['per_doubling']:.2f}x per doubling ({verdict})"
