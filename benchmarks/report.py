@@ -11,6 +11,7 @@ from .machine import sentence
 Row = dict[str, Any]
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+WIDE = " in float32"  # how the name of a baseline ends that makes the round trip
 COLUMNS = {
     "fp32 forward": ("float32", ("forward",)),
     "fp32 forward+backward": ("float32", ("forward+backward", "step")),
@@ -84,14 +85,15 @@ def section(results: dict[str, Any]) -> str:
             found = [cells[column]["speedup"] for (name, _), cells in faster.items() if name == op and column in cells]
             means.append(f"**{mean(found):.2f}x**, {min(found):.2f}x" if found else "-")
         lines.append(_cells([f"`{op}`", *means]))
-    baselines = dict.fromkeys(name for row in rows for name in row["baselines"])
+    baselines = dict.fromkeys(name.removesuffix(WIDE) for row in rows for name in row["baselines"])
+    widened = any(name.endswith(WIDE) for row in rows for name in row["baselines"])
     command = results.get("command", "python -m benchmarks")
     return "\n".join(
         [
             f"Written by `{command}` on {sentence(results['machine'])}.",
             "Milliseconds of ours (median), and how many times as long the **fastest** baseline of that run takes; a",
             "whole training step stands under forward+backward. Baselines, interleaved with ours where they run:",
-            f"{', '.join(baselines)}.",
+            f"{', '.join(baselines)}{'; in bf16 each also by way of float32' if widened else ''}.",
             "",
             *lines,
         ]
@@ -110,11 +112,15 @@ def _cell(row: Row | None) -> str:
     return "-" if row is None else f"{row['ms']:.2f} ms, {row['speedup']:.2f}x"
 
 
-def rewrite(readme: Path, results: dict[str, Any]) -> None:
-    """Puts ``section`` between README's two markers; everything else stays, byte for byte."""
+def split(readme: Path) -> tuple[str, str]:
+    """What stands before the part that ``rewrite`` writes, and what after it; ValueError without the two markers."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} has no single pair of lines {BEGIN} and {END} to write between")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    return text.split(BEGIN)[0], text.split(END)[1]
+
+
+def rewrite(readme: Path, results: dict[str, Any]) -> None:
+    """Puts ``section`` between README's two markers; everything else stays, byte for byte."""
+    before, after = split(readme)
     readme.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}")
