@@ -111,17 +111,11 @@ def roofline(plt: Any, rows: list[Row], dtype: str, machine: dict[str, str], pea
     left, right = min(*intensity, 1.0) / 2, max(*intensity, 1.0) * 3
     balance = peak["gflops"] / peak["gbps"]
     axes.plot([left, balance, right], [left * peak["gbps"], peak["gflops"], peak["gflops"]], color=INK, linewidth=1.5)
-    product = f"matrix product in {peak.get('product', dtype)}, {peak['gflops']:.0f} GFLOP/s"
+    product = f"PyTorch's matrix product in {peak.get('product', dtype)}, {peak['gflops']:.0f} GFLOP/s"
+    label = {"textcoords": "offset points", "color": INK, "fontsize": 9}
+    axes.annotate(product, (balance, peak["gflops"]), xytext=(-6, 6), ha="left", **label)
     axes.annotate(
-        product, (right, peak["gflops"]), xytext=(-6, 5), textcoords="offset points", ha="right", color=INK, fontsize=9
-    )
-    axes.annotate(
-        f"copy, {peak['gbps']:.0f} GB/s",
-        (left * 1.15, left * 1.15 * peak["gbps"]),
-        xytext=(10, -4),
-        textcoords="offset points",
-        color=INK,
-        fontsize=9,
+        f"copy, {peak['gbps']:.0f} GB/s", (balance / 3, peak["gflops"] / 3), xytext=(-8, 0), ha="right", **label
     )
     for row, flops_per_byte in zip(points, intensity, strict=False):
         colour = COLOURS.get(row["op"], INK)
@@ -138,6 +132,12 @@ def roofline(plt: Any, rows: list[Row], dtype: str, machine: dict[str, str], pea
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
+    heights = [peak["gflops"], left * peak["gbps"], *(row["gflops"] for row in points)]
+    axes.set_ylim(min(heights) / 1.3, max(heights) * 1.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5) if axis is axes.yaxis else (1,)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
     axes.set_xlabel("FLOP per byte (inputs and outputs moved once)", color=INK)
     axes.set_ylabel("GFLOP/s (of the direct algorithm)", color=INK)
     axes.grid(which="major", color=GRID, linewidth=0.8)
