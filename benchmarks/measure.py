@@ -11,7 +11,7 @@ import torch
 from . import memory, ops, training_step
 from .cases import Case
 from .contender import Subject, first_line, preflight
-from .timing import Times, interleaved
+from .timing import LEAST, Times, interleaved
 
 Row = dict[str, Any]
 
@@ -94,8 +94,7 @@ def time_all(
                 continue
         calls[name] = call
     times = interleaved(calls, device=device, seconds=effort.seconds)
-    most = max(value.calls for value in times.values())
-    notes += [f"{name}: median of {value.calls} calls" for name, value in times.items() if value.calls < min(most, 5)]
+    notes += [f"{name}: median of {value.calls} calls" for name, value in times.items() if value.calls < LEAST]
     return times
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 SLOW = 25.0  # times the pace of the first function,
-SECONDS = 0.5  # and longer than this: such a function is called a few times only
-FEW = 2
+SECONDS = 0.5  # and longer than this: such a function is slow
+LEAST, FEW = 5, 2  # calls of a function that is timed, and of a slow one
 PATIENCE = 5.0  # times the planned seconds
 
 
@@ -40,7 +40,7 @@ def seconds_of(function: Callable[[], object], device: str = "cpu") -> float:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], *, device: str = "cpu", seconds: float = 1.0, least: int = 5
+    functions: dict[str, Callable[[], object]], *, device: str = "cpu", seconds: float = 1.0, least: int = LEAST
 ) -> dict[str, Times]:
     """Times all functions in turn (A B C A B C ...), so that what disturbs the machine disturbs all of them alike.
 
