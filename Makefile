@@ -1,6 +1,6 @@
 # make demo    train the small model on rendered and real video, sample from it, write runs/demo/report.html
 # make test    lint, type checks, all tests, and the native code under AddressSanitizer and UBSan
-# make bench   time the kernels against PyTorch
+# make bench   time the kernels against PyTorch: runs/bench (ARGS=--quick takes minutes)
 # Each makes .venv first; a second call reuses it.
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ pytest: $(VENV)/.test
 	$(BIN)/pytest $(ARGS)
 
 bench: $(VENV)/.demo
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks --json runs/bench/results.json --plot runs/bench $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,169 +1,163 @@
-"""``python -m benchmarks``: every op on the model's shapes against the fastest PyTorch path for the same work."""
+"""Every op on the model's shapes against the fastest PyTorch path for the same work.
+
+``python -m benchmarks`` measures; ``python -m benchmarks table RESULTS.json`` prints an earlier run's table again.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import math
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import walt_kernels
-from walt_kernels import testing
+from . import plots, report, scaling
+from .cases import CASES, chosen
+from .machine import ROOT, ceilings, level, machine, sentence
+from .measure import Effort, rows_of
 
-from .cases import CASES, Case
-from .timing import ceilings, interleaved, machine
-
-MODES = ("forward", "forward+backward")
-ROOMS = {"adaln_residual_modulate": "adaln_lora"}  # ops whose baselines live in another op's file
-
-
-def on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with every op of it on plain PyTorch."""
-
-    def forced(**inputs: Any) -> Any:
-        with walt_kernels.use_backend("reference"):
-            return function(**inputs)
-
-    return forced
+DTYPES = ("float32", "bfloat16", "float16")
+NAMED_BY_MACHINE = Path()  # --json without a file: benchmarks/results/cpu-avx2.json, or what the machine is
 
 
-def step(function: Callable[..., Any], inputs: dict[str, Any], mode: str) -> Callable[[], object]:
-    """One call of ``function``; with the gradients of everything when the mode says so."""
-    if mode == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(**inputs)
-
-        return forward
-    wanted = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
-    outputs = function(**inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    cotangents = [torch.randn_like(output) for output in outputs]
-
-    def both() -> object:
-        outputs = function(**inputs)
-        return torch.autograd.grad(outputs if isinstance(outputs, tuple) else (outputs,), wanted, cotangents)
-
-    return both
-
-
-def rows_of(case: Case, dtype: torch.dtype, device: str, peak: dict[str, float], options: Any) -> list[dict[str, Any]]:
-    """Checks the op on this case first; a case whose check fails is never timed."""
-    inputs = {
-        name: testing.leaf(value.detach().to(device).requires_grad_(value.requires_grad))
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in case.inputs(dtype).items()
-    }
-    room = importlib.import_module(f".{ROOMS.get(case.op, case.op)}", __package__)
-    op = getattr(walt_kernels, case.op)
-    reference = on_reference(op)
-    ratios = testing.check_op(op, reference, inputs, rows=case.terms if dtype is torch.float32 else 1)
-    backend = next(name for name, reason in walt_kernels.explain(case.op, **inputs).items() if reason is None)
-    functions = {"ours": op, "eager reference": reference, **room.baselines(inputs)}
-    if not options.quick:
-        torch._dynamo.reset()
-        functions["compiled reference"] = on_reference(torch.compile(op))
-    rows = []
-    for mode in MODES:
-        steps = {name: step(function, inputs, mode) for name, function in functions.items()}
-        times = interleaved(steps, device=device, seconds=0.3 if options.quick else 1.0)
-        ours = times.pop("ours")
-        best = min(times, key=lambda name: times[name].p50)
-        backward = mode != "forward"
-        flops = case.flops * (case.flops_factor if backward else 1)
-        moved = case.elements * (case.elements_factor if backward else 1) * dtype.itemsize
-        gflops, gbps = flops / ours.p50 / 1e6, moved / ours.p50 / 1e6
-        rows.append(
-            {
-                "op": case.op,
-                "case": case.name,
-                "mode": mode,
-                "dtype": str(dtype).removeprefix("torch."),
-                "backend": backend,
-                "ms": ours.p50,
-                "ms_p20": ours.p20,
-                "ms_p80": ours.p80,
-                "baselines": {name: value.p50 for name, value in times.items()},
-                "best_baseline": best,
-                "speedup": times[best].p50 / ours.p50,
-                "gflops": gflops,
-                "gbps": gbps,
-                "share_of_peak": max(gflops / peak["gflops"], gbps / peak["gbps"]),
-                "error_ratio": max(ratios.values()),
-            }
-        )
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| op | case | mode | dtype | backend | ms | fastest baseline | its ms | speedup | GFLOP/s | GB/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        base = row["baselines"][row["best_baseline"]]
-        lines.append(
-            f"| {row['op']} | {row['case']} | {row['mode']} | {row['dtype']} | {row['backend']} | {row['ms']:.2f} "
-            f"| {row['best_baseline']} | {base:.2f} | {row['speedup']:.2f}x | {row['gflops']:.0f} | {row['gbps']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+def measure_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", choices=sorted({case.op for case in CASES}), help="only this op")
-    parser.add_argument("--case", help="only cases whose name contains this text")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="only this dtype")
+    parser.add_argument("--case", metavar="NAME", help="only cases whose name contains this text")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype; float32 and bfloat16 by default")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter runs, no torch.compile")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    options = parser.parse_args()
-    cases = [
-        case
-        for case in CASES
-        if options.op in (None, case.op) and (options.case or "") in case.name and (case.quick or not options.quick)
-    ]
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer cases, shorter runs, little torch.compile: minutes on two cores",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=NAMED_BY_MACHINE,
+        metavar="FILE",
+        help="write the rows and the machine here; without FILE to benchmarks/results/, named by the machine",
+    )
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write bars and rooflines as PNG here")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the table between the markers of this file")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return table(arguments[1:]) if arguments[:1] == ["table"] else measure(arguments)
+
+
+def table(arguments: list[str]) -> int:
+    """Tables and plots of a results file, without measuring anything."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks table", description=table.__doc__)
+    parser.add_argument("results", type=Path, help="a file that --json wrote")
+    parser.add_argument("--plot", type=Path, metavar="DIR")
+    parser.add_argument("--readme", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    try:
+        results = json.loads(options.results.read_text())
+        results["rows"], results["machine"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{options.results} is not a results file: {error}")
+    check_targets(options, parser)
+    publish(results, options)
+    return 0
+
+
+def measure(arguments: list[str]) -> int:
+    parser = measure_parser()
+    options = parser.parse_args(arguments)
+    cases = chosen(options.op, options.case, options.quick)
     if not cases:
-        parser.error(f"--case {options.case!r} matches nothing; cases: {', '.join(case.name for case in CASES)}")
+        names = ", ".join(case.name for case in chosen(options.op, None, options.quick))
+        parser.error(f"--case {options.case!r} matches nothing; cases: {names}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
-    dtypes = [getattr(torch, options.dtype)] if options.dtype else [torch.float32, torch.bfloat16]
-    rows, failed = [], []
-    for dtype in dtypes:
-        peak = ceilings(options.device, dtype)
-        print(f"{dtype}: copy {peak['gbps']:.1f} GB/s, matrix product {peak['gflops']:.0f} GFLOP/s", file=sys.stderr)
+    if options.device == "cuda":
+        cases = [case for case in cases if case.op != "training_step"]
+        say("training_step: left out, walt makes its batches on the CPU")
+    check_targets(options, parser)
+    started = time.perf_counter()
+    where = machine(options.device)
+    say(sentence(where))
+    results: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks", *arguments]),
+        "machine": where,
+        "ceilings": {},
+        "rows": [],
+        "scaling": [],
+    }
+    failed = []
+    effort = Effort(options.quick)
+    for name in [options.dtype] if options.dtype else DTYPES[:2]:
+        dtype = getattr(torch, name)
+        peak = results["ceilings"][name] = ceilings(options.device, dtype)
+        say(f"{name}: copy {peak['gbps']:.1f} GB/s, matrix product {peak['gflops']:.0f} GFLOP/s ({peak['product']})")
         for case in cases:
             try:
-                rows += rows_of(case, dtype, options.device, peak, options)
+                rows = rows_of(case, dtype, options.device, peak, effort)
             except AssertionError as error:
                 failed.append(f"{case.op}, {case.name}, {dtype}: wrong result, not timed: {error}")
-                print(failed[-1], file=sys.stderr)
+                say(failed[-1])
                 continue
-            for row in rows[-len(MODES) :]:
-                print(
-                    f"{row['op']:<24} {row['case']:<26} {row['mode']:<17} {row['dtype']:<9} {row['ms']:9.2f} ms "
-                    f"{row['speedup']:6.2f}x over {row['best_baseline']}",
-                    file=sys.stderr,
-                )
-    print(table(rows))
-    for op in dict.fromkeys(row["op"] for row in rows):
-        for mode in MODES:
-            speedups = [row["speedup"] for row in rows if row["op"] == op and row["mode"] == mode]
-            mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
-            print(f"{op}, {mode}: geometric mean {mean:.2f}x, lowest {min(speedups):.2f}x")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine(options.device), "rows": rows}, indent=1) + "\n")
+            results["rows"] += rows
+            for row in rows:
+                say(report.line(row))
+        if not options.quick and not options.case:
+            try:
+                results["scaling"] += scaling.growths(options.op, dtype, options.device, effort)
+            except AssertionError as error:
+                failed.append(f"scaling, {dtype}: wrong result, not timed: {error}")
+    if options.json is not None:
+        path = options.json
+        if path == NAMED_BY_MACHINE:
+            path = ROOT / "benchmarks" / "results" / f"{options.device}-{level(options.device)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    publish(results, options)
+    say(f"{time.perf_counter() - started:.0f} s in all")
+    for failure in failed:
+        say(failure)
     return 1 if failed else 0
+
+
+def check_targets(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """What would stop the report is told before a long run, not after it."""
+    try:
+        if options.readme:
+            report.split(options.readme)
+        if options.plot:
+            plots.pyplot()
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(str(error))
+
+
+def publish(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """What is printed, and the files that are drawn from results: README's table and the plots."""
+    rows = results["rows"]
+    if not rows:
+        return
+    print(report.table(rows))
+    for line in [*report.summary(rows), *map(scaling.line, results.get("scaling", []))]:
+        print(line)
+    for note in report.notes(rows):
+        print(f"note: {note}")
+    if options.readme:
+        report.rewrite(options.readme, results)
+    for path in plots.write(results, options.plot) if options.plot else []:
+        print(f"wrote {path}")
+
+
+def say(line: str) -> None:
+    """Progress, beside the report."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

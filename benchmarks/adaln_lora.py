@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contender import Contender
 
-def baselines(inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+
+def baselines(inputs: dict[str, Any]) -> dict[str, Contender]:
     """Functions of the same keyword arguments as the op."""
 
     def linears(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -20,4 +21,6 @@ def baselines(inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
         x = x + gate[:, None] * branch
         return x, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
-    return {"linears": linears} if "down" in inputs else {"layer_norm + elementwise": elementwise}
+    if "down" in inputs:
+        return {"linears": Contender(linears)}
+    return {"layer_norm + elementwise": Contender(elementwise)}

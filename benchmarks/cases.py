@@ -1,6 +1,7 @@
 """The shapes of the model (paper sections 2 and 3 of the appendix tables), not powers of two.
 
-FLOPs count a multiply-add as two. Bytes are the least a perfect kernel moves: inputs read once, outputs written once.
+FLOPs count a multiply-add as two, of the direct algorithm. Bytes are the least a perfect kernel moves: inputs read
+once, outputs written once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from walt_kernels.testing import random
 
 Inputs = dict[str, Any]
+MODES = ("forward", "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,18 @@ class Case:
     flops_factor: float
     elements_factor: float
     terms: int  # of the longest sum: its rounding in float32 grows with their square root
+    small: Callable[[], Case]  # the same kind, cut down: what the preflight calls
     quick: bool = True
+    modes: tuple[str, ...] = MODES
 
 
-def attention(name: str, shape: tuple[int, ...], window: tuple[int, int, int], quick: bool = True) -> Case:
-    """Packed q, k, v with a bias table and QK norm; ``shape`` is [B, T, H, W, heads, dim]."""
+def attention(
+    name: str, shape: tuple[int, ...], window: tuple[int, int, int], images: int = 0, quick: bool = True
+) -> Case:
+    """Packed q, k, v with a bias table and QK norm; ``shape`` is [B, T, H, W, heads, dim].
+
+    The last ``images`` samples are stacks of images: they need no attention, and their FLOPs are not counted.
+    """
     B, T, H, W, heads, dim = shape
     t, h, w = window
 
@@ -43,7 +52,8 @@ def attention(name: str, shape: tuple[int, ...], window: tuple[int, int, int], q
         q, k, v = (x.requires_grad_() for x in qkv.unbind(4))
         table = random(heads, 2 * t - 1, 2 * h - 1, 2 * w - 1)
         norms = {"q_norm": random(dim), "k_norm": random(dim, seed=1)}
-        return {"q": q, "k": k, "v": v, "window": window, "bias_table": table, **norms}
+        flags = {"image": torch.arange(B) >= B - images} if images else {}
+        return {"q": q, "k": k, "v": v, "window": window, "bias_table": table, **norms, **flags}
 
     tokens, per_window = B * T * H * W, t * h * w
     width = heads * dim
@@ -52,11 +62,12 @@ def attention(name: str, shape: tuple[int, ...], window: tuple[int, int, int], q
         "window_attention",
         name,
         inputs,
-        4.0 * tokens * per_window * width,
+        4.0 * (B - images) * T * H * W * per_window * width,
         4.0 * tokens * width,
         3.5,
         3.0,
         per_window,
+        lambda: attention("small", (1 + bool(images), t, h, w, 2, dim), window, int(bool(images))),
         quick,
     )
 
@@ -80,7 +91,18 @@ def convolution(
     pixels = B * -(-T // stride[0]) * -(-H // stride[1]) * -(-W // stride[2])
     taps = kernel[0] * kernel[1] * kernel[2]
     moved = B * C * T * H * W + pixels * out_channels
-    return Case("causal_conv3d", name, inputs, 2.0 * pixels * taps * C * out_channels, moved, 3.0, 3.0, taps * C, quick)
+    return Case(
+        "causal_conv3d",
+        name,
+        inputs,
+        2.0 * pixels * taps * C * out_channels,
+        moved,
+        3.0,
+        3.0,
+        taps * C,
+        lambda: convolution("small", (1, min(C, 64), min(T, 2), 8, 8), min(out_channels, 64), kernel, stride),
+        quick,
+    )
 
 
 def modulation(name: str, B: int, N: int, D: int, quick: bool = True) -> Case:
@@ -91,8 +113,11 @@ def modulation(name: str, B: int, N: int, D: int, quick: bool = True) -> Case:
         x, branch = (random(B, N, D, dtype=dtype, seed=s) for s in (0, 1))
         return {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
 
+    def small() -> Case:
+        return modulation("small", B, -(-N // 8), D)
+
     # Forward reads x and branch and writes x_new and h; backward reads four tensors and writes two.
-    return Case("adaln_residual_modulate", name, inputs, 10.0 * B * N * D, 4.0 * B * N * D, 3.0, 2.5, D, quick)
+    return Case("adaln_residual_modulate", name, inputs, 10.0 * B * N * D, 4.0 * B * N * D, 3.0, 2.5, D, small, quick)
 
 
 def lora(name: str, B: int, D: int, layers: int, rank: int, quick: bool = True) -> Case:
@@ -103,13 +128,32 @@ def lora(name: str, B: int, D: int, layers: int, rank: int, quick: bool = True) 
         down, up = random(layers, rank, D, dtype=dtype, scale=D**-0.5), random(layers, K, rank, dtype=dtype)
         return {"cond": random(B, D, dtype=dtype), "base": random(B, K, dtype=dtype), "down": down, "up": up}
 
+    def small() -> Case:
+        return lora("small", B, D, -(-layers // 8), rank)
+
     flops = 2.0 * B * layers * rank * (D + K)
-    return Case("adaln_lora", name, inputs, flops, layers * rank * (D + K) + layers * B * K, 3.0, 3.0, D, quick)
+    moved = layers * rank * (D + K) + layers * B * K
+    return Case("adaln_lora", name, inputs, flops, moved, 3.0, 3.0, D, small, quick)
+
+
+def training(name: str, batch: int, frames: int, size: int, quick: bool = True) -> Case:
+    """A whole step of walt's tiny preset: forward, loss, backward, clipping, AdamW. ``training_step.py`` builds it.
+
+    Its FLOPs are counted there, and its bytes are nobody's bound; ``flops`` only weighs it against its small version.
+    """
+    pixels = batch * frames * size * size
+    inputs = {"stage": name, "batch": batch, "frames": frames, "size": size}
+
+    def small() -> Case:
+        return training(name, -(-batch // 4), frames, size if batch > 1 else size // 2)
+
+    return Case("training_step", name, lambda _: inputs, pixels, 0.0, 1.0, 1.0, pixels, small, quick, ("step",))
 
 
 CASES = [
     attention("L spatial 1x16x16", (1, 5, 16, 16, 16, 64), (1, 16, 16)),
     attention("L spatiotemporal 5x8x8", (1, 5, 16, 16, 16, 64), (5, 8, 8)),
+    attention("L 5x8x8, half the batch images", (2, 5, 16, 16, 16, 64), (5, 8, 8), images=1, quick=False),
     attention("XL spatial 1x16x16", (1, 5, 16, 16, 16, 72), (1, 16, 16), quick=False),
     attention("XL spatiotemporal 5x8x8", (1, 5, 16, 16, 16, 72), (5, 8, 8), quick=False),
     convolution("C 64, 17x64x64", (1, 64, 17, 64, 64), 64),
@@ -119,8 +163,44 @@ CASES = [
     convolution("stem 3 to 128, 17x64x64", (1, 3, 17, 64, 64), 128, quick=False),
     convolution("head 128 to 3, 17x64x64", (1, 128, 17, 64, 64), 3, quick=False),
     convolution("down 128, 17x32x32", (1, 128, 17, 32, 32), 128, (4, 4, 4), (2, 2, 2), quick=False),
+    convolution("1x1x1 128 to 256, 17x32x32", (1, 128, 17, 32, 32), 256, (1, 1, 1), quick=False),
     modulation("L block, 2 x 1280 x 1024", 2, 1280, 1024),
     modulation("XL block, 2 x 1280 x 1152", 2, 1280, 1152, quick=False),
     lora("24 layers, rank 2", 4, 1024, 24, 2),
     lora("24 layers, rank 256", 4, 1024, 24, 256, quick=False),
+    training("tokenizer tiny", 1, 5, 64),
+    training("base tiny", 16, 5, 8),
 ]
+
+# A case and the same with one size doubled: cost must grow in step with the work. The first is what the others double.
+SCALING = [
+    {
+        "base": attention("scaling", (1, 5, 16, 16, 8, 64), (5, 8, 8)),
+        "frames": attention("scaling", (1, 10, 16, 16, 8, 64), (5, 8, 8)),
+        "channels": attention("scaling", (1, 5, 16, 16, 16, 64), (5, 8, 8)),
+        "batch": attention("scaling", (2, 5, 16, 16, 8, 64), (5, 8, 8)),
+    },
+    {
+        "base": convolution("scaling", (1, 64, 8, 32, 32), 64),
+        "frames": convolution("scaling", (1, 64, 16, 32, 32), 64),
+        "channels": convolution("scaling", (1, 128, 8, 32, 32), 128),
+        "batch": convolution("scaling", (2, 64, 8, 32, 32), 64),
+    },
+    {
+        "base": modulation("scaling", 2, 1280, 1024),
+        "frames": modulation("scaling", 2, 2560, 1024),
+        "channels": modulation("scaling", 2, 1280, 2048),
+        "batch": modulation("scaling", 4, 1280, 1024),
+    },
+    {
+        "base": lora("scaling", 4, 512, 24, 64),
+        "channels": lora("scaling", 4, 1024, 24, 64),
+        "batch": lora("scaling", 8, 512, 24, 64),
+        "layers": lora("scaling", 4, 512, 48, 64),
+    },
+]
+
+
+def chosen(op: str | None, name: str | None, quick: bool) -> list[Case]:
+    """The cases that the command line asks for."""
+    return [case for case in CASES if op in (None, case.op) and (name or "") in case.name and (case.quick or not quick)]

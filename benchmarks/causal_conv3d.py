@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contender import Contender
+
 
 def _padded(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
-    kt, kh, kw = weight.shape[2:]
-    # The same rule as padding="same": the last output pixel's window ends at or beyond the frame's edge.
-    pads = [max(k - s - (size - 1) % s, 0) for k, s, size in zip((kh, kw), stride[1:], x.shape[3:], strict=True)]
-    (ph, pw) = pads
-    padded = F.pad(x, (pw // 2, pw - pw // 2, ph // 2, ph - ph // 2, kt - 1, 0))
+    kt = weight.shape[2]
+    pads: list[int] = []
+    for size, kernel, step in zip(x.shape[:2:-1], weight.shape[:2:-1], stride[:0:-1], strict=True):  # width, height
+        # The op's padding="same": the rest of the last window lies beyond the frame's edge.
+        before, last = (kernel - 1) // 2, (size - 1) // step * step
+        pads += [before, max(last + kernel - size - before, 0)]
+    padded = F.pad(x, (*pads, kt - 1, 0)) if any(pads) or kt > 1 else x
     return F.conv3d(padded, weight, bias, stride)
 
 
-def baselines(inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+def baselines(inputs: dict[str, Any]) -> dict[str, Contender]:
     """Functions of the same keyword arguments as the op."""
 
     def channels_last(x: Tensor, **rest: Any) -> Tensor:
@@ -28,4 +31,4 @@ def baselines(inputs: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     def channels_first(x: Tensor, **rest: Any) -> Tensor:
         return _padded(x.contiguous(), **rest)
 
-    return {"pad + conv3d NDHWC": channels_last, "pad + conv3d NCDHW": channels_first}
+    return {"pad + conv3d NDHWC": Contender(channels_last), "pad + conv3d NCDHW": Contender(channels_first)}
