@@ -1,10 +1,11 @@
-// Gradients of weight and bias. The clip's blocks are dealt to a number of splits that depends on shapes only; each
-// split adds its blocks up in order, and the splits are then summed in order: no atomics, and the same bits on any
-// number of threads.
+// Gradients of weight and bias: by Winograd's method where that pays, else directly, as follows. The clip's blocks are
+// dealt to a number of splits that depends on shapes only; each split adds its blocks up in order, and the splits are
+// then summed in order: no atomics, and the same bits on any number of threads.
 #include <algorithm>
 
 #include "causal_conv3d/pack.h"
 #include "causal_conv3d/weight_tile.h"
+#include "causal_conv3d/winograd_weight.h"
 #include "common/checks.h"
 
 namespace walt::WALT_ISA {
@@ -63,7 +64,7 @@ class WeightGradientKernel {
       accumulate_split(room, partial.data() + split * units_ * unit_size_, split, part_begin(units_, shares_, share),
                        part_begin(units_, shares_, share + 1));
     });
-    const int64_t rows = std::max(g_.taps, chunks_.widest()) * panel_width;
+    const int64_t rows = g_.taps * std::min(chunks_.widest(), kStoreChannels) * panel_width;
     Scratch<A> scratch(threads * rows);
     parallel_for(units_, threads,
                  [&](int64_t unit, int thread) { reduce(partial.data(), unit, scratch.data() + thread * rows); });
@@ -227,34 +228,16 @@ class WeightGradientKernel {
       }
     }
     if (!g_.wants_weight()) return;
-    const TensorView& weight = g_.params->grad_weight;
-    const int64_t* kernel = g_.params->kernel.data();
-    const bool consecutive =
-        weight.stride[4] == 1 && weight.stride[3] == kernel[2] && weight.stride[2] == kernel[1] * kernel[2];
-    const int64_t channels = chunks_.size(chunk(unit)), first = chunks_.begin(chunk(unit));
-    T* target = static_cast<T*>(weight.data) + out_channel(unit) * weight.stride[0] + first * weight.stride[1];
-    const auto tap_offset = [&](int64_t i) {
-      return i / (kernel[1] * kernel[2]) * weight.stride[2] + i / kernel[2] % kernel[1] * weight.stride[3] +
-             i % kernel[2] * weight.stride[4];
-    };
-    if (weight.stride[1] == 1 && channels > 2) {
-      for (int64_t i = 0; i < taps; ++i) {
-        for (int64_t c = 0; c < channels; ++c) sum_row((i * channels + c) * width, rows + c * width);
-        copy_transposed(rows, width, target + tap_offset(i), weight.stride[0], channels, n);
+    const int64_t channels = chunks_.size(chunk(unit));
+    for (int64_t first = 0; first < channels; first += kStoreChannels) {
+      const int64_t end = std::min(first + kStoreChannels, channels);
+      for (int64_t c = first; c < end; ++c) {
+        for (int64_t i = 0; i < taps; ++i) {
+          sum_row((i * channels + c) * width, rows + ((c - first) * taps + i) * width);
+        }
       }
-      return;
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t i = 0; i < taps; ++i) sum_row((i * channels + c) * width, rows + i * width);
-      T* to = target + c * weight.stride[1];
-      if (consecutive) {
-        copy_transposed(rows, width, to, weight.stride[0], taps, n);
-        continue;
-      }
-      for (int64_t i = 0; i < taps; ++i) {
-        const int64_t at = tap_offset(i);
-        for (int64_t o = 0; o < n; ++o) to[o * weight.stride[0] + at] = from_float<T>(rows[i * width + o]);
-      }
+      store_weight_gradient<T>(*g_.params, rows, width, out_channel(unit), n, chunks_.begin(chunk(unit)) + first,
+                               end - first);
     }
   }
 
@@ -287,6 +270,9 @@ void causal_conv3d_backward_weight(const ConvBackwardWeightParams& p) {
                                         forward_runs(axes[2], false)};
   dispatch_dtype(x.dtype, [&](auto tag) {
     using T = decltype(tag);
+    if constexpr (PixelPacking<T>::step == 1) {
+      if (winograd_pays(p, axes)) return WinogradWeightKernel<T>(p, axes).run();
+    }
     constexpr int64_t lane_bytes = sizeof(typename PixelPacking<T>::Lane);
     const Chunks chunks(in_channels, 1, kChunkBytes / lane_bytes);
     const WeightGradient g{&p,
