@@ -73,9 +73,9 @@ def takes_winograd(**options: Any) -> bool:
     grad = torch.zeros_like(y)
     grad[0, 0, 0, 0, 0], grad[0, 0, 0, 0, 1] = large, small
     (result,) = torch.autograd.grad(y, inputs["weight"], grad)
-    middle = result.shape[3] // 2
-    assert result[0, 0, -1, middle, middle] == large
-    beside = result[0, 0, -1, middle, middle - 1].item()
+    row, column = result.shape[3] // 2, result.shape[4] // 2
+    assert result[0, 0, -1, row, column] == large
+    beside = result[0, 0, -1, row, column - 1].item()
     assert beside in (0, small)
     return beside == 0
 
@@ -101,7 +101,7 @@ def test_takes_it_where_it_pays(dtype: torch.dtype, isa: str) -> None:
         {"channels": 15, "kernel": (1, 3, 3)},
         {"channels": 16, "groups": 4},
         {"size": (1, 8)},
-        {"stride": (1, 1, 2)},
+        {"stride": (1, 2, 1)},
         {"kernel": (3, 5, 3)},
         {"kernel": (3, 5, 5)},
     ]
