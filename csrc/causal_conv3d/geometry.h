@@ -197,6 +197,11 @@ std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int64_t ba
   return blocks;
 }
 
+inline std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int64_t batches, int64_t pixel_bytes,
+                                      int64_t most) {
+  return make_blocks(axes, batches, pixel_bytes, most, [](const AxisRun* const*) { return true; });
+}
+
 // A stretch of the reduction: `length` consecutive values of a pixel's patch against consecutive rows of packed
 // weights.
 struct Run {

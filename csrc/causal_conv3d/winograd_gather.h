@@ -11,6 +11,7 @@
 
 #include "causal_conv3d/gather.h"
 #include "causal_conv3d/winograd_pack.h"
+#include "causal_conv3d/winograd_tiles.h"
 
 namespace walt::WALT_ISA {
 
@@ -35,76 +36,14 @@ bool winograd_takes(const WeightView& weight, const AxisRun* const run[3]) {
 #endif
   if (run[0]->taps.empty() || weight.kernel(1) != 3 || weight.kernel(2) != 3) return false;
   if (!three_taps(*run[1]) || !three_taps(*run[2])) return false;
-  return weight.in_channels >= 8 && weight.out_channels >= 8 && run[1]->count >= 2 && run[2]->count >= 2;
-}
-
-// B^T d B of a row of tiles, `pitch` channels each. Pixels of the patch lie `pitch` apart.
-template <int m, class A>
-void transform_input(const A* patch, int64_t row_stride, int64_t pitch, int64_t tiles, A* to, int64_t position_stride,
-                     int64_t tile_stride) {
-  using V = vector_t<A>;
-  constexpr int n = Winograd<m>::n;
-  for (int64_t c = 0; c < pitch; c += kLanes<A>) {
-    const A* from = patch + c;
-    V column[n][n];  // columns that are transformed along the height; the last two serve the next tile too
-    const auto read = [&](int j) {
-#pragma GCC unroll 6
-      for (int i = 0; i < n; ++i) column[j][i] = load(from + i * row_stride);
-      Winograd<m>::input(column[j], column[j], 1);
-      from += pitch;
-    };
-    read(m);
-    read(m + 1);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-#pragma GCC unroll 6
-      for (int i = 0; i < n; ++i) {
-        column[0][i] = column[m][i];
-        column[1][i] = column[m + 1][i];
-      }
-#pragma GCC unroll 6
-      for (int j = 2; j < n; ++j) read(j);
-      A* target = to + tile * tile_stride + c;
-#pragma GCC unroll 6
-      for (int i = 0; i < n; ++i) {
-        V row[n];
-#pragma GCC unroll 6
-        for (int j = 0; j < n; ++j) row[j] = column[j][i];
-        Winograd<m>::input(row, row, 1);
-#pragma GCC unroll 6
-        for (int j = 0; j < n; ++j) store(target + (i * n + j) * position_stride, row[j]);
-      }
-    }
-  }
-}
-
-// A^T p A of a row of tiles into the pixels of m rows, both one panel of `vectors` vectors wide.
-template <int m, class A>
-void transform_output(const A* from, int64_t position_stride, int vectors, int64_t tiles, A* pixels) {
-  using V = vector_t<A>;
-  constexpr int n = Winograd<m>::n, lanes = kLanes<A>;
-  const int64_t width = vectors * lanes;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    for (int v = 0; v < vectors; ++v) {
-      const A* source = from + tile * width + v * lanes;
-      V p[n][n];
-#pragma GCC unroll 6
-      for (int j = 0; j < n; ++j) {
-#pragma GCC unroll 6
-        for (int i = 0; i < n; ++i) p[i][j] = load(source + (i * n + j) * position_stride);
-        Winograd<m>::output(&p[0][j], &p[0][j], n);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < m; ++i) {
-        Winograd<m>::output(p[i], p[i], 1);
-#pragma GCC unroll 4
-        for (int j = 0; j < m; ++j) store(pixels + ((i * tiles + tile) * m + j) * width + v * lanes, p[i][j]);
-      }
-    }
-  }
+  // Measured: from 8 channels on both sides and 2 x 2 tiles on. Frames of far more channels would not fit the scratch.
+  const bool fits = weight.in_channels * weight.kernel(0) <= 16384;
+  return fits && std::min(weight.in_channels, weight.out_channels) >= 8 && std::min(run[1]->count, run[2]->count) >= 3;
 }
 
 constexpr int64_t kTransformedBytes = 4 << 20;  // of the source, of one thread
 constexpr int64_t kProductBytes = 2 << 20;      // likewise
+constexpr int64_t kWeightBytes = 16 << 20;      // transformed at a time: half of a last-level cache
 constexpr int64_t kProductRows = 192;           // tiles that share a pass over the weights, at most
 
 template <class T>
@@ -129,7 +68,12 @@ class WinogradKernel {
   struct Task {
     const Plane* plane;
     int64_t batch, group, row, rows, column, columns;  // tiles
-    int64_t first_step, end_step, first_panel, end_panel;
+    int64_t first_step, end_step;
+  };
+  // One group's transformed panels [first, end) and its whole bias.
+  struct Weights {
+    const A *packed, *bias;
+    int64_t first, end;
   };
   struct Room {
     A *patch, *transformed, *products, *pixels;
@@ -161,22 +105,32 @@ class WinogradKernel {
   void run() {
     if (tasks_.empty()) return;
     const int64_t groups = g_.weight.groups, padded = layout_.panels * width;
-    Scratch<A> packed(groups * layout_.group_size()), bias(groups * padded);
     const int64_t patch = (m * row_limit_ + 2) * (m * column_limit_ + 2) * patch_channels();
     const int64_t pixels = panel_limit_ * m * m * column_limit_ * width;
+    Scratch<A> packed(groups * positions * pass_limit_ * layout_.panel_size()), bias(groups * padded);
     Scratch<A> patches(g_.threads * patch), transformed(g_.threads * positions * slice_);
     Scratch<A> products(g_.threads * positions * product_slice_), outputs(g_.threads * pixels);
-    pack_winograd<T, m>(g_.weight, layout_, planes_[0].rows.taps[0].kernel == 2, g_.threads, packed.data());
     load_bias<T>(g_, padded, bias.data());
-    parallel_for(static_cast<int64_t>(tasks_.size()), g_.threads, [&](int64_t task, int thread) {
-      Room room{patches.data() + thread * patch,
-                transformed.data() + thread * positions * slice_,
-                products.data() + thread * positions * product_slice_,
-                outputs.data() + thread * pixels,
-                std::vector<int64_t>(static_cast<size_t>(ring_), INT64_MIN),
-                {}};
-      compute(tasks_[static_cast<size_t>(task)], packed.data(), bias.data(), room);
-    });
+    const bool flipped = planes_[0].rows.taps[0].kernel == 2;
+    const int64_t passes = (layout_.panels + pass_limit_ - 1) / pass_limit_;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t first = part_begin(layout_.panels, passes, pass),
+                    end = part_begin(layout_.panels, passes, pass + 1);
+      pack_winograd<T, m>(g_.weight, layout_, first, end, flipped, g_.threads, packed.data());
+      parallel_for(static_cast<int64_t>(tasks_.size()) * splits_, g_.threads, [&](int64_t i, int thread) {
+        Room room{patches.data() + thread * patch,
+                  transformed.data() + thread * positions * slice_,
+                  products.data() + thread * positions * product_slice_,
+                  outputs.data() + thread * pixels,
+                  std::vector<int64_t>(static_cast<size_t>(ring_), INT64_MIN),
+                  {}};
+        const Task& task = tasks_[static_cast<size_t>(i / splits_)];
+        const Weights weights{packed.data() + task.group * positions * (end - first) * layout_.panel_size(),
+                              bias.data() + task.group * padded, first, end};
+        compute(task, weights, first + part_begin(end - first, splits_, i % splits_),
+                first + part_begin(end - first, splits_, i % splits_ + 1), room);
+      });
+    }
   }
 
  private:
@@ -210,12 +164,15 @@ class WinogradKernel {
     }
     const int64_t parts = (widest + 15) / 16;
     column_limit_ = (widest + parts - 1) / parts;
+    const auto bytes = [&](int64_t rows, int64_t frames) {
+      return positions * span(frames) * rows * column_limit_ * pitch_ * static_cast<int64_t>(sizeof(A));
+    };
+    while (column_limit_ > 1 && bytes(1, 1) > kTransformedBytes) column_limit_ = (column_limit_ + 1) / 2;
     double best = 0;
     for (int64_t rows = 1; rows <= std::min<int64_t>(tallest, 64); ++rows) {
       for (int64_t frames = 1; frames <= std::min<int64_t>(longest, 16); ++frames) {
-        const int64_t block = rows * column_limit_, sums = frames * block;
-        const int64_t bytes = positions * span(frames) * block * pitch_ * static_cast<int64_t>(sizeof(A));
-        if (best > 0 && (bytes > kTransformedBytes || sums > kProductRows)) continue;
+        const int64_t sums = frames * rows * column_limit_;
+        if (best > 0 && (bytes(rows, frames) > kTransformedBytes || sums > kProductRows)) continue;
         const double halo =
             (1 + 2.0 / static_cast<double>(rows * m)) * (1 + 2.0 / static_cast<double>(column_limit_ * m));
         const double cost = 11.0 / static_cast<double>(sums) + halo / static_cast<double>(layout_.panels * width);
@@ -233,6 +190,8 @@ class WinogradKernel {
     panel_limit_ = std::max<int64_t>(
         1, std::min(layout_.panels, kProductBytes / (positions * sums * static_cast<int64_t>(sizeof(A)))));
     product_slice_ = panel_limit_ * sums + 5 * 64 / static_cast<int64_t>(sizeof(A));
+    const int64_t panel_bytes = g_.weight.groups * positions * layout_.panel_size() * static_cast<int64_t>(sizeof(A));
+    pass_limit_ = std::max<int64_t>(1, std::min(layout_.panels, kWeightBytes / panel_bytes));
     for (Plane& plane : planes_) {
       plane.row_parts = (plane.row_tiles + row_limit_ - 1) / row_limit_;
       plane.column_parts = (plane.column_tiles + column_limit_ - 1) / column_limit_;
@@ -255,34 +214,24 @@ class WinogradKernel {
     int64_t blocks = 0;
     for (const Plane& plane : planes_) blocks += plane.row_parts * plane.column_parts;
     blocks *= g_.batches * g_.weight.groups;
-    const int64_t steps = static_cast<int64_t>(steps_.size()), wanted = (4 * g_.threads + blocks - 1) / blocks;
+    const int64_t steps = static_cast<int64_t>(steps_.size()), wanted = (8 * g_.threads + blocks - 1) / blocks;
     const int64_t segments = std::min((steps + 3) / 4, wanted);
-    const int64_t splits = std::min((layout_.panels + 3) / 4, (wanted + segments - 1) / segments);
+    splits_ = std::min((pass_limit_ + 1) / 2, (wanted + segments - 1) / segments);
     for (const Plane& plane : planes_) {
-      for (int64_t i = 0; i < g_.batches * g_.weight.groups * plane.row_parts * plane.column_parts * segments * splits;
-           ++i) {
-        int64_t rest = i;
-        const auto digit = [&](int64_t base) {
-          const int64_t value = rest % base;
-          rest /= base;
-          return value;
-        };
-        const int64_t split = digit(splits), segment = digit(segments), column = digit(plane.column_parts);
-        const int64_t row = digit(plane.row_parts), group = digit(g_.weight.groups);
-        const auto cut = [](int64_t count, int64_t parts, int64_t index) { return part_begin(count, parts, index); };
-        Task task{&plane,
-                  rest,
-                  group,
-                  cut(plane.row_tiles, plane.row_parts, row),
-                  0,
-                  cut(plane.column_tiles, plane.column_parts, column),
-                  0,
-                  cut(steps, segments, segment),
-                  cut(steps, segments, segment + 1),
-                  cut(layout_.panels, splits, split),
-                  cut(layout_.panels, splits, split + 1)};
-        task.rows = cut(plane.row_tiles, plane.row_parts, row + 1) - task.row;
-        task.columns = cut(plane.column_tiles, plane.column_parts, column + 1) - task.column;
+      const int64_t parts = plane.row_parts * plane.column_parts;
+      for (int64_t i = 0; i < g_.batches * g_.weight.groups * parts * segments; ++i) {
+        const int64_t segment = i % segments, part = i / segments % parts, sample = i / segments / parts;
+        const int64_t row = part / plane.column_parts, column = part % plane.column_parts;
+        Task task{};
+        task.plane = &plane;
+        task.batch = sample / g_.weight.groups;
+        task.group = sample % g_.weight.groups;
+        task.row = part_begin(plane.row_tiles, plane.row_parts, row);
+        task.rows = part_begin(plane.row_tiles, plane.row_parts, row + 1) - task.row;
+        task.column = part_begin(plane.column_tiles, plane.column_parts, column);
+        task.columns = part_begin(plane.column_tiles, plane.column_parts, column + 1) - task.column;
+        task.first_step = part_begin(steps, segments, segment);
+        task.end_step = part_begin(steps, segments, segment + 1);
         tasks_.push_back(task);
       }
     }
@@ -290,9 +239,8 @@ class WinogradKernel {
 
   int64_t slot(int64_t frame) const { return (frame % ring_ + ring_) % ring_; }
 
-  void compute(const Task& task, const A* packed, const A* bias, Room& room) const {
-    packed += task.group * layout_.group_size();
-    bias += task.group * layout_.panels * width;
+  // Panels [panel, end_panel).
+  void compute(const Task& task, const Weights& weights, int64_t panel, int64_t end_panel, Room& room) const {
     for (int64_t s = task.first_step; s < task.end_step; ++s) {
       const Step& step = steps_[static_cast<size_t>(s)];
       for (int64_t f = 0; f < step.count; ++f) {
@@ -303,10 +251,10 @@ class WinogradKernel {
           held = frame;
         }
       }
-      for (int64_t first = task.first_panel; first < task.end_panel; first += panel_limit_) {
-        const int64_t end = std::min(first + panel_limit_, task.end_panel);
-        multiply(task, step, first, end, packed, room);
-        for (int64_t f = 0; f < step.count; ++f) write(task, step, f, first, end, bias, room);
+      for (int64_t first = panel; first < end_panel; first += panel_limit_) {
+        const int64_t end = std::min(first + panel_limit_, end_panel);
+        multiply(task, step, first, end, weights, room);
+        for (int64_t f = 0; f < step.count; ++f) write(task, step, f, first, end, weights.bias, room);
       }
     }
   }
@@ -332,7 +280,8 @@ class WinogradKernel {
 
   int vectors(int64_t panel) const { return g_.weight.out_channels - panel * width <= lanes ? 1 : 2; }
 
-  void multiply(const Task& task, const Step& step, int64_t first, int64_t end, const A* packed, Room& room) const {
+  void multiply(const Task& task, const Step& step, int64_t first, int64_t end, const Weights& weights,
+                Room& room) const {
     const int64_t count = task.rows * task.columns, parts = (count + kTilePixels - 1) / kTilePixels;
     const int64_t frame_size = row_limit_ * column_limit_;
     std::vector<int64_t> offsets;
@@ -349,7 +298,8 @@ class WinogradKernel {
     for (int position = 0; position < positions; ++position) {
       const A* from = room.transformed + position * slice_;
       for (int64_t panel = first; panel < end; ++panel) {
-        const A* rows = packed + position * layout_.position_size() + panel * layout_.panel_size();
+        const A* rows =
+            weights.packed + (position * (weights.end - weights.first) + panel - weights.first) * layout_.panel_size();
         A* to = room.products + position * product_slice_ + (panel - first) * frame_limit_ * frame_size * width;
         for (int64_t f = 0; f < step.count; ++f) {
           const std::vector<Run>& list = runs[static_cast<size_t>(f)];
@@ -398,6 +348,7 @@ class WinogradKernel {
   std::vector<Step> steps_;
   std::vector<Task> tasks_;
   int64_t row_limit_ = 1, column_limit_ = 1, frame_limit_ = 1, panel_limit_ = 1;  // of a block: tiles, frames, panels
+  int64_t pass_limit_ = 1, splits_ = 1;  // panels whose weights are there at a time, parts of them in different tasks
   int64_t ring_ = 1, slice_ = 0, product_slice_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// Transforms weights once per call into panels of output channels, as Winograd's kernel reads them:
+// Transforms weights into panels of output channels, as Winograd's kernel reads them:
 // [group][position][panel][time tap][channel][width].
 #pragma once
 
@@ -31,8 +31,6 @@ struct WinogradLayout {
   }
   int64_t rows() const { return static_cast<int64_t>(time_taps.size()) * channels; }
   int64_t panel_size() const { return rows() * width; }
-  int64_t position_size() const { return panels * panel_size(); }
-  int64_t group_size() const { return positions * position_size(); }
 };
 
 // G g G^T of `count` 3 x 3 kernels, `vectors` vectors of output channels wide, whose taps lie `width` numbers apart;
@@ -60,10 +58,10 @@ void transform_weights(const A* taps, int64_t pitch, int64_t count, bool flipped
   }
 }
 
-// `packed` holds groups * group_size numbers.
+// Panels [first, end) of every group.
 template <class T, int m>
-void pack_winograd(const WeightView& view, const WinogradLayout<accumulate_t<T>, m>& layout, bool flipped, int threads,
-                   accumulate_t<T>* packed) {
+void pack_winograd(const WeightView& view, const WinogradLayout<accumulate_t<T>, m>& layout, int64_t first, int64_t end,
+                   bool flipped, int threads, accumulate_t<T>* packed) {
   using A = accumulate_t<T>;
   using Layout = WinogradLayout<A, m>;
   constexpr int64_t kChannels = 16;  // of a task: their taps stay in the first-level cache
@@ -75,11 +73,11 @@ void pack_winograd(const WeightView& view, const WinogradLayout<accumulate_t<T>,
     }
   }
   const int64_t taps = static_cast<int64_t>(tap_offset.size()), scratch_size = kChannels * taps * Layout::width;
-  const int64_t slices = (layout.channels + kChannels - 1) / kChannels;
+  const int64_t panels = end - first, slices = (layout.channels + kChannels - 1) / kChannels;
   Scratch<A> scratch(threads * scratch_size);
-  parallel_for(view.groups * layout.panels * slices, threads, [&](int64_t task, int thread) {
+  parallel_for(view.groups * panels * slices, threads, [&](int64_t task, int thread) {
     A* rows = scratch.data() + thread * scratch_size;
-    const int64_t group = task / slices / layout.panels, panel = task / slices % layout.panels;
+    const int64_t group = task / slices / panels, local = task / slices % panels, panel = first + local;
     const int64_t begin = task % slices * kChannels, channels = std::min(kChannels, layout.channels - begin);
     const int64_t count = std::min<int64_t>(Layout::width, view.out_channels - panel * Layout::width);
     const int64_t width = count <= Layout::lanes ? Layout::lanes : Layout::width;
@@ -88,11 +86,11 @@ void pack_winograd(const WeightView& view, const WinogradLayout<accumulate_t<T>,
                 static_cast<const T*>(view.weight->data) + view.group_offset(group) +
                     panel * Layout::width * view.out_stride() + begin * view.in_stride(),
                 tap_offset, channels, count, width, rows);
-    A* to = packed + group * layout.group_size() + panel * layout.panel_size();
+    A* to = packed + (group * Layout::positions * panels + local) * layout.panel_size();
     for (int64_t t = 0; t * 9 < taps; ++t) {
       const auto transform = width == Layout::width ? transform_weights<m, 2, A> : transform_weights<m, 1, A>;
       transform(rows + t * 9 * width, taps * width, channels, flipped, to + (t * layout.channels + begin) * width,
-                layout.position_size());
+                panels * layout.panel_size());
     }
   });
 }
