@@ -1,4 +1,4 @@
-#include "causal_conv3d/gather.h"
+#include "causal_conv3d/convolve.h"
 #include "common/checks.h"
 
 namespace walt::WALT_ISA {
@@ -32,7 +32,7 @@ void causal_conv3d_backward_data(const ConvBackwardDataParams& p) {
                 shape.shape[0],
                 std::max(o.threads, 1)};
   for (int i = 0; i < 3; ++i) gather.source.map[i] = backward_map(gather.axes[i], axes[i].outputs());
-  dispatch_dtype(grad_y.dtype, [&](auto tag) { gather_convolution<decltype(tag)>(gather); });
+  dispatch_dtype(grad_y.dtype, [&](auto tag) { convolve<decltype(tag)>(gather); });
 }
 
 }  // namespace walt::WALT_ISA

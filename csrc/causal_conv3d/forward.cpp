@@ -1,4 +1,4 @@
-#include "causal_conv3d/gather.h"
+#include "causal_conv3d/convolve.h"
 #include "common/checks.h"
 
 namespace walt::WALT_ISA {
@@ -26,7 +26,7 @@ void causal_conv3d(const ConvForwardParams& p) {
                       &none,
                       x.shape[0],
                       std::max(o.threads, 1)};
-  dispatch_dtype(x.dtype, [&](auto tag) { gather_convolution<decltype(tag)>(gather); });
+  dispatch_dtype(x.dtype, [&](auto tag) { convolve<decltype(tag)>(gather); });
 }
 
 }  // namespace walt::WALT_ISA

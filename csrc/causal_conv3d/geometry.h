@@ -166,13 +166,16 @@ inline void choose_block(const AxisRun* const run[3], int64_t pixel_bytes, int64
   }
 }
 
-inline std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int64_t batches, int64_t pixel_bytes,
-                                      int64_t most) {
+// The blocks of all combinations of runs that are `wanted`.
+template <class Wanted>
+std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int64_t batches, int64_t pixel_bytes,
+                               int64_t most, Wanted&& wanted) {
   std::vector<Block> blocks;
   for (const AxisRun& t : axes[0]) {
     for (const AxisRun& h : axes[1]) {
       for (const AxisRun& w : axes[2]) {
         const AxisRun* const run[3] = {&t, &h, &w};
+        if (!wanted(run)) continue;
         int64_t size[3];
         choose_block(run, pixel_bytes, most, size);
         for (int64_t batch = 0; batch < batches; ++batch) {
@@ -192,6 +195,11 @@ inline std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int
     }
   }
   return blocks;
+}
+
+inline std::vector<Block> make_blocks(const std::vector<AxisRun> (&axes)[3], int64_t batches, int64_t pixel_bytes,
+                                      int64_t most) {
+  return make_blocks(axes, batches, pixel_bytes, most, [](const AxisRun* const*) { return true; });
 }
 
 // A stretch of the reduction: `length` consecutive values of a pixel's patch against consecutive rows of packed

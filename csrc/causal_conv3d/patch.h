@@ -50,14 +50,17 @@ void copy_channels(const T* from, P* to, int64_t n) {
   }
 }
 
-// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns.
+// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns. Where there is at least one whole
+// square, the last one overlaps its neighbour instead of being a partial one.
 template <class T, class P>
 void copy_transposed(const T* from, int64_t from_stride, P* to, int64_t to_stride, int64_t rows, int64_t columns) {
   using A = accumulate_t<P>;
   constexpr int lanes = kLanes<A>;
   for (int64_t j = 0; j < columns; j += lanes) {
+    if (columns >= lanes) j = std::min(j, columns - lanes);
     const int64_t width = std::min<int64_t>(lanes, columns - j);
     for (int64_t i = 0; i < rows; i += lanes) {
+      if (rows >= lanes) i = std::min(i, rows - lanes);
       const int64_t height = std::min<int64_t>(lanes, rows - i);
       vector_t<A> tile[lanes] = {};
       const T* source = from + i * from_stride + j;
