@@ -223,9 +223,20 @@ inline void store_partial(T* p, vector_t<accumulate_t<T>> v, int64_t count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
 }
 
+// b where either is NaN. The compiler takes a comparison and a blend, for it may not assume that zeros have one sign.
 template <class V>
 inline V maximum(V a, V b) {
+#if defined(__AVX__) && !defined(__AVX512F__) && !defined(WALT_EMULATE_AVX512)
+  if constexpr (std::is_same_v<V, vfloat>) return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
   return a > b ? a : b;
+}
+template <class V>
+inline V minimum(V a, V b) {
+#if defined(__AVX__) && !defined(__AVX512F__) && !defined(WALT_EMULATE_AVX512)
+  if constexpr (std::is_same_v<V, vfloat>) return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
+  return a < b ? a : b;
 }
 
 // Sums lanes pairwise, always in the same order.
@@ -299,9 +310,8 @@ inline vfloat exp(vfloat x) {
 inline vfloat exp(vfloat x) {
   const vfloat low = broadcast(-87.336544f), high = broadcast(88.376262f);
   const vint is_low = x < low;
-  vfloat clamped = x > high ? high : x;
-  clamped = clamped < low ? low : clamped;
-  const vfloat shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat clamped = maximum(low, minimum(high, x));  // keeps NaN
+  const vfloat shift = broadcast(12582912.0f);            // 1.5 * 2^23: adding it rounds to an integer
   const vfloat shifted = clamped * 1.44269504f + shift;
   const vfloat n = shifted - shift;
   vfloat r = clamped - n * 0.693359375f;
@@ -314,9 +324,7 @@ inline vfloat exp(vfloat x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const vint exponent = ((vint)shifted - (vint)shift + 127) << 23;
-  const vfloat result = p * (vfloat)exponent;
-  const vfloat kept = is_low ? vfloat{} : result;
-  return x != x ? x : kept;
+  return (vfloat)((vint)(p * (vfloat)exponent) & ~is_low);
 }
 #endif
 inline vdouble exp(vdouble x) {

@@ -189,7 +189,9 @@ class Backward {
       gemm<U, false>(keys, vectors, at.units, key_along, ld, s.query_columns, kBlock, s.scores, kBlock);
       clear(s.slopes, keys * kBlock);
       gemm<U, false>(keys, vectors, at.units, value_along, ld, s.grad_columns, kBlock, s.slopes, kBlock);
-      for (int64_t i = 0; i < queries; i += lanes) softmax_backward(keys, i, s);
+      int64_t i = 0;
+      for (; i + 2 * lanes <= queries; i += 2 * lanes) softmax_backward<2>(keys, i, s);
+      for (; i < queries; i += lanes) softmax_backward<1>(keys, i, s);
       if (wants_table) add_to_table(window, runs, s.slopes, partial.table);
       if (wants_v) {
         const Unit* grad_across = at.across(s.grads, count, s.grad_across);
@@ -234,26 +236,41 @@ class Backward {
     for (int64_t n = end - begin; n < padded; ++n) s.lse[n] = std::numeric_limits<A>::infinity();
   }
 
-  // For one vector of queries: scores become weights P = exp(score - lse), slopes dP become dS = P (dP - sum_j P dP).
-  // Weights are normalised again: the rounding of a large lse would scale a whole row.
+  // For `Vectors` vectors of queries: scores become weights P = exp(score - lse), slopes dP become
+  // dS = P (dP - sum_j P dP). Weights are normalised again: the rounding of a large lse would scale a whole row.
+  template <int Vectors>
   static void softmax_backward(int64_t keys, int64_t i, const Scratched& s) {
     A *scores = s.scores + i, *slopes = s.slopes + i;
-    const V lse = load(s.lse + i);
-    V sum{}, product{};
-    for (int64_t n = 0; n < keys; ++n) {
-      const V weight = exp(load(scores + n * kBlock) - lse);
-      sum += weight;
-      product += weight * load(slopes + n * kBlock);
-      store(scores + n * kBlock, weight);
+    V lse[Vectors], sum[Vectors], product[Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+      lse[v] = load(s.lse + i + v * lanes);
+      sum[v] = product[v] = V{};
     }
-    const V factor = broadcast(A{1}) / (sum > V{} ? sum : broadcast(A{1}));  // no weights beyond the last query
-    const V delta = product * factor;
     for (int64_t n = 0; n < keys; ++n) {
-      const V weight = load(scores + n * kBlock) * factor;
-      store(scores + n * kBlock, weight);
-      store(slopes + n * kBlock, weight * (load(slopes + n * kBlock) - delta));
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t cell = n * kBlock + v * lanes;
+        const V weight = exp(load(scores + cell) - lse[v]);
+        sum[v] += weight;
+        product[v] += weight * load(slopes + cell);
+        store(scores + cell, weight);
+      }
     }
-    if constexpr (Attention<T>::kPaired) pack_pairs(keys, i, s);
+    V factor[Vectors], delta[Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+      factor[v] = broadcast(A{1}) / (sum[v] > V{} ? sum[v] : broadcast(A{1}));  // no weights beyond the last query
+      delta[v] = product[v] * factor[v];
+    }
+    for (int64_t n = 0; n < keys; ++n) {
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t cell = n * kBlock + v * lanes;
+        const V weight = load(scores + cell) * factor[v];
+        store(scores + cell, weight);
+        store(slopes + cell, weight * (load(slopes + cell) - delta[v]));
+      }
+    }
+    if constexpr (Attention<T>::kPaired) {
+      for (int v = 0; v < Vectors; ++v) pack_pairs(keys, i + v * lanes, s);
+    }
   }
 
   static void pack_pairs([[maybe_unused]] int64_t keys, [[maybe_unused]] int64_t i,
@@ -296,7 +313,9 @@ class Backward {
       A* grad = s.grad_queries + n * at.shape.ld;
       scale_row(grad, static_cast<A>(p.scale), at.shape.vectors);
       if (at.q_norm.defined()) {
-        load_row(at.data(p.q) + window.offset(p.q, head, frame, row, column), p.q.stride[5], at.shape, s.row);
+        const T* x = at.data(p.q) + window.offset(p.q, head, frame, row, column);
+        prefetch_row(x + p.q.stride[2], at.shape.dim);
+        load_row(x, p.q.stride[5], at.shape, s.row);
         at.q_norm.backward(grad, s.row, s.query_stats + 2 * n, partial.q_norm);
       }
       if (b.grad_q.defined()) {
@@ -318,6 +337,7 @@ class Backward {
     const int64_t tokens = window.tokens();
     window.each_token(0, tokens, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       const T* x = at.data(p.k) + window.offset(p.k, head, frame, row, column);
+      prefetch_row(x + p.k.stride[2], at.shape.dim);
       const A* grad = through_norm(x, p.k.stride[5], n);
       if (!b.grad_k.defined()) return;
       store_row(at.mutable_data(b.grad_k) + window.offset(b.grad_k, head, frame, row, column), b.grad_k.stride[5],

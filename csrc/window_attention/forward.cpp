@@ -72,8 +72,8 @@ template <class T>
 void softmax(int64_t keys, int64_t queries, const ForwardScratch<T>& s) {
   constexpr int lanes = Attention<T>::lanes;
   int64_t i = 0;
-  for (; i + 4 * lanes <= queries; i += 4 * lanes) {
-    softmax_columns<T, 4>(keys, s.scores + i, s.weight_units + i, s.largest + i, s.sum + i);
+  for (; i + 2 * lanes <= queries; i += 2 * lanes) {
+    softmax_columns<T, 2>(keys, s.scores + i, s.weight_units + i, s.largest + i, s.sum + i);
   }
   for (; i < queries; i += lanes) {
     softmax_columns<T, 1>(keys, s.scores + i, s.weight_units + i, s.largest + i, s.sum + i);

@@ -83,7 +83,7 @@ void gemm(int64_t m, int64_t vectors, int64_t k, const typename U::Unit* a, int6
   constexpr int lanes = kLanes<typename U::A>;
   static constexpr auto two = micro_kernels<U, 2, kUnitRow>(std::make_index_sequence<kRows>{});
   static constexpr auto one = micro_kernels<U, 1, kUnitRow>(std::make_index_sequence<kRows>{});
-  constexpr int64_t kCacheBytes = 32 << 10;  // of the L1 cache, for B
+  constexpr int64_t kCacheBytes = 32 << 10;  // the L1 cache
   const int64_t blocks = (m + kRows - 1) / kRows;
   const auto tile = [&](int64_t block, int64_t v, int64_t k0, int64_t k1) {
     const int64_t i = m * block / blocks, rows = m * (block + 1) / blocks - i;  // nearly equal blocks, none tiny
@@ -97,7 +97,8 @@ void gemm(int64_t m, int64_t vectors, int64_t k, const typename U::Unit* a, int6
     }
     return;
   }
-  const int64_t chunks = (k * 2 * kVectorBytes + kCacheBytes - 1) / kCacheBytes;
+  // Else a panel of two vectors of B stays, in a third of the cache: its rows straddle lines, and A needs the rest.
+  const int64_t chunks = (k * 6 * kVectorBytes + kCacheBytes - 1) / kCacheBytes;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t v = 0; v < vectors; v += 2) {
       for (int64_t block = 0; block < blocks; ++block) tile(block, v, k * chunk / chunks, k * (chunk + 1) / chunks);

@@ -15,7 +15,9 @@
 
 namespace walt::WALT_ISA {
 
-constexpr int64_t kBlock = 64;
+// Whole blocks of the micro-kernel's rows, and rows of scores an odd number of cache lines long, so that a column of
+// scores spreads over all cache sets.
+constexpr int64_t kBlock = kVectorBytes == 64 ? 64 : 48;
 
 // Units for products of tensors of T.
 template <class T>
