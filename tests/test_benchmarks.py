@@ -194,7 +194,7 @@ def test_preflight_skips_what_would_take_minutes() -> None:
         "broken": "does not run: RuntimeError: no kernel for this dtype",
     }
     del subject.contenders["quick"]
-    assert "slow" not in contender.preflight(subject, "step", 2000.0, 5.0, "cpu")  # the last one stays
+    assert "slow" not in contender.preflight(subject, "step", 2000.0, 5.0, "cpu")  # now it is the fastest one
 
 
 def test_a_skipped_baseline_is_in_the_notes_and_not_in_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
