@@ -4,7 +4,8 @@ Every csrc/<op>/cpu.cpp is compiled once per instruction-set level; the module p
 the package still installs, with the PyTorch reference kernels only.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
-UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 (the AVX-512 level as plain code that AVX2 can run, for tests).
+UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 (the AVX-512 level as plain code that AVX2 can run, for
+tests).
 """
 
 from __future__ import annotations
