@@ -223,7 +223,7 @@ inline void store_partial(T* p, vector_t<accumulate_t<T>> v, int64_t count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
 }
 
-// b where either is NaN. The compiler takes a comparison and a blend, for it may not assume that zeros have one sign.
+// b where either is NaN, which is what the processor's own instruction gives; the compiler writes two for it.
 template <class V>
 inline V maximum(V a, V b) {
 #if defined(__AVX__) && !defined(__AVX512F__) && !defined(WALT_EMULATE_AVX512)
