@@ -13,6 +13,7 @@ import walt_kernels
 
 from .timing import seconds_of
 
+REFERENCE, COMPILED = "eager reference", "compiled reference"
 CLOSE = 4.0  # times the fastest baseline's estimate: as near as this, an estimate does not tell which is faster
 
 

@@ -10,7 +10,7 @@ import torch
 
 from . import memory, ops, training_step
 from .cases import Case
-from .contender import Subject, first_line, preflight
+from .contender import REFERENCE, Subject, first_line, preflight
 from .timing import LEAST, Times, interleaved
 
 Row = dict[str, Any]
@@ -42,7 +42,7 @@ def rows_of(case: Case, dtype: torch.dtype, device: str, peak: dict[str, Any], e
     scale = case.flops / small.flops
     cut_down = shop.subject(small, dtype, device, effort.quick)
     refused = {mode: preflight(cut_down, mode, scale, effort.longest_call, device) for mode in case.modes}
-    reference_runs = ops.REFERENCE not in refused[case.modes[-1]]
+    reference_runs = REFERENCE not in refused[case.modes[-1]]
     error_ratio, check_notes = shop.check(case, dtype, device, reference_runs)
 
     subject = shop.subject(case, dtype, device, effort.quick)

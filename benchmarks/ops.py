@@ -11,10 +11,9 @@ import walt_kernels
 from walt_kernels import testing
 
 from .cases import Case, Inputs
-from .contender import Contender, Subject, in_float32, on_reference
+from .contender import COMPILED, REFERENCE, Contender, Subject, in_float32, on_reference
 
 ROOMS = {"adaln_residual_modulate": "adaln_lora"}  # ops whose baselines live in another op's file
-REFERENCE, COMPILED = "eager reference", "compiled reference"
 # With --quick the compiler is asked only where its fusion is the strongest baseline; elsewhere it takes too long.
 QUICK_COMPILED = ("adaln_residual_modulate",)
 

@@ -23,9 +23,9 @@ from walt.transformer import Transformer
 from walt_kernels import testing, use_backend
 
 from .cases import Case
-from .contender import Contender, Subject
+from .contender import COMPILED, REFERENCE, Contender, Subject, on_reference
 
-REFERENCE, COMPILED, WIDE = "eager reference", "compiled reference", "eager reference in float32"
+WIDE = f"{REFERENCE} in float32"
 
 
 def build(stage: str, batch: int, frames: int, size: int, wide: bool = False) -> tuple[nn.Module, Step]:
@@ -84,11 +84,7 @@ def trainer(case: Case, dtype: torch.dtype, device: str, *, reference: bool, com
         optimizer.step()
         return value.item()
 
-    def forced(**inputs: Any) -> float:
-        with use_backend("reference"):
-            return step(**inputs)
-
-    return Contender(forced if reference else step, compiled=compiled, like=REFERENCE if compiled else "")
+    return Contender(on_reference(step) if reference else step, compiled=compiled, like=REFERENCE if compiled else "")
 
 
 def flops(case: Case) -> float:

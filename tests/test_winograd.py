@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_causal_conv3d import all_results, check, in_chunks, native, sample
+from test_causal_conv3d import ISAS, all_results, check, in_chunks, native, sample
 from torch import Tensor
 
 from walt_kernels import _native, causal_conv3d
 
 pytestmark = native
-ISAS = _native.C.build_info()["isa_runnable"] if _native.C is not None else []
 FLOATS = (torch.float32, torch.float64)
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_causal_conv3d import DTYPES, ISAS, native, reference
+from test_causal_conv3d import sample as call_sample
 from torch import Tensor
 
-from walt_kernels import _native, causal_conv3d, use_backend
-from walt_kernels.testing import LAYOUTS, check_op, embed, random
+from walt_kernels import _native, causal_conv3d
+from walt_kernels.testing import LAYOUTS, check_op, random
 
-pytestmark = pytest.mark.skipif(_native.C is None, reason="the native module is not built")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ISAS = _native.C.build_info()["isa_runnable"] if _native.C is not None else []
+pytestmark = native
 
 
 @pytest.fixture(autouse=True)
@@ -25,34 +25,10 @@ def restore():
     torch.set_num_threads(threads)
 
 
-def reference(**inputs: Any) -> Tensor:
-    with use_backend("reference"):
-        return causal_conv3d(**inputs)
-
-
-def sample(
-    *,
-    batch: int = 1,
-    channels: int = 8,
-    out_channels: int = 8,
-    frames: int = 3,
-    size: tuple[int, int] = (5, 6),
-    kernel: tuple[int, int, int] = (3, 3, 3),
-    dtype: torch.dtype = torch.float32,
-    layout: str = "contiguous",
-    history: bool = False,
-    **options: Any,
-) -> dict[str, Any]:
-    weight = random(out_channels, channels // options.get("groups", 1), *kernel, dtype=dtype, scale=0.3)
-    inputs = {
-        "x": embed(random(batch, channels, frames, *size, dtype=dtype), layout),
-        "weight": embed(weight, layout),
-        "bias": random(out_channels, dtype=dtype),
-        **options,
-    }
-    if history:
-        inputs["history"] = embed(random(batch, channels, kernel[0] - 1, *size, dtype=dtype, seed=1), layout)
-    return inputs
+def sample(**options: Any) -> dict[str, Any]:
+    """A call that is as small as tiles allow."""
+    small = {"batch": 1, "channels": 8, "out_channels": 8, "frames": 3, "size": (5, 6)}
+    return call_sample(**{**small, **options})
 
 
 def check(inputs: dict[str, Any]) -> None:
