@@ -1,22 +1,27 @@
 """Builds walt_kernels._C, the native kernels, with ninja and without torch.
 
-Every csrc/<op>/cpu.cpp is compiled once per instruction-set level; the module picks one at load. Without a C++ compiler
-the package still installs, with the PyTorch reference kernels only.
+Every csrc/<op>/*.cpp is compiled once per instruction-set level; the module picks one at load. Without a C++ compiler
+the package still installs, with the PyTorch reference kernels only. With nvcc, csrc/<op>/*.cu joins the same module,
+which imports without a GPU and without a driver all the same.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
 UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 (the AVX-512 level as plain code that AVX2 can run, for
-tests).
+tests). WALT_KERNELS_CUDA=auto (CUDA kernels where nvcc is found; the default), 1 (an error where they cannot be built)
+or 0; nvcc is looked for in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda; TORCH_CUDA_ARCH_LIST (as PyTorch reads it)
+says for which architectures.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -38,6 +43,10 @@ OPTIMIZE = ["-O3", "-fno-math-errno", "-mprefer-vector-width=512"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # GCC 12 takes the deliberately undefined vectors of its own AVX-512 headers for mistakes.
 WARN = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+CUDA_ARCHITECTURES = ["80", "90a", "100"]
+CUDA_FIRST = 80  # what the kernels need
+CUDA_NAMES = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;10.3;12.0;12.1+PTX"}
 
 
 def find_compiler() -> list[str] | None:
@@ -61,15 +70,98 @@ def compiles(compiler: list[str], flags: list[str]) -> bool:
             return False
 
 
+@dataclass
+class Cuda:
+    nvcc: list[str]  # with the host compiler to use
+    architectures: list[str]  # "80", "90a", "100+PTX"
+    libraries: list[str]  # for the link line
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("CUDACXX"):
+        return shutil.which(os.environ["CUDACXX"])
+    homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    places = [str(homes[0]), os.environ.get("PATH", ""), *map(str, homes[1:])]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def cuda_architectures(known: set[int]) -> list[str]:
+    """What to compile for, by TORCH_CUDA_ARCH_LIST or by default, given the architectures that nvcc knows."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not listed.strip():
+        chosen = [name for name in CUDA_ARCHITECTURES if int(name.rstrip("a")) in known]
+        newest = next((i for i in reversed(range(len(chosen))) if chosen[i].isdigit()), None)
+        if newest is not None:  # PTX of an "a" architecture would run nowhere else
+            chosen[newest] += "+PTX"
+        return chosen
+    for name, numbers in CUDA_NAMES.items():
+        listed = re.sub(rf"\b{name}\b(\+PTX)?", numbers, listed)
+    chosen = []
+    for word in re.split(r"[;,\s]+", listed.strip(" ;,")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        if match is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {word!r}, expected numbers like 8.0;9.0a+PTX")
+        number, suffix, ptx = int(match[1] + match[2]), match[3], match[4] or ""
+        if number >= CUDA_FIRST and number not in known:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {word!r}, which this nvcc does not know")
+        if number >= CUDA_FIRST and f"{number}{suffix}{ptx}" not in chosen:
+            chosen.append(f"{number}{suffix}{ptx}")
+    if not chosen:
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST is {listed!r}, expected at least one architecture from 8.0 on")
+    return chosen
+
+
+def find_cuda(compiler: list[str]) -> Cuda:
+    """nvcc, tried out. Raises ValueError that says why there are no CUDA kernels."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        where = f"CUDACXX={os.environ['CUDACXX']}" if os.environ.get("CUDACXX") else "CUDA_HOME, PATH, /usr/local/cuda"
+        raise ValueError(f"nvcc was not found ({where})")
+    command = [nvcc, *(["-ccbin", compiler[0]] if len(compiler) == 1 else [])]
+
+    def ask(*words: str) -> str:
+        done = subprocess.run([*command, *words], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ValueError(f"{nvcc} does not work:\n{done.stdout}{done.stderr}".rstrip())
+        return done.stdout + done.stderr
+
+    architectures = cuda_architectures({int(name) for name in re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))})
+    if not architectures:
+        raise ValueError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHITECTURES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+        ask("-std=c++17", "-c", str(source), "-o", str(Path(folder, "probe.o")))
+        plan = ask("-dryrun", str(Path(folder, "probe.o")), "-o", str(Path(folder, "probe")))
+    folders = [word for word in shlex.split(plan.split("LIBRARIES=", 1)[1].splitlines()[0]) if word.startswith("-L")]
+    # Our own copy of the runtime, and hidden: it must not stand in for the one that torch loads, nor that one for it.
+    return Cuda(
+        command, architectures, [*folders, "-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
+    )
+
+
 class BuildNative(build_ext):
     """Writes a ninja file and runs it: parallel, incremental, and with flags per object, which distutils cannot do."""
 
     def build_extension(self, ext: Extension) -> None:
+        wanted = os.environ.get("WALT_KERNELS_CUDA", "auto")
+        if wanted not in ("auto", "1", "0"):
+            raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA is {wanted!r}, expected auto, 1 or 0")
         compiler = find_compiler()
         if compiler is None or not compiles(compiler, []):
             problem = "no C++ compiler found" if compiler is None else f"{shlex.join(compiler)} does not compile C++17"
+            if wanted == "1":
+                raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA=1, but {problem}")
             print(f"walt_kernels: {problem}; installing without native CPU kernels (PyTorch reference only)")
             return
+        cuda, why_not = None, "WALT_KERNELS_CUDA=0"
+        if wanted != "0":
+            try:
+                cuda = find_cuda(compiler)
+            except ValueError as error:
+                why_not = str(error)
+        if wanted == "1" and cuda is None:
+            raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA=1, but {why_not}")
         import ninja
 
         x86 = platform.machine() in ("x86_64", "AMD64")
@@ -79,26 +171,34 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp).resolve()
         for path in (output.parent, folder):
             path.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(compiler, levels, openmp, output))
+        (folder / "build.ninja").write_text(ninja_file(compiler, levels, openmp, cuda, output))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs], check=True)
         summary = ", ".join(levels) + (" with OpenMP" if openmp else " without OpenMP")
-        print(f"walt_kernels: built native CPU kernels for {summary}; CUDA: none")
+        gpu = f"none ({why_not})" if cuda is None else ", ".join(cuda.architectures)
+        print(f"walt_kernels: built native CPU kernels for {summary}; CUDA: {gpu}")
 
 
-def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], output: Path) -> str:
+def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: Cuda | None, output: Path) -> str:
     """One compile line per source and level, one link line."""
     import pybind11
 
     sanitize = os.environ.get("WALT_KERNELS_SANITIZE") == "1"
     optimize = SANITIZE if sanitize else [flag for flag in OPTIMIZE if compiles(compiler, [flag])]
     link = ["-shared", *openmp, *(["-fsanitize=address,undefined"] if sanitize else [])]
+    link += cuda.libraries if cuda else []
     common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *WARN, *openmp, f"-I{ROOT / 'csrc'}"]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    module = [
+    python = [
         "-O1",  # nothing in it is hot, and pybind11 is slow to optimise
         f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_path('include')}",
+    ]
+    listed = ", ".join(f'"{name}"' for name in cuda.architectures) if cuda else ""
+    module = [
+        *python,
+        f"-DWALT_CUDA_ARCHITECTURES={listed}",
+        *(["-DWALT_CUDA"] if cuda else []),
         f"-DWALT_OPENMP={int(bool(openmp))}",
         f'-DWALT_COMPILER="{version}"',
         *[flag for flag in ISA_FLAGS["avx512"] if flag.startswith("-D")],
@@ -109,6 +209,22 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], output
         for source in sorted(source for op in OPS for source in (ROOT / "csrc" / op).glob("*.cpp")):
             flags = [*optimize, *ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}"]
             objects[f"{source.parent.name}.{source.stem}.{level}.o"] = (source, flags)
+    cuda_objects = {}
+    if cuda:
+        words = [
+            "-std=c++17",
+            "-O3",
+            "-Xfatbin=-compress-all",
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+            f"-I{ROOT / 'csrc'}",
+        ]
+        for name, _, ptx in (architecture.partition("+") for architecture in cuda.architectures):
+            words += [
+                f"-gencode=arch=compute_{name},code={code}_{name}" for code in (["sm", "compute"] if ptx else ["sm"])
+            ]
+        for source in sorted(source for op in OPS for source in (ROOT / "csrc" / op).glob("*.cu")):
+            cuda_objects[f"{source.parent.name}.{source.stem}.o"] = (source, words)
+        objects["cuda_module.o"] = (ROOT / "csrc" / "cuda_module.cpp", python)
 
     def command(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
@@ -124,10 +240,21 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], output
         "  description = compile $out",
         "rule link",
         f"  command = {command(compiler)} $in -o $out {command(link)}",
-        f"build {path(output)}: link {' '.join(objects)}",
+        "  description = link $out",
+        f"build {path(output)}: link {' '.join([*objects, *cuda_objects])}",
     ]
     for name, (source, flags) in objects.items():
         lines += [f"build {name}: compile {path(source)}", f"  flags = {command([*common, *flags])}"]
+    if cuda:
+        lines += [
+            "rule cuda",
+            f"  command = {command(cuda.nvcc)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+        ]
+    for name, (source, flags) in cuda_objects.items():
+        lines += [f"build {name}: cuda {path(source)}", f"  flags = {command(flags)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -22,6 +22,10 @@
 namespace py = pybind11;
 using walt::TensorView;
 
+namespace walt {
+void bind_cuda(py::module_&);  // cuda_module.cpp
+}
+
 namespace {
 
 walt::DType parse_dtype(const std::string& name) {
@@ -63,7 +67,7 @@ py::dict build_info() {
   info["isa"] = walt::isa_name(walt::current_isa());
   info["compiler"] = WALT_COMPILER;
   info["openmp"] = static_cast<bool>(WALT_OPENMP);
-  info["cuda_architectures"] = std::vector<std::string>{};
+  info["cuda_architectures"] = std::vector<std::string>{WALT_CUDA_ARCHITECTURES};
   return info;
 }
 
@@ -277,4 +281,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("grad_y"), py::arg("x"), py::arg("history").none(true), py::arg("grad_weight").none(true),
       py::arg("grad_bias").none(true), py::arg("kernel"), py::arg("options"), no_gil);
+
+#ifdef WALT_CUDA
+  walt::bind_cuda(m);
+#endif
 }

@@ -39,6 +39,45 @@ def unsupported(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_OPT_IN = "compiles; not yet run on a GPU, so only where it is forced"
+
+
+def cuda_unsupported(*tensors: torch.Tensor | None) -> str | None:
+    """Why the CUDA kernels cannot take these tensors, or None."""
+    if C is None:
+        return reason
+    built = C.build_info()["cuda_architectures"]
+    if not built:
+        return "built without CUDA: nvcc was not found, or WALT_KERNELS_CUDA=0"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" or torch.version.hip is not None:
+            return f"runs on NVIDIA GPUs; this tensor is on {tensor.device}"
+        if tensor.dtype not in CUDA_DTYPES:
+            return f"no CUDA kernel for {tensor.dtype}"
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability(tensor.device)
+            if not any(runs_on(architecture, (major, minor)) for architecture in built):
+                return f"built for {', '.join(built)}; {tensor.device} has compute capability {major}.{minor}"
+    return None
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architecture`` (as "80", "90a", "100+PTX") runs on a GPU of this compute capability.
+
+    Machine code runs on its own generation, from its own step on; with an "a" on its own step only. PTX, which the
+    driver compiles, runs on everything newer.
+    """
+    name, _, ptx = architecture.partition("+")
+    number = int(name.rstrip("af"))
+    major, minor = divmod(number, 10)
+    if name.endswith("a"):
+        return capability == (major, minor)
+    return (capability[0] == major and capability[1] >= minor) or (bool(ptx) and capability >= (major, minor))
+
+
 def view(tensor: torch.Tensor | None) -> Any:
     """The tensor as ``_C`` sees it: address, dtype, sizes, strides. The caller keeps the tensor alive."""
     if tensor is None:

@@ -169,32 +169,10 @@ void choose_stores(const AdalnBackwardParams& p) {
 }  // namespace
 
 void adaln_backward(const AdalnBackwardParams& p) {
+  check(p);
   const bool residual = p.branch.defined(), norm = p.grad_h.defined();
-  require(norm || (residual && p.grad_x_new.defined()), "nothing to compute");
-  const TensorView& shape = norm ? p.grad_h : p.grad_x_new;
-  require(shape.rank == 3, "gradients have three dimensions");
-  const int64_t B = shape.shape[0], N = shape.shape[1], D = shape.shape[2];
-  const DType dtype = shape.dtype, rows = residual ? p.gate.dtype : p.scale.dtype;
-  if (p.grad_x_new.defined()) require_tokens(p.grad_x_new, "grad_x_new", dtype, B, N, D);
-  if (residual) {
-    require_tokens(p.branch, "branch", dtype, B, N, D);
-    require_tokens(p.grad_branch, "grad_branch", dtype, B, N, D);
-    require_rows(p.gate, "gate", rows, B, N, D);
-    require_rows(p.grad_gate, "grad_gate", rows, B, N, D);
-  }
-  if (norm) {
-    const DType wide = dtype == DType::float64 ? DType::float64 : DType::float32;
-    require_tokens(p.grad_h, "grad_h", dtype, B, N, D);
-    require_tokens(p.x, "x", dtype, B, N, D);
-    require_tokens(p.grad_x, "grad_x", dtype, B, N, D);
-    require_rows(p.scale, "scale", rows, B, N, D);
-    require_rows(p.grad_shift, "grad_shift", rows, B, N, D);
-    require_rows(p.grad_scale, "grad_scale", rows, B, N, D);
-    require_view(p.mean, "mean", wide, B, N);
-    require_view(p.rstd, "rstd", wide, B, N);
-    require(p.mean.contiguous() && p.rstd.contiguous(), "mean and rstd are contiguous");
-  }
-  dispatch_modulation(dtype, rows, [&](auto x_tag, auto rows_tag) {
+  const DType dtype = norm ? p.grad_h.dtype : p.grad_x_new.dtype;
+  dispatch_modulation(dtype, residual ? p.gate.dtype : p.scale.dtype, [&](auto x_tag, auto rows_tag) {
     using T = decltype(x_tag);
     using M = decltype(rows_tag);
     if (residual && norm) {

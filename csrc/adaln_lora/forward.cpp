@@ -92,27 +92,9 @@ void choose_stores(const AdalnForwardParams& p) {
 }  // namespace
 
 void adaln_forward(const AdalnForwardParams& p) {
-  require(p.x.rank == 3, "x has three dimensions");
-  const int64_t B = p.x.shape[0], N = p.x.shape[1], D = p.x.shape[2];
+  check(p);
   const bool residual = p.branch.defined(), norm = p.h.defined();
-  require(residual || norm, "nothing to compute");
-  const DType rows = residual ? p.gate.dtype : p.scale.dtype;
-  require_tokens(p.x, "x", p.x.dtype, B, N, D);
-  if (residual) {
-    require_tokens(p.branch, "branch", p.x.dtype, B, N, D);
-    require_rows(p.gate, "gate", rows, B, N, D);
-    require_tokens(p.x_new, "x_new", p.x.dtype, B, N, D);
-  }
-  if (norm) {
-    const DType wide = p.x.dtype == DType::float64 ? DType::float64 : DType::float32;
-    require_rows(p.shift, "shift", rows, B, N, D);
-    require_rows(p.scale, "scale", rows, B, N, D);
-    require_tokens(p.h, "h", p.x.dtype, B, N, D);
-    require_view(p.mean, "mean", wide, B, N);
-    require_view(p.rstd, "rstd", wide, B, N);
-    require(p.mean.contiguous() && p.rstd.contiguous(), "mean and rstd are contiguous");
-  }
-  dispatch_modulation(p.x.dtype, rows, [&](auto x_tag, auto rows_tag) {
+  dispatch_modulation(p.x.dtype, residual ? p.gate.dtype : p.scale.dtype, [&](auto x_tag, auto rows_tag) {
     using T = decltype(x_tag);
     using M = decltype(rows_tag);
     if (residual && norm) {

@@ -43,8 +43,4 @@ inline void widen(const T* source, A* target, int64_t count) {
   for (int64_t i = 0; i < count; ++i) target[i] = to_float(source[i]);
 }
 
-inline void require_dense(const TensorView& view, const char* name) {
-  if (!view.contiguous()) throw std::invalid_argument(std::string(name) + " is not contiguous");
-}
-
 }  // namespace walt::WALT_ISA

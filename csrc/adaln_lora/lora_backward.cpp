@@ -171,24 +171,8 @@ void backward(const LoraBackwardParams& p) {
 }  // namespace
 
 void adaln_lora_backward(const LoraBackwardParams& p) {
-  require(p.down.rank == 3 && p.cond.rank == 2 && p.grad.rank == 3,
-          "cond has two dimensions, grad and down have three");
-  const int64_t layers = p.down.shape[0], rank = p.down.shape[1], D = p.down.shape[2];
-  const int64_t B = p.cond.shape[0], K = p.grad.shape[2];
-  const DType dtype = p.cond.dtype, wide = dtype == DType::float64 ? DType::float64 : DType::float32;
-  require_view(p.grad, "grad", dtype, layers, B, K);
-  require_view(p.hidden, "hidden", wide, layers, B, rank);
-  require_view(p.cond, "cond", dtype, B, D);
-  require_view(p.up, "up", dtype, layers, K, rank);
-  require_view(p.grad_cond, "grad_cond", dtype, B, D);
-  require_view(p.grad_base, "grad_base", dtype, B, K);
-  require_view(p.grad_down, "grad_down", dtype, layers, rank, D);
-  require_view(p.grad_up, "grad_up", dtype, layers, K, rank);
-  for (const TensorView* view :
-       {&p.grad, &p.hidden, &p.cond, &p.down, &p.up, &p.grad_cond, &p.grad_base, &p.grad_down, &p.grad_up}) {
-    require_dense(*view, "an argument");
-  }
-  dispatch_dtype(dtype, [&](auto tag) { backward<decltype(tag)>(p); });
+  check(p);
+  dispatch_dtype(p.cond.dtype, [&](auto tag) { backward<decltype(tag)>(p); });
 }
 
 }  // namespace walt::WALT_ISA

@@ -137,20 +137,8 @@ void forward(const LoraForwardParams& p) {
 }  // namespace
 
 void adaln_lora_forward(const LoraForwardParams& p) {
-  require(p.down.rank == 3 && p.cond.rank == 2 && p.base.rank == 2,
-          "cond and base have two dimensions, down has three");
-  const int64_t layers = p.down.shape[0], rank = p.down.shape[1], D = p.down.shape[2];
-  const int64_t B = p.cond.shape[0], K = p.base.shape[1];
-  const DType dtype = p.cond.dtype, wide = dtype == DType::float64 ? DType::float64 : DType::float32;
-  require_view(p.cond, "cond", dtype, B, D);
-  require_view(p.base, "base", dtype, B, K);
-  require_view(p.down, "down", dtype, layers, rank, D);
-  require_view(p.up, "up", dtype, layers, K, rank);
-  require_view(p.hidden, "hidden", wide, layers, B, rank);
-  require_view(p.out, "out", dtype, layers, B, K);
-  for (const TensorView* view : {&p.cond, &p.base, &p.down, &p.up, &p.hidden, &p.out})
-    require_dense(*view, "an argument");
-  dispatch_dtype(dtype, [&](auto tag) { forward<decltype(tag)>(p); });
+  check(p);
+  dispatch_dtype(p.cond.dtype, [&](auto tag) { forward<decltype(tag)>(p); });
 }
 
 }  // namespace walt::WALT_ISA

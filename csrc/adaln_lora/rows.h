@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "common/checks.h"
+#include "adaln_lora/checks.h"
 #include "common/simd.h"
 
 namespace walt::WALT_ISA {
@@ -110,17 +110,6 @@ struct Modulation {
         tokens_per_frame(v.defined() && N > 0 ? N / v.shape[1] : 1) {}
   const T* row(int64_t b, int64_t n) const { return data + b * batch_stride + n / tokens_per_frame * frame_stride; }
 };
-
-inline void require_tokens(const TensorView& v, const char* name, DType dtype, int64_t B, int64_t N, int64_t D) {
-  require_view(v, name, dtype, B, N, D);
-  require(D == 1 || v.stride[2] == 1, "rows of tokens need unit stride");
-}
-
-inline void require_rows(const TensorView& v, const char* name, DType dtype, int64_t B, int64_t N, int64_t D) {
-  require_view(v, name, dtype, B, -1, D);
-  require(v.shape[1] > 0 && N % v.shape[1] == 0, "the number of modulation rows must divide the number of tokens");
-  require(D == 1 || v.stride[2] == 1, "modulation rows need unit stride");
-}
 
 // Calls f with the types of x and of the modulation rows, which are x's own or float32 beside a 16-bit x.
 template <class F>

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _native
 from .._dispatch import Backend, backend, register
 from .._library import define
-from . import native, reference
+from . import cuda, native, reference
 
 _ops = torch.ops.walt_kernels
 
@@ -26,11 +26,22 @@ def _cpu_unsupported(**inputs: Any) -> str | None:
     return _native.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
+def _cuda_unsupported(**inputs: Any) -> str | None:
+    return _native.cuda_unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
+
+
 def register_ops(**prepare: Callable[..., dict[str, Any]]) -> None:
     """Registers the backends of every op with the function that validates its calls."""
     for name, validate in prepare.items():
-        cpu = Backend("cpu", _cpu_unsupported, getattr(native, name), getattr(native, f"{name}_backward"))
-        register(name, validate, [cpu, Backend("reference", lambda **inputs: None, getattr(reference, name))])
+        gpu, cpu = (
+            (getattr(kernels, name), getattr(kernels, f"{name}_backward")) for kernels in (cuda.KERNELS, native.KERNELS)
+        )
+        backends = [
+            Backend("cuda", _cuda_unsupported, *gpu, opt_in=_native.CUDA_OPT_IN),
+            Backend("cpu", _cpu_unsupported, *cpu),
+            Backend("reference", lambda **inputs: None, getattr(reference, name)),
+        ]
+        register(name, validate, backends)
 
 
 def _frames(rows: Tensor) -> int:
