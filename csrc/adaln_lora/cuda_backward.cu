@@ -179,6 +179,7 @@ struct Backward {
   // grad_x = grad_x_new + rstd * (g - mean(g) - xhat * mean(g * xhat)) of the columns of one chunk.
   __device__ void run_chunk() {
     __shared__ float scratch[2][2][kMaxWarps];
+    const float share = 1.0f / static_cast<float>(shape.D);
     State state = {};
     Position at(shape, begin), ahead = at;
     Token next;
@@ -209,7 +210,7 @@ struct Backward {
           sums[0] = shape.totals[2 * at.token], sums[1] = shape.totals[2 * at.token + 1];
         }
       }
-      const float g_mean = sums[0] / static_cast<float>(shape.D), gx_mean = sums[1] / static_cast<float>(shape.D);
+      const float g_mean = sums[0] * share, gx_mean = sums[1] * share;
       each([&](int slot, int d) {
         float grad[kVector];
         token.grad_x_new[slot].widen(grad);  // zeros where there is none

@@ -50,7 +50,7 @@ struct Group {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Group> groups;  // the block, then its warps
-  std::vector<float> exchanged;
+  std::vector<float> exchanged[2];
   std::function<void()> body;
   ucontext_t scheduler;
   unsigned current = 0;
@@ -110,7 +110,7 @@ void run(dim3 grid, dim3 size, F&& body) {
     throw std::invalid_argument("grid size");
   }
   block.body = body;
-  block.exchanged.resize(size.x);
+  for (std::vector<float>& values : block.exchanged) values.resize(size.x);
   block.groups.resize(1 + size.x / kWarp);
   while (block.fibers.size() > size.x) block.fibers.pop_back();
   while (block.fibers.size() < size.x) {
@@ -159,11 +159,10 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
   auto& block = walt::emulate::block;
   const unsigned thread = block.current;
   auto& warp = block.groups[1 + thread / walt::emulate::kWarp];
-  block.exchanged[thread] = value;
+  auto& values = block.exchanged[warp.passed % 2];  // the other one may still be read
+  values[thread] = value;
   walt::emulate::wait(warp);
-  const float other = block.exchanged[thread ^ static_cast<unsigned>(offset)];
-  walt::emulate::wait(warp);
-  return other;
+  return values[thread ^ static_cast<unsigned>(offset)];
 }
 
 template <class T>
