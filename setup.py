@@ -80,8 +80,8 @@ class Cuda:
 def find_nvcc() -> str | None:
     if os.environ.get("CUDACXX"):
         return shutil.which(os.environ["CUDACXX"])
-    homes = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    places = [str(homes[0]), os.environ.get("PATH", ""), *map(str, homes[1:])]
+    home = [os.path.join(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+    places = [*home, os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
@@ -140,28 +140,33 @@ def find_cuda(compiler: list[str]) -> Cuda:
     )
 
 
+def choose_cuda(compiler: list[str]) -> Cuda | str:
+    """What WALT_KERNELS_CUDA asks for, or why there are no CUDA kernels; an error where it asks for what cannot be."""
+    wanted = os.environ.get("WALT_KERNELS_CUDA", "auto")
+    if wanted == "0":
+        return "WALT_KERNELS_CUDA=0"
+    if wanted not in ("auto", "1"):
+        raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA is {wanted!r}, expected auto, 1 or 0")
+    try:
+        return find_cuda(compiler)
+    except ValueError as error:
+        if wanted == "1":
+            raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA=1, but {error}") from error
+        return str(error)
+
+
 class BuildNative(build_ext):
     """Writes a ninja file and runs it: parallel, incremental, and with flags per object, which distutils cannot do."""
 
     def build_extension(self, ext: Extension) -> None:
-        wanted = os.environ.get("WALT_KERNELS_CUDA", "auto")
-        if wanted not in ("auto", "1", "0"):
-            raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA is {wanted!r}, expected auto, 1 or 0")
         compiler = find_compiler()
         if compiler is None or not compiles(compiler, []):
             problem = "no C++ compiler found" if compiler is None else f"{shlex.join(compiler)} does not compile C++17"
-            if wanted == "1":
+            if os.environ.get("WALT_KERNELS_CUDA") == "1":
                 raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA=1, but {problem}")
             print(f"walt_kernels: {problem}; installing without native CPU kernels (PyTorch reference only)")
             return
-        cuda, why_not = None, "WALT_KERNELS_CUDA=0"
-        if wanted != "0":
-            try:
-                cuda = find_cuda(compiler)
-            except ValueError as error:
-                why_not = str(error)
-        if wanted == "1" and cuda is None:
-            raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA=1, but {why_not}")
+        cuda = choose_cuda(compiler)
         import ninja
 
         x86 = platform.machine() in ("x86_64", "AMD64")
@@ -171,11 +176,13 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp).resolve()
         for path in (output.parent, folder):
             path.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(compiler, levels, openmp, cuda, output))
+        (folder / "build.ninja").write_text(
+            ninja_file(compiler, levels, openmp, cuda if isinstance(cuda, Cuda) else None, output)
+        )
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs], check=True)
         summary = ", ".join(levels) + (" with OpenMP" if openmp else " without OpenMP")
-        gpu = f"none ({why_not})" if cuda is None else ", ".join(cuda.architectures)
+        gpu = ", ".join(cuda.architectures) if isinstance(cuda, Cuda) else f"none ({cuda})"
         print(f"walt_kernels: built native CPU kernels for {summary}; CUDA: {gpu}")
 
 

@@ -58,9 +58,11 @@ def build_wheel(source: Path, out: Path, env: dict[str, str]) -> tuple[set[str],
 def test_wheel_builds_without_torch_and_holds_the_packages(
     source: Path, tmp_path: Path, without_torch: dict[str, str]
 ) -> None:
-    names, log = build_wheel(source, tmp_path / "out", without_torch)
+    # As if there were no nvcc: its kernels are compiled once, with the installation that test_cuda_build.py looks at.
+    names, log = build_wheel(source, tmp_path / "out", {**without_torch, "CUDACXX": "no-such-nvcc"})
     assert any(re.fullmatch(r"walt_kernels/_C\..*\.so", name) for name in names)
     assert "built native CPU kernels for baseline" in log
+    assert "; CUDA: none (nvcc was not found (CUDACXX=no-such-nvcc))" in log
     modules = {
         str(path.relative_to(source)) for top in ("walt", "walt_kernels") for path in (source / top).rglob("*.py")
     }
@@ -76,6 +78,33 @@ def test_wheel_without_a_compiler_installs_and_says_so(
     assert "no-such-compiler does not compile C++17; installing without native CPU kernels" in log
     assert not any(name.endswith(".so") for name in names)
     assert "walt_kernels/__init__.py" in names
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WALT_KERNELS_CUDA": "yes"}, "WALT_KERNELS_CUDA is 'yes', expected auto, 1 or 0"),
+        (
+            {"WALT_KERNELS_CUDA": "1", "CUDACXX": "no-such-nvcc"},
+            "WALT_KERNELS_CUDA=1, but nvcc was not found (CUDACXX=no-such-nvcc)",
+        ),
+        ({"WALT_KERNELS_CUDA": "1", "CUDACXX": "false"}, "false does not work"),
+        (
+            {"WALT_KERNELS_CUDA": "1", "CXX": "no-such-compiler"},
+            "WALT_KERNELS_CUDA=1, but no-such-compiler does not compile C++17",
+        ),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_cuda_that_cannot_be_built_is_an_error(
+    source: Path, tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    env = {**os.environ, **environment}
+    result = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not list(tmp_path.rglob("*.o"))  # told before anything is compiled
 
 
 def test_sdist_holds_what_the_build_needs(source: Path, tmp_path: Path, without_torch: dict[str, str]) -> None:
@@ -109,7 +138,7 @@ def test_imports_and_runs_without(missing: str) -> None:
     for op in walt_kernels._dispatch.ops():
         assert op in output
     if missing == "walt_kernels._C":
-        assert output.count("blocked for the test") == len(walt_kernels._dispatch.ops())
+        assert len(re.findall(r"'cpu': [^,]*blocked for the test", output)) == len(walt_kernels._dispatch.ops())
 
 
 def test_importing_does_not_start_cuda_or_read_the_compiler() -> None:

@@ -63,7 +63,7 @@ def compile_emulation(folder: Path) -> Path:
     ]
     for process in running:
         _, errors = process.communicate()
-        assert process.returncode == 0 and not errors, errors.decode()
+        assert (process.returncode, errors) == (0, b""), errors.decode()
     module = folder / "_emulated.so"
     subprocess.run([*compiler, "-shared", *sanitize, *map(str, objects), "-o", str(module)], check=True)
     return module
@@ -74,7 +74,8 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if _native.C is None:
         pytest.skip(f"native kernels: {_native.reason}")  # the views come from there
     spec = importlib.util.spec_from_file_location("_emulated", compile_emulation(tmp_path_factory.mktemp("emulated")))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -304,4 +305,4 @@ def test_calls_do_not_wait_for_the_gpu(name: str) -> None:
             grads = torch.autograd.grad(first.sum(), leaves[:1])
         graph.replay()
         torch.cuda.synchronize()
-    assert torch.isfinite(first).all() and torch.isfinite(grads[0]).all()
+    assert all(torch.isfinite(result).all() for result in (first, *grads))
