@@ -251,6 +251,13 @@ def run(name: str, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, list(leaves.values()), grads)]
 
 
+def test_opcheck(device: str) -> None:
+    inputs = on(device, cpu.inputs_of("adaln_residual_modulate", (2, 6, 8, 3), torch.float32, form="frame_chunk"))
+    torch.library.opcheck(torch.ops.walt_kernels.adaln_residual_modulate.default, (*inputs.values(), 1e-6, "cuda"))
+    inputs = on(device, cpu.lora_inputs(2, 2, 3, 5, 2, torch.float32))
+    torch.library.opcheck(torch.ops.walt_kernels.adaln_lora.default, (*inputs.values(), "cuda"))
+
+
 @pytest.mark.parametrize("name", cpu.MODULATED)
 def test_nothing_to_do(name: str, device: str) -> None:
     """No samples: no results. No tokens: the modulation's gradients are zero."""
