@@ -1,6 +1,8 @@
 """Every op on the model's shapes against the fastest PyTorch path for the same work.
 
-``python -m benchmarks`` measures; ``python -m benchmarks table RESULTS.json`` prints an earlier run's table again.
+``python -m benchmarks`` measures. Further commands, each with its own --help:
+  table RESULTS.json   an earlier run's tables and plots again
+  floors               FLOPs, bytes and the least time on an H200 of every case, without running anything
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from typing import Any
 
 import torch
 
-from . import plots, report, scaling
+from . import floors, plots, report, scaling
 from .cases import CASES, chosen
 from .machine import ROOT, ceilings, level, machine, sentence
 from .measure import Effort, rows_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+OPS = sorted({case.op for case in CASES})
+GPU_BACKENDS = ("triton", "cuda", "flash")
 NAMED_BY_MACHINE = Path()  # --json without a file: benchmarks/results/cpu-avx2.json, or what the machine is
 
 
@@ -27,10 +31,12 @@ def measure_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", choices=sorted({case.op for case in CASES}), help="only this op")
+    parser.add_argument("--op", choices=OPS, help="only this op")
     parser.add_argument("--case", metavar="NAME", help="only cases whose name contains this text")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype; float32 and bfloat16 by default")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help=f"cuda measures {', '.join(GPU_BACKENDS)}, each forced"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -51,7 +57,22 @@ def measure_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    return table(arguments[1:]) if arguments[:1] == ["table"] else measure(arguments)
+    commands = {"table": table, "floors": floors_of}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return measure(arguments)
+
+
+def floors_of(arguments: list[str]) -> int:
+    """FLOPs, least bytes and the time that they take on an H200; nothing is run, no GPU is needed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks floors", description=floors_of.__doc__)
+    parser.add_argument("--op", choices=OPS, help="only this op")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="whose cases")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options = parser.parse_args(arguments)
+    cases = [case for case in chosen(options.op, None, False, options.device) if case.op != "training_step"]
+    print(floors.table(cases, getattr(torch, options.dtype)))
+    return 0
 
 
 def table(arguments: list[str]) -> int:
@@ -74,14 +95,13 @@ def table(arguments: list[str]) -> int:
 def measure(arguments: list[str]) -> int:
     parser = measure_parser()
     options = parser.parse_args(arguments)
-    cases = chosen(options.op, options.case, options.quick)
+    cases = chosen(options.op, options.case, options.quick, options.device)
     if not cases:
-        names = ", ".join(case.name for case in chosen(options.op, None, options.quick))
+        names = ", ".join(case.name for case in chosen(options.op, None, options.quick, options.device))
         parser.error(f"--case {options.case!r} matches nothing; cases: {names}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     if options.device == "cuda":
-        cases = [case for case in cases if case.op != "training_step"]
         say("training_step: left out, walt makes its batches on the CPU")
     check_targets(options, parser)
     started = time.perf_counter()
@@ -95,21 +115,19 @@ def measure(arguments: list[str]) -> int:
         "scaling": [],
     }
     failed = []
-    effort = Effort(options.quick)
+    effort = Effort(options.quick, GPU_BACKENDS if options.device == "cuda" else ())
     for name in [options.dtype] if options.dtype else DTYPES[:2]:
         dtype = getattr(torch, name)
         peak = results["ceilings"][name] = ceilings(options.device, dtype)
         say(f"{name}: copy {peak['gbps']:.1f} GB/s, matrix product {peak['gflops']:.0f} GFLOP/s ({peak['product']})")
         for case in cases:
             try:
-                rows = rows_of(case, dtype, options.device, peak, effort)
+                for row in rows_of(case, dtype, options.device, peak, effort):
+                    results["rows"].append(row)
+                    say(report.line(row))
             except AssertionError as error:
                 failed.append(f"{case.op}, {case.name}, {dtype}: wrong result, not timed: {error}")
                 say(failed[-1])
-                continue
-            results["rows"] += rows
-            for row in rows:
-                say(report.line(row))
         if not options.quick and not options.case:
             try:
                 results["scaling"] += scaling.growths(options.op, dtype, options.device, effort)

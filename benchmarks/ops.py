@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import walt_kernels
-from walt_kernels import testing
+from walt_kernels import _dispatch, testing
 
 from .cases import Case, Inputs
-from .contender import COMPILED, REFERENCE, Contender, Subject, in_float32, on_reference
+from .contender import COMPILED, REFERENCE, Contender, Subject, in_float32, on_backend, on_reference
 
 ROOMS = {"adaln_residual_modulate": "adaln_lora"}  # ops whose baselines live in another op's file
 # With --quick the compiler is asked only where its fusion is the strongest baseline; elsewhere it takes too long.
@@ -32,10 +33,25 @@ def inputs_of(case: Case, dtype: torch.dtype, device: str) -> Inputs:
     }
 
 
-def subject(case: Case, dtype: torch.dtype, device: str, quick: bool) -> Subject:
-    """Ours and all baselines. In 16 bits on a CPU, each also by way of float32: it may well be the faster one."""
+def why_not(op: str, backend: str, inputs: Inputs) -> str | None:
+    """Why ``backend`` cannot be forced on this call, or None."""
+    if backend not in (found.name for found in _dispatch._ops[op].backends):
+        return f"{op} has no {backend} kernels"
+    return _dispatch.backend(op, backend).unsupported(**_dispatch.prepare(op, **inputs))
+
+
+def subject(case: Case, dtype: torch.dtype, device: str, quick: bool, backends: Sequence[str] = ()) -> Subject:
+    """Ours and all baselines. In 16 bits on a CPU, each also by way of float32: it may well be the faster one.
+
+    Ours are those of ``backends`` that take the case, or what the op itself chooses where none are named.
+    """
     op = getattr(walt_kernels, case.op)
     inputs = inputs_of(case, dtype, device)
+    refused = {name: why_not(case.op, name, inputs) for name in backends}
+    ours = {name: Contender(on_backend(op, name)) for name, reason in refused.items() if reason is None}
+    notes = tuple(f"{name}: {reason}" for name, reason in refused.items() if reason is not None)
+    if not backends:
+        ours = {"ours": Contender(op)}
     vendor = importlib.import_module(f".{room(case.op)}", __package__).baselines(inputs)
     if dtype is not torch.float32 and device == "cpu":
         through = {
@@ -47,20 +63,25 @@ def subject(case: Case, dtype: torch.dtype, device: str, quick: bool) -> Subject
     torch._dynamo.reset()
     compiled = Contender(on_reference(torch.compile(op, dynamic=False)), compiled=True, like=REFERENCE)
     contenders = {
-        "ours": Contender(op),
+        **ours,
         REFERENCE: Contender(on_reference(op)),
         **vendor,
         COMPILED: compiled,
     }
     if not quick or case.op in QUICK_COMPILED:
-        return Subject(inputs, contenders)
+        return Subject(inputs, contenders, notes, tuple(ours))
     left_out = [name for name, contender in contenders.items() if contender.compiled]
     kept = {name: contender for name, contender in contenders.items() if name not in left_out}
-    return Subject(inputs, kept, tuple(f"{name}: left out by --quick, it would compile for long" for name in left_out))
+    notes += tuple(f"{name}: left out by --quick, it would compile for long" for name in left_out)
+    return Subject(inputs, kept, notes, tuple(ours))
 
 
-def check(case: Case, dtype: torch.dtype, device: str, reference_runs: bool) -> tuple[float, list[str]]:
+def check(
+    case: Case, dtype: torch.dtype, device: str, reference_runs: bool, ours: str = "ours"
+) -> tuple[float, list[str]]:
     """The largest error ratio of the op's outputs and gradients (at most 1), and notes; AssertionError if it is wrong.
+
+    ``ours`` is the backend to force, or "ours" for what the op itself chooses.
 
     Where the reference cannot be had in ``dtype`` in reasonable time, the yardstick is the reference in float32 on the
     same rounded inputs, rounded once at the end: a stricter one.
@@ -69,7 +90,8 @@ def check(case: Case, dtype: torch.dtype, device: str, reference_runs: bool) -> 
     reference = on_reference(op)
     yardstick = reference if reference_runs else in_float32(reference)
     inputs = inputs_of(case, dtype, device)
-    ratios = testing.check_op(op, yardstick, inputs, rows=case.terms if dtype is torch.float32 else 1)
+    tested = op if ours == "ours" else on_backend(op, ours)
+    ratios = testing.check_op(tested, yardstick, inputs, rows=case.terms if dtype is torch.float32 else 1)
     return max(ratios.values()), [] if reference_runs else ["checked against the reference in float32, rounded once"]
 
 
