@@ -3,6 +3,8 @@
 ``python -m benchmarks`` measures. Further commands, each with its own --help:
   table RESULTS.json   an earlier run's tables and plots again
   floors               FLOPs, bytes and the least time on an H200 of every case, without running anything
+  gpu-report           the proof on a GPU: tests, ceilings, every op and mode, targets, README's "verified on" table
+  verified             that table again, or what is known without a GPU
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from typing import Any
 
 import torch
 
-from . import floors, plots, report, scaling
+from . import floors, gpu_report, plots, report, scaling, verified
 from .cases import CASES, chosen
 from .machine import ROOT, ceilings, level, machine, sentence
-from .measure import Effort, rows_of
+from .measure import GPU_BACKENDS, Effort, rows_of
+from .say import say
 
 DTYPES = ("float32", "bfloat16", "float16")
 OPS = sorted({case.op for case in CASES})
-GPU_BACKENDS = ("triton", "cuda", "flash")
 NAMED_BY_MACHINE = Path()  # --json without a file: benchmarks/results/cpu-avx2.json, or what the machine is
 
 
@@ -57,7 +59,7 @@ def measure_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"table": table, "floors": floors_of}
+    commands = {"table": table, "floors": floors_of, "gpu-report": gpu_report.main, "verified": verified_on}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return measure(arguments)
@@ -72,6 +74,22 @@ def floors_of(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     cases = [case for case in chosen(options.op, None, False, options.device) if case.op != "training_step"]
     print(floors.table(cases, getattr(torch, options.dtype)))
+    return 0
+
+
+def verified_on(arguments: list[str]) -> int:
+    """README's "verified on" table from a file of gpu-report, or without one; nothing is run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks verified", description=verified_on.__doc__)
+    parser.add_argument("results", type=Path, nargs="?", help="a file that gpu-report wrote")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write it between the markers of this file")
+    options = parser.parse_args(arguments)
+    try:
+        text = verified.section(json.loads(options.results.read_text()) if options.results else None)
+        if options.readme:
+            report.rewrite(options.readme, text, verified.MARKS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{type(error).__name__}: {error}")
+    print(text)
     return 0
 
 
@@ -168,14 +186,9 @@ def publish(results: dict[str, Any], options: argparse.Namespace) -> None:
     for note in report.notes(rows):
         print(f"note: {note}")
     if options.readme:
-        report.rewrite(options.readme, results)
+        report.rewrite(options.readme, report.section(results))
     for path in plots.write(results, options.plot) if options.plot else []:
         print(f"wrote {path}")
-
-
-def say(line: str) -> None:
-    """Progress, beside the report."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

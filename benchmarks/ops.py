@@ -61,6 +61,8 @@ def subject(case: Case, dtype: torch.dtype, device: str, quick: bool, backends: 
         }
         vendor = {**vendor, **through}
     torch._dynamo.reset()
+    if "backward" in case.modes:  # a graph that is kept for another backward pass may not give its buffers away
+        torch._functorch.config.donated_buffer = False
     compiled = Contender(on_reference(torch.compile(op, dynamic=False)), compiled=True, like=REFERENCE)
     contenders = {
         **ours,

@@ -113,15 +113,15 @@ def _cell(row: Row | None) -> str:
     return "-" if row is None else f"{row['ms']:.2f} ms, {row['speedup']:.2f}x"
 
 
-def split(readme: Path) -> tuple[str, str]:
+def split(readme: Path, marks: tuple[str, str] = (BEGIN, END)) -> tuple[str, str]:
     """What stands before the part that ``rewrite`` writes, and what after it; ValueError without the two markers."""
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} has no single pair of lines {BEGIN} and {END} to write between")
-    return text.split(BEGIN)[0], text.split(END)[1]
+    text, (begin, end) = readme.read_text(), marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{readme} has no single pair of lines {begin} and {end} to write between")
+    return text.split(begin)[0], text.split(end)[1]
 
 
-def rewrite(readme: Path, results: dict[str, Any]) -> None:
-    """Puts ``section`` between README's two markers; everything else stays, byte for byte."""
-    before, after = split(readme)
-    readme.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}")
+def rewrite(readme: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
+    """Puts ``text`` between README's two markers; everything else stays, byte for byte."""
+    before, after = split(readme, marks)
+    readme.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")

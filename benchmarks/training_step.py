@@ -126,7 +126,7 @@ def check(
         gradients = torch.autograd.grad(value, list(model.parameters()))
         return value.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
-    ours = results(dtype)
+    own = results(dtype)
     with use_backend("reference"):
         truth, yardstick = results(torch.float64), results(dtype)
     ratios = [
@@ -134,7 +134,7 @@ def check(
         for name, k, values in zip(
             ("loss", "gradient"),
             (testing.K_FORWARD, testing.K_BACKWARD),
-            zip(ours, truth, yardstick, strict=True),
+            zip(own, truth, yardstick, strict=True),
             strict=True,
         )
     ]
