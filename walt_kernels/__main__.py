@@ -1,8 +1,12 @@
-"""``python -m walt_kernels``: what is built, what would run here for each op, and why not the others."""
+"""``python -m walt_kernels``: what is built, what would run here for each op, and why not the others.
+
+``python -m walt_kernels aot`` compiles the Triton kernels for every target instead (see ``_aot``).
+"""
 
 from __future__ import annotations
 
 import platform
+import sys
 from importlib import metadata
 
 import torch
@@ -69,4 +73,8 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["aot"]:
+        from . import _aot
+
+        sys.exit(_aot.main(sys.argv[2:]))
     print(report())

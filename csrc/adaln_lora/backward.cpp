@@ -27,7 +27,7 @@ struct Row {
 
 // With g = grad_h * (1 + scale) and xhat the normalised row:
 // grad_x = grad_x_new + rstd * (g - mean(g) - xhat * mean(g * xhat)). `scratch` holds two padded rows.
-template <bool kResidual, class T, class M, class A>
+template <bool kResidual, bool kStream, class T, class M, class A>
 void norm_row(const Row<T, M, A> r, A* scratch, int64_t width, int64_t D) {
   using V = vector_t<A>;
   A *const g_row = scratch, *const xhat_row = scratch + width;
@@ -47,7 +47,7 @@ void norm_row(const Row<T, M, A> r, A* scratch, int64_t width, int64_t D) {
   const A g_mean = sum_slots(g_sums) / static_cast<A>(D), gx_mean = sum_slots(gx_sums) / static_cast<A>(D);
 
   const auto finish = [&](auto has_grad_x_new) __attribute__((always_inline)) {
-    sweep<A>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
+    sweep<A, kStream>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
       V grad = (load(g_row + d) - g_mean - load(xhat_row + d) * gx_mean) * r.rstd;
       if constexpr (has_grad_x_new) grad += piece.load(r.grad_x_new + d);
       piece.store(r.grad_x + d, grad);
@@ -64,9 +64,9 @@ void norm_row(const Row<T, M, A> r, A* scratch, int64_t width, int64_t D) {
   }
 }
 
-template <class T, class M, class A>
+template <bool kStream, class T, class M, class A>
 void residual_row(const Row<T, M, A> r, int64_t D) {
-  sweep<A>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
+  sweep<A, kStream>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
     const auto grad = piece.load(r.grad_x_new + d);
     piece.store(r.grad_branch + d, grad * piece.load(r.gate + d));
     store(r.sum_gate + d, load(r.sum_gate + d) + grad * piece.load(r.branch + d));
@@ -89,7 +89,7 @@ void reduce_columns(const A* partial, const TensorView& out, int64_t b, int64_t 
   }
 }
 
-template <bool kResidual, bool kNorm, class T, class M>
+template <bool kResidual, bool kNorm, bool kStream, class T, class M>
 void backward(const AdalnBackwardParams& p) {
   using A = accumulate_t<T>;
   const TensorView& shape = kNorm ? p.grad_h : p.grad_x_new;
@@ -138,11 +138,12 @@ void backward(const AdalnBackwardParams& p) {
         row.mean = mean[b * N + n];
         row.rstd = rstd[b * N + n];
         row.grad_x = grad_x.row(b, n);
-        norm_row<kResidual>(row, scratch.data() + thread * 2 * width, width, D);
+        norm_row<kResidual, kStream>(row, scratch.data() + thread * 2 * width, width, D);
       } else {
-        residual_row(row, D);
+        residual_row<kStream>(row, D);
       }
     }
+    if (kStream) finish_streaming();
   });
 
   const int64_t blocks = (D + kReduceColumns - 1) / kReduceColumns;
@@ -154,6 +155,15 @@ void backward(const AdalnBackwardParams& p) {
       reduce_columns<M>(partial.data() + i * size, *sums[i], b, rows, width, begin, end);
     }
   });
+}
+
+template <bool kResidual, bool kNorm, class T, class M>
+void choose_stores(const AdalnBackwardParams& p) {
+  // x, grad_h and grad_x; branch and grad_branch; grad_x_new.
+  const int64_t tensors = 3 * kNorm + 2 * kResidual + p.grad_x_new.defined();
+  const int64_t bytes = tensors * (kNorm ? p.grad_h : p.grad_x_new).numel() * static_cast<int64_t>(sizeof(T));
+  const bool stream = (!kResidual || streams<T>(bytes, p.grad_branch)) && (!kNorm || streams<T>(bytes, p.grad_x));
+  stream ? backward<kResidual, kNorm, true, T, M>(p) : backward<kResidual, kNorm, false, T, M>(p);
 }
 
 }  // namespace
@@ -188,11 +198,11 @@ void adaln_backward(const AdalnBackwardParams& p) {
     using T = decltype(x_tag);
     using M = decltype(rows_tag);
     if (residual && norm) {
-      backward<true, true, T, M>(p);
+      choose_stores<true, true, T, M>(p);
     } else if (norm) {
-      backward<false, true, T, M>(p);
+      choose_stores<false, true, T, M>(p);
     } else {
-      backward<true, false, T, M>(p);
+      choose_stores<true, false, T, M>(p);
     }
   });
 }

@@ -6,9 +6,9 @@
 namespace walt::WALT_ISA {
 namespace {
 
-template <class T, class M>
+template <bool kStream, class T, class M>
 void residual_row(const T* x, const T* branch, const M* gate, T* x_new, int64_t D) {
-  sweep<accumulate_t<T>>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
+  sweep<accumulate_t<T>, kStream>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
     piece.store(x_new + d, piece.load(x + d) + piece.load(gate + d) * piece.load(branch + d));
   });
 }
@@ -19,12 +19,12 @@ struct Statistics {
 };
 
 // `row` is scratch for D elements, padded: the unrounded x_new stays there between the passes over it.
-template <bool kResidual, class T, class M, class A>
+template <bool kResidual, bool kStream, class T, class M, class A>
 Statistics<A> norm_row(const T* x, const T* branch, const M* gate, const M* shift, const M* scale, T* x_new, T* h,
                        A* row, int64_t D, A eps) {
   using V = vector_t<A>;
   V sums[kSlots] = {};
-  sweep<A>(D, [&](int64_t d, auto piece, int slot) __attribute__((always_inline)) {
+  sweep<A, kStream>(D, [&](int64_t d, auto piece, int slot) __attribute__((always_inline)) {
     V v = piece.load(x + d);
     if constexpr (kResidual) {
       v = v + piece.load(gate + d) * piece.load(branch + d);
@@ -42,14 +42,14 @@ Statistics<A> norm_row(const T* x, const T* branch, const M* gate, const M* shif
   });
   const A rstd = 1 / std::sqrt(sum_slots(squares) / static_cast<A>(D) + eps);
 
-  sweep<A>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
+  sweep<A, kStream>(D, [&](int64_t d, auto piece, int) __attribute__((always_inline)) {
     const V normal = (load(row + d) - mean) * rstd;
     piece.store(h + d, normal * (1 + piece.load(scale + d)) + piece.load(shift + d));
   });
   return {mean, rstd};
 }
 
-template <bool kResidual, bool kNorm, class T, class M>
+template <bool kResidual, bool kNorm, bool kStream, class T, class M>
 void forward(const AdalnForwardParams& p) {
   using A = accumulate_t<T>;
   const int64_t B = p.x.shape[0], N = p.x.shape[1], D = p.x.shape[2];
@@ -67,17 +67,26 @@ void forward(const AdalnForwardParams& p) {
     for (int64_t i = task * rows_per_task; i < end; ++i) {
       const int64_t b = i / N, n = i % N;
       if constexpr (kNorm) {
-        const auto [m, r] = norm_row<kResidual>(x.row(b, n), kResidual ? branch.row(b, n) : nullptr,
-                                                kResidual ? gate.row(b, n) : nullptr, shift.row(b, n), scale.row(b, n),
-                                                kResidual ? x_new.row(b, n) : nullptr, h.row(b, n),
-                                                scratch.data() + thread * width, D, static_cast<A>(p.eps));
+        const auto [m, r] = norm_row<kResidual, kStream>(
+            x.row(b, n), kResidual ? branch.row(b, n) : nullptr, kResidual ? gate.row(b, n) : nullptr, shift.row(b, n),
+            scale.row(b, n), kResidual ? x_new.row(b, n) : nullptr, h.row(b, n), scratch.data() + thread * width, D,
+            static_cast<A>(p.eps));
         mean[i] = m;
         rstd[i] = r;
       } else {
-        residual_row(x.row(b, n), branch.row(b, n), gate.row(b, n), x_new.row(b, n), D);
+        residual_row<kStream>(x.row(b, n), branch.row(b, n), gate.row(b, n), x_new.row(b, n), D);
       }
     }
+    if (kStream) finish_streaming();
   });
+}
+
+template <bool kResidual, bool kNorm, class T, class M>
+void choose_stores(const AdalnForwardParams& p) {
+  constexpr int64_t tensors = 1 + 2 * kResidual + kNorm;  // x, branch and x_new, h
+  const bool stream = (!kResidual || streams<T>(tensors * p.x.numel() * sizeof(T), p.x_new)) &&
+                      (!kNorm || streams<T>(tensors * p.x.numel() * sizeof(T), p.h));
+  stream ? forward<kResidual, kNorm, true, T, M>(p) : forward<kResidual, kNorm, false, T, M>(p);
 }
 
 }  // namespace
@@ -107,11 +116,11 @@ void adaln_forward(const AdalnForwardParams& p) {
     using T = decltype(x_tag);
     using M = decltype(rows_tag);
     if (residual && norm) {
-      forward<true, true, T, M>(p);
+      choose_stores<true, true, T, M>(p);
     } else if (norm) {
-      forward<false, true, T, M>(p);
+      choose_stores<false, true, T, M>(p);
     } else {
-      forward<true, false, T, M>(p);
+      choose_stores<true, false, T, M>(p);
     }
   });
 }

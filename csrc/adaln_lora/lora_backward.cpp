@@ -37,7 +37,7 @@ void outer_rows(const T* weights, T* grad_weights, const A* vectors, A* partial,
     for (int i = 0; i < kRows; ++i) piece.store(grad_weights + (row + i) * length + d, grad[i]);
   };
   int64_t d = 0;
-  for (; d + kLanes<A> <= length; d += kLanes<A>) step(d, Whole{});
+  for (; d + kLanes<A> <= length; d += kLanes<A>) step(d, Whole<>{});
   if (d < length) step(d, Part{length - d});
 }
 

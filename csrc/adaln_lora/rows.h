@@ -8,7 +8,9 @@
 
 namespace walt::WALT_ISA {
 
-// A whole vector of a row, or the part that is left at its end. Lanes beyond the end read as zero.
+// A whole vector of a row, or the part that is left at its end. Lanes beyond the end read as zero. Streamed vectors are
+// stored past the caches.
+template <bool kStream = false>
 struct Whole {
   template <class T>
   auto load(const T* p) const {
@@ -16,7 +18,11 @@ struct Whole {
   }
   template <class T>
   void store(T* p, vector_t<accumulate_t<T>> v) const {
-    walt::WALT_ISA::store(p, v);
+    if constexpr (kStream) {
+      store_streaming(p, v);
+    } else {
+      walt::WALT_ISA::store(p, v);
+    }
   }
   template <class V>
   V keep(V v) const {
@@ -43,17 +49,17 @@ struct Part {
 // Calls f(d, piece, slot) for the vectors of a row of D elements. Neighbouring calls get different slots (0..3), so
 // that a sum can run in four independent chains.
 constexpr int kSlots = 4;
-template <class A, class F>
+template <class A, bool kStream = false, class F>
 inline __attribute__((always_inline)) void sweep(int64_t D, F&& f) {
   constexpr int lanes = kLanes<A>;
   int64_t d = 0;
   for (; d + kSlots * lanes <= D; d += kSlots * lanes) {
-    f(d, Whole{}, 0);
-    f(d + lanes, Whole{}, 1);
-    f(d + 2 * lanes, Whole{}, 2);
-    f(d + 3 * lanes, Whole{}, 3);
+    f(d, Whole<kStream>{}, 0);
+    f(d + lanes, Whole<kStream>{}, 1);
+    f(d + 2 * lanes, Whole<kStream>{}, 2);
+    f(d + 3 * lanes, Whole<kStream>{}, 3);
   }
-  for (; d + lanes <= D; d += lanes) f(d, Whole{}, 0);
+  for (; d + lanes <= D; d += lanes) f(d, Whole<kStream>{}, 0);
   if (d < D) f(d, Part{D - d}, 0);
 }
 
@@ -65,6 +71,16 @@ inline auto sum_slots(const V (&slots)[kSlots]) {
 // Below this much work a second thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
 inline int threads_for(int64_t elements, int threads) { return elements < kGrain ? 1 : threads; }
+
+// Whether a pass that moves this many bytes stores past the caches: no cache would hold its outputs until they are
+// read, and a plain store would first read what it overwrites. Outputs need rows of whole, aligned vectors.
+constexpr int64_t kStreamFrom = 32 << 20;
+template <class T>
+inline bool streams(int64_t bytes_moved, const TensorView& out) {
+  constexpr int64_t lanes = kLanes<accumulate_t<T>>;
+  return bytes_moved >= kStreamFrom && reinterpret_cast<uintptr_t>(out.data) % (lanes * sizeof(T)) == 0 &&
+         out.shape[2] % lanes == 0 && out.stride[0] % lanes == 0 && out.stride[1] % lanes == 0;
+}
 
 // A row length rounded up so that whole vectors may be read and written in scratch memory.
 template <class A>

@@ -171,6 +171,10 @@ inline void store(bfloat16* p, vfloat v) {
   const vuint result = v != v ? quiet_nan : rounded;
 #if defined(__AVX512F__)  // the compiler's own narrowing takes twice the instructions
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)result));
+#elif defined(__AVX2__) && !defined(WALT_EMULATE_AVX512)
+  const __m256i wide = (__m256i)result;
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 #else
   const vhalf half = __builtin_convertvector(result, vhalf);
   std::memcpy(p, &half, sizeof half);
@@ -197,6 +201,28 @@ inline void store_flushed(T* p, vector_t<accumulate_t<T>> v) {
   }
 #endif
   store(p, v);
+}
+
+// Stores a whole vector past the caches, at an address that is a multiple of the bytes stored. `finish_streaming` makes
+// such stores of this thread visible to others.
+template <class T>
+inline void store_streaming(T* p, vector_t<accumulate_t<T>> v) {
+#if defined(__AVX__)
+  constexpr int bytes = kLanes<accumulate_t<T>> * static_cast<int>(sizeof(T));
+  alignas(bytes) T rounded[kLanes<accumulate_t<T>>];
+  store(rounded, v);
+  for (int i = 0; i < bytes; i += 16) {
+    const auto* part = reinterpret_cast<const __m128i*>(reinterpret_cast<const char*>(rounded) + i);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(p) + i), _mm_load_si128(part));
+  }
+#else
+  store(p, v);
+#endif
+}
+inline void finish_streaming() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 // The first `count` lanes; the rest read as zero, and are not written.

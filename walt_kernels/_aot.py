@@ -1,0 +1,215 @@
+"""``python -m walt_kernels aot``: compiles every Triton kernel for every target, without a GPU, and reads its costs.
+
+Each op names calls (``aot_calls`` in its triton_aot.py) that together reach all its kernels and tiles. Their launches
+are recorded as for a target and compiled with the argument types and specialisations a real launch would have. A
+kernel fails that spills more registers than its op states in SPILLS, that needs more shared memory than the target
+has, or whose matrix products are not on tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _triton
+from ._triton import TARGETS, Launch
+
+OPS = ("causal_conv3d", "window_attention", "adaln_lora")
+# What the assembler writes for a product on tensor (or matrix) cores.
+TENSOR_CORES = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async|mma\.sync",
+    "sm_100": r"tcgen05\.mma|mma\.sync",
+    "gfx942": r"v_mfma",
+}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One specialisation of a kernel for one target, as plain data that another process can compile."""
+
+    call: str  # the first call that launches it
+    module: str
+    name: str
+    architecture: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]  # arguments that are multiples of 16
+    warps: int
+    stages: int
+    spill_budget: int = 0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers and spilled bytes of a thread, shared bytes of a program."""
+
+    registers: int
+    spilled: int
+    shared: int
+    products: str  # the instruction that matrix products became, "" without any
+    problem: str | None
+
+
+def specialise(launch: Launch, call: str, architecture: str, spills: dict[str, int]) -> Kernel:
+    """Argument types as Triton's launcher would derive them: integers of 1 are constants, multiples of 16 are known."""
+    signature, constants, divisible = [], [], []
+    for parameter in launch.kernel.params:
+        value = launch.arguments.get(parameter.name, parameter.default)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+            continue
+        if isinstance(value, Tensor):
+            kind = POINTERS[value.dtype]
+        elif isinstance(value, bool):
+            kind = "u1"
+        elif isinstance(value, int):
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:  # a tensor descriptor
+            kind = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
+        signature.append((parameter.name, kind))
+        if isinstance(value, Tensor) or (isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0):
+            divisible.append(parameter.name)
+    return Kernel(
+        call,
+        launch.kernel.fn.__module__,
+        launch.kernel.fn.__name__,
+        architecture,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        launch.tile.warps,
+        launch.tile.stages,
+        spills.get(launch.kernel.fn.__name__, 0),
+    )
+
+
+def kernels(op: str, architectures: Iterable[str]) -> Iterator[Kernel]:
+    """Every distinct kernel that the calls of ``op`` launch."""
+    module = importlib.import_module(f"{__package__}.{op}.triton_aot")
+    seen = set()
+    for architecture in architectures:
+        for call, run in module.aot_calls():
+            with _triton.record(TARGETS[architecture]) as launches:
+                run()
+            for launch in launches:
+                kernel = specialise(launch, call, architecture, module.SPILLS)
+                identity = (kernel.architecture, kernel.module, kernel.name, kernel.signature, kernel.constants)
+                identity += (kernel.divisible, kernel.warps, kernel.stages)  # type: ignore[assignment]
+                if identity not in seen:
+                    seen.add(identity)
+                    yield kernel
+
+
+def compile_kernel(kernel: Kernel) -> Resources:
+    """Compiles for the kernel's target and reads the result; ``problem`` says what is wrong with it, if anything is."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    function = getattr(importlib.import_module(kernel.module), kernel.name)
+    names = function.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.divisible}
+    source = ASTSource(function, dict(kernel.signature), dict(kernel.constants), attributes)
+    number = kernel.architecture.removeprefix("sm_")
+    target = GPUTarget("cuda", int(number), 32) if number.isdigit() else GPUTarget("hip", kernel.architecture, 64)
+    try:
+        compiled = compile(source, target=target, options={"num_warps": kernel.warps, "num_stages": kernel.stages})
+    except Exception as error:  # whatever stops a compiler is that kernel's line in the table
+        return Resources(0, 0, 0, "", f"does not compile: {str(error).strip().splitlines()[-1]}")
+    assembly = compiled.asm["ptx"] if number.isdigit() else compiled.asm["amdgcn"]
+    registers, spilled = _cubin_usage(compiled.asm["cubin"]) if number.isdigit() else _amd_usage(assembly)
+    found = re.search(TENSOR_CORES[kernel.architecture], assembly)
+    shared = compiled.metadata.shared
+    problem = None
+    if spilled > kernel.spill_budget:
+        problem = f"spills {spilled} bytes, budget {kernel.spill_budget}"
+    elif shared > TARGETS[kernel.architecture].shared_bytes:
+        problem = f"needs {shared} bytes of shared memory of {TARGETS[kernel.architecture].shared_bytes}"
+    elif "tt.dot" in compiled.asm["ttir"] and not found and _narrow(compiled.asm["ttir"]):
+        problem = "its products are not on tensor cores"
+    return Resources(registers, spilled, shared, found[0] if found else "", problem)
+
+
+def _narrow(ttir: str) -> bool:
+    """Whether a product has 16-bit operands: float32 ones at full precision have no tensor cores on NVIDIA GPUs."""
+    return re.search(r"tt\.dot .*: tensor<[0-9x]*(bf16|f16)", ttir) is not None
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), max(int(found[2]), int(found[3]))
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    def field(name: str) -> int:
+        return sum(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", assembly))
+
+    return field("vgpr_count"), field("private_segment_fixed_size")
+
+
+def check(ops: Iterable[str], architectures: Iterable[str], jobs: int) -> Iterator[tuple[str, Kernel, Resources]]:
+    """Compiles everything; yields op, kernel and what it takes, in order."""
+    work = [(op, kernel) for op in ops for kernel in kernels(op, architectures)]
+    # Spawned: a forked copy of a process that runs threads may hang.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        results = pool.map(compile_kernel, [kernel for _, kernel in work])
+        for (op, kernel), resources in zip(work, results, strict=True):
+            yield op, kernel, resources
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m walt_kernels aot", description=__doc__.splitlines()[0].split(": ")[1])
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
+    parser.add_argument("--arch", choices=list(TARGETS), action="append", help="default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    if _triton.triton is None:
+        print(_triton.reason)
+        return 1
+    if _triton.INTERPRET:
+        print("TRITON_INTERPRET=1 runs kernels in Python; unset it to compile them")
+        return 1
+    width = "{:<17} {:<28} {:<7} {:>5} {:>6} {:>6} {:>7}  {:<16} {}"
+    print(width.format("op", "kernel", "target", "warps", "regs", "spills", "shared", "products", "first call"))
+    failed = total = 0
+    for op, kernel, used in check(options.op or OPS, options.arch or list(TARGETS), options.jobs):
+        total += 1
+        failed += used.problem is not None
+        row = (op, kernel.name, kernel.architecture, kernel.warps, used.registers, used.spilled, used.shared)
+        print(width.format(*row, used.products or "-", kernel.call + (f"  FAILS: {used.problem}" * bool(used.problem))))
+    print(f"{total} kernels with Triton {_triton.triton.__version__}, {failed} of them fail")
+    return int(failed > 0)
