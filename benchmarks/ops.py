@@ -25,18 +25,26 @@ def room(op: str) -> str:
 
 
 def inputs_of(case: Case, dtype: torch.dtype, device: str) -> Inputs:
+    """The case's inputs on ``device``. Views of one packed tensor, as q, k and v are, stay views of one."""
+    storages: dict[int, Tensor] = {}
+
+    def moved(value: Tensor, wanted: bool) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = torch.empty(0, dtype=value.dtype).set_(storage).to(device)
+        flat = storages[storage.data_ptr()]
+        view = flat.as_strided(value.shape, value.stride(), value.storage_offset())
+        return testing.leaf(view.requires_grad_(wanted))
+
+    made = case.inputs(dtype)
     return {
-        name: testing.leaf(value.detach().to(device).requires_grad_(value.requires_grad))
-        if isinstance(value, Tensor)
-        else value
-        for name, value in case.inputs(dtype).items()
+        name: moved(value.detach(), value.requires_grad) if isinstance(value, Tensor) else value
+        for name, value in made.items()
     }
 
 
 def why_not(op: str, backend: str, inputs: Inputs) -> str | None:
     """Why ``backend`` cannot be forced on this call, or None."""
-    if backend not in (found.name for found in _dispatch._ops[op].backends):
-        return f"{op} has no {backend} kernels"
     return _dispatch.backend(op, backend).unsupported(**_dispatch.prepare(op, **inputs))
 
 
@@ -47,7 +55,8 @@ def subject(case: Case, dtype: torch.dtype, device: str, quick: bool, backends: 
     """
     op = getattr(walt_kernels, case.op)
     inputs = inputs_of(case, dtype, device)
-    refused = {name: why_not(case.op, name, inputs) for name in backends}
+    existing = [found.name for found in _dispatch._ops[case.op].backends]
+    refused = {name: why_not(case.op, name, inputs) for name in backends if name in existing}
     ours = {name: Contender(on_backend(op, name)) for name, reason in refused.items() if reason is None}
     notes = tuple(f"{name}: {reason}" for name, reason in refused.items() if reason is not None)
     if not backends:

@@ -8,7 +8,6 @@ from typing import Any
 from walt_kernels import _dispatch
 
 from .machine import sentence
-from .ops import room
 from .report import mean
 
 Results = dict[str, Any]
@@ -21,11 +20,16 @@ WITHOUT = {  # what a backend's kernels went through where there is no GPU
 }
 
 
+def _file(op: str) -> str:
+    """The folder that knows the op."""
+    return "adaln_lora" if op.startswith("adaln") else op
+
+
 def backends() -> Iterator[tuple[str, str]]:
     """All pairs of an op's file and a GPU backend that one of its ops has."""
     seen = set()
     for op in _dispatch.ops():
-        name = "adaln_lora" if op.startswith("adaln") else op
+        name = _file(op)
         for backend in _dispatch._ops[op].backends:
             if backend.name in WITHOUT and (name, backend.name) not in seen:
                 seen.add((name, backend.name))
@@ -47,17 +51,29 @@ def section(results: Results | None = None) -> str:
     )
 
 
+def unproven(rows: list[dict[str, Any]]) -> list[str]:
+    """Ops and GPU backends that are a default without a row of theirs; flash also without one that shows it faster."""
+    found = []
+    for op in _dispatch.ops():
+        for backend in _dispatch._ops[op].backends:
+            least = 1.0 if backend.name == "flash" else 0.0
+            own = [row for row in rows if row["backend"] == backend.name and _file(row["op"]) == _file(op)]
+            if backend.name in WITHOUT and backend.opt_in is None and not any(r["speedup"] > least for r in own):
+                found.append(f"{op}, {backend.name}")
+    return found
+
+
 def _cells(op: str, backend: str, results: Results | None) -> list[str]:
     if results is None:
         return [WITHOUT[backend], "-", "-", "-"]
     tests = [test for test in results["tests"] if test["backend"] == backend and _tests(op, test["file"])]
     ran = sum(test["passed"] + test["failed"] for test in tests)
-    rows = [row for row in results["rows"] if room(row["op"]) == op and row["backend"] == backend]
+    rows = [row for row in results["rows"] if _file(row["op"]) == op and row["backend"] == backend]
     if not ran and not rows:
         return [WITHOUT[backend], "-", "-", "-"]
     counts = ", ".join(f"{sum(test[kind] for test in tests)} {kind}" for kind in ("passed", "failed", "skipped"))
     stopped = "" if all(test["finished"] for test in tests) else ", stopped by the time limit"
-    judged = [entry["met"] for entry in results["targets"] if room(entry["op"]) == op and entry["backend"] == backend]
+    judged = [entry["met"] for entry in results["targets"] if _file(entry["op"]) == op and entry["backend"] == backend]
     met = f"{sum(verdict is True for verdict in judged)} of {len(judged)} met" if judged else "-"
     return [counts + stopped if ran else "not run", *(_speedups(rows, mode) for mode in ("forward", "backward")), met]
 

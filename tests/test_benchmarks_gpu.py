@@ -1,17 +1,15 @@
-"""The benchmark's GPU side as far as a CPU can test it: the same plan and the same code on the cpu backend."""
+"""What the benchmark times on a GPU, and how, as far as a CPU can test it; and the floors of all cases."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import KINDS, PEAK, SMALL, result, results
+from test_benchmarks import KINDS, PEAK, result
 from torch.nn.attention import SDPBackend
 
 from benchmarks import __main__ as benchmark
@@ -19,16 +17,11 @@ from benchmarks import (
     cases,
     contender,
     floors,
-    gpu_report,
-    gpu_tests,
     machine,
     measure,
-    memory,
     ops,
     report,
-    targets,
     timing,
-    verified,
     window_attention,
 )
 from walt_kernels import _native, testing
@@ -37,28 +30,6 @@ needs_native = pytest.mark.skipif(_native.C is None, reason=f"native kernels: {_
 QUICK = measure.Effort(True, ("cpu",))
 PLAIN = cases.attention("plain", (1, 2, 4, 4, 2, 8), (2, 2, 4), plain=True)
 BOTH = {name: dataclasses.replace(case, modes=cases.GPU_MODES) for name, case in KINDS.items()}
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled, hardly anything is timed."""
-    monkeypatch.setattr(ops, "QUICK_COMPILED", ())
-    monkeypatch.setattr(measure.Effort, "seconds", 0.0)
-    monkeypatch.setattr(gpu_report, "ceilings", lambda device, dtype: PEAK)
-
-
-def report_on(
-    out: Path, some: list[cases.Case], seconds: float = 1e3, backends: tuple[str, ...] = ("cpu",)
-) -> tuple[dict[str, Any], list[str]]:
-    return gpu_report.run(
-        out,
-        seconds,
-        command="a command",
-        cases=some,
-        effort=measure.Effort(True, backends),
-        tests=lambda seconds: [],
-        device="cpu",
-    )
 
 
 # ---- what is timed --------------------------------------------------------------------------------------------------
@@ -90,9 +61,24 @@ def test_each_backend_of_ours_is_a_contender() -> None:
     subject = ops.subject(KINDS["attention"], torch.float32, "cpu", True, ("cpu", "flash", "no such backend"))
     assert subject.ours == ("cpu",)
     assert next(iter(subject.contenders)) == "cpu"
-    assert "flash: flash-attn knows no bias_table" in subject.notes
-    assert "no such backend: window_attention has no no such backend kernels" in subject.notes
+    refusals = [note for note in subject.notes if "left out by --quick" not in note]
+    assert refusals == ["flash: flash-attn knows no bias_table"]
     assert ops.subject(KINDS["attention"], torch.float32, "cpu", True).ours == ("ours",)
+
+
+def test_inputs_keep_their_layout_on_the_device() -> None:
+    """q, k and v stay views of one packed projection; a copy of each alone would be contiguous."""
+    for name, case in KINDS.items():
+        here, there = (ops.inputs_of(case, torch.bfloat16, device) for device in ("cpu", "meta"))
+        for key, value in case.inputs(torch.bfloat16).items():
+            if isinstance(value, torch.Tensor):
+                assert here[key].stride() == there[key].stride() == value.stride(), (name, key)
+                assert here[key].requires_grad == there[key].requires_grad == value.requires_grad
+                assert there[key].device.type == "meta"
+                assert torch.equal(here[key], value)
+    q, k = (ops.inputs_of(KINDS["attention"], torch.float32, "cpu")[name] for name in "qk")
+    assert q.untyped_storage().nbytes() == 3 * q.nbytes
+    assert k.is_leaf
 
 
 @pytest.mark.parametrize("kind", ["attention", "images", "frames", "plain"])
@@ -221,153 +207,6 @@ def test_the_floor_stands_beside_the_time() -> None:
     assert row["h200_floor_ms"] == pytest.approx(0.3119, abs=1e-4)
     assert "| 0.3119 |" in report.table([row])
     assert "H200 floor ms" in report.table([row])
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------
-
-
-@needs_native
-@pytest.mark.usefixtures("quick")
-def test_report_writes_the_file_after_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    real = gpu_report.save
-
-    def watched(found: dict[str, Any], path: Path) -> None:
-        real(found, path)
-        sizes.append(len(json.loads(path.read_text())["rows"]))
-
-    monkeypatch.setattr(gpu_report, "save", watched)
-    some = [BOTH["modulation"], dataclasses.replace(BOTH["attention"], quick=False)]
-    found, failed = report_on(tmp_path, some)
-    assert failed == []
-    assert sizes == list(range(len(found["rows"]) + 1))
-    (path,) = tmp_path.iterdir()
-    assert path.name == f"cpu-{machine.level()}.json"
-    assert json.loads(path.read_text()) == json.loads(json.dumps(found))
-    keys = [(row["op"], row["dtype"], row["mode"], row["backend"]) for row in found["rows"]]
-    assert keys == [
-        *(
-            (op, "bfloat16", mode, "cpu")
-            for op in ("adaln_residual_modulate", "window_attention")
-            for mode in some[0].modes
-        ),
-        *(("adaln_residual_modulate", "float32", mode, "cpu") for mode in some[0].modes),
-    ]
-    assert set(found["ceilings"]) == {"bfloat16", "float32"}
-    for row in found["rows"]:
-        assert row["deterministic"] is True
-        assert 0 <= row["error_ratio"] <= 1
-        assert row["output_memory"] > 0
-        assert row["h200_floor_ms"] > 0
-        assert row["best_baseline"] in row["baselines"]
-        assert "cpu" not in row["baselines"]
-
-
-@needs_native
-@pytest.mark.usefixtures("quick")
-def test_report_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found, _ = report_on(tmp_path, [BOTH["modulation"], BOTH["attention"]], seconds=0.0)
-    assert len(found["rows"]) == 1
-    assert "out of time" in capsys.readouterr().err
-
-
-@needs_native
-@pytest.mark.usefixtures("quick")
-def test_a_failing_case_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops.walt_kernels.window_attention
-
-    def broken(*args: Any, **inputs: Any) -> torch.Tensor:
-        if ops.walt_kernels._dispatch._forced == "cpu":
-            raise RuntimeError("an illegal memory access\nand more")
-        return right(*args, **inputs)
-
-    monkeypatch.setattr(ops.walt_kernels, "window_attention", broken)
-    found, failed = report_on(tmp_path, [BOTH["attention"], BOTH["modulation"]])
-    assert {row["op"] for row in found["rows"]} == {"adaln_residual_modulate"}
-    assert [text.split(": ", 1)[1] for text in failed] == ["cpu: RuntimeError: an illegal memory access"] * 2
-
-
-@needs_native
-@pytest.mark.usefixtures("quick")
-def test_a_wrong_backend_is_not_timed_and_the_right_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops.check
-
-    def check(case: cases.Case, dtype: Any, device: str, runs: bool, ours: str) -> Any:
-        assert ours != "reference", "off by one"
-        return right(case, dtype, device, runs, ours)
-
-    monkeypatch.setattr(ops, "check", check)
-    rows = []
-    effort = measure.Effort(True, ("reference", "cpu"))
-    with pytest.raises(AssertionError, match="reference: off by one"):
-        rows.extend(measure.rows_of(SMALL, torch.float32, "cpu", PEAK, effort))
-    assert [(row["mode"], row["backend"]) for row in rows] == [(mode, "cpu") for mode in SMALL.modes]
-    assert "reference" not in rows[0]["baselines"]
-
-
-@needs_native
-@pytest.mark.usefixtures("quick")
-def test_no_backend_no_row(tmp_path: Path) -> None:
-    found, failed = report_on(tmp_path, [BOTH["modulation"]], backends=("flash",))
-    assert (found["rows"], failed) == ([], [])
-    assert all(entry["met"] is None for entry in found["targets"])
-
-
-def test_two_calls_that_differ_are_not_deterministic() -> None:
-    counter = iter(range(9))
-    functions = {
-        "ours": contender.Contender(lambda: torch.full((1 << 18,), float(next(counter)))),
-        "same": contender.Contender(lambda: torch.ones(1 << 18)),
-    }
-    subject = contender.Subject({}, functions)
-    assert measure.memory_of(subject, "ours", "forward", "cpu")["deterministic"] is False
-    found = measure.memory_of(subject, "same", "forward", "cpu")
-    assert (found["deterministic"], found["output_memory"]) == (True, 1.0)
-
-
-def test_memory_of_a_backward_pass_is_without_its_forward_pass() -> None:
-    x = torch.ones(10 << 18, requires_grad=True)  # 10 MiB
-    if memory.peak(lambda: None) is None:
-        pytest.skip("this system does not tell a process's high-water mark")
-    functions = {"ours": contender.Contender(lambda x: (x.exp() + 1).exp())}
-    found = measure.memory_of(contender.Subject({"x": x}, functions), "ours", "backward", "cpu")
-    assert found["output_memory"] == 10.0
-    assert 9 <= found["peak_memory"] <= 31
-
-
-def test_report_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as exit:
-        benchmark.main(["gpu-report", "--out", "never made", "--minutes", "1"])
-    assert exit.value.code == 2
-    assert "needs a CUDA device, and torch sees none here" in capsys.readouterr().err
-    assert not Path("never made").exists()
-
-
-def test_report_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU seems to be here; the run itself is left out, what is around it is not."""
-    readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{verified.MARKS[0]}\n{verified.MARKS[1]}\nb\n")
-    passed = {"file": "test_triton_adaln_lora.py", "backend": "triton", "finished": True}
-    passed |= {"passed": 7, "failed": 0, "skipped": 0, "messages": []}
-    seen: dict[str, Any] = {}
-
-    def run(out: Path, seconds: float, **rest: Any) -> Any:
-        seen.update(rest, seconds=seconds)
-        out.mkdir()
-        found = {**results(), "tests": rest["tests"](60.0)}
-        return {**found, "targets": targets.verdicts(found)}, []
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_report, "run", run)
-    monkeypatch.setattr(gpu_tests, "run", lambda files, seconds, say: [passed])
-    arguments = ["gpu-report", "--out", str(tmp_path / "out"), "--minutes", "2", "--readme", str(readme)]
-    assert benchmark.main(arguments) == 1  # not one test of the cuda backend ran
-    assert seen["seconds"] == 120
-    assert seen["effort"].backends == ("triton", "cuda", "flash")
-    assert seen["cases"] == cases.GPU_CASES
-    assert readme.read_text().startswith(f"a\n{verified.MARKS[0]}\nWritten by `python -m benchmarks` on A machine")
-    assert benchmark.main([*arguments[:2], str(tmp_path / "again"), "--no-tests"]) == 0
 
 
 def test_ceilings_of_a_gpu_are_of_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -91,21 +92,21 @@ TESTS = """
 import time
 import pytest
 
-@pytest.mark.gpu
+@pytest.mark.GPU
 def test_good(): pass
 
-@pytest.mark.gpu
+@pytest.mark.GPU
 def test_bad(): assert 1 == 2, "one is not two"
 
-@pytest.mark.gpu
+@pytest.mark.GPU
 def test_skipped(): pytest.skip("no such kernel")
 
 def test_of_a_cpu(): raise AssertionError("never selected")
 
-@pytest.mark.gpu
+@pytest.mark.GPU
 @pytest.mark.large
 def test_large(): raise AssertionError("never selected")
-"""
+""".replace("GPU", "gpu")  # this file itself has no such test
 
 
 def outcome(file: str, passed: int = 1, failed: int = 0, skipped: int = 0, *messages: str) -> dict[str, Any]:
@@ -131,8 +132,8 @@ def test_test_files_are_run_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_file_that_takes_too_long_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = "import pytest, time\npytestmark = pytest.mark.gpu\ndef test_quick(): pass\n"
-    (tmp_path / "test_cuda_x.py").write_text(f"{begin}def test_slow(): time.sleep(60)\n")
+    begin = "import pytest, time\npytestmark = pytest.mark.GPU\ndef test_quick(): pass\n"
+    (tmp_path / "test_cuda_x.py").write_text(f"{begin}def test_slow(): time.sleep(60)\n".replace("GPU", "gpu"))
     found = gpu_tests.outcome(tmp_path / "test_cuda_x.py", 8.0)
     assert not found["finished"]
     assert found["passed"] == 1  # what was done before is kept
@@ -140,7 +141,9 @@ def test_a_file_that_takes_too_long_is_interrupted(tmp_path: Path, monkeypatch: 
 
 
 def test_a_file_that_does_not_load_fails(tmp_path: Path) -> None:
-    (tmp_path / "test_triton_x.py").write_text("import pytest\n# mark.gpu\nraise RuntimeError('no kernels')")
+    (tmp_path / "test_triton_x.py").write_text(
+        "import pytest\n# mark.GPU\nraise RuntimeError('no kernels')".replace("GPU", "gpu")
+    )
     found = gpu_tests.outcome(tmp_path / "test_triton_x.py", 60.0)
     assert (found["passed"], found["failed"]) == (0, 1)
 
@@ -207,6 +210,24 @@ def test_the_table_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_the_backends_are_those_of_the_ops() -> None:
     assert ("window_attention", "flash") in set(verified.backends())
     assert all(backend in verified.WITHOUT for _, backend in verified.backends())
+
+
+def test_a_gpu_backend_is_a_default_only_with_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = (machine.ROOT / "benchmarks" / "results").glob("cuda-*.json")
+    rows = [found for path in files for found in json.loads(path.read_text())["rows"]]
+    assert verified.unproven(rows) == []
+    ops = {}
+    for op, found in verified._dispatch._ops.items():
+        free = [dataclasses.replace(backend, opt_in=None) for backend in found.backends]
+        if op == "adaln_modulate":
+            free.append(dataclasses.replace(free[0], name="cuda"))
+        ops[op] = dataclasses.replace(found, backends=tuple(free))
+    monkeypatch.setattr(verified._dispatch, "_ops", ops)
+    assert {"window_attention, flash", "adaln_modulate, cuda"} <= set(verified.unproven([]))
+    slow, fast = (row(op="window_attention", backend="flash", speedup=speedup) for speedup in (0.9, 1.1))
+    assert "window_attention, flash" in verified.unproven([slow])
+    found = verified.unproven([fast, row(op="adaln_residual_modulate", backend="cuda", speedup=0.5)])
+    assert not {"window_attention, flash", "adaln_modulate, cuda"} & set(found)
 
 
 def test_plots_of_several_backends_and_modes(tmp_path: Path) -> None:
