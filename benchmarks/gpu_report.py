@@ -2,7 +2,7 @@
 
 The tests marked ``gpu``, the machine's ceilings, then every op and mode of our GPU backends against the fastest PyTorch
 path, the most important cases first. The results file is written again after every row, so that a run which is cut off
-leaves what it has. Nothing is built.
+leaves what it has; a kernel that crashes or hangs costs its own case only. Nothing is built.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import gpu_tests, plots, report, targets, verified
-from .cases import Case, chosen
-from .contender import first_line
-from .machine import ceilings, level, machine, sentence
-from .measure import GPU_BACKENDS, Effort, rows_of
+from . import gpu_tests, gpu_watch, plots, report, targets, verified
+from .cases import GPU_CASES, Case, chosen
+from .gpu_child import Message, Plan
+from .machine import level, machine, sentence
+from .measure import GPU_BACKENDS, Effort
 from .say import say
 
 TESTS_SHARE = 0.35  # of the time
-DTYPES = (torch.bfloat16, torch.float32)  # float32 only for the quick cases, and when bfloat16 is done
 
-Tests = Callable[[float], list[gpu_tests.Outcome]]
+Tests = Callable[[float], list[gpu_tests.Outcome]]  # of the seconds that it may take
+Measured = Callable[[float], Iterable[Message]]  # until a time of time.monotonic()
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results file and the plots")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no new row is begun after this time")
+    parser.add_argument("--minutes", type=float, default=9.0, help="what is not done then is left out")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="write its 'verified on' table")
     parser.add_argument("--op", choices=sorted({case.op for case in chosen(None, None, False, "cuda")}))
     parser.add_argument("--quick", action="store_true", help="fewer cases, torch.compile only where it is strongest")
@@ -54,14 +54,12 @@ def main(arguments: list[str]) -> int:
     def tests(seconds: float) -> list[gpu_tests.Outcome]:
         return [] if options.no_tests else gpu_tests.run(gpu_tests.files(), seconds, say)
 
-    results, failed = run(
-        options.out,
-        60 * options.minutes,
-        command=" ".join(["python -m benchmarks gpu-report", *arguments]),
-        cases=chosen(options.op, None, options.quick, "cuda"),
-        effort=Effort(options.quick, GPU_BACKENDS),
-        tests=tests,
-    )
+    def measured(deadline: float) -> Iterable[Message]:
+        cases = chosen(options.op, None, options.quick, "cuda")
+        return gpu_watch.watched(plan(cases), Effort(options.quick, GPU_BACKENDS), "cuda", deadline)
+
+    command = " ".join(["python -m benchmarks gpu-report", *arguments])
+    results, failed = run(options.out, 60 * options.minutes, command=command, tests=tests, measured=measured)
     if not options.no_tests:
         failed += gpu_tests.failures(results["tests"])
     publish(results, options.out, options.readme)
@@ -71,51 +69,39 @@ def main(arguments: list[str]) -> int:
 
 
 def run(
-    out: Path,
-    seconds: float,
-    *,
-    command: str,
-    cases: list[Case],
-    effort: Effort,
-    tests: Tests,
-    device: str = "cuda",
+    out: Path, seconds: float, *, command: str, tests: Tests, measured: Measured, device: str = "cuda"
 ) -> tuple[dict[str, Any], list[str]]:
     """The results, which are also in ``out``, and what failed."""
-    start = time.monotonic()
+    deadline = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{device}-{level(device)}.json"
+    failed: list[str] = []
     results: dict[str, Any] = {"command": command, "machine": machine(device), "ceilings": {}, "rows": []}
     say(sentence(results["machine"]))
-    results["tests"] = tests(TESTS_SHARE * seconds)
+    results |= {"tests": tests(TESTS_SHARE * seconds), "failed": failed}
     save(results, path)
-    failed: list[str] = []
-    for row in measured(cases, effort, device, results, failed):
-        results["rows"].append(row)
+    for message in measured(deadline):
+        for name, peak in message.get("ceilings", {}).items():
+            results["ceilings"][name] = peak
+            say(f"{name}: copy {peak['gbps']:.0f} GB/s, matrix product {peak['gflops'] / 1e3:.0f} TFLOP/s")
+        if "row" in message:
+            results["rows"].append(message["row"])
+            say(report.line(message["row"]))
+        if "failed" in message:
+            failed.append(message["failed"])
+            say(failed[-1])
         save(results, path)
-        say(report.line(row))
-        if time.monotonic() - start > seconds:
-            say("out of time; the rest is left out")
+        if time.monotonic() > deadline:
             break
+    if time.monotonic() > deadline:
+        say("out of time; the rest is left out")
     return results, failed
 
 
-def measured(
-    cases: list[Case], effort: Effort, device: str, results: dict[str, Any], failed: list[str]
-) -> Iterator[dict[str, Any]]:
-    """All rows, the most important first; a case that fails is written down, and the next one begins."""
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        peak = results["ceilings"][name] = ceilings(device, dtype)
-        say(f"{name}: copy {peak['gbps']:.0f} GB/s, matrix product {peak['gflops'] / 1e3:.0f} TFLOP/s")
-        for case in cases:
-            if dtype is not DTYPES[0] and not case.quick:
-                continue
-            try:
-                yield from rows_of(case, dtype, device, peak, effort)
-            except Exception as error:
-                reason = str(error) if isinstance(error, AssertionError) else first_line(error)
-                failed.append(f"{case.op}, {case.name}, {name}: {reason}")
-                say(failed[-1])
+def plan(cases: list[Case]) -> Plan:
+    """bfloat16 for all cases, the most important first; then float32 for the quick ones."""
+    wanted = [GPU_CASES.index(case) for case in cases]
+    return [("bfloat16", i) for i in wanted] + [("float32", i) for i in wanted if GPU_CASES[i].quick]
 
 
 def save(results: dict[str, Any], path: Path) -> None:

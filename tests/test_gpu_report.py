@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +18,21 @@ from test_benchmarks import PEAK, SMALL, results
 from test_benchmarks_gpu import BOTH, QUICK, Gpu, needs_native
 
 from benchmarks import __main__ as benchmark
-from benchmarks import cases, contender, gpu_report, gpu_tests, machine, measure, memory, ops, targets, timing, verified
+from benchmarks import (
+    cases,
+    contender,
+    gpu_child,
+    gpu_report,
+    gpu_tests,
+    gpu_watch,
+    machine,
+    measure,
+    memory,
+    ops,
+    targets,
+    timing,
+    verified,
+)
 
 
 @pytest.fixture
@@ -22,21 +40,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled, hardly anything is timed."""
     monkeypatch.setattr(ops, "QUICK_COMPILED", ())
     monkeypatch.setattr(measure.Effort, "seconds", 0.0)
-    monkeypatch.setattr(gpu_report, "ceilings", lambda device, dtype: PEAK)
+    monkeypatch.setattr(gpu_child, "ceilings", lambda device, dtype: PEAK)
 
 
 def report_on(
     out: Path, some: list[cases.Case], seconds: float = 1e3, backends: tuple[str, ...] = ("cpu",)
 ) -> tuple[dict[str, Any], list[str]]:
-    return gpu_report.run(
-        out,
-        seconds,
-        command="a command",
-        cases=some,
-        effort=measure.Effort(True, backends),
-        tests=lambda seconds: [],
-        device="cpu",
-    )
+    """The report of some cases on the CPU, measured in this process."""
+    plan = [(dtype, i) for dtype in ("bfloat16", "float32") for i in range(len(some))]
+    effort = measure.Effort(True, backends)
+
+    def measured(deadline: float) -> Iterator[gpu_child.Message]:
+        return gpu_child.messages(plan, some, effort, "cpu")
+
+    return gpu_report.run(out, seconds, command="a command", tests=lambda _: [], measured=measured, device="cpu")
 
 
 @needs_native
@@ -45,28 +62,22 @@ def test_report_writes_the_file_after_every_row(tmp_path: Path, monkeypatch: pyt
     sizes: list[int] = []
     real = gpu_report.save
 
-    def watched(found: dict[str, Any], path: Path) -> None:
+    def save(found: dict[str, Any], path: Path) -> None:
         real(found, path)
         sizes.append(len(json.loads(path.read_text())["rows"]))
 
-    monkeypatch.setattr(gpu_report, "save", watched)
-    some = [BOTH["modulation"], dataclasses.replace(BOTH["attention"], quick=False)]
-    found, failed = report_on(tmp_path, some)
+    monkeypatch.setattr(gpu_report, "save", save)
+    found, failed = report_on(tmp_path, [BOTH["modulation"], BOTH["attention"]])
     assert failed == []
-    assert sizes == list(range(len(found["rows"]) + 1))
+    assert len(found["rows"]) == 12
+    assert sorted(set(sizes)) == list(range(13))
     (path,) = tmp_path.iterdir()
     assert path.name == f"cpu-{machine.level()}.json"
     assert json.loads(path.read_text()) == json.loads(json.dumps(found))
-    keys = [(row["op"], row["dtype"], row["mode"], row["backend"]) for row in found["rows"]]
-    assert keys == [
-        *(
-            (op, "bfloat16", mode, "cpu")
-            for op in ("adaln_residual_modulate", "window_attention")
-            for mode in some[0].modes
-        ),
-        *(("adaln_residual_modulate", "float32", mode, "cpu") for mode in some[0].modes),
-    ]
-    assert set(found["ceilings"]) == {"bfloat16", "float32"}
+    ran = [(dtype, op) for dtype in ("bfloat16", "float32") for op in ("adaln_residual_modulate", "window_attention")]
+    keys = [(row["dtype"], row["op"], row["mode"], row["backend"]) for row in found["rows"]]
+    assert keys == [(*key, mode, "cpu") for key in ran for mode in cases.GPU_MODES]
+    assert found["ceilings"] == {"bfloat16": PEAK, "float32": PEAK}
     for row in found["rows"]:
         assert row["deterministic"] is True
         assert 0 <= row["error_ratio"] <= 1
@@ -76,12 +87,20 @@ def test_report_writes_the_file_after_every_row(tmp_path: Path, monkeypatch: pyt
         assert "cpu" not in row["baselines"]
 
 
+def test_the_plan_begins_with_what_matters_most() -> None:
+    found = gpu_report.plan(cases.GPU_CASES)
+    assert found[: len(cases.GPU_CASES)] == [("bfloat16", i) for i in range(len(cases.GPU_CASES))]
+    assert found[len(cases.GPU_CASES) :] == [("float32", i) for i, case in enumerate(cases.GPU_CASES) if case.quick]
+    assert gpu_report.plan(cases.chosen("adaln_lora", None, False, "cuda")) == [("bfloat16", 9), ("bfloat16", 12)]
+
+
 @needs_native
 @pytest.mark.usefixtures("quick")
 def test_report_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, _ = report_on(tmp_path, [BOTH["modulation"], BOTH["attention"]], seconds=0.0)
-    assert len(found["rows"]) == 1
+    assert found["rows"] == []
     assert "out of time" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @needs_native
@@ -98,6 +117,7 @@ def test_a_failing_case_does_not_stop_the_others(tmp_path: Path, monkeypatch: py
     found, failed = report_on(tmp_path, [BOTH["attention"], BOTH["modulation"]])
     assert {row["op"] for row in found["rows"]} == {"adaln_residual_modulate"}
     assert [text.split(": ", 1)[1] for text in failed] == ["cpu: RuntimeError: an illegal memory access"] * 2
+    assert found["failed"] == failed
 
 
 @needs_native
@@ -212,11 +232,90 @@ def test_report_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_report, "run", run)
+    monkeypatch.setattr(gpu_watch, "watched", lambda *asked: asked)
     monkeypatch.setattr(gpu_tests, "run", lambda files, seconds, say: [passed])
     arguments = ["gpu-report", "--out", str(tmp_path / "out"), "--minutes", "2", "--readme", str(readme)]
     assert benchmark.main(arguments) == 1  # not one test of the cuda backend ran
     assert seen["seconds"] == 120
-    assert seen["effort"].backends == ("triton", "cuda", "flash")
-    assert seen["cases"] == cases.GPU_CASES
+    effort = measure.Effort(False, ("triton", "cuda", "flash"))
+    assert seen["measured"](9.0) == (gpu_report.plan(cases.GPU_CASES), effort, "cuda", 9.0)
     assert readme.read_text().startswith(f"a\n{verified.MARKS[0]}\nWritten by `python -m benchmarks` on A machine")
     assert benchmark.main([*arguments[:2], str(tmp_path / "again"), "--no-tests"]) == 0
+
+
+# ---- a process of its own -------------------------------------------------------------------------------------------
+
+CHILD = """
+import json, os, sys, time
+for position, (dtype, index) in enumerate(json.load(sys.stdin)["plan"]):
+    print(json.dumps({"begin": position}), flush=True)
+    if index == 1:
+        os._exit(7)
+    if index == 2:
+        time.sleep(60)
+    if index == 3:
+        print(json.dumps({"failed": "an illegal memory access"}), flush=True)
+        sys.exit(3)
+    print(json.dumps({"row": index}), flush=True)
+"""
+
+
+def watched(indices: list[int], seconds: float = 100.0, code: str = CHILD) -> list[gpu_child.Message]:
+    child = (gpu_watch.CHILD[0], "-c", code)
+    plan = [("bfloat16", i) for i in indices]
+    return list(gpu_watch.watched(plan, QUICK, "cpu", time.monotonic() + seconds, case_seconds=3.0, child=child))
+
+
+def test_a_crash_or_a_hang_costs_one_case() -> None:
+    assert watched([0, 1, 0, 2, 3, 0, 1]) == [
+        {"row": 0},
+        {"failed": "('bfloat16', 1): the process ended with status 7"},
+        {"row": 0},
+        {"failed": "('bfloat16', 2): stopped, it took more than 3 s"},
+        {"failed": "an illegal memory access"},
+        {"row": 0},
+        {"failed": "('bfloat16', 1): the process ended with status 7"},
+    ]
+
+
+def test_a_process_that_never_begins_is_not_started_again() -> None:
+    assert watched([0, 0, 0], code="raise SystemExit(1)") == [
+        {"failed": "('bfloat16', 0): the process ended with status 1"}
+    ]
+
+
+def test_nothing_outlives_the_deadline() -> None:
+    start = time.monotonic()
+    assert watched([0, 2, 0], seconds=1.0) in ([{"row": 0}], [])
+    assert time.monotonic() - start < 3.0
+
+
+@pytest.mark.parametrize(("works", "status", "told"), [(True, 0, 2), (False, gpu_child.UNUSABLE, 1)])
+def test_a_gpu_that_is_lost_ends_the_process(
+    works: bool, status: int, told: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def synchronize() -> None:
+        if not works:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def messages(*_: Any) -> Iterator[gpu_child.Message]:
+        print("a library says something")
+        yield from ({"failed": "a kernel"}, {"row": 1})
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(gpu_child, "messages", messages)
+    asked = {"plan": [["bfloat16", 0]], "quick": True, "backends": ["triton"], "device": "cuda"}
+    monkeypatch.setattr(gpu_child.sys, "stdin", io.StringIO(json.dumps(asked)))
+    monkeypatch.setattr(gpu_child.sys, "stdout", os.fdopen(os.dup(2), "w"))
+    assert gpu_child.main() == status
+    lines = capfd.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines] == [{"failed": "a kernel"}, {"row": 1}][:told]
+
+
+@needs_native
+def test_the_measuring_process_itself() -> None:
+    """On the CPU, with a case that is small enough: messages arrive, and nothing else on that pipe."""
+    (index,) = (i for i, case in enumerate(cases.GPU_CASES) if case.name == "24 layers, rank 2")
+    found = list(gpu_watch.watched([("float32", index)], QUICK, "cpu", time.monotonic() + 150.0))
+    assert list(found[0]["ceilings"]) == ["float32"]
+    assert [(m["row"]["mode"], m["row"]["backend"]) for m in found[1:]] == [(mode, "cpu") for mode in cases.GPU_MODES]
