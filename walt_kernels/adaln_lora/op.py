@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import Backend, backend, register
 from .._library import define
 from . import native, reference
+
+if _triton.triton is not None:
+    from . import triton_kernels
+else:
+    triton_kernels = None  # type: ignore[assignment]
 
 _ops = torch.ops.walt_kernels
 
@@ -26,11 +31,17 @@ def _cpu_unsupported(**inputs: Any) -> str | None:
     return _native.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
+def _triton_unsupported(**inputs: Any) -> str | None:
+    return _triton.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
+
+
 def register_ops(**prepare: Callable[..., dict[str, Any]]) -> None:
     """Registers the backends of every op with the function that validates its calls."""
     for name, validate in prepare.items():
         cpu = Backend("cpu", _cpu_unsupported, getattr(native, name), getattr(native, f"{name}_backward"))
-        register(name, validate, [cpu, Backend("reference", lambda **inputs: None, getattr(reference, name))])
+        forward, backward = (getattr(triton_kernels, function, None) for function in (name, f"{name}_backward"))
+        gpu = Backend("triton", _triton_unsupported, forward, backward, _triton.OPT_IN)  # type: ignore[arg-type]
+        register(name, validate, [gpu, cpu, Backend("reference", lambda **inputs: None, getattr(reference, name))])
 
 
 def _frames(rows: Tensor) -> int:
