@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what it must find wrong, that it sees every tile, and that its types are a launch's own."""
+"""Ahead-of-time compilation: what it must find wrong, that it sees every tile, that its types are those of a launch."""
 
 from __future__ import annotations
 
