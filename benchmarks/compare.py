@@ -23,6 +23,7 @@ from typing import Any
 from .cases import CASES, Case, chosen
 from .machine import ROOT, machine, sentence
 from .ops import room
+from .say import say
 
 Times = dict[str, float | None]  # case, dtype and mode -> ms; None where that side cannot run it
 LEAST_NOISE = 0.02  # below this, nothing is called faster or slower
@@ -166,10 +167,6 @@ def time_tree(tree: Path, cases: list[Case]) -> Times:
         )
         result: Any = json.loads(child.stdout)
         return dict(result)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Subject:
     inputs: dict[str, Any]
     contenders: dict[str, Contender]
     notes: tuple[str, ...] = ()
+    ours: tuple[str, ...] = ("ours",)  # which contenders are ours: the default choice, or backends by name
 
     def call(self, name: str, mode: str) -> Callable[[], object]:
         return step(self.contenders[name].function, self.inputs, mode)
@@ -56,24 +57,48 @@ def step(function: Callable[..., Any], inputs: dict[str, Any], mode: str) -> Cal
     wanted = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
     cotangents: list[Tensor] = []
 
-    def both() -> object:
+    def run() -> tuple[Tensor, ...]:
         outputs = function(**inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not cotangents:
             cotangents.extend(torch.randn_like(output) for output in outputs)
+        return outputs
+
+    def both() -> object:
+        outputs = run()
         return outputs, torch.autograd.grad(outputs, wanted, cotangents)
 
-    return both
+    kept: list[Tensor] = []
+
+    def backward() -> object:
+        """The first call runs forward as well; its graph is kept for all that follow."""
+        if not kept:
+            kept.extend(run())
+        return torch.autograd.grad(kept, wanted, cotangents, retain_graph=True)
+
+    return backward if mode == "backward" else both
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """All tensors that a call returned."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in tensors_of(part)] if isinstance(result, tuple | list) else []
+
+
+def on_backend(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """The same function with every op of it on ``backend``."""
+
+    def forced(**inputs: Any) -> Any:
+        with walt_kernels.use_backend(backend):
+            return function(**inputs)
+
+    return forced
 
 
 def on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with every op of it on plain PyTorch."""
-
-    def forced(**inputs: Any) -> Any:
-        with walt_kernels.use_backend("reference"):
-            return function(**inputs)
-
-    return forced
+    return on_backend(function, "reference")
 
 
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,9 +127,9 @@ def preflight(small: Subject, mode: str, scale: float, limit: float, device: str
     reasons: dict[str, str] = {}
     estimates: dict[str, float] = {}
     for name, contender in small.contenders.items():
-        if mode == "forward+backward" and contender.forward_only:
+        if mode.endswith("backward") and contender.forward_only:
             reasons[name] = f"forward only: {contender.forward_only}"
-        elif name != "ours" and not contender.compiled:
+        elif name not in small.ours and not contender.compiled:
             try:
                 estimates[name] = estimate(small.call(name, mode), scale, limit, device)
             except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """What this machine reaches on a plain copy (GB/s, read + write) and on a plain matrix product (GFLOP/s).
 
-    A 16-bit product may be emulated and slower than float32 by orders of magnitude; both are tried at a small size, and
-    the faster one ("product") is measured at the sizes that matter.
+    On a CPU a 16-bit product may be emulated and slower than float32 by orders of magnitude; both are tried at a small
+    size, and the faster one ("product") is measured at the sizes that matter.
     """
     source = torch.ones(64 << 20, device=device)
     target = torch.empty_like(source)
@@ -32,7 +33,8 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:
         a @ b
         return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5)) / 1e9
 
-    fastest = max({torch.float32, dtype}, key=lambda kind: product(256, kind))
+    tried = {torch.float32, dtype} if device == "cpu" else {dtype}
+    fastest = max(tried, key=lambda kind: product(256, kind))
     sizes = (512, 1024, 2048) if device == "cpu" else (4096, 8192)
     return {
         "gbps": 2 * source.nbytes / copy.p20 / 1e6,
@@ -50,12 +52,16 @@ def level(device: str = "cpu") -> str:
 
 def machine(device: str) -> dict[str, str]:
     """What must stand beside every number."""
+    versions = {}
+    if device == "cuda":
+        versions = {"driver": _driver(), "cudnn": str(torch.backends.cudnn.version()), "triton": _version("triton")}
     return {
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "isa": level(device),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
+        **versions,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
@@ -64,11 +70,29 @@ def machine(device: str) -> dict[str, str]:
 def sentence(machine: dict[str, str]) -> str:
     """The machine in one line."""
     isa = f" ({machine['isa']})" if "isa" in machine else ""
-    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != "1")
+    if "driver" in machine:
+        parts = {"driver": "driver", "CUDA": "cuda", "cuDNN": "cudnn", "Triton": "triton"}
+        where = ", ".join(f"{name} {machine[key]}" for name, key in parts.items())
+    else:
+        where = f"{machine['threads']} thread" + "s" * (machine["threads"] != "1")
     return (
-        f"{machine['hardware']}{isa}, {threads}, torch {machine['torch']}, "
-        f"commit {machine['commit']}, {machine['date']}"
+        f"{machine['hardware']}{isa}, {where}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}"
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()[0]
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def _processor() -> str:

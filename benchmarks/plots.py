@@ -18,8 +18,8 @@ COLOURS = {  # chosen to stay apart for colour-blind readers
     "adaln_lora": "#7a4fa3",
     "training_step": "#6b7280",
 }
-MARKERS = {"forward": "o", "forward+backward": "s"}
-SHADES = {"forward": 0.5, "forward+backward": 1.0, "step": 1.0}
+MARKERS = {"forward": "o", "backward": "v", "forward+backward": "s"}
+SHADES = {"forward": 0.5, "backward": 0.75, "forward+backward": 1.0, "step": 1.0}
 
 
 def pyplot() -> Any:
@@ -56,7 +56,7 @@ def bars(plt: Any, rows: list[Row], dtype: str, machine: dict[str, str]) -> Any:
     """One bar per case and mode, on a logarithmic axis: twice as fast is as far from 1 as half as fast."""
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.3 * len(rows)))
     places, labels, place = [], [], 0.0
-    last = None
+    last, several = None, len({row["backend"] for row in rows if row["op"] != "training_step"}) > 1
     for row in rows:
         place += 0.85 if last == (row["op"], row["case"]) else 1.3 if last and last[0] == row["op"] else 1.9
         last = (row["op"], row["case"])
@@ -74,7 +74,7 @@ def bars(plt: Any, rows: list[Row], dtype: str, machine: dict[str, str]) -> Any:
             color=INK,
         )
         places.append(place)
-        labels.append(f"{row['case']}  {row['mode']}")
+        labels.append(f"{row['case']}  {row['mode']}" + f"  {row['backend']}" * several)
     axes.set_yticks(places, labels, fontsize=8)
     axes.invert_yaxis()
     _logarithmic(axes, min(row["speedup"] for row in rows), max(row["speedup"] for row in rows))
@@ -119,7 +119,7 @@ def roofline(plt: Any, rows: list[Row], dtype: str, machine: dict[str, str], pea
     )
     for row, flops_per_byte in zip(points, intensity, strict=False):
         colour = COLOURS.get(row["op"], INK)
-        filled = row["mode"] == "forward+backward"
+        filled = row["mode"] != "forward"
         axes.plot(
             flops_per_byte,
             row["gflops"],
@@ -146,8 +146,9 @@ def roofline(plt: Any, rows: list[Row], dtype: str, machine: dict[str, str], pea
         line([], [], marker="o", linestyle="", color=COLOURS.get(op, INK), label=op)
         for op in dict.fromkeys(row["op"] for row in points)
     ]
-    for mode, marker in MARKERS.items():
-        face = INK if mode == "forward+backward" else PAPER
+    for mode in dict.fromkeys(row["mode"] for row in points):
+        marker = MARKERS[mode]
+        face = INK if mode != "forward" else PAPER
         entries.append(line([], [], marker=marker, linestyle="", color=INK, markerfacecolor=face, label=mode))
     axes.legend(handles=entries, loc="lower right", fontsize=8, edgecolor=GRID)
     _dress(axes, f"Roofline, {dtype}", machine)

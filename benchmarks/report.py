@@ -23,21 +23,22 @@ COLUMNS = {
 def line(row: Row) -> str:
     """One row while the benchmark runs."""
     return (
-        f"{row['op']:<24} {row['case']:<30} {row['mode']:<17} {row['dtype']:<9} {row['ms']:9.2f} ms "
-        f"{row['speedup']:6.2f}x over {row['best_baseline']}"
+        f"{row['op']:<24} {row['case']:<30} {row['mode']:<17} {row['dtype']:<9} {row['ms']:9.3f} ms "
+        f"{row['speedup']:6.2f}x over {row['best_baseline']}, {row['backend']}"
     )
 
 
 def table(rows: list[Row]) -> str:
     """All rows as Markdown."""
     head = ["op", "case", "mode", "dtype", "backend", "ms", "fastest baseline", "its ms", "speedup"]
-    lines = _head([*head, "GFLOP/s", "GB/s", "of peak", "MiB"])
+    lines = _head([*head, "GFLOP/s", "GB/s", "of peak", "H200 floor ms", "MiB"])
     for row in rows:
         base = row["baselines"][row["best_baseline"]]
         gbps, memory = ("-" if row.get(name) is None else f"{row[name]:.1f}" for name in ("gbps", "peak_memory"))
-        cells = [row["op"], row["case"], row["mode"], row["dtype"], row["backend"], f"{row['ms']:.2f}"]
-        cells += [row["best_baseline"], f"{base:.2f}", f"{row['speedup']:.2f}x", f"{row['gflops']:.0f}", gbps]
-        lines.append(_cells([*cells, f"{row['share_of_peak']:.0%}", memory]))
+        cells = [row["op"], row["case"], row["mode"], row["dtype"], row["backend"], f"{row['ms']:.3f}"]
+        cells += [row["best_baseline"], f"{base:.3f}", f"{row['speedup']:.2f}x", f"{row['gflops']:.0f}", gbps]
+        floor = "-" if row.get("h200_floor_ms") is None else f"{row['h200_floor_ms']:.4f}"
+        lines.append(_cells([*cells, f"{row['share_of_peak']:.0%}", floor, memory]))
     return "\n".join(lines)
 
 
@@ -112,15 +113,15 @@ def _cell(row: Row | None) -> str:
     return "-" if row is None else f"{row['ms']:.2f} ms, {row['speedup']:.2f}x"
 
 
-def split(readme: Path) -> tuple[str, str]:
+def split(readme: Path, marks: tuple[str, str] = (BEGIN, END)) -> tuple[str, str]:
     """What stands before the part that ``rewrite`` writes, and what after it; ValueError without the two markers."""
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} has no single pair of lines {BEGIN} and {END} to write between")
-    return text.split(BEGIN)[0], text.split(END)[1]
+    text, (begin, end) = readme.read_text(), marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{readme} has no single pair of lines {begin} and {end} to write between")
+    return text.split(begin)[0], text.split(end)[1]
 
 
-def rewrite(readme: Path, results: dict[str, Any]) -> None:
-    """Puts ``section`` between README's two markers; everything else stays, byte for byte."""
-    before, after = split(readme)
-    readme.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}")
+def rewrite(readme: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
+    """Puts ``text`` between README's two markers; everything else stays, byte for byte."""
+    before, after = split(readme, marks)
+    readme.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")

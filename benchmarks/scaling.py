@@ -25,11 +25,15 @@ def growths(
         base = group["base"]
         if op not in (None, base.op):
             continue
-        for case in group.values():
-            workshop(case).check(case, dtype, device, dtype is torch.float32)
-        subjects = {size: workshop(case).subject(case, dtype, device, True) for size, case in group.items()}
+        subjects = {
+            size: workshop(case).subject(case, dtype, device, True, effort.backends) for size, case in group.items()
+        }
+        if not all(subject.ours for subject in subjects.values()):
+            continue  # none of the backends that were named takes this op
+        for size, case in group.items():
+            workshop(case).check(case, dtype, device, dtype is torch.float32, subjects[size].ours[0])
         for mode in base.modes:
-            calls = {size: subject.call("ours", mode) for size, subject in subjects.items()}
+            calls = {size: subject.call(subject.ours[0], mode) for size, subject in subjects.items()}
             times = interleaved(calls, device=device, seconds=effort.seconds)
             for size, case in group.items():
                 if size != "base":

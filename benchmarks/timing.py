@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ SLOW = 25.0  # times the pace of the first function,
 SECONDS = 0.5  # and longer than this: such a function is slow
 LEAST, FEW = 5, 2  # calls of a function that is timed, and of a slow one
 PATIENCE = 5.0  # times the planned seconds
+LEAST_FLUSH = 256 << 20  # bytes
+HEAD_START = 1_500_000  # cycles of a GPU, about a millisecond
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,31 @@ class Times:
     calls: int
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+@functools.cache
+def _flush() -> torch.Tensor:
+    """A buffer that is larger than the GPU's second-level cache."""
+    cache = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)
+    return torch.empty(max(4 * cache, LEAST_FLUSH), dtype=torch.int8, device="cuda")
 
 
 def seconds_of(function: Callable[[], object], device: str = "cpu") -> float:
-    """One call."""
-    synchronize(device)
-    start = time.perf_counter()
+    """One call. On a GPU: of device time, with nothing in the second-level cache.
+
+    There the device is kept busy at first, so that the host has enqueued the call before the clock starts: time is that
+    of the kernels, as in a training step whose queue is full.
+    """
+    if device != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    _flush().zero_()
+    begin.record()
     function()
-    synchronize(device)
-    return time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def interleaved(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from walt_kernels.window_attention.reference import bias_of
@@ -16,6 +18,14 @@ from .contender import Contender
 
 Window = tuple[int, int, int]
 Attend = Callable[..., Tensor]  # q, k, v [B * windows, heads, tokens, dim], the window, the table, the flags
+
+CPU_KERNELS: dict[str, SDPBackend | None] = {"": None}
+GPU_KERNELS = {
+    " efficient": SDPBackend.EFFICIENT_ATTENTION,
+    " cuDNN": SDPBackend.CUDNN_ATTENTION,
+    " flash": SDPBackend.FLASH_ATTENTION,
+    " math": SDPBackend.MATH,
+}
 
 
 def _partition(x: Tensor, window: Window) -> Tensor:
@@ -38,28 +48,60 @@ def _frames(x: Tensor) -> Tensor:
     return x.flatten(2, 3).flatten(0, 1).transpose(1, 2)
 
 
-def _normed(q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor) -> tuple[Tensor, Tensor]:
+def _normed(q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> tuple[Tensor, Tensor]:
+    if q_norm is None or k_norm is None:
+        return q, k
     q, k = (F.layer_norm(x, x.shape[-1:], eps=1e-6) * norm.to(x.dtype) for x, norm in ((q, q_norm), (k, k_norm)))
     return q, k
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: Window, table: Tensor, image: Tensor | None) -> Tensor:
-    bias = bias_of(table, window, window).to(q.dtype)
-    if image is not None:  # each sample's own mask, folded into the bias of each of its windows
-        alone = torch.full_like(bias[0], float("-inf")).fill_diagonal_(0)
-        masks = torch.where(image[:, None, None], alone, torch.zeros((), dtype=bias.dtype, device=bias.device))
-        bias = (bias + masks[:, None]).repeat_interleave(len(q) // len(image), 0)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+def _bias(table: Tensor, window: Window, image: Tensor | None, like: Tensor) -> Tensor:
+    """[heads, N, N], or [windows, heads, N, N] with each sample's own mask folded in."""
+    bias = bias_of(table, window, window).to(like.dtype)
+    if image is None:
+        return bias
+    alone = torch.full_like(bias[0], float("-inf")).fill_diagonal_(0)
+    masks = torch.where(image[:, None, None], alone, torch.zeros((), dtype=bias.dtype, device=bias.device))
+    return (bias + masks[:, None]).repeat_interleave(len(like) // len(image), 0)
 
 
-def _flex(compiled: Callable[..., Any]) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor, window: Window, table: Tensor, image: Tensor | None) -> Tensor:
-        t, h, w = window
+def _sdpa(kernel: SDPBackend | None = None) -> Attend:
+    """With the kernel that PyTorch chooses, or with one of its kernels."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: Window, table: Tensor | None, image: Tensor | None) -> Tensor:
+        bias = None if table is None else _bias(table, window, image, q)
+        with nullcontext() if kernel is None else sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    return attend
+
+
+def _gathered(window: Window, table: Tensor) -> Callable[..., Tensor]:
+    """The bias of a pair of tokens, looked up in the table by their offset."""
+    t, h, w = window
+
+    def bias(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        dt, dh, dw = i // (h * w) - j // (h * w), i // w % h - j // w % h, i % w - j % w
+        return table[head, dt + t - 1, dh + h - 1, dw + w - 1]
+
+    return bias
+
+
+def _expanded(window: Window, table: Tensor) -> Callable[..., Tensor]:
+    """The bias of a pair of tokens from all N x N of them, made once."""
+    full = bias_of(table, window, window)
+    return lambda head, i, j: full[head, i, j]
+
+
+def _flex(compiled: Callable[..., Any], bias_by: Callable[[Window, Tensor], Callable[..., Tensor]]) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: Window, table: Tensor | None, image: Tensor | None) -> Tensor:
+        if table is None:
+            return compiled(q, k, v)
         windows = len(q) // len(image) if image is not None else 1
+        bias = bias_by(window, table)
 
         def score(score: Tensor, b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            dt, dh, dw = i // (h * w) - j // (h * w), i // w % h - j // w % h, i % w - j % w
-            score = score + table[head, dt + t - 1, dh + h - 1, dw + w - 1]
+            score = score + bias(head, i, j)
             return score if image is None else torch.where(image[b // windows] & (i != j), float("-inf"), score)
 
         return compiled(q, k, v, score_mod=score)
@@ -75,9 +117,9 @@ def _windowed(attend: Attend) -> Callable[..., Tensor]:
         k: Tensor,
         v: Tensor,
         window: Window,
-        bias_table: Tensor,
-        q_norm: Tensor,
-        k_norm: Tensor,
+        bias_table: Tensor | None = None,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
         image: Tensor | None = None,
     ) -> Tensor:
         parts = (_partition(x, window) for x in (*_normed(q, k, q_norm, k_norm), v))
@@ -86,28 +128,53 @@ def _windowed(attend: Attend) -> Callable[..., Tensor]:
     return op
 
 
-def _views(q: Tensor, k: Tensor, v: Tensor, window: Window, bias_table: Tensor, **norms: Tensor) -> Tensor:
-    parts = (_frames(x) for x in (*_normed(q, k, **norms), v))
-    return _sdpa(*parts, window, bias_table, None).transpose(1, 2).reshape(v.shape)
+def _views(attend: Attend) -> Callable[..., Tensor]:
+    """The op around ``attend`` where a window is a frame."""
+
+    def op(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: Window,
+        bias_table: Tensor | None = None,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+    ) -> Tensor:
+        parts = (_frames(x) for x in (*_normed(q, k, q_norm, k_norm), v))
+        return attend(*parts, window, bias_table, None).transpose(1, 2).reshape(v.shape)
+
+    return op
 
 
-def _videos_only(
-    q: Tensor, k: Tensor, v: Tensor, window: Window, bias_table: Tensor, image: Tensor, **norms: Tensor
-) -> Tensor:
+def _videos_only(attend: Attend) -> Callable[..., Tensor]:
     """What the careful user writes: attention on the samples that need it (here the first ones), v for the others."""
-    videos = int((~image).sum())
-    some = (x[:videos] for x in (q, k, v))
-    return torch.cat([_windowed(_sdpa)(*some, window, bias_table, **norms), v[videos:]])
+
+    def op(
+        q: Tensor, k: Tensor, v: Tensor, window: Window, bias_table: Tensor, image: Tensor, **norms: Tensor
+    ) -> Tensor:
+        videos = int((~image).sum())
+        some = (x[:videos] for x in (q, k, v))
+        return torch.cat([_windowed(attend)(*some, window, bias_table, **norms), v[videos:]])
+
+    return op
 
 
 def baselines(inputs: dict[str, Any]) -> dict[str, Contender]:
-    """Functions of the same keyword arguments as the op."""
+    """Functions of the same keyword arguments as the op. On a GPU, each of PyTorch's attention kernels."""
     on_cpu = inputs["q"].device.type == "cpu"
     refused = "FlexAttention has no backward pass on a CPU" if on_cpu else ""
-    flex = _windowed(_flex(torch.compile(flex_attention, dynamic=False)))
-    found = {"partition + SDPA": Contender(_windowed(_sdpa))}
+    layouts = {"partition": _windowed}
     if "image" in inputs:
-        found["partition + SDPA, videos only"] = Contender(_videos_only)
+        layouts["videos only, partition"] = _videos_only
     elif inputs["window"] == (1, *inputs["q"].shape[2:4]):
-        found["views + SDPA"] = Contender(_views)
-    return {**found, "FlexAttention": Contender(flex, compiled=True, forward_only=refused)}
+        layouts["views"] = _views
+    found = {
+        f"{layout} + SDPA{label}": Contender(wrap(_sdpa(kernel)))
+        for label, kernel in (CPU_KERNELS if on_cpu else GPU_KERNELS).items()
+        for layout, wrap in layouts.items()
+    }
+    biases = {"": _gathered, ", expanded bias": _expanded} if "bias_table" in inputs else {"": _gathered}
+    for label, bias in biases.items():
+        flex = _windowed(_flex(torch.compile(flex_attention, dynamic=False), bias))
+        found[f"FlexAttention{label}"] = Contender(flex, compiled=True, forward_only=refused)
+    return found

@@ -150,10 +150,9 @@ def test_without_the_native_module_the_reason_is_told(monkeypatch: pytest.Monkey
 def test_opt_in_backend_runs_only_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     op = "adaln_residual"
     registered = _dispatch._ops[op]
-    trial = _dispatch.Backend(
-        "triton", lambda **inputs: None, registered.backends[0].forward, opt_in="not yet run on a GPU"
-    )
-    monkeypatch.setitem(_dispatch._ops, op, _dispatch.Op(registered.prepare, (trial, *registered.backends)))
+    others = [backend for backend in registered.backends if backend.name != "triton"]
+    trial = _dispatch.Backend("triton", lambda **inputs: None, others[0].forward, opt_in="not yet run on a GPU")
+    monkeypatch.setitem(_dispatch._ops, op, _dispatch.Op(registered.prepare, (trial, *others)))
     args, kwargs = sample_call(op)
     inputs = _dispatch.prepare(op, *args, **kwargs)
     assert wk.explain(op, *args, **kwargs)["triton"] == "not yet run on a GPU"

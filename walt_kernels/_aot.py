@@ -195,6 +195,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m walt_kernels aot", description=__doc__.splitlines()[0].split(": ")[1])
     parser.add_argument("--op", choices=OPS, action="append", help="default: all")
     parser.add_argument("--arch", choices=list(TARGETS), action="append", help="default: all")
+    parser.add_argument("--quiet", action="store_true", help="print only kernels that fail, and the sums")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     if _triton.triton is None:
@@ -204,12 +205,15 @@ def main(arguments: list[str]) -> int:
         print("TRITON_INTERPRET=1 runs kernels in Python; unset it to compile them")
         return 1
     width = "{:<17} {:<28} {:<7} {:>5} {:>6} {:>6} {:>7}  {:<16} {}"
-    print(width.format("op", "kernel", "target", "warps", "regs", "spills", "shared", "products", "first call"))
+    if not options.quiet:
+        print(width.format("op", "kernel", "target", "warps", "regs", "spills", "shared", "products", "first call"))
     failed = total = 0
     for op, kernel, used in check(options.op or OPS, options.arch or list(TARGETS), options.jobs):
         total += 1
         failed += used.problem is not None
         row = (op, kernel.name, kernel.architecture, kernel.warps, used.registers, used.spilled, used.shared)
-        print(width.format(*row, used.products or "-", kernel.call + (f"  FAILS: {used.problem}" * bool(used.problem))))
+        if used.problem or not options.quiet:
+            call = kernel.call + (f"  FAILS: {used.problem}" if used.problem else "")
+            print(width.format(*row, used.products or "-", call))
     print(f"{total} kernels with Triton {_triton.triton.__version__}, {failed} of them fail")
     return int(failed > 0)

@@ -153,6 +153,6 @@ def pick(table: Table, key: tuple[Any, ...], device: torch.device, trial: Callab
     chosen = choices.get(target(device).architecture, choices["any"])
     if trial is None or _recorded is not None or os.environ.get("WALT_KERNELS_AUTOTUNE") != "1":
         return chosen
-    from . import _autotune
+    from ._autotune import fastest
 
-    return _autotune.fastest(table, key, chosen, device, trial)
+    return fastest(table, key, chosen, device, trial)

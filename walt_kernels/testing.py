@@ -146,6 +146,15 @@ def embed(tensor: Tensor, layout: str) -> Tensor:
     return result.requires_grad_(requires_grad)
 
 
+def move(value: Any, device: str | torch.device) -> Any:
+    """The same values in the same layout, surroundings included, on another device; what is no tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    memory = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.detach().untyped_storage())
+    moved = memory.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+    return moved.requires_grad_(value.requires_grad)
+
+
 def sample_call(
     op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

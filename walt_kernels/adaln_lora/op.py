@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import Backend, backend, register
 from .._library import define
 from . import cuda, native, reference
+
+if _triton.triton is not None:
+    from . import triton_kernels
+else:
+    triton_kernels = None  # type: ignore[assignment]
 
 _ops = torch.ops.walt_kernels
 
@@ -30,15 +35,22 @@ def _cuda_unsupported(**inputs: Any) -> str | None:
     return _native.cuda_unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
+def _triton_unsupported(**inputs: Any) -> str | None:
+    return _triton.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
+
+
+def _kernels(functions: Any, name: str) -> tuple[Any, Any]:
+    """An op's forward and backward; None where Triton is missing, and then nobody calls them."""
+    return getattr(functions, name, None), getattr(functions, f"{name}_backward", None)
+
+
 def register_ops(**prepare: Callable[..., dict[str, Any]]) -> None:
     """Registers the backends of every op with the function that validates its calls."""
     for name, validate in prepare.items():
-        gpu, cpu = (
-            (getattr(kernels, name), getattr(kernels, f"{name}_backward")) for kernels in (cuda.KERNELS, native.KERNELS)
-        )
         backends = [
-            Backend("cuda", _cuda_unsupported, *gpu, opt_in=_native.CUDA_OPT_IN),
-            Backend("cpu", _cpu_unsupported, *cpu),
+            Backend("cuda", _cuda_unsupported, *_kernels(cuda.KERNELS, name), opt_in=_native.CUDA_OPT_IN),
+            Backend("triton", _triton_unsupported, *_kernels(triton_kernels, name), opt_in=_triton.OPT_IN),
+            Backend("cpu", _cpu_unsupported, *_kernels(native.KERNELS, name)),
             Backend("reference", lambda **inputs: None, getattr(reference, name)),
         ]
         register(name, validate, backends)

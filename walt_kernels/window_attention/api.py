@@ -10,7 +10,7 @@ import torch
 
 from .._dispatch import select
 from .._library import autocast
-from . import op, reference
+from . import flash, op, reference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -82,6 +82,8 @@ def window_attention(
     chosen = select("window_attention", inputs)
     if chosen == "reference":
         return reference.window_attention(**inputs)
+    if chosen == "flash":
+        return flash.window_attention(**inputs)
     return torch.ops.walt_kernels.window_attention(*inputs.values(), chosen)[0]
 
 

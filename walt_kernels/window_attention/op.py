@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native
 from .._dispatch import Backend, backend, register
 from .._library import define
-from . import native, reference
+from . import flash, native, reference
 
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, int[3] window, Tensor? bias_table, Tensor? image, Tensor? q_norm, Tensor? k_norm, "
@@ -30,6 +30,7 @@ def register_op(prepare: Any) -> None:
         "window_attention",
         prepare,
         [
+            Backend("flash", flash.unsupported, flash.window_attention, opt_in=flash.OPT_IN),
             Backend("cpu", _unsupported, native.window_attention, native.window_attention_backward),
             Backend("reference", lambda **inputs: None, reference.window_attention),
         ],

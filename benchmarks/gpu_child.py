@@ -1,0 +1,68 @@
+"""What ``gpu_watch`` starts: measures a plan and prints a message in JSON for everything that it has to tell.
+
+A kernel that reads outside of its memory leaves a process that can use the GPU no more, so the measurements have their
+own, which ends there and is started again behind that case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .cases import GPU_CASES, Case
+from .contender import first_line
+from .machine import ceilings
+from .measure import Effort, rows_of
+
+Message = dict[str, Any]  # one of: begin (position in the plan), ceilings (by dtype), row, failed (text)
+Plan = list[tuple[str, int]]  # dtype, and index into the cases
+
+UNUSABLE = 3  # exit status
+
+
+def messages(plan: Plan, cases: list[Case], effort: Effort, device: str) -> Iterator[Message]:
+    """All rows in the plan's order; a case that fails is told, and the next one begins."""
+    peaks: dict[str, dict[str, Any]] = {}
+    for position, (name, index) in enumerate(plan):
+        yield {"begin": position}
+        dtype, case = getattr(torch, name), cases[index]
+        try:
+            if name not in peaks:
+                peaks[name] = ceilings(device, dtype)
+                yield {"ceilings": {name: peaks[name]}}
+            for row in rows_of(case, dtype, device, peaks[name], effort):
+                yield {"row": row}
+        except Exception as error:
+            reason = str(error) if isinstance(error, AssertionError) else first_line(error)
+            yield {"failed": f"{case.op}, {case.name}, {name}: {reason}"}
+
+
+def usable(device: str) -> bool:
+    if device != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+        return True
+    except RuntimeError:
+        return False
+
+
+def main() -> int:
+    wanted = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no message
+    effort = Effort(wanted["quick"], tuple(wanted["backends"]))
+    for message in messages(wanted["plan"], GPU_CASES, effort, wanted["device"]):
+        print(json.dumps(message), file=out, flush=True)
+        if "failed" in message and not usable(wanted["device"]):
+            return UNUSABLE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

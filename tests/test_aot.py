@@ -1,0 +1,108 @@
+"""Ahead-of-time compilation: what it must find wrong, that it sees every tile, that its types are those of a launch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from walt_kernels import _triton
+
+if _triton.triton is None:
+    pytest.skip(str(_triton.reason), allow_module_level=True)
+if _triton.INTERPRET:
+    pytest.skip("kernels are interpreted, not compiled, under TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from walt_kernels import _aot
+from walt_kernels._triton import TARGETS, Launch, Tile
+
+OPS = [op for op in _aot.OPS if importlib.util.find_spec(f"walt_kernels.{op}.triton_aot")]
+
+
+@triton.jit
+def product_kernel(a, b, c, rows, stride, eps, SIZE: tl.constexpr, TWICE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    at = i[:, None] * stride + i[None, :]
+    total = tl.zeros((SIZE, SIZE), tl.float32) + eps
+    for first in range(0, rows, SIZE):
+        total = tl.dot(tl.load(a + at + first), tl.load(b + at + first * stride), total)
+    if TWICE:
+        total *= 2
+    tl.store(c + at, total)
+
+
+def kernel(architecture: str, size: int = 64, dtype: torch.dtype = torch.bfloat16, **options: Any) -> _aot.Kernel:
+    x, out = torch.empty(256, 256, dtype=dtype), torch.empty(256, 256)
+    arguments = {"a": x, "b": x, "c": out, "rows": 256, "stride": 256, "eps": 1e-6, "SIZE": size, "TWICE": True}
+    return _aot.specialise(Launch(product_kernel, arguments, Tile({}, **options)), "a call", architecture, {})
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_products_are_on_tensor_cores(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = _aot.compile_kernel(kernel(architecture))
+    assert used.problem is None
+    assert used.registers > 16
+    assert used.products
+    monkeypatch.setitem(_aot.TENSOR_CORES, architecture, "no_such_instruction")
+    assert _aot.compile_kernel(kernel(architecture)).problem == "its products are not on tensor cores"
+
+
+def test_spills_fail_beyond_their_budget() -> None:
+    wide = kernel("sm_80", size=128, warps=1)
+    used = _aot.compile_kernel(wide)
+    assert used.spilled > 0
+    assert used.problem == f"spills {used.spilled} bytes, budget 0"
+    budget = _aot.Kernel(**{**wide.__dict__, "spill_budget": used.spilled})
+    assert _aot.compile_kernel(budget).problem is None
+
+
+def test_shared_memory_beyond_the_targets_fails() -> None:
+    used = _aot.compile_kernel(kernel("sm_80", size=128, warps=8, stages=5))
+    assert used.shared > TARGETS["sm_80"].shared_bytes
+    assert used.problem == f"needs {used.shared} bytes of shared memory of {99 << 10}"
+
+
+def test_what_does_not_compile_is_a_line_of_the_table() -> None:
+    assert str(_aot.compile_kernel(kernel("sm_80", size=48)).problem).startswith("does not compile: ")
+
+
+def test_types_are_those_of_a_launch() -> None:
+    special = kernel("sm_90")
+    assert dict(special.signature) == {
+        **{"a": "*bf16", "b": "*bf16", "c": "*fp32", "rows": "i32", "stride": "i32", "eps": "fp32"},
+        **{"SIZE": "constexpr", "TWICE": "constexpr"},
+    }
+    assert dict(special.constants) == {"SIZE": 64, "TWICE": True}
+    assert special.divisible == ("a", "b", "c", "rows", "stride")
+    arguments = {"a": None, "b": None, "c": None, "rows": 1, "stride": 2**31, "eps": 0.5, "SIZE": 64, "TWICE": False}
+    special = _aot.specialise(Launch(product_kernel, arguments, Tile({})), "a call", "sm_90", {})
+    assert dict(special.constants) == {"a": None, "b": None, "c": None, "rows": 1, "SIZE": 64, "TWICE": False}
+    assert dict(special.signature)["stride"] == "i64"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_calls_reach_every_entry_of_the_tile_tables(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = importlib.import_module(f"walt_kernels.{op}.triton_tiles")
+    tables = {name: table for name, table in vars(tiles).items() if name.isupper() and isinstance(table, Mapping)}
+    entries = {
+        (name, key, architecture) for name, table in tables.items() for key in table for architecture in table[key]
+    }
+    reached = set()
+    pick = _triton.pick
+
+    def watched(table: Any, key: Any, device: Any, trial: Any = None) -> Tile:
+        name = next(name for name, known in tables.items() if known is table)
+        architecture = _triton.target(device).architecture
+        reached.add((name, key, architecture if architecture in table[key] else "any"))
+        return pick(table, key, device, trial)
+
+    monkeypatch.setattr(_triton, "pick", watched)
+    assert list(_aot.kernels(op, TARGETS))
+    assert entries
+    assert entries - reached == set()

@@ -1,0 +1,41 @@
+"""Tiles of the Triton kernels of the adaln ops."""
+
+from __future__ import annotations
+
+from .._triton import Table, Tile
+
+WIDEST = 4096  # rows up to here are held by one program
+
+
+def block_of(D: int) -> tuple[int, bool]:
+    """Columns of a block, and whether one block holds a row of D."""
+    if D > WIDEST:
+        return WIDEST // 2, False
+    return max(16, 1 << (D - 1).bit_length()), True
+
+
+def _rows(block: int, elements: int) -> Tile:
+    """A tile of about ``elements`` elements, eight for each thread: 16 bytes of a 16-bit tensor in one load."""
+    rows = max(1, elements // block)
+    return Tile({"ROWS": rows}, warps=max(1, min(16, rows * block // 256)))
+
+
+_BLOCKS = [1 << i for i in range(4, 13)]
+MODULATION: Table = {
+    **{("forward", block): {"any": _rows(block, 1024)} for block in _BLOCKS},
+    **{("backward", block): {"any": _rows(block, 2048)} for block in _BLOCKS},
+    ("row_means", WIDEST // 2): {"any": _rows(WIDEST // 2, 2048)},
+    ("finish",): {"any": Tile({"BLOCK_D": 128})},
+}
+
+
+def block_of_rank(rank: int) -> int:
+    return 16 if rank <= 16 else 32
+
+
+LORA: Table = {
+    **{("hidden", r): {"any": Tile({"BLOCK_R": r, "BLOCK_D": 128})} for r in (16, 32)},
+    **{("out", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 64})} for r in (16, 32)},
+    **{("up_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 64})} for r in (16, 32)},
+    **{("down_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_D": 64})} for r in (16, 32)},
+}
