@@ -40,13 +40,13 @@ bench: $(VENV)/.demo
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 	$(BIN)/mypy
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 # The sanitized module goes to its own folder; python itself is not instrumented, so the runtime is preloaded. Tests of the
 # PyTorch side of the ops (compilation, schemas) would only repeat themselves here. Where the processor has no AVX-512,
@@ -54,7 +54,7 @@ format: $(VENV)/.test
 SANITIZED := -k "not compile and not opcheck and not gradcheck"
 EMULATE := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo),0,1)
 sanitize: $(VENV)/.test
-	WALT_KERNELS_SANITIZE=1 WALT_KERNELS_EMULATE_AVX512=$(EMULATE) $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	WALT_KERNELS_SANITIZE=1 WALT_KERNELS_CUDA=0 WALT_KERNELS_EMULATE_AVX512=$(EMULATE) $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/pytest -q -p no:cacheprovider $(foreach op,$(OPS),tests/test_$(op).py) $(SANITIZED)
