@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import Backend, backend, register
 from .._library import define
 from . import flash, native, reference
+
+if _triton.triton is not None:
+    from . import triton_kernels
+else:
+    triton_kernels = None  # type: ignore[assignment]
 
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, int[3] window, Tensor? bias_table, Tensor? image, Tensor? q_norm, Tensor? k_norm, "
@@ -21,16 +26,23 @@ NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))
 DIFFERENTIABLE = ("q", "k", "v", "bias_table", "q_norm", "k_norm", "context_k", "context_v")
 
 
+def _triton_unsupported(**inputs: Any) -> str | None:
+    return _triton.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
+
+
 def _unsupported(**inputs: Any) -> str | None:
     return _native.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
 def register_op(prepare: Any) -> None:
+    names = ("window_attention", "window_attention_backward")
+    forward, backward = (getattr(triton_kernels, name, None) for name in names)
     register(
         "window_attention",
         prepare,
         [
             Backend("flash", flash.unsupported, flash.window_attention, opt_in=flash.OPT_IN),
+            Backend("triton", _triton_unsupported, forward, backward, _triton.OPT_IN),  # type: ignore[arg-type]
             Backend("cpu", _unsupported, native.window_attention, native.window_attention_backward),
             Backend("reference", lambda **inputs: None, reference.window_attention),
         ],

@@ -1,0 +1,21 @@
+"""Tiles of the Triton kernels of window attention, by (kernel, bits of a number, width of a row, rows that fit N)."""
+
+from __future__ import annotations
+
+from .._triton import Table, Tile
+
+
+def _tile(m: int, n: int, warps: int = 4, stages: int = 2) -> Tile:
+    return Tile({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+
+
+TABLE: Table = {
+    ("forward", 16, 64, 64): {"any": _tile(64, 64)},
+    ("forward", 16, 64, 128): {"any": _tile(128, 64, 8)},
+    ("forward", 16, 128, 64): {"any": _tile(64, 64)},
+    ("forward", 16, 128, 128): {"any": _tile(128, 64, 8)},
+    ("forward", 16, 256, 64): {"any": _tile(64, 32, 8)},
+    ("forward", 16, 256, 128): {"any": _tile(64, 32, 8)},
+    **{("forward", 32, w, r): {"any": _tile(32, 32)} for w in (64, 128) for r in (64, 128)},
+    **{("forward", 32, 256, r): {"any": _tile(16, 16)} for r in (64, 128)},
+}
