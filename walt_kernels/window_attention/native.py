@@ -56,7 +56,7 @@ def window_attention(**inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def window_attention_backward(
-    grad: Tensor, lse: Tensor, inputs: dict[str, Any], names: Sequence[str], wanted: Sequence[bool]
+    grad: Tensor, out: Tensor, lse: Tensor, inputs: dict[str, Any], names: Sequence[str], wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of the inputs ``names``; those not wanted have zero elements."""
     sources = [inputs[name] for name in names]

@@ -60,7 +60,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, *output)
     ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -71,9 +71,9 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
     wanted = [needed[name] for name in DIFFERENTIABLE]
     if grad is None or not any(wanted):
         return (None,) * len(ctx.options)
-    *tensors, lse = ctx.saved_tensors
+    *tensors, out, lse = ctx.saved_tensors
     inputs = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True)]
-    grads = torch.ops.walt_kernels.window_attention_backward(grad, lse, *inputs[:-1], wanted, inputs[-1])
+    grads = torch.ops.walt_kernels.window_attention_backward(grad, out, lse, *inputs[:-1], wanted, inputs[-1])
     result = {name: g for name, g, w in zip(DIFFERENTIABLE, grads, wanted, strict=True) if w}
     return tuple(result.get(name) for name in (*NAMES, "backend"))
 
@@ -88,13 +88,13 @@ define(
 )
 
 
-def _backward_impl(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_impl(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *values, wanted, chosen = arguments
     inputs = dict(zip(NAMES, values, strict=True))
-    return tuple(backend("window_attention", chosen).backward(grad, lse, inputs, DIFFERENTIABLE, wanted))
+    return tuple(backend("window_attention", chosen).backward(grad, out, lse, inputs, DIFFERENTIABLE, wanted))
 
 
-def _backward_fake(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *values, wanted, _ = arguments
     inputs = dict(zip(NAMES, values, strict=True))
     return tuple(native.gradients_like([inputs[name] for name in DIFFERENTIABLE], wanted))
@@ -102,7 +102,7 @@ def _backward_fake(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, 
 
 define(
     "window_attention_backward",
-    f"(Tensor grad, Tensor lse, {ARGUMENTS}, bool[8] wanted, str backend) -> ("
+    f"(Tensor grad, Tensor out, Tensor lse, {ARGUMENTS}, bool[8] wanted, str backend) -> ("
     + ", ".join(["Tensor"] * len(DIFFERENTIABLE))
     + ")",
     impl=_backward_impl,

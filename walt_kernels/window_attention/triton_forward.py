@@ -13,6 +13,8 @@ from .triton_geometry import Geometry
 from .triton_rows import (
     add_rows,
     base_of,
+    context_at,
+    context_rows,
     keys_end,
     load_rows,
     load_weight,
@@ -94,22 +96,24 @@ def forward_kernel(
     if context_k is not None:
         context_k += (b.to(tl.int64) * context_k_b + head * context_k_n) * UNIT
         context_v += (b.to(tl.int64) * context_v_b + head * context_v_n) * UNIT
+        if context_mask is not None:
+            context_mask += b * context_mask_b
         for first in range(0, L, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            seen_k = n < L
-            if context_mask is not None:
-                at = context_mask + b * context_mask_b + n * context_mask_l
-                seen_k = seen_k & (tl.load(at, mask=seen_k, other=0) != 0)
-            k0, k1 = load_rows(context_k, n * context_k_l * UNIT, seen_k, context_k_d, DIM, D0, D1, True)
+            n, _, seen_k = context_at(first, L, context_mask, context_mask_l, BLOCK_N)
+            k0, k1 = load_rows(
+                context_k, context_rows(n, context_k_l, UNIT, WIDE), seen_k, context_k_d, DIM, D0, D1, True
+            )
             k0, k1 = norm_rows(k0, k1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1)
             s = log2_scores(products(q0, q1, k0, k1, D1, PRECISION), scale, None, None)
             s = tl.where(seen_k[None, :], s, float("-inf"))
-            v0, v1 = load_rows(context_v, n * context_v_l * UNIT, seen_k, context_v_d, DIM, D0, D1, True)
+            v0, v1 = load_rows(
+                context_v, context_rows(n, context_v_l, UNIT, WIDE), seen_k, context_v_d, DIM, D0, D1, True
+            )
             best, total, acc0, acc1 = _softmax_step(s, best, total, acc0, acc1, v0, v1, D1, PRECISION)
 
     local = rows_of(t, h, w, H * W, W, 1, 1, WIDE)
     rows = packed_base(b, t0, h0, w0, T, H, W)
-    total = tl.where(total > 0, total, 1.0)  # 0 where no key was seen: image frames, tokens outside the video
+    total = tl.where(total == 0, 1.0, total)  # 0 where no key was seen: image frames, tokens outside the video
     acc0 = acc0 / total[:, None]
     if D1 > 0:
         acc1 = acc1 / total[:, None]

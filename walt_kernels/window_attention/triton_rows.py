@@ -75,6 +75,24 @@ def packed_base(b, t0, h0, w0, T, H, W):
 
 
 @triton.jit
+def context_at(start, L, mask, mask_l, BLOCK):
+    """Numbers of BLOCK tokens of a context, which of them there are, which can be seen."""
+    n = start + tl.arange(0, BLOCK)
+    inside = n < L
+    seen = inside
+    if mask is not None:
+        seen = inside & (tl.load(mask + n * mask_l, mask=inside, other=0) != 0)
+    return n, inside, seen
+
+
+@triton.jit
+def context_rows(n, s_l, UNIT, WIDE):
+    if WIDE:
+        n = n.to(tl.int64)
+    return n * s_l * UNIT
+
+
+@triton.jit
 def load_part(pointer, rows, mask, s_d, FIRST, WIDTH, DIM, MASKED):
     d = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + (rows[:, None] + d[None, :] * s_d)
