@@ -24,6 +24,8 @@ ARGUMENTS = (
 NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))
 # The arguments that get a gradient, in the order of the backward's outputs.
 DIFFERENTIABLE = ("q", "k", "v", "bias_table", "q_norm", "k_norm", "context_k", "context_v")
+# Triton's kernels save the log-sum-exp unsummed: the largest score of a row, and the logarithm of the rest.
+LSE_PARTS = {"triton": (2,)}
 
 
 def _triton_unsupported(**inputs: Any) -> str | None:
@@ -55,7 +57,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return native.outputs_like(arguments[0])
+    return native.outputs_like(arguments[0], LSE_PARTS.get(arguments[-1], ()))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -35,12 +35,12 @@ def window_attention_backward(
         return [g.zero_() for g in made]
     grads = {name: g if w else None for name, g, w in zip(names, made, wanted, strict=True)}
     geometry = Geometry(inputs, grad)
-    delta = torch.empty_like(lse)
-    rows = {"out": out, "lse": lse, "delta": delta}
+    delta = torch.empty_like(lse[0])
+    rows = {"out": out, "best_of": lse[0], "log_of": lse[1], "delta": delta}
     _queries(geometry, rows, grads["q"], grads["q_norm"])
     _keys(geometry, rows, grads)
     if grads["bias_table"] is not None:
-        table_gradient(geometry, lse, delta, grads["bias_table"])
+        table_gradient(geometry, rows, grads["bias_table"])
     return made
 
 

@@ -1,5 +1,6 @@
 """Gradient of the bias table: dS summed over windows in registers, then over all pairs with the same offset."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from typing import Any
@@ -16,11 +17,12 @@ from .triton_rows import (
     keys_end,
     load_rows,
     load_weight,
-    log2_scores,
     norm_rows,
     place_of,
+    probabilities,
     products,
     rows_of,
+    scores_of,
     tokens_at,
     window_at,
 )
@@ -29,7 +31,7 @@ from .triton_tiles import SUMS
 
 @triton.jit
 def bias_backward_kernel(
-    q, k, v, lse, delta, grad, bias_table, image, q_norm, k_norm, sums,
+    q, k, v, best_of, log_of, delta, grad, bias_table, image, q_norm, k_norm, sums,
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d, v_b, v_t, v_h, v_w, v_n, v_d,
     grad_b, grad_t, grad_h, grad_w, grad_n, grad_d, image_b, image_t,
     T, H, W, heads, windows_t, windows_h, windows_w, windows, parts, scale, norm_eps,
@@ -74,14 +76,15 @@ def bias_backward_kernel(
             y0, y1 = load_rows(keys, at, seen_k, k_d, DIM, D0, D1, MASKED)
             y0, y1 = norm_rows(y0, y1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1)
             where = place_of(t, h, w, SH, SW)[:, None] - place_of(tk, hk, wk, SH, SW)[None, :]
-            s = log2_scores(products(x0, x1, y0, y1, D1, PRECISION), scale, bias_table, where)
+            s = scores_of(products(x0, x1, y0, y1, D1, PRECISION), scale, bias_table, where)
             if MASKED:
                 s = tl.where(seen_k[None, :], s, float("-inf"))
             lines = ((b.to(tl.int64) * heads + head) * T + t0) * H * W + h0 * W + w0
             local = lines + rows_of(t, h, w, H * W, W, 1, 1, WIDE)
-            line = tl.load(lse + local, mask=seen, other=float("inf"))
+            best = tl.load(best_of + local, mask=seen, other=float("inf"))
+            log_total = tl.load(log_of + local, mask=seen, other=0.0)
             each = tl.load(delta + local, mask=seen, other=0.0)
-            p = tl.exp2(s - line[:, None])
+            p = probabilities(s, best[:, None], log_total[:, None])
             grads = grad + base_of(b, t0, h0, w0, head, grad_b, grad_t, grad_h, grad_w, grad_n, UNIT)
             values = v + base_of(b, t0, h0, w0, head, v_b, v_t, v_h, v_w, v_n, UNIT)
             at = rows_of(t, h, w, grad_t, grad_h, grad_w, UNIT, WIDE)
@@ -126,14 +129,14 @@ def table_kernel(
     tl.store(grad_table + offset, tl.sum(total, 1).to(grad_table.dtype.element_ty), mask=offset < SW)
 
 
-def table_gradient(geometry: Geometry, lse: Tensor, delta: Tensor, grad_table: Tensor) -> None:
+def table_gradient(geometry: Geometry, rows: dict[str, Tensor], grad_table: Tensor) -> None:
     tile = geometry.tile("bias_backward")
     blocks = [-(-geometry.N // tile.blocks[name]) for name in ("BLOCK_M", "BLOCK_N")]
     programs = geometry.heads * blocks[0] * blocks[1]
     # Enough programs to fill the machine, from no more sums than that takes.
     parts = max(1, min(geometry.windows, -(-2 * _triton.target(geometry.device).processors // programs)))
     sums = torch.empty(parts, geometry.heads, geometry.N, geometry.N, dtype=torch.float32, device=geometry.device)
-    more: dict[str, Any] = {"lse": lse, "delta": delta, "sums": sums, "windows": geometry.windows, "parts": parts}
+    more: dict[str, Any] = {**rows, "sums": sums, "windows": geometry.windows, "parts": parts}
     masked = geometry.masked(tile.blocks["BLOCK_M"]) or geometry.masked(tile.blocks["BLOCK_N"])
     geometry.launch(bias_backward_kernel, programs * parts, tile, **more, MASKED=masked)
     ST, SH, SW = geometry.table_shape

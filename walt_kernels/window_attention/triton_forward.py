@@ -1,5 +1,6 @@
 """Forward of window attention: one program per window, head and tile of queries."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from typing import Any
@@ -18,12 +19,13 @@ from .triton_rows import (
     keys_end,
     load_rows,
     load_weight,
-    log2_scores,
     norm_rows,
     packed_base,
     place_of,
+    probabilities,
     products,
     rows_of,
+    scores_of,
     store_rows,
     tokens_at,
     window_at,
@@ -32,11 +34,11 @@ from .triton_rows import (
 
 @triton.jit
 def _softmax_step(s, best, total, acc0, acc1, v0, v1, D1, PRECISION: tl.constexpr):
-    """One tile of keys of the online softmax, in base 2."""
+    """One tile of keys of the online softmax."""
     new = tl.maximum(best, tl.max(s, 1))
     shift = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: exp2(-inf - 0) = 0, not NaN
-    p = tl.exp2(s - shift[:, None])
-    fade = tl.exp2(best - shift)
+    p = probabilities(s, shift[:, None], 0.0)
+    fade = probabilities(best, shift, 0.0)
     total = total * fade + tl.sum(p, 1)
     acc0 = acc0 * fade[:, None]
     if D1 > 0:
@@ -47,7 +49,7 @@ def _softmax_step(s, best, total, acc0, acc1, v0, v1, D1, PRECISION: tl.constexp
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, bias_table, image, q_norm, k_norm, context_k, context_v, context_mask,
+    q, k, v, out, best_of, log_of, bias_table, image, q_norm, k_norm, context_k, context_v, context_mask,
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d, v_b, v_t, v_h, v_w, v_n, v_d,
     context_k_b, context_k_l, context_k_n, context_k_d, context_v_b, context_v_l, context_v_n, context_v_d,
     image_b, image_t, context_mask_b, context_mask_l,
@@ -88,7 +90,7 @@ def forward_kernel(
         k0, k1 = load_rows(k, rows_of(tk, hk, wk, k_t, k_h, k_w, UNIT, WIDE), seen_k, k_d, DIM, D0, D1, MASKED)
         k0, k1 = norm_rows(k0, k1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1)
         where = own[:, None] - place_of(tk, hk, wk, SH, SW)[None, :]
-        s = log2_scores(products(q0, q1, k0, k1, D1, PRECISION), scale, bias_table, where)
+        s = scores_of(products(q0, q1, k0, k1, D1, PRECISION), scale, bias_table, where)
         if MASKED:
             s = tl.where(seen_k[None, :], s, float("-inf"))
         v0, v1 = load_rows(v, rows_of(tk, hk, wk, v_t, v_h, v_w, UNIT, WIDE), seen_k, v_d, DIM, D0, D1, MASKED)
@@ -104,7 +106,7 @@ def forward_kernel(
                 context_k, context_rows(n, context_k_l, UNIT, WIDE), seen_k, context_k_d, DIM, D0, D1, True
             )
             k0, k1 = norm_rows(k0, k1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1)
-            s = log2_scores(products(q0, q1, k0, k1, D1, PRECISION), scale, None, None)
+            s = scores_of(products(q0, q1, k0, k1, D1, PRECISION), scale, None, None)
             s = tl.where(seen_k[None, :], s, float("-inf"))
             v0, v1 = load_rows(
                 context_v, context_rows(n, context_v_l, UNIT, WIDE), seen_k, context_v_d, DIM, D0, D1, True
@@ -123,16 +125,21 @@ def forward_kernel(
         if D1 > 0:
             acc1 = tl.where(still[:, None], v1.to(tl.float32), acc1)
     store_rows(out + (rows * heads + head) * DIM, local * (heads * DIM), inside, acc0, acc1, DIM, D0, D1)
-    lse += ((b.to(tl.int64) * heads + head) * T + t0) * H * W + h0 * W + w0
-    tl.store(lse + local, tl.where(still, 0.0, best + tl.log2(total)), mask=inside)
+    lines = ((b.to(tl.int64) * heads + head) * T + t0) * H * W + h0 * W + w0
+    tl.store(best_of + lines + local, tl.where(still, 0.0, best), mask=inside)
+    tl.store(log_of + lines + local, tl.log2(total), mask=inside)
 
 
 def window_attention(**inputs: Any) -> tuple[Tensor, Tensor]:
-    """Out, and the log-sum-exp of the scores in base 2."""
-    out, lse = outputs_like(inputs["q"])
+    """Out, and of every row's scores the largest and log2 of the sum of exp(score - largest): [2, B, heads, T, H, W].
+
+    Added into one number they would lose the digits that say how a row with large scores is divided.
+    """
+    out, lse = outputs_like(inputs["q"], (2,))
+    rows = {"out": out, "best_of": lse[0], "log_of": lse[1]}
     geometry = Geometry(inputs)
     tile = geometry.tile("forward")
     programs = geometry.windows * geometry.heads * -(-geometry.N // tile.blocks["BLOCK_M"])
     masked = geometry.masked(tile.blocks["BLOCK_N"])
-    geometry.launch(forward_kernel, programs, tile, out=out, lse=lse, MASKED=masked)
+    geometry.launch(forward_kernel, programs, tile, **rows, MASKED=masked)
     return out, lse

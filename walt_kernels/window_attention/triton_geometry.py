@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import _triton
 from .triton_tiles import TABLE
 
+NARROW = 2**31  # offsets inside a window from here on need 64 bits
+
 # Stride arguments of a tensor by its name; a grid tensor is [B, T, H, W, heads, dim].
 _GRID, _CONTEXT = "bthwnd", "blnd"
 _AXES = {
@@ -61,10 +63,10 @@ class Geometry:
         reach = {n: (*self.extent, 1, self.dim) if x.dim() == 6 else (self.L, 1, self.dim) for n, x in strided.items()}
         self.wide = (
             any(
-                sum((size - 1) * abs(s) for size, s in zip(reach[n], x.stride()[1:], strict=True)) >= 2**31
+                sum((size - 1) * abs(s) for size, s in zip(reach[n], x.stride()[1:], strict=True)) >= NARROW
                 for n, x in strided.items()
             )
-            or self.extent[0] * H * W * self.heads * self.dim >= 2**31
+            or self.extent[0] * H * W * self.heads * self.dim >= NARROW
         )
         strides = {}
         for name, axes in _AXES.items():

@@ -1,5 +1,6 @@
 """Gradients of keys and values, a window's own and the context's: one program per tile of keys."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -13,13 +14,14 @@ from .triton_rows import (
     keys_end,
     load_rows,
     load_weight,
-    log2_scores,
     norm_backward,
     norm_rows,
     packed_base,
     place_of,
+    probabilities,
     products,
     rows_of,
+    scores_of,
     store_rows,
     tokens_at,
     window_at,
@@ -28,7 +30,7 @@ from .triton_rows import (
 
 @triton.jit
 def key_backward_kernel(
-    q, k, v, lse, delta, grad, bias_table, image, q_norm, k_norm, context_k, context_v, context_mask,
+    q, k, v, best_of, log_of, delta, grad, bias_table, image, q_norm, k_norm, context_k, context_v, context_mask,
     grad_k, grad_v, partial, sums,
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d, v_b, v_t, v_h, v_w, v_n, v_d,
     grad_b, grad_t, grad_h, grad_w, grad_n, grad_d,
@@ -101,14 +103,15 @@ def key_backward_kernel(
             t, h, w, inside, still = tokens_at(first, t0, h0, w0, T, H, W, stills, image_t, BLOCK_M, N, WH, WW)
             seen = inside & ~still
             local = lines + rows_of(t, h, w, H * W, W, 1, 1, WIDE)
-            line = tl.load(lse + local, mask=seen, other=float("inf"))
+            best = tl.load(best_of + local, mask=seen, other=float("inf"))
+            log_total = tl.load(log_of + local, mask=seen, other=0.0)
             each = tl.load(delta + local, mask=seen, other=0.0)
             at = rows_of(t, h, w, q_t, q_h, q_w, UNIT, WIDE)
             q0, q1 = load_rows(queries, at, seen, q_d, DIM, D0, D1, MASKED)
             q0, q1 = norm_rows(q0, q1, q_norm, w0q, w1q, seen, norm_eps, DIM, D0, D1)
             where = place_of(t, h, w, SH, SW)[None, :] - own[:, None]
-            s = log2_scores(products(k0, k1, q0, q1, D1, PRECISION), scale, bias_table, where)
-            p = tl.exp2(s - line[None, :])
+            s = scores_of(products(k0, k1, q0, q1, D1, PRECISION), scale, bias_table, where)
+            p = probabilities(s, best[None, :], log_total[None, :])
             p = tl.where(seen_k[:, None], p, 0.0)
             at = rows_of(t, h, w, grad_t, grad_h, grad_w, UNIT, WIDE)
             g0, g1 = load_rows(grads, at, seen, grad_d, DIM, D0, D1, MASKED)
@@ -125,15 +128,8 @@ def key_backward_kernel(
         block += B * heads
         store_rows(sums + block * L * DIM, at, inside_k, dv0, dv1, DIM, D0, D1)
     else:
-        if k_norm is not None:
-            k0, k1 = load_rows(k, at_k, seen_k, k_d, DIM, D0, D1, True)
-            if partial is not None:
-                partial += program.to(tl.int64) * DIM
-            dk0, dk1 = norm_backward(dk0, dk1, k0, k1, w0k, w1k, seen_k, norm_eps, partial, DIM, D0, D1)
         rows = (packed_base(b, t0, h0, w0, T, H, W) * heads + head) * DIM
         at = rows_of(tk, hk, wk, H * W, W, 1, 1, WIDE) * (heads * DIM)
-        if grad_k is not None:
-            store_rows(grad_k + rows, at, inside_k, dk0, dk1, DIM, D0, D1)
         if grad_v is not None:
             if image is not None:  # image frames: out = v
                 grad += base_of(b, t0, h0, w0, head, grad_b, grad_t, grad_h, grad_w, grad_n, UNIT)
@@ -143,6 +139,13 @@ def key_backward_kernel(
                 if D1 > 0:
                     dv1 = tl.where(still_k[:, None], g1.to(tl.float32), dv1)
             store_rows(grad_v + rows, at, inside_k, dv0, dv1, DIM, D0, D1)
+        if k_norm is not None:
+            k0, k1 = load_rows(k, at_k, seen_k, k_d, DIM, D0, D1, True)
+            if partial is not None:
+                partial += program.to(tl.int64) * DIM
+            dk0, dk1 = norm_backward(dk0, dk1, k0, k1, w0k, w1k, seen_k, norm_eps, partial, DIM, D0, D1)
+        if grad_k is not None:
+            store_rows(grad_k + rows, at, inside_k, dk0, dk1, DIM, D0, D1)
 
 
 @triton.jit

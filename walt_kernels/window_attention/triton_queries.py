@@ -1,5 +1,6 @@
 """Gradient of the queries, and delta: one program per window, head and tile of queries."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -13,13 +14,14 @@ from .triton_rows import (
     keys_end,
     load_rows,
     load_weight,
-    log2_scores,
     norm_backward,
     norm_rows,
     packed_base,
     place_of,
+    probabilities,
     products,
     rows_of,
+    scores_of,
     store_rows,
     tokens_at,
     window_at,
@@ -28,7 +30,7 @@ from .triton_rows import (
 
 @triton.jit
 def query_backward_kernel(
-    q, k, v, out, lse, grad, bias_table, image, q_norm, k_norm, context_k, context_v, context_mask,
+    q, k, v, out, best_of, log_of, grad, bias_table, image, q_norm, k_norm, context_k, context_v, context_mask,
     delta, grad_q, partial,
     q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d, v_b, v_t, v_h, v_w, v_n, v_d,
     grad_b, grad_t, grad_h, grad_w, grad_n, grad_d,
@@ -74,7 +76,8 @@ def query_backward_kernel(
         at = rows_of(t, h, w, q_t, q_h, q_w, UNIT, WIDE)
         q0, q1 = load_rows(q, at, seen, q_d, DIM, D0, D1, True)
         q0, q1 = norm_rows(q0, q1, q_norm, w0q, w1q, seen, norm_eps, DIM, D0, D1)
-        line = tl.load(lse + lines + local, mask=seen, other=float("inf"))
+        best = tl.load(best_of + lines + local, mask=seen, other=float("inf"))
+        log_total = tl.load(log_of + lines + local, mask=seen, other=0.0)
         acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
         acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
         for first in range(0, keys_end(t0, T, image, image_t, N, WT, WH, WW), BLOCK_N):
@@ -83,11 +86,12 @@ def query_backward_kernel(
             k0, k1 = load_rows(k, rows_of(tk, hk, wk, k_t, k_h, k_w, UNIT, WIDE), seen_k, k_d, DIM, D0, D1, MASKED)
             k0, k1 = norm_rows(k0, k1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1)
             where = own[:, None] - place_of(tk, hk, wk, SH, SW)[None, :]
-            s = log2_scores(products(q0, q1, k0, k1, D1, PRECISION), scale, bias_table, where)
+            s = scores_of(products(q0, q1, k0, k1, D1, PRECISION), scale, bias_table, where)
             if MASKED:
                 s = tl.where(seen_k[None, :], s, float("-inf"))
             v0, v1 = load_rows(v, rows_of(tk, hk, wk, v_t, v_h, v_w, UNIT, WIDE), seen_k, v_d, DIM, D0, D1, MASKED)
-            ds = tl.exp2(s - line[:, None]) * (products(g0, g1, v0, v1, D1, PRECISION) - each[:, None])
+            p = probabilities(s, best[:, None], log_total[:, None])
+            ds = p * (products(g0, g1, v0, v1, D1, PRECISION) - each[:, None])
             acc0, acc1 = add_rows(acc0, acc1, ds, k0, k1, D1, PRECISION)
         if context_k is not None:
             context_k += (b.to(tl.int64) * context_k_b + head * context_k_n) * UNIT
@@ -100,12 +104,13 @@ def query_backward_kernel(
                     context_k, context_rows(n, context_k_l, UNIT, WIDE), seen_k, context_k_d, DIM, D0, D1, True
                 )
                 k0, k1 = norm_rows(k0, k1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1)
-                s = log2_scores(products(q0, q1, k0, k1, D1, PRECISION), scale, None, None)
+                s = scores_of(products(q0, q1, k0, k1, D1, PRECISION), scale, None, None)
                 s = tl.where(seen_k[None, :], s, float("-inf"))
                 v0, v1 = load_rows(
                     context_v, context_rows(n, context_v_l, UNIT, WIDE), seen_k, context_v_d, DIM, D0, D1, True
                 )
-                ds = tl.exp2(s - line[:, None]) * (products(g0, g1, v0, v1, D1, PRECISION) - each[:, None])
+                p = probabilities(s, best[:, None], log_total[:, None])
+                ds = p * (products(g0, g1, v0, v1, D1, PRECISION) - each[:, None])
                 acc0, acc1 = add_rows(acc0, acc1, ds, k0, k1, D1, PRECISION)
         acc0 *= scale
         acc1 *= scale

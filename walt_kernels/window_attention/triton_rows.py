@@ -4,6 +4,7 @@ A window is numbered as if it were whole; tokens that the video does not have ar
 tiles, D0 and D1 wide (72 = 64 + 16, 88 = 64 + 32; D1 = 0 where one is enough), the second a dummy when D1 = 0.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -126,12 +127,12 @@ def store_rows(pointer, rows, mask, x0, x1, DIM, D0, D1):
 @triton.jit
 def load_weight(pointer, DIM, D0, D1):
     """The scale of a norm as two rows, zeros beyond DIM; dummies without one."""
-    if pointer is None:
-        return 0.0, 0.0
-    w0 = tl.load(pointer + tl.arange(0, D0), mask=tl.arange(0, D0) < DIM, other=0.0)
+    w0 = tl.zeros([D0], tl.float32)
     w1 = w0
-    if D1 > 0:
-        w1 = tl.load(pointer + D0 + tl.arange(0, D1), mask=D0 + tl.arange(0, D1) < DIM, other=0.0)
+    if pointer is not None:
+        w0 = tl.load(pointer + tl.arange(0, D0), mask=tl.arange(0, D0) < DIM, other=0.0)
+        if D1 > 0:
+            w1 = tl.load(pointer + D0 + tl.arange(0, D1), mask=D0 + tl.arange(0, D1) < DIM, other=0.0)
     return w0, w1
 
 
@@ -219,9 +220,15 @@ def place_of(t, h, w, SH, SW):
 
 
 @triton.jit
-def log2_scores(s, scale, table, where):
-    """Scores for exp2. ``table`` points to the entry of one token with itself, ``where`` is relative to it."""
-    s = s * (scale * LOG2E)
+def scores_of(s, scale, table, where):
+    """``table`` points to the entry of one token with itself, ``where`` is relative to it."""
+    s = s * scale
     if table is not None:
-        s += tl.load(table + where) * LOG2E
+        s += tl.load(table + where)
     return s
+
+
+@triton.jit
+def probabilities(s, best, log_total):
+    """exp(s - best) / total. log2(e) multiplies the difference: folded into large scores it would cost their digits."""
+    return tl.exp2((s - best) * LOG2E - log_total)

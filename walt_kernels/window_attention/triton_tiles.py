@@ -14,12 +14,15 @@ BACKWARD = ("query_backward", "key_backward", "bias_backward")
 TABLE: Table = {
     ("forward", 16, 64, 64): {"any": _tile(64, 64)},
     ("forward", 16, 64, 128): {"any": _tile(128, 64, 8)},
-    ("forward", 16, 128, 64): {"any": _tile(64, 64)},
-    ("forward", 16, 128, 128): {"any": _tile(128, 64, 8)},
-    ("forward", 16, 256, 64): {"any": _tile(64, 32, 8)},
-    ("forward", 16, 256, 128): {"any": _tile(64, 32, 8)},
-    **{(k, 16, 64, r): {"any": _tile(64, 64)} for k in BACKWARD for r in (64, 128)},
-    **{(k, 16, 128, r): {"any": _tile(64, 64, 8)} for k in BACKWARD for r in (64, 128)},
+    ("forward", 16, 128, 64): {"any": _tile(64, 32), "sm_90": _tile(64, 64), "sm_100": _tile(64, 64)},
+    ("forward", 16, 128, 128): {"any": _tile(128, 32, 8), "sm_90": _tile(128, 64, 8), "sm_100": _tile(128, 64, 8)},
+    **{("forward", 16, 256, r): {"any": _tile(32, 32, 8)} for r in (64, 128)},
+    **{(k, 16, 64, r): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64)} for k in BACKWARD for r in (64, 128)},
+    **{
+        (k, 16, 128, r): {"any": _tile(32, 64, 8), "sm_90": _tile(64, 64, 8), "sm_100": _tile(64, 64, 8)}
+        for k in BACKWARD
+        for r in (64, 128)
+    },
     **{(k, 16, 256, r): {"any": _tile(32, 32, 8)} for k in BACKWARD for r in (64, 128)},
     **{(k, 32, w, r): {"any": _tile(16, 16)} for k in BACKWARD for w in (64, 128, 256) for r in (64, 128)},
     **{("forward", 32, w, r): {"any": _tile(32, 32)} for w in (64, 128) for r in (64, 128)},
