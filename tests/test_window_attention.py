@@ -364,7 +364,7 @@ def test_what_needs_no_gradient_gets_no_memory() -> None:
     assert lse.dtype == torch.float32
     assert not lse.requires_grad
     wanted = [True] + [False] * 7
-    grads = torch.ops.walt_kernels.window_attention_backward(torch.ones_like(out), lse, *arguments, wanted, "cpu")
+    grads = torch.ops.walt_kernels.window_attention_backward(torch.ones_like(out), out, lse, *arguments, wanted, "cpu")
     assert [g.numel() for g in grads] == [out.numel()] + [0] * 7
 
 
@@ -416,7 +416,7 @@ def test_opcheck(layout: str, options: dict[str, Any]) -> None:
     wanted = [True] * 6 + ["context_k" in inputs] * 2
     torch.library.opcheck(
         torch.ops.walt_kernels.window_attention_backward.default,
-        (torch.ones_like(out), lse, *detached, wanted, "cpu"),
+        (torch.ones_like(out), out, lse, *detached, wanted, "cpu"),
     )
 
 

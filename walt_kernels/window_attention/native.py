@@ -16,11 +16,11 @@ def wide_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def outputs_like(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for out [B, T, H, W, heads, dim] and lse [B, heads, T, H, W]."""
+def outputs_like(q: Tensor, parts: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Memory for out [B, T, H, W, heads, dim] and lse [*parts, B, heads, T, H, W]."""
     B, T, H, W, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty((B, heads, T, H, W), dtype=wide_dtype(q), device=q.device)
+    return out, torch.empty((*parts, B, heads, T, H, W), dtype=wide_dtype(q), device=q.device)
 
 
 def gradients_like(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
@@ -56,7 +56,7 @@ def window_attention(**inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def window_attention_backward(
-    grad: Tensor, lse: Tensor, inputs: dict[str, Any], names: Sequence[str], wanted: Sequence[bool]
+    grad: Tensor, out: Tensor, lse: Tensor, inputs: dict[str, Any], names: Sequence[str], wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of the inputs ``names``; those not wanted have zero elements."""
     sources = [inputs[name] for name in names]

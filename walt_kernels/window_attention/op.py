@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import Backend, backend, register
 from .._library import define
 from . import flash, native, reference
+
+if _triton.triton is not None:
+    from . import triton_kernels
+else:
+    triton_kernels = None  # type: ignore[assignment]
 
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, int[3] window, Tensor? bias_table, Tensor? image, Tensor? q_norm, Tensor? k_norm, "
@@ -19,6 +24,12 @@ ARGUMENTS = (
 NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))
 # The arguments that get a gradient, in the order of the backward's outputs.
 DIFFERENTIABLE = ("q", "k", "v", "bias_table", "q_norm", "k_norm", "context_k", "context_v")
+# Triton's kernels save the log-sum-exp unsummed: the largest score of a row, and the logarithm of the rest.
+LSE_PARTS = {"triton": (2,)}
+
+
+def _triton_unsupported(**inputs: Any) -> str | None:
+    return _triton.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
 def _unsupported(**inputs: Any) -> str | None:
@@ -26,11 +37,14 @@ def _unsupported(**inputs: Any) -> str | None:
 
 
 def register_op(prepare: Any) -> None:
+    names = ("window_attention", "window_attention_backward")
+    forward, backward = (getattr(triton_kernels, name, None) for name in names)
     register(
         "window_attention",
         prepare,
         [
             Backend("flash", flash.unsupported, flash.window_attention, opt_in=flash.OPT_IN),
+            Backend("triton", _triton_unsupported, forward, backward, _triton.OPT_IN),  # type: ignore[arg-type]
             Backend("cpu", _unsupported, native.window_attention, native.window_attention_backward),
             Backend("reference", lambda **inputs: None, reference.window_attention),
         ],
@@ -43,12 +57,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return native.outputs_like(arguments[0])
+    return native.outputs_like(arguments[0], LSE_PARTS.get(arguments[-1], ()))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, *output)
     ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -59,9 +73,9 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
     wanted = [needed[name] for name in DIFFERENTIABLE]
     if grad is None or not any(wanted):
         return (None,) * len(ctx.options)
-    *tensors, lse = ctx.saved_tensors
+    *tensors, out, lse = ctx.saved_tensors
     inputs = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True)]
-    grads = torch.ops.walt_kernels.window_attention_backward(grad, lse, *inputs[:-1], wanted, inputs[-1])
+    grads = torch.ops.walt_kernels.window_attention_backward(grad, out, lse, *inputs[:-1], wanted, inputs[-1])
     result = {name: g for name, g, w in zip(DIFFERENTIABLE, grads, wanted, strict=True) if w}
     return tuple(result.get(name) for name in (*NAMES, "backend"))
 
@@ -76,13 +90,13 @@ define(
 )
 
 
-def _backward_impl(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_impl(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *values, wanted, chosen = arguments
     inputs = dict(zip(NAMES, values, strict=True))
-    return tuple(backend("window_attention", chosen).backward(grad, lse, inputs, DIFFERENTIABLE, wanted))
+    return tuple(backend("window_attention", chosen).backward(grad, out, lse, inputs, DIFFERENTIABLE, wanted))
 
 
-def _backward_fake(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *values, wanted, _ = arguments
     inputs = dict(zip(NAMES, values, strict=True))
     return tuple(native.gradients_like([inputs[name] for name in DIFFERENTIABLE], wanted))
@@ -90,7 +104,7 @@ def _backward_fake(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, 
 
 define(
     "window_attention_backward",
-    f"(Tensor grad, Tensor lse, {ARGUMENTS}, bool[8] wanted, str backend) -> ("
+    f"(Tensor grad, Tensor out, Tensor lse, {ARGUMENTS}, bool[8] wanted, str backend) -> ("
     + ", ".join(["Tensor"] * len(DIFFERENTIABLE))
     + ")",
     impl=_backward_impl,

@@ -1,0 +1,56 @@
+"""Calls that reach every Triton kernel of window attention and every entry of the tile table, for ``_aot``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import triton_kernels as kernels
+from .op import DIFFERENTIABLE
+
+SPILLS: dict[str, int] = {}
+
+# Window and frames by the tokens of a window.
+_WINDOWS = {
+    320: ((5, 8, 8), (5, 16, 16)),
+    256: ((1, 16, 16), (17, 32, 32)),
+    560: ((5, 8, 14), (5, 16, 28)),
+}
+
+
+def _call(N: int, dim: int, dtype: torch.dtype, plain: bool = False, context: int = 0, **more: Any) -> None:
+    """Forward and backward from one packed projection."""
+    window, frames = _WINDOWS[N]
+    B, heads = 2, 16
+    q, k, v = torch.empty(B, *frames, 3, heads, dim, dtype=dtype).unbind(4)
+    inputs: dict[str, Any] = dict.fromkeys(("bias_table", "image", "q_norm", "k_norm"))
+    inputs |= dict.fromkeys(("context_k", "context_v", "context_mask")) | {"q": q, "k": k, "v": v, "window": window}
+    if not plain:
+        inputs["bias_table"] = torch.empty(heads, *(2 * s - 1 for s in window))
+        inputs["q_norm"], inputs["k_norm"] = torch.empty(dim), torch.empty(dim)
+    if context:
+        inputs["context_k"], inputs["context_v"] = torch.empty(B, context, 2, heads, dim, dtype=dtype).unbind(2)
+    if "image" in more:
+        inputs["image"] = torch.empty(B, 1, dtype=torch.bool).expand(B, frames[0])
+    if "context_mask" in more:
+        inputs["context_mask"] = torch.empty(B, context, dtype=torch.bool)
+    inputs |= {"norm_eps": 1e-6, "scale": dim**-0.5}
+    out, lse = kernels.window_attention(**inputs)
+    wanted = [inputs[name] is not None for name in DIFFERENTIABLE]
+    kernels.window_attention_backward(out, out, lse, inputs, DIFFERENTIABLE, wanted)
+
+
+def aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    half, wide = torch.bfloat16, torch.float32
+    for N, dim in ((256, 64), (320, 64), (320, 72), (256, 88), (256, 128), (320, 128), (256, 256)):
+        yield f"N {N}, dim {dim}, bf16", partial(_call, N, dim, half)
+    yield "N 560, dim 64, bf16", partial(_call, 560, 64, half)  # its last tile is not full
+    yield "N 256, dim 64, bf16, plain", partial(_call, 256, 64, half, plain=True)
+    yield "N 320, dim 72, bf16, image", partial(_call, 320, 72, half, image=True)
+    yield "N 320, dim 64, bf16, masked context", partial(_call, 320, 64, half, context=77, context_mask=True)
+    yield "N 320, dim 64, fp16", partial(_call, 320, 64, torch.float16)
+    for dim in (64, 128, 256):
+        yield f"N 320, dim {dim}, fp32", partial(_call, 320, dim, wide)

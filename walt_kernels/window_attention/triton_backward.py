@@ -1,0 +1,91 @@
+"""Backward of window attention: gradients of queries, of keys and values, and of the norms' scales.
+
+With P the probabilities and delta = rowsum(grad * out)::
+
+    grad_v = P^T grad        dS = P * (grad v^T - delta)        grad_q = scale dS k        grad_k = scale dS^T q
+
+Every program sums in a fixed order and writes its own rows. Sums over programs are rows of partial sums (of the norms'
+scales) or whole blocks (of the table and the context), which later launches add in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _triton
+from .native import gradients_like
+from .triton_bias import table_gradient
+from .triton_geometry import Geometry
+from .triton_keys import context_finish_kernel, key_backward_kernel
+from .triton_queries import query_backward_kernel
+from .triton_sums import sum_rows
+from .triton_tiles import SUMS
+
+
+def window_attention_backward(
+    grad: Tensor, out: Tensor, lse: Tensor, inputs: dict[str, Any], names: Sequence[str], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of the inputs ``names``; those not wanted have zero elements."""
+    made = gradients_like([inputs[name] for name in names], wanted)
+    if grad.numel() == 0:
+        return [g.zero_() for g in made]
+    grads = {name: g if w else None for name, g, w in zip(names, made, wanted, strict=True)}
+    geometry = Geometry(inputs, grad)
+    delta = torch.empty_like(lse[0])
+    rows = {"out": out, "best_of": lse[0], "log_of": lse[1], "delta": delta}
+    _queries(geometry, rows, grads["q"], grads["q_norm"])
+    _keys(geometry, rows, grads)
+    if grads["bias_table"] is not None:
+        table_gradient(geometry, rows, grads["bias_table"])
+    return made
+
+
+def _partial(geometry: Geometry, programs: int) -> Tensor:
+    """One row for each program's part of the gradient of a norm's scale."""
+    return torch.empty(programs, geometry.dim, dtype=torch.float32, device=geometry.device)
+
+
+def _queries(geometry: Geometry, rows: dict[str, Tensor], grad_q: Tensor | None, grad_norm: Tensor | None) -> None:
+    tile = geometry.tile("query_backward")
+    programs = geometry.windows * geometry.heads * -(-geometry.N // tile.blocks["BLOCK_M"])
+    partial = None if grad_norm is None else _partial(geometry, programs)
+    more = {"grad_q": grad_q, "partial": partial, "MASKED": geometry.masked(tile.blocks["BLOCK_N"])}
+    geometry.launch(query_backward_kernel, programs, tile, **rows, **more)
+    if grad_norm is not None and partial is not None:
+        sum_rows(partial, grad_norm)
+
+
+def _keys(geometry: Geometry, rows: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:
+    """Gradients of the windows' own keys and values and of the context's, then of the scale of their norm."""
+    own = [grads[name] for name in ("k", "v", "k_norm")]
+    context = [grads[name] for name in ("context_k", "context_v", "k_norm")]
+    device, heads, B, L = geometry.device, geometry.heads, geometry.B, geometry.L
+    tile = geometry.tile("key_backward")
+    block = tile.blocks["BLOCK_N"]
+    programs = geometry.windows * heads * -(-geometry.N // block)
+    finish = _triton.pick(SUMS, ("context_finish",), device)
+    finish_programs = B * heads * -(-L // finish.blocks["BLOCK"])
+    grad_norm = grads["k_norm"]
+    partial = own_partial = context_partial = None
+    if grad_norm is not None:
+        partial = _partial(geometry, programs + finish_programs)
+        own_partial, context_partial = partial.split([programs, finish_programs])
+    more: dict[str, Any] = {"B": B, "MASKED": geometry.masked(tile.blocks["BLOCK_M"])}
+    if any(g is not None for g in own):
+        more |= {"grad_k": grads["k"], "grad_v": grads["v"], "partial": own_partial, "sums": None, "parts": 1}
+        geometry.launch(key_backward_kernel, programs, tile, **rows, **more, CONTEXT=False)
+    if L > 0 and any(g is not None for g in context):
+        # Parts of a sample's windows, as many as fill the machine; not by B, so that no sample depends on its batch.
+        blocks = heads * -(-L // block)
+        parts = max(1, min(geometry.per_sample, _triton.target(device).processors // blocks))
+        sums = torch.empty(parts, 2, B, heads, L, geometry.dim, dtype=torch.float32, device=device)
+        more |= {"grad_k": None, "grad_v": None, "partial": None, "sums": sums, "parts": parts, "bias_table": None}
+        geometry.launch(key_backward_kernel, B * parts * blocks, tile, **rows, **more, CONTEXT=True)
+        more |= {"grad_k": grads["context_k"], "grad_v": grads["context_v"], "partial": context_partial}
+        geometry.launch(context_finish_kernel, finish_programs, finish, **more)
+    if grad_norm is not None and partial is not None:
+        sum_rows(partial, grad_norm)

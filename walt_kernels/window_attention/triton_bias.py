@@ -1,0 +1,145 @@
+"""Gradient of the bias table: dS summed over windows in registers, then over all pairs with the same offset."""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _triton
+from .triton_geometry import Geometry
+from .triton_rows import (
+    base_of,
+    keys_end,
+    load_rows,
+    load_weight,
+    norm_rows,
+    place_of,
+    probabilities,
+    products,
+    rows_of,
+    scores_of,
+    tokens_at,
+    window_at,
+)
+from .triton_tiles import SUMS
+
+
+@triton.jit
+def bias_backward_kernel(
+    q, k, v, best_of, log_of, delta, grad, bias_table, image, q_norm, k_norm, sums,
+    q_b, q_t, q_h, q_w, q_n, q_d, k_b, k_t, k_h, k_w, k_n, k_d, v_b, v_t, v_h, v_w, v_n, v_d,
+    grad_b, grad_t, grad_h, grad_w, grad_n, grad_d, image_b, image_t,
+    T, H, W, heads, windows_t, windows_h, windows_w, windows, parts, scale, norm_eps,
+    N: tl.constexpr, WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, CENTRE: tl.constexpr, ENTRIES: tl.constexpr,
+    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of dS of one head, summed over a part of all windows, into ``sums`` [parts, heads, N, N]."""
+    ROWS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    column = program % COLUMNS * BLOCK_N
+    row = program // COLUMNS % ROWS * BLOCK_M
+    head = program // COLUMNS // ROWS % heads
+    part = program // COLUMNS // ROWS // heads
+    bias_table += head * ENTRIES + CENTRE
+    w0q, w1q = load_weight(q_norm, DIM, D0, D1)
+    w0k, w1k = load_weight(k_norm, DIM, D0, D1)
+    first = (part.to(tl.int64) * windows // parts).to(tl.int32)
+    last = ((part + 1).to(tl.int64) * windows // parts).to(tl.int32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for window in range(first, last):
+        b, t0, h0, w0 = window_at(window, windows_t, windows_h, windows_w, WT, WH, WW)
+        frames = image
+        if image is not None:
+            frames = image + b * image_b + t0 * image_t
+        visible = True
+        if MASKED:
+            visible = keys_end(t0, T, frames, image_t, N, WT, WH, WW) > tl.maximum(row, column)
+        if visible:
+            t, h, w, inside, still = tokens_at(row, t0, h0, w0, T, H, W, frames, image_t, BLOCK_M, N, WH, WW)
+            tk, hk, wk, inside_k, still_k = tokens_at(column, t0, h0, w0, T, H, W, frames, image_t, BLOCK_N, N, WH, WW)
+            seen = inside & ~still
+            seen_k = inside_k & ~still_k
+            queries = q + base_of(b, t0, h0, w0, head, q_b, q_t, q_h, q_w, q_n, UNIT)
+            keys = k + base_of(b, t0, h0, w0, head, k_b, k_t, k_h, k_w, k_n, UNIT)
+            at = rows_of(t, h, w, q_t, q_h, q_w, UNIT, WIDE)
+            x0, x1 = load_rows(queries, at, seen, q_d, DIM, D0, D1, MASKED)
+            x0, x1 = norm_rows(x0, x1, q_norm, w0q, w1q, seen, norm_eps, DIM, D0, D1)
+            at = rows_of(tk, hk, wk, k_t, k_h, k_w, UNIT, WIDE)
+            y0, y1 = load_rows(keys, at, seen_k, k_d, DIM, D0, D1, MASKED)
+            y0, y1 = norm_rows(y0, y1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1)
+            where = place_of(t, h, w, SH, SW)[:, None] - place_of(tk, hk, wk, SH, SW)[None, :]
+            s = scores_of(products(x0, x1, y0, y1, D1, PRECISION), scale, bias_table, where)
+            if MASKED:
+                s = tl.where(seen_k[None, :], s, float("-inf"))
+            lines = ((b.to(tl.int64) * heads + head) * T + t0) * H * W + h0 * W + w0
+            local = lines + rows_of(t, h, w, H * W, W, 1, 1, WIDE)
+            best = tl.load(best_of + local, mask=seen, other=float("inf"))
+            log_total = tl.load(log_of + local, mask=seen, other=0.0)
+            each = tl.load(delta + local, mask=seen, other=0.0)
+            p = probabilities(s, best[:, None], log_total[:, None])
+            grads = grad + base_of(b, t0, h0, w0, head, grad_b, grad_t, grad_h, grad_w, grad_n, UNIT)
+            values = v + base_of(b, t0, h0, w0, head, v_b, v_t, v_h, v_w, v_n, UNIT)
+            at = rows_of(t, h, w, grad_t, grad_h, grad_w, UNIT, WIDE)
+            x0, x1 = load_rows(grads, at, seen, grad_d, DIM, D0, D1, MASKED)
+            at = rows_of(tk, hk, wk, v_t, v_h, v_w, UNIT, WIDE)
+            y0, y1 = load_rows(values, at, seen_k, v_d, DIM, D0, D1, MASKED)
+            total += p * (products(x0, x1, y0, y1, D1, PRECISION) - each[:, None])
+    i = row + tl.arange(0, BLOCK_M)
+    j = column + tl.arange(0, BLOCK_N)
+    sums += (part.to(tl.int64) * heads + head) * N * N
+    tl.store(sums + i[:, None] * N + j[None, :], total, mask=(i < N)[:, None] & (j < N)[None, :])
+
+
+@triton.jit
+def table_kernel(
+    sums, grad_table, heads, parts,
+    N: tl.constexpr, WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
+    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, ENTRIES: tl.constexpr,
+    OFFSETS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Entries of one offset in time and height: the sums over all pairs (j + offset, j) and over all parts."""
+    program = tl.program_id(0)
+    dh = program % SH - SH // 2
+    dt = program // SH % ST - ST // 2
+    head = program // SH // ST
+    offset = tl.arange(0, OFFSETS)
+    dw = offset - SW // 2
+    total = tl.zeros([OFFSETS, KEYS], tl.float32)
+    sums += head.to(tl.int64) * N * N
+    for _ in range(0, parts):
+        for t in range(tl.maximum(0, -dt), tl.minimum(WT, WT - dt)):
+            for start in range(0, WH * WW, KEYS):
+                key = start + tl.arange(0, KEYS)
+                h = key // WW + dh
+                w = (key % WW)[None, :] + dw[:, None]
+                mask = (key < WH * WW) & (h >= 0) & (h < WH)
+                query = ((t + dt) * WH + h)[None, :] * WW + w
+                at = sums + query * N + (t * WH * WW + key)[None, :]
+                total += tl.load(at, mask=mask[None, :] & (w >= 0) & (w < WW), other=0.0)
+        sums += tl.full([], N * N, tl.int64) * heads
+    grad_table += head * ENTRIES + ((dt + ST // 2) * SH + dh + SH // 2) * SW
+    tl.store(grad_table + offset, tl.sum(total, 1).to(grad_table.dtype.element_ty), mask=offset < SW)
+
+
+def table_gradient(geometry: Geometry, rows: dict[str, Tensor], grad_table: Tensor) -> None:
+    tile = geometry.tile("bias_backward")
+    blocks = [-(-geometry.N // tile.blocks[name]) for name in ("BLOCK_M", "BLOCK_N")]
+    programs = geometry.heads * blocks[0] * blocks[1]
+    # Enough programs to fill the machine, from no more sums than that takes.
+    parts = max(1, min(geometry.windows, -(-2 * _triton.target(geometry.device).processors // programs)))
+    sums = torch.empty(parts, geometry.heads, geometry.N, geometry.N, dtype=torch.float32, device=geometry.device)
+    more: dict[str, Any] = {**rows, "sums": sums, "windows": geometry.windows, "parts": parts}
+    masked = geometry.masked(tile.blocks["BLOCK_M"]) or geometry.masked(tile.blocks["BLOCK_N"])
+    geometry.launch(bias_backward_kernel, programs * parts, tile, **more, MASKED=masked)
+    ST, SH, SW = geometry.table_shape
+    tile = _triton.pick(SUMS, ("table",), geometry.device)
+    more |= {"grad_table": grad_table, "ST": ST, "OFFSETS": max(2, 1 << (SW - 1).bit_length())}
+    geometry.launch(table_kernel, geometry.heads * ST * SH, tile, **more)

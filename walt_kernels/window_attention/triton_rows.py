@@ -1,0 +1,234 @@
+"""What the kernels of window attention share on the device: tokens of a window, their rows, the norm, the products.
+
+A window is numbered as if it were whole; tokens that the video does not have are masked. Rows of dim D are held as two
+tiles, D0 and D1 wide (72 = 64 + 16, 88 = 64 + 32; D1 = 0 where one is enough), the second a dummy when D1 = 0.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def window_at(window, windows_t, windows_h, windows_w, WT, WH, WW):
+    """Sample and first token of a window."""
+    w0 = window % windows_w * WW
+    rest = window // windows_w
+    h0 = rest % windows_h * WH
+    rest = rest // windows_h
+    return rest // windows_t, rest % windows_t * WT, h0, w0
+
+
+@triton.jit
+def tokens_at(start, t0, h0, w0, T, H, W, image, image_t, BLOCK, N, WH, WW):
+    """Positions of BLOCK tokens in their window, which of them the video has, which are of image frames.
+
+    ``image`` points to frame t0. Positions of tokens behind the last one repeat it: all stay inside the window.
+    """
+    n = start + tl.arange(0, BLOCK)
+    inside = n < N
+    n = tl.minimum(n, N - 1)
+    t = n // (WH * WW)
+    h = n // WW % WH
+    w = n % WW
+    inside = inside & (t0 + t < T) & (h0 + h < H) & (w0 + w < W)
+    still = n < 0
+    if image is not None:
+        still = tl.load(image + t * image_t, mask=inside, other=0) != 0
+    return t, h, w, inside, still
+
+
+@triton.jit
+def keys_end(t0, T, image, image_t, N, WT, WH, WW):
+    """Behind the last token of a window that can be seen; 0 for a window of image frames alone."""
+    end = tl.minimum(WT, T - t0) * (WH * WW)
+    if image is not None:
+        moving = 0
+        for t in tl.static_range(WT):
+            moving += tl.where(tl.load(image + t * image_t, mask=t0 + t < T, other=1) == 0, 1, 0)
+        end = tl.where(moving > 0, end, 0)
+    return end
+
+
+@triton.jit
+def base_of(b, t0, h0, w0, head, s_b, s_t, s_h, s_w, s_n, UNIT):
+    """Where a window of one head begins, in elements: 64 bits. Strides are in units of UNIT elements."""
+    far = b.to(tl.int64) * s_b + t0.to(tl.int64) * s_t + h0.to(tl.int64) * s_h + w0.to(tl.int64) * s_w
+    return (far + head.to(tl.int64) * s_n) * UNIT
+
+
+@triton.jit
+def rows_of(t, h, w, s_t, s_h, s_w, UNIT, WIDE):
+    """Where the rows of tokens lie from there: 32 bits, unless the launcher found that too few."""
+    if WIDE:
+        t, h, w = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    return (t * s_t + h * s_h + w * s_w) * UNIT
+
+
+@triton.jit
+def packed_base(b, t0, h0, w0, T, H, W):
+    """The first token's number in [B, T, H, W]."""
+    return ((b.to(tl.int64) * T + t0) * H + h0) * W + w0
+
+
+@triton.jit
+def context_at(start, L, mask, mask_l, BLOCK):
+    """Numbers of BLOCK tokens of a context, which of them there are, which can be seen."""
+    n = start + tl.arange(0, BLOCK)
+    inside = n < L
+    seen = inside
+    if mask is not None:
+        seen = inside & (tl.load(mask + n * mask_l, mask=inside, other=0) != 0)
+    return n, inside, seen
+
+
+@triton.jit
+def context_rows(n, s_l, UNIT, WIDE):
+    if WIDE:
+        n = n.to(tl.int64)
+    return n * s_l * UNIT
+
+
+@triton.jit
+def load_part(pointer, rows, mask, s_d, FIRST, WIDTH, DIM, MASKED):
+    d = FIRST + tl.arange(0, WIDTH)
+    pointers = pointer + (rows[:, None] + d[None, :] * s_d)
+    if FIRST + WIDTH > DIM:
+        return tl.load(pointers, mask=mask[:, None] & (d < DIM)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(pointers, mask=mask[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def load_rows(pointer, rows, mask, s_d, DIM, D0, D1, MASKED):
+    """The rows as two tiles; zeros where ``mask`` is false and beyond DIM."""
+    x0 = load_part(pointer, rows, mask, s_d, 0, D0, DIM, MASKED)
+    x1 = x0
+    if D1 > 0:
+        x1 = load_part(pointer, rows, mask, s_d, D0, D1, DIM, MASKED)
+    return x0, x1
+
+
+@triton.jit
+def store_rows(pointer, rows, mask, x0, x1, DIM, D0, D1):
+    kind = pointer.dtype.element_ty
+    d = tl.arange(0, D0)
+    tl.store(pointer + (rows[:, None] + d[None, :]), x0.to(kind), mask=mask[:, None] & (d < DIM)[None, :])
+    if D1 > 0:
+        d = D0 + tl.arange(0, D1)
+        tl.store(pointer + (rows[:, None] + d[None, :]), x1.to(kind), mask=mask[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
+def load_weight(pointer, DIM, D0, D1):
+    """The scale of a norm as two rows, zeros beyond DIM; dummies without one."""
+    w0 = tl.zeros([D0], tl.float32)
+    w1 = w0
+    if pointer is not None:
+        w0 = tl.load(pointer + tl.arange(0, D0), mask=tl.arange(0, D0) < DIM, other=0.0)
+        if D1 > 0:
+            w1 = tl.load(pointer + D0 + tl.arange(0, D1), mask=D0 + tl.arange(0, D1) < DIM, other=0.0)
+    return w0, w1
+
+
+@triton.jit
+def standardise(x0, x1, mask, eps, DIM, D0, D1):
+    """(x - mean) * rstd in float32, zeros beyond DIM and where ``mask`` is false; and rstd."""
+    x0 = x0.to(tl.float32)
+    total = tl.sum(x0, 1)
+    if D1 > 0:
+        x1 = x1.to(tl.float32)
+        total += tl.sum(x1, 1)
+    mean = total / DIM
+    x0 = tl.where((tl.arange(0, D0) < DIM)[None, :], x0 - mean[:, None], 0.0)
+    total = tl.sum(x0 * x0, 1)
+    if D1 > 0:
+        x1 = tl.where((D0 + tl.arange(0, D1) < DIM)[None, :], x1 - mean[:, None], 0.0)
+        total += tl.sum(x1 * x1, 1)
+    rstd = tl.where(mask, tl.rsqrt(total / DIM + eps), 0.0)
+    x0 = x0 * rstd[:, None]
+    if D1 > 0:
+        x1 = x1 * rstd[:, None]
+    return x0, x1, rstd
+
+
+@triton.jit
+def norm_rows(x0, x1, weight, w0, w1, mask, eps, DIM, D0, D1):
+    """The LayerNorm of rows, rounded to their dtype; themselves where ``weight`` is None."""
+    if weight is not None:
+        kind = x0.dtype
+        x0, x1, _ = standardise(x0, x1, mask, eps, DIM, D0, D1)
+        x0 = (x0 * w0[None, :]).to(kind)
+        if D1 > 0:
+            x1 = (x1 * w1[None, :]).to(kind)
+    return x0, x1
+
+
+@triton.jit
+def norm_backward(g0, g1, x0, x1, w0, w1, mask, eps, partial, DIM, D0, D1):
+    """The gradient of rows from that of their norm; the scale's gradient over these rows goes to ``partial``."""
+    x0, x1, rstd = standardise(x0, x1, mask, eps, DIM, D0, D1)
+    if partial is not None:
+        d = tl.arange(0, D0)
+        tl.store(partial + d, tl.sum(g0 * x0, 0), mask=d < DIM)
+        if D1 > 0:
+            d = D0 + tl.arange(0, D1)
+            tl.store(partial + d, tl.sum(g1 * x1, 0), mask=d < DIM)
+    g0 = g0 * w0[None, :]
+    mean = tl.sum(g0, 1)
+    slope = tl.sum(g0 * x0, 1)
+    if D1 > 0:
+        g1 = g1 * w1[None, :]
+        mean += tl.sum(g1, 1)
+        slope += tl.sum(g1 * x1, 1)
+    mean = (mean / DIM)[:, None]
+    slope = (slope / DIM)[:, None]
+    g0 = (g0 - mean - x0 * slope) * rstd[:, None]
+    if D1 > 0:
+        g1 = (g1 - mean - x1 * slope) * rstd[:, None]
+    return g0, g1
+
+
+@triton.jit
+def products(a0, a1, b0, b1, D1, PRECISION: tl.constexpr):
+    """Inner products of the rows a with the rows b."""
+    s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if D1 > 0:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def add_rows(acc0, acc1, p, x0, x1, D1, PRECISION: tl.constexpr):
+    """acc + p x, p in the rows' dtype."""
+    p = p.to(x0.dtype)
+    acc0 = tl.dot(p, x0, acc0, input_precision=PRECISION)
+    if D1 > 0:
+        acc1 = tl.dot(p, x1, acc1, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def place_of(t, h, w, SH, SW):
+    """A token's number in the table's grid: the bias of (i, j) is at place(i) - place(j) + centre."""
+    return (t * SH + h) * SW + w
+
+
+@triton.jit
+def scores_of(s, scale, table, where):
+    """``table`` points to the entry of one token with itself, ``where`` is relative to it."""
+    s = s * scale
+    if table is not None:
+        s += tl.load(table + where)
+    return s
+
+
+@triton.jit
+def probabilities(s, best, log_total):
+    """exp(s - best) / total. log2(e) multiplies the difference: folded into large scores it would cost their digits."""
+    return tl.exp2((s - best) * LOG2E - log_total)

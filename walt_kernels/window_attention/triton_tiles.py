@@ -1,0 +1,36 @@
+"""Tiles of the Triton kernels of window attention, by (kernel, bits of a number, width of a row, rows that fit N)."""
+
+from __future__ import annotations
+
+from .._triton import Table, Tile
+
+
+def _tile(m: int, n: int, warps: int = 4, stages: int = 2) -> Tile:
+    return Tile({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+
+
+BACKWARD = ("query_backward", "key_backward", "bias_backward")
+
+TABLE: Table = {
+    ("forward", 16, 64, 64): {"any": _tile(64, 64)},
+    ("forward", 16, 64, 128): {"any": _tile(128, 64, 8)},
+    ("forward", 16, 128, 64): {"any": _tile(64, 32), "sm_90": _tile(64, 64), "sm_100": _tile(64, 64)},
+    ("forward", 16, 128, 128): {"any": _tile(128, 32, 8), "sm_90": _tile(128, 64, 8), "sm_100": _tile(128, 64, 8)},
+    **{("forward", 16, 256, r): {"any": _tile(32, 32, 8)} for r in (64, 128)},
+    **{(k, 16, 64, r): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64)} for k in BACKWARD for r in (64, 128)},
+    **{
+        (k, 16, 128, r): {"any": _tile(32, 64, 8), "sm_90": _tile(64, 64, 8), "sm_100": _tile(64, 64, 8)}
+        for k in BACKWARD
+        for r in (64, 128)
+    },
+    **{(k, 16, 256, r): {"any": _tile(32, 32, 8)} for k in BACKWARD for r in (64, 128)},
+    **{(k, 32, w, r): {"any": _tile(16, 16)} for k in BACKWARD for w in (64, 128, 256) for r in (64, 128)},
+    **{("forward", 32, w, r): {"any": _tile(32, 32)} for w in (64, 128) for r in (64, 128)},
+    **{("forward", 32, 256, r): {"any": _tile(16, 16)} for r in (64, 128)},
+}
+
+SUMS: Table = {
+    ("sum_rows",): {"any": Tile({"ROWS": 32, "COLUMNS": 64})},
+    ("table",): {"any": Tile({"KEYS": 64})},
+    ("context_finish",): {"any": Tile({"BLOCK": 16})},
+}
