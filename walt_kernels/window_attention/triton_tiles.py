@@ -10,6 +10,7 @@ def _tile(m: int, n: int, warps: int = 4, stages: int = 2) -> Tile:
 
 
 BACKWARD = ("query_backward", "key_backward", "bias_backward")
+KERNELS = ("forward", *BACKWARD)
 
 TABLE: Table = {
     ("forward", 16, 64, 64): {"any": _tile(64, 64)},
@@ -24,9 +25,8 @@ TABLE: Table = {
         for r in (64, 128)
     },
     **{(k, 16, 256, r): {"any": _tile(32, 32, 8)} for k in BACKWARD for r in (64, 128)},
-    **{(k, 32, w, r): {"any": _tile(16, 16)} for k in BACKWARD for w in (64, 128, 256) for r in (64, 128)},
-    **{("forward", 32, w, r): {"any": _tile(32, 32)} for w in (64, 128) for r in (64, 128)},
-    **{("forward", 32, 256, r): {"any": _tile(16, 16)} for r in (64, 128)},
+    # float32 has no tensor cores: small tiles, for registers
+    **{(k, 32, w, r): {"any": _tile(16, 16, 8)} for k in KERNELS for w in (64, 128, 256) for r in (64, 128)},
 }
 
 SUMS: Table = {
