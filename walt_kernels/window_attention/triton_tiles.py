@@ -10,6 +10,7 @@ def _tile(m: int, n: int, warps: int = 4, stages: int = 2) -> Tile:
 
 
 BACKWARD = ("query_backward", "key_backward", "bias_backward")
+KERNELS = ("forward", *BACKWARD)
 
 TABLE: Table = {
     ("forward", 16, 64, 64): {"any": _tile(64, 64)},
@@ -17,16 +18,29 @@ TABLE: Table = {
     ("forward", 16, 128, 64): {"any": _tile(64, 32), "sm_90": _tile(64, 64), "sm_100": _tile(64, 64)},
     ("forward", 16, 128, 128): {"any": _tile(128, 32, 8), "sm_90": _tile(128, 64, 8), "sm_100": _tile(128, 64, 8)},
     **{("forward", 16, 256, r): {"any": _tile(32, 32, 8)} for r in (64, 128)},
-    **{(k, 16, 64, r): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64)} for k in BACKWARD for r in (64, 128)},
     **{
-        (k, 16, 128, r): {"any": _tile(32, 64, 8), "sm_90": _tile(64, 64, 8), "sm_100": _tile(64, 64, 8)}
+        (k, 16, 64, r): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64), "gfx942": _tile(64, 32)}
         for k in BACKWARD
         for r in (64, 128)
     },
-    **{(k, 16, 256, r): {"any": _tile(32, 32, 8)} for k in BACKWARD for r in (64, 128)},
-    **{(k, 32, w, r): {"any": _tile(16, 16)} for k in BACKWARD for w in (64, 128, 256) for r in (64, 128)},
-    **{("forward", 32, w, r): {"any": _tile(32, 32)} for w in (64, 128) for r in (64, 128)},
-    **{("forward", 32, 256, r): {"any": _tile(16, 16)} for r in (64, 128)},
+    **{
+        (k, 16, 128, r): {
+            "any": _tile(32, 64, 8),
+            "sm_90": _tile(64, 64, 8),
+            "sm_100": _tile(64, 64, 8),
+            "gfx942": _tile(32, 32),
+        }
+        for k in BACKWARD
+        for r in (64, 128)
+    },
+    **{(k, 16, 256, r): {"any": _tile(32, 32, 8), "gfx942": _tile(16, 32)} for k in BACKWARD for r in (64, 128)},
+    # float32 has no tensor cores: small tiles, for registers
+    **{
+        (k, 32, w, r): {"any": _tile(16, 16, 8), "gfx942": _tile(16, 16)}
+        for k in KERNELS
+        for w in (64, 128, 256)
+        for r in (64, 128)
+    },
 }
 
 SUMS: Table = {
