@@ -1,0 +1,55 @@
+"""Tiles of the Triton kernels of causal_conv3d by kernel, dtype and shape class, never by frames or pixels.
+
+M and N are the rows and columns of a product and K is what is summed: pixels, output channels and channels forward;
+pixels, channels and output channels for the data's gradient; output channels, channels and pixels for the weight's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._triton import Table, Tile
+
+FEW = 16  # channels: with fewer, a block holds the channels of several taps
+
+
+def precision(dtype: torch.dtype) -> str:
+    return "float32" if dtype is torch.float32 else "16-bit"
+
+
+def forward_key(dtype: torch.dtype, channels: int, out_channels: int) -> tuple[str, str, str]:
+    """Also for the data's gradient, whose sum is over the output channels."""
+    if channels < FEW:
+        shape = "short sum"
+    elif out_channels <= 16:
+        shape = "few columns"
+    elif out_channels <= 64:
+        shape = "narrow"
+    else:
+        shape = "wide"
+    return "forward", precision(dtype), shape
+
+
+def tile(m: int, n: int, k: int, warps: int, stages: int) -> Tile:
+    return Tile({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
+
+
+FORWARD: Table = {
+    ("forward", "16-bit", "wide"): {
+        "any": tile(128, 128, 32, 8, 4),
+        "sm_90": tile(128, 128, 64, 8, 4),
+        "sm_100": tile(128, 128, 64, 8, 4),
+        "gfx942": tile(128, 128, 32, 8, 2),
+    },
+    ("forward", "16-bit", "narrow"): {
+        "any": tile(128, 64, 32, 4, 4),
+        "sm_90": tile(128, 64, 64, 4, 4),
+        "gfx942": tile(128, 64, 32, 4, 2),
+    },
+    ("forward", "16-bit", "short sum"): {"any": tile(128, 64, 32, 4, 2)},
+    ("forward", "16-bit", "few columns"): {"any": tile(128, 16, 64, 4, 4), "gfx942": tile(128, 16, 64, 4, 2)},
+    ("forward", "float32", "wide"): {"any": tile(64, 64, 16, 8, 2)},
+    ("forward", "float32", "narrow"): {"any": tile(64, 64, 16, 8, 2)},
+    ("forward", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
+    ("forward", "float32", "few columns"): {"any": tile(64, 16, 16, 4, 2)},
+}
