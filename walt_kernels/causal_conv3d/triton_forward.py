@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """The convolution as a matrix product in Triton: rows are pixels of an output frame, the sum is over (tap, channel)."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import _triton
 from .layout import output_like
 from .triton_geometry import by_tap, gather, geometry, oriented, strides, wide
-from .triton_tiles import FORWARD, forward_key
+from .triton_tiles import PIXELS, forward_key
 
 
 @triton.jit
@@ -119,5 +120,5 @@ def causal_conv3d(
             WIDE=wide(x, history, filters, y),
         )
 
-    run(_triton.pick(FORWARD, key, x.device, run))
+    run(_triton.pick(PIXELS, key, x.device, run))
     return y

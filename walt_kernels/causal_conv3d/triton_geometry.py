@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """What the Triton kernels of causal_conv3d share: how output pixels read the input through taps, and their arguments.
 
 Nothing is padded or unfolded in memory: a tap is a shift of coordinates, and padding is a rule for coordinates that

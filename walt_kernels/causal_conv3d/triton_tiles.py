@@ -17,39 +17,43 @@ def precision(dtype: torch.dtype) -> str:
     return "float32" if dtype is torch.float32 else "16-bit"
 
 
+def columns(count: int) -> str:
+    return "few columns" if count <= 16 else "narrow" if count <= 64 else "wide"
+
+
 def forward_key(dtype: torch.dtype, channels: int, out_channels: int) -> tuple[str, str, str]:
-    """Also for the data's gradient, whose sum is over the output channels."""
-    if channels < FEW:
-        shape = "short sum"
-    elif out_channels <= 16:
-        shape = "few columns"
-    elif out_channels <= 64:
-        shape = "narrow"
-    else:
-        shape = "wide"
-    return "forward", precision(dtype), shape
+    return "forward", precision(dtype), "short sum" if channels < FEW else columns(out_channels)
+
+
+def data_key(dtype: torch.dtype, out_channels: int, channels: int) -> tuple[str, str, str]:
+    return "data", precision(dtype), "short sum" if out_channels < FEW else columns(channels)
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int) -> Tile:
     return Tile({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
 
 
-FORWARD: Table = {
-    ("forward", "16-bit", "wide"): {
+_SUMS: Table = {
+    ("16-bit", "wide"): {
         "any": tile(128, 128, 32, 8, 4),
         "sm_90": tile(128, 128, 64, 8, 4),
         "sm_100": tile(128, 128, 64, 8, 4),
         "gfx942": tile(128, 128, 32, 8, 2),
     },
-    ("forward", "16-bit", "narrow"): {
+    ("16-bit", "narrow"): {
         "any": tile(128, 64, 32, 4, 4),
         "sm_90": tile(128, 64, 64, 4, 4),
         "gfx942": tile(128, 64, 32, 4, 2),
     },
+    ("16-bit", "few columns"): {"any": tile(128, 16, 64, 4, 4), "gfx942": tile(128, 16, 64, 4, 2)},
+    ("float32", "wide"): {"any": tile(64, 64, 16, 8, 2)},
+    ("float32", "narrow"): {"any": tile(64, 64, 16, 8, 2)},
+    ("float32", "few columns"): {"any": tile(64, 16, 16, 4, 2)},
+}
+PIXELS: Table = {
+    **{(kernel, *key): tiles for kernel in ("forward", "data") for key, tiles in _SUMS.items()},
     ("forward", "16-bit", "short sum"): {"any": tile(128, 64, 32, 4, 2)},
-    ("forward", "16-bit", "few columns"): {"any": tile(128, 16, 64, 4, 4), "gfx942": tile(128, 16, 64, 4, 2)},
-    ("forward", "float32", "wide"): {"any": tile(64, 64, 16, 8, 2)},
-    ("forward", "float32", "narrow"): {"any": tile(64, 64, 16, 8, 2)},
     ("forward", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
-    ("forward", "float32", "few columns"): {"any": tile(64, 16, 16, 4, 2)},
+    ("data", "16-bit", "short sum"): {"any": tile(128, 64, 16, 4, 2)},
+    ("data", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
 }
