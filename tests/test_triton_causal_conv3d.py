@@ -17,11 +17,11 @@ pytestmark = marks()
 
 
 def compare(inputs: dict[str, Any]) -> None:
-    constant = {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    check(causal_conv3d, constant, rows=terms(inputs))
+    check(causal_conv3d, inputs, rows=terms(inputs))
 
 
-SMALL = {"batch": 1, "frames": 3, "size": (5, 6), "channels": 6, "out_channels": 8}
+# A frame a sample that keeps rows of one program's tiles partly empty, and few steps: the interpreter is slow.
+SMALL = {"batch": 1, "frames": 2, "size": (4, 5), "channels": 6, "out_channels": 6}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,10 +28,7 @@ def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor
 
 
 def _triton_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, **_: Any) -> str | None:
-    inputs = (x, weight, bias, history)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return "has no gradients yet"
-    return _triton.unsupported(*inputs)
+    return _triton.unsupported(x, weight, bias, history)
 
 
 def register_op(prepare: Any) -> None:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Gradients of causal_conv3d's input and history in Triton: rows are input pixels, the sum is over (tap, output channel).
+"""Gradients of causal_conv3d's input and history in Triton: rows are input pixels, sums go over (tap, output channel).
 
 A pixel collects what every position of the padded frame that copies it sends back. Most pixels are seen in one place;
 those at the edge of replicated or reflected frames have copies in the padding, and frame 0 may have them in time.

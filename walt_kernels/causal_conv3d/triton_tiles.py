@@ -57,3 +57,33 @@ PIXELS: Table = {
     ("data", "16-bit", "short sum"): {"any": tile(128, 64, 16, 4, 2)},
     ("data", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
 }
+
+
+def weight_key(dtype: torch.dtype, channels: int, out_channels: int) -> tuple[str, str, str]:
+    if channels < FEW:
+        shape = "few channels"
+    else:
+        shape = "narrow" if min(channels, out_channels) <= 64 else "wide"
+    return "weight", precision(dtype), shape
+
+
+WEIGHT: Table = {
+    ("weight", "16-bit", "wide"): {
+        "any": tile(128, 128, 32, 8, 4),
+        "sm_90": tile(128, 128, 64, 8, 4),
+        "sm_100": tile(128, 128, 64, 8, 4),
+        "gfx942": tile(128, 128, 32, 8, 2),
+    },
+    ("weight", "16-bit", "narrow"): {
+        "any": tile(64, 64, 64, 4, 4),
+        "gfx942": tile(64, 64, 32, 4, 2),
+    },
+    ("weight", "16-bit", "few channels"): {"any": tile(64, 64, 64, 4, 2)},
+    ("weight", "float32", "wide"): {"any": tile(64, 64, 16, 8, 2)},
+    ("weight", "float32", "narrow"): {"any": tile(64, 64, 16, 8, 2)},
+    ("weight", "float32", "few channels"): {"any": tile(64, 32, 16, 4, 2)},
+}
+FINISH: Table = {
+    ("finish",): {"any": Tile({"BLOCK": 256})},
+    ("bias",): {"any": Tile({"BLOCK_N": 64, "BLOCK_K": 64})},
+}
