@@ -8,7 +8,6 @@ import pytest
 import torch
 from on_gpu import DTYPES, check, marks
 from test_causal_conv3d import OPTIONS, sample, terms
-from torch import Tensor
 
 from walt_kernels import causal_conv3d
 from walt_kernels.testing import LAYOUTS

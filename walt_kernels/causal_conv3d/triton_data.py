@@ -21,16 +21,25 @@ from .triton_tiles import PIXELS, data_key
 
 
 @triton.jit
-def copy_of(position, number, size, before, after, MODE: tl.constexpr):
-    """Where the padding's ``number``-th copy of a row (or column) would be, and whether there is one; 0 is itself."""
+def copy_of(position, number, low, high, size, before, after, MODE: tl.constexpr):
+    """Where the padding's ``number``-th copy of a row (or column) would be, and whether there is one; 0 is itself.
+
+    Of positions from ``low`` to ``high``; the third and fourth result are between what their copies lie.
+    """
     if MODE == "replicate":  # one copy of the first row for each of ``before``, then of the last row
-        place = tl.where(number <= before, -number, size - 1 + number - before)
-        copied = position == tl.where(number <= before, 0, size - 1)
+        first = number <= before
+        place = tl.where(first, -number, size - 1 + number - before)
+        copied = position == tl.where(first, 0, size - 1)
+        place_low, place_high = place, place
     else:  # 1 reflects at the first row, 2 at the last
-        place = tl.where(number == 1, -position, 2 * (size - 1) - position)
-        first = (position > 0) & (position <= before)
-        copied = tl.where(number == 1, first, (position < size - 1) & (position >= size - 1 - after))
-    return tl.where(number == 0, position, place), (number == 0) | copied
+        first = number == 1
+        place = tl.where(first, -position, 2 * (size - 1) - position)
+        copied = (position < size - 1) & (position >= size - 1 - after)
+        copied = tl.where(first, (position > 0) & (position <= before), copied)
+        place_low, place_high = tl.where(first, -before, size), tl.where(first, -1, size - 1 + after)
+    itself = number == 0
+    place = tl.where(itself, position, place)
+    return place, itself | copied, tl.where(itself, low, place_low), tl.where(itself, high, place_high)
 
 
 @triton.jit
@@ -50,6 +59,13 @@ def taps_of(position, last, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, B
         first = tl.where(seen, u, first)
         count += seen.to(tl.int32)
     return first, count
+
+
+@triton.jit
+def taps_between(low, high, last, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """First tap and number of taps through which outputs 0 to ``last`` see any position from ``low`` to ``high``."""
+    first = tl.cdiv(tl.maximum(low - last * S, 0), D)
+    return first, tl.maximum(tl.minimum(high // D + 1, K) - first, 0)
 
 
 @triton.jit
@@ -106,10 +122,14 @@ def conv_data_kernel(
         last_seer = t - number // copies + (KT - 1) * DT  # the frame that sees this one through tap 0, times ST
         j_first, j_count = taps_of(last_seer, frames_out - 1, KT, ST, DT, True)
         if EDGE:
-            place_h, copied_h = copy_of(h, number % copies // copies_w, height, top, bottom, SPACE)
-            place_w, copied_w = copy_of(w, number % copies_w, width, left, right, SPACE)
+            row_end, column_end = row + rows - 1, column + columns - 1
+            place_h, copied_h, low, high = copy_of(
+                h, number % copies // copies_w, row, row_end, height, top, bottom, SPACE
+            )
+            u_first, u_count = taps_between(low + top, high + top, height_out - 1, KH, SH, DH)
+            place_w, copied_w, low, high = copy_of(w, number % copies_w, column, column_end, width, left, right, SPACE)
+            v_first, v_count = taps_between(low + left, high + left, width_out - 1, KW, SW, DW)
             copied = copied_h & copied_w & seen
-            u_first, u_count, v_first, v_count = 0, KH, 0, KW
             j_count *= tl.max(copied.to(tl.int32), 0)
         else:
             place_h, place_w, copied = h, w, seen

@@ -133,10 +133,12 @@ def conv_finish_kernel(partials, out, parts, size, taps, channels, out_o, out_c,
     """Adds up parts of [C_out, taps, channels], first to last."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        acc += tl.load(partials + part.to(tl.int64) * size + i, mask=i < size, other=0.0)
-    at = i // (taps * channels) * out_o + i // channels % taps * out_tap + i % channels * out_c
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=i < size)
+    at = partials + i
+    for _ in range(parts):
+        acc += tl.load(at, mask=i < size, other=0.0)
+        at += size
+    place = i // (taps * channels) * out_o + i // channels % taps * out_tap + i % channels * out_c
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=i < size)
 
 
 def finish(partials: Tensor, out: Tensor, taps: int, channels: int, strides: Sequence[int]) -> None:
