@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _triton
 from .triton_geometry import by_tap, geometry, oriented, strides, wide
+from .triton_patch import convolve, takes
 from .triton_tiles import PIXELS, data_key
 
 
@@ -179,8 +180,8 @@ def ends(size: int, before: int, after: int, mode: str) -> tuple[int, int]:
 
 def rectangles(height: int, width: int, padding: Sequence[int], mode: str) -> Iterator[tuple[bool, dict[str, int]]]:
     """The frame in pieces: whether a piece's pixels have copies, and where it is."""
-    top, bottom = ends(height, *padding[:2], mode)
-    left, right = ends(width, *padding[2:], mode)
+    top, bottom = ends(height, padding[0], padding[1], mode)
+    left, right = ends(width, padding[2], padding[3], mode)
     pieces = (
         (False, top, bottom, left, right),
         (True, 0, top, 0, width),
@@ -214,6 +215,9 @@ def backward_data(
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     copies = [3 if space_padding == "reflect" else 1 + sum(pair) for pair in (padding[:2], padding[2:])]
     filters = by_tap(weight)
+    if history is None and grad_x is not None and takes(grad, weight, stride, dilation, space_padding, groups):
+        convolve(grad, filters, None, grad_x, padding[::2], time_padding, True)
+        return
 
     def launch(tile: _triton.Tile, dx: Tensor, first_frame: int, edge: bool, piece: dict[str, int]) -> None:
         apart_h, apart_w = (1, 1) if edge else stride[1:]

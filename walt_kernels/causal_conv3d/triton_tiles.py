@@ -87,3 +87,22 @@ FINISH: Table = {
     ("finish",): {"any": Tile({"BLOCK": 256})},
     ("bias",): {"any": Tile({"BLOCK_N": 64, "BLOCK_K": 64})},
 }
+
+
+def patch_key(dtype: torch.dtype, out_channels: int) -> tuple[str, str, str]:
+    return "patch", precision(dtype), columns(out_channels)
+
+
+def patch(h: int, w: int, n: int, k: int, warps: int, stages: int) -> Tile:
+    return Tile({"BLOCK_H": h, "BLOCK_W": w, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
+
+
+# A row of a box is 128 bytes: what TMA swizzles at most.
+PATCH: Table = {
+    ("patch", "16-bit", "wide"): {"any": patch(8, 16, 128, 64, 8, 3)},
+    ("patch", "16-bit", "narrow"): {"any": patch(8, 16, 64, 64, 4, 3)},
+    ("patch", "16-bit", "few columns"): {"any": patch(8, 16, 16, 64, 4, 4)},
+    ("patch", "float32", "wide"): {"any": patch(8, 8, 64, 16, 8, 2)},
+    ("patch", "float32", "narrow"): {"any": patch(8, 8, 64, 16, 8, 2)},
+    ("patch", "float32", "few columns"): {"any": patch(8, 8, 16, 16, 4, 2)},
+}
