@@ -105,7 +105,7 @@ def takes(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[i
 def convolve(
     x: Tensor, filters: Tensor, bias: Tensor | None, y: Tensor, shifts: Sequence[int], time_padding: str, backward: bool
 ) -> None:
-    """Writes y: the convolution of x, or (``backward``) the gradient of an input of y's shape from x, that of its output.
+    """Writes the convolution y of x or, ``backward``, the gradient y of a convolution's input from x, its output's.
 
     ``filters`` is the weight ``by_tap``; ``shifts`` are the padding's top and left.
     """

@@ -36,8 +36,8 @@ def tile(m: int, n: int, k: int, warps: int, stages: int) -> Tile:
 _SUMS: Table = {
     ("16-bit", "wide"): {
         "any": tile(128, 128, 32, 8, 4),
-        "sm_90": tile(128, 128, 64, 8, 4),
-        "sm_100": tile(128, 128, 64, 8, 4),
+        "sm_90": tile(128, 128, 64, 8, 3),
+        "sm_100": tile(128, 128, 64, 8, 3),
         "gfx942": tile(128, 128, 32, 8, 2),
     },
     ("16-bit", "narrow"): {
@@ -70,8 +70,8 @@ def weight_key(dtype: torch.dtype, channels: int, out_channels: int) -> tuple[st
 WEIGHT: Table = {
     ("weight", "16-bit", "wide"): {
         "any": tile(128, 128, 32, 8, 4),
-        "sm_90": tile(128, 128, 64, 8, 4),
-        "sm_100": tile(128, 128, 64, 8, 4),
+        "sm_90": tile(128, 128, 64, 8, 3),
+        "sm_100": tile(128, 128, 64, 8, 3),
         "gfx942": tile(128, 128, 32, 8, 2),
     },
     ("weight", "16-bit", "narrow"): {
@@ -99,8 +99,8 @@ def patch(h: int, w: int, n: int, k: int, warps: int, stages: int) -> Tile:
 
 # A row of a box is 128 bytes: what TMA swizzles at most.
 PATCH: Table = {
-    ("patch", "16-bit", "wide"): {"any": patch(8, 16, 128, 64, 8, 3)},
-    ("patch", "16-bit", "narrow"): {"any": patch(8, 16, 64, 64, 4, 3)},
+    ("patch", "16-bit", "wide"): {"any": patch(8, 16, 128, 64, 8, 4)},
+    ("patch", "16-bit", "narrow"): {"any": patch(8, 16, 64, 64, 4, 4)},
     ("patch", "16-bit", "few columns"): {"any": patch(8, 16, 16, 64, 4, 4)},
     ("patch", "float32", "wide"): {"any": patch(8, 8, 64, 16, 8, 2)},
     ("patch", "float32", "narrow"): {"any": patch(8, 8, 64, 16, 8, 2)},
