@@ -32,9 +32,10 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "128 to 128, replicate": (128, 128, 64, {"space_padding": "replicate"}),
     "128 to 16, reflect": (128, 16, 64, {"space_padding": "reflect"}),
     "128 to 16": (128, 16, 64, {}),
+    "64 to 64, history": (64, 64, 64, {"history": True}),
     "128 to 128, over 2^31": (128, 128, 2048, {}),
 }
-IN_EVERY_DTYPE = ("128 to 128", "64 to 64", "stem", "head")
+IN_EVERY_DTYPE = ("128 to 128", "64 to 64", "stem", "head", "128 to 128, replicate", "128 to 16")
 
 
 def _forward_and_backward(case: str, dtype: torch.dtype) -> None:
@@ -43,12 +44,12 @@ def _forward_and_backward(case: str, dtype: torch.dtype) -> None:
     kernel, groups = options.pop("kernel", 3), options.get("groups", 1)
     format = torch.contiguous_format if "contiguous" in case else torch.channels_last_3d
 
-    def frames(number: int) -> torch.Tensor:  # never touched: memory is only reserved
-        return torch.empty((2, channels, number, size, size), dtype=dtype, memory_format=format)
+    def frames(number: int) -> torch.Tensor:
+        return torch.empty((2, channels, number, size, size), dtype=dtype, memory_format=format, device="meta")
 
-    weight = torch.empty((out_channels, channels // groups, kernel, kernel, kernel), dtype=dtype)
+    weight = torch.empty((out_channels, channels // groups, kernel, kernel, kernel), dtype=dtype, device="meta")
     history = frames(2) if options.pop("history", False) else None
-    bias = torch.empty(out_channels, dtype=dtype)
+    bias = torch.empty(out_channels, dtype=dtype, device="meta")
     inputs = _prepare(frames(5), weight, bias, history=history, **options)
     x, weight, _, history, *rest = inputs.values()
     y = kernels.causal_conv3d(**inputs)

@@ -236,7 +236,6 @@ def backward_data(
             WIDE=wide(grad, filters, dx),
         )
 
-    key = data_key(x.dtype, shared["out_channels"], shared["channels"])
     for dx, first_frame in ((grad_x, 0), (grad_history, -(weight.shape[2] - 1) * dilation[0])):
         if dx is None or dx.shape[2] == 0:
             continue
@@ -245,4 +244,5 @@ def backward_data(
             def run(tile: _triton.Tile, job: tuple = (dx, first_frame, edge, piece)) -> None:
                 launch(tile, *job)
 
+            key = data_key(x.dtype, shared["out_channels"], shared["channels"], edge)
             run(_triton.pick(PIXELS, key, x.device, run))

@@ -25,7 +25,10 @@ def forward_key(dtype: torch.dtype, channels: int, out_channels: int) -> tuple[s
     return "forward", precision(dtype), "short sum" if channels < FEW else columns(out_channels)
 
 
-def data_key(dtype: torch.dtype, out_channels: int, channels: int) -> tuple[str, str, str]:
+def data_key(dtype: torch.dtype, out_channels: int, channels: int, edge: bool) -> tuple[str, str, str]:
+    """``edge``: strips of few pixels."""
+    if edge:
+        return "data", precision(dtype), "edge"
     return "data", precision(dtype), "short sum" if out_channels < FEW else columns(channels)
 
 
@@ -33,7 +36,7 @@ def tile(m: int, n: int, k: int, warps: int, stages: int) -> Tile:
     return Tile({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
 
 
-_SUMS: Table = {
+_sums: Table = {
     ("16-bit", "wide"): {
         "any": tile(128, 128, 32, 8, 4),
         "sm_90": tile(128, 128, 64, 8, 3),
@@ -51,11 +54,13 @@ _SUMS: Table = {
     ("float32", "few columns"): {"any": tile(64, 16, 16, 4, 2)},
 }
 PIXELS: Table = {
-    **{(kernel, *key): tiles for kernel in ("forward", "data") for key, tiles in _SUMS.items()},
+    **{(kernel, *key): tiles for kernel in ("forward", "data") for key, tiles in _sums.items()},
     ("forward", "16-bit", "short sum"): {"any": tile(128, 64, 32, 4, 2)},
     ("forward", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
     ("data", "16-bit", "short sum"): {"any": tile(128, 64, 16, 4, 2)},
     ("data", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
+    ("data", "16-bit", "edge"): {"any": tile(64, 64, 64, 4, 3), "gfx942": tile(64, 64, 32, 4, 2)},
+    ("data", "float32", "edge"): {"any": tile(64, 32, 16, 4, 2)},
 }
 
 
