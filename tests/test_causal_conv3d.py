@@ -506,7 +506,9 @@ def test_empty_batch() -> None:
 @native
 def test_explains_its_backends() -> None:
     inputs = sample()
-    assert explain("causal_conv3d", **inputs) == {"cpu": None, "reference": None}
+    reasons = explain("causal_conv3d", **inputs)
+    assert reasons.pop("triton") is not None  # opt-in
+    assert reasons == {"cpu": None, "reference": None}
     on_meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
     assert "runs on CPU tensors" in explain("causal_conv3d", **on_meta)["cpu"]
 

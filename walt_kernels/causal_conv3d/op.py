@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton
 from .._dispatch import Backend, backend, register
 from .._library import define
 from . import native, reference
 from .layout import gradients_like, output_like
+
+if _triton.triton is not None:
+    from . import triton_kernels
+else:
+    triton_kernels = None  # type: ignore[assignment]
 
 OPTIONS = (
     "int[3] stride, int[3] dilation, SymInt[4] padding, str time_padding, str space_padding, int groups, str backend"
@@ -22,11 +27,17 @@ def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor
     return _native.unsupported(x, weight, bias, history)
 
 
+def _triton_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, **_: Any) -> str | None:
+    return _triton.unsupported(x, weight, bias, history)
+
+
 def register_op(prepare: Any) -> None:
+    forward, backward = (getattr(triton_kernels, f"causal_conv3d{name}", None) for name in ("", "_backward"))
     register(
         "causal_conv3d",
         prepare,
         [
+            Backend("triton", _triton_unsupported, forward, backward, _triton.OPT_IN),  # type: ignore[arg-type]
             Backend("cpu", _unsupported, native.causal_conv3d, native.causal_conv3d_backward),
             Backend("reference", lambda **inputs: None, reference.causal_conv3d),
         ],

@@ -1,0 +1,63 @@
+"""Calls that reach every Triton kernel of causal_conv3d and every entry of its tile tables, for ``_aot``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import triton_kernels as kernels
+from .api import _prepare
+
+# Bytes of stack that the assembler takes although registers are left.
+SPILLS = {"conv_data_kernel": 16}
+
+# channels, output channels, rows and columns, options; x is channels_last_3d unless the name says otherwise.
+CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "128 to 128": (128, 128, 64, {}),
+    "64 to 64": (64, 64, 64, {}),
+    "stem": (3, 64, 128, {"time_padding": "first_frame"}),
+    "head": (128, 3, 128, {}),
+    "128 to 128, first frame": (128, 128, 64, {"time_padding": "first_frame"}),
+    "128 to 128, history": (128, 128, 64, {"history": True}),
+    "128 to 128, reflect": (128, 128, 64, {"space_padding": "reflect"}),
+    "128 to 128, replicate, history": (128, 128, 64, {"space_padding": "replicate", "history": True}),
+    "128 to 256, stride": (128, 256, 64, {"stride": 2, "time_padding": "first_frame"}),
+    "128 to 128, contiguous": (128, 128, 64, {}),
+    "stem, contiguous": (3, 64, 128, {}),
+    "depthwise": (256, 256, 32, {"groups": 256}),
+    "8 to 512, one by one": (8, 512, 16, {"kernel": 1}),
+    "128 to 128, replicate": (128, 128, 64, {"space_padding": "replicate"}),
+    "128 to 16, reflect": (128, 16, 64, {"space_padding": "reflect"}),
+    "128 to 16": (128, 16, 64, {}),
+    "64 to 64, history": (64, 64, 64, {"history": True}),
+    "128 to 128, over 2^31": (128, 128, 2048, {}),
+}
+IN_EVERY_DTYPE = ("128 to 128", "64 to 64", "stem", "head", "128 to 128, replicate", "128 to 16")
+
+
+def _forward_and_backward(case: str, dtype: torch.dtype) -> None:
+    channels, out_channels, size, options = CASES[case]
+    options = dict(options)
+    kernel, groups = options.pop("kernel", 3), options.get("groups", 1)
+    format = torch.contiguous_format if "contiguous" in case else torch.channels_last_3d
+
+    def frames(number: int) -> torch.Tensor:
+        return torch.empty((2, channels, number, size, size), dtype=dtype, memory_format=format, device="meta")
+
+    weight = torch.empty((out_channels, channels // groups, kernel, kernel, kernel), dtype=dtype, device="meta")
+    history = frames(2) if options.pop("history", False) else None
+    bias = torch.empty(out_channels, dtype=dtype, device="meta")
+    inputs = _prepare(frames(5), weight, bias, history=history, **options)
+    x, weight, _, history, *rest = inputs.values()
+    y = kernels.causal_conv3d(**inputs)
+    kernels.causal_conv3d_backward(y, x, weight, history, *rest, (True, True, True, history is not None))
+
+
+def aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    for dtype, name in names.items():
+        for case in CASES if dtype is torch.bfloat16 else IN_EVERY_DTYPE:
+            yield f"{case}, {name}", partial(_forward_and_backward, case, dtype)

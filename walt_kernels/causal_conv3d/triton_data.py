@@ -1,0 +1,248 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Gradients of causal_conv3d's input and history in Triton: rows are input pixels, sums go over (tap, output channel).
+
+A pixel collects what every position of the padded frame that copies it sends back. Most pixels are seen in one place;
+those at the edge of replicated or reflected frames have copies in the padding, and frame 0 may have them in time.
+Copies are visited one after another, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _triton
+from .triton_geometry import by_tap, geometry, oriented, strides, wide
+from .triton_patch import convolve, takes
+from .triton_tiles import PIXELS, data_key
+
+
+@triton.jit
+def copy_of(position, number, low, high, size, before, after, MODE: tl.constexpr):
+    """Where the padding's ``number``-th copy of a row (or column) would be, and whether there is one; 0 is itself.
+
+    Of positions from ``low`` to ``high``; the third and fourth result are between what their copies lie.
+    """
+    if MODE == "replicate":  # one copy of the first row for each of ``before``, then of the last row
+        first = number <= before
+        place = tl.where(first, -number, size - 1 + number - before)
+        copied = position == tl.where(first, 0, size - 1)
+        place_low, place_high = place, place
+    else:  # 1 reflects at the first row, 2 at the last
+        first = number == 1
+        place = tl.where(first, -position, 2 * (size - 1) - position)
+        copied = (position < size - 1) & (position >= size - 1 - after)
+        copied = tl.where(first, (position > 0) & (position <= before), copied)
+        place_low, place_high = tl.where(first, -before, size), tl.where(first, -1, size - 1 + after)
+    itself = number == 0
+    place = tl.where(itself, position, place)
+    return place, itself | copied, tl.where(itself, low, place_low), tl.where(itself, high, place_high)
+
+
+@triton.jit
+def taps_of(position, last, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr):
+    """First tap and number of taps through which a position is seen. They lie S / gcd(S, D) apart.
+
+    Output i sees the padded position i S + u D through tap u; ``BOUNDED``: only by outputs 0 to ``last``.
+    """
+    first = K
+    count = 0
+    for i in tl.static_range(K):
+        u = K - 1 - i
+        distance = position - u * D
+        seen = distance % S == 0
+        if BOUNDED:
+            seen &= (distance >= 0) & (distance <= last * S)
+        first = tl.where(seen, u, first)
+        count += seen.to(tl.int32)
+    return first, count
+
+
+@triton.jit
+def taps_between(low, high, last, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """First tap and number of taps through which outputs 0 to ``last`` see any position from ``low`` to ``high``."""
+    first = tl.cdiv(tl.maximum(low - last * S, 0), D)
+    return first, tl.maximum(tl.minimum(high // D + 1, K) - first, 0)
+
+
+@triton.jit
+def conv_data_kernel(
+    grad, weight, dx,
+    frames, first_frame, row, column, rows, columns, copies_h, copies_w,
+    frames_out, height, width, height_out, width_out, top, bottom, left, right, channels, out_channels,
+    grad_b, grad_c, grad_t, grad_h, grad_w, dx_b, dx_c, dx_t, dx_h, dx_w,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    TIME: tl.constexpr, SPACE: tl.constexpr, EDGE: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M pixels of a rectangle of an input frame and BLOCK_N channels of a group.
+
+    ``EDGE``: the rectangle's pixels have copies. Otherwise a program takes pixels one stride apart, which are seen
+    through the same taps (STEP apart), and visits no other taps. ``LAST``: channels are grad's innermost dimension.
+    """
+    program, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    APART_H: tl.constexpr = 1 if EDGE else SH
+    APART_W: tl.constexpr = 1 if EDGE else SW
+    rows_apart, columns_apart = tl.cdiv(rows, APART_H), tl.cdiv(columns, APART_W)
+    tiles_n = tl.cdiv(channels, BLOCK_N)
+    tiles_m = tl.cdiv(rows_apart * columns_apart, BLOCK_M)
+    tile_n, program = program % tiles_n, program // tiles_n
+    tile_m, program = program % tiles_m, program // tiles_m
+    phase, frame = program % (APART_H * APART_W), program // (APART_H * APART_W)
+    b, t = (frame // frames).to(tl.int64), frame % frames + first_frame
+
+    row_phase, column_phase = row + phase // APART_W, column + phase % APART_W
+    pixel = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    h = pixel // columns_apart * APART_H + row_phase
+    w = pixel % columns_apart * APART_W + column_phase
+    seen = (h < row + rows) & (w < column + columns)
+    c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_at = c
+    if WIDE:
+        c_at = c.to(tl.int64)
+    TAPS: tl.constexpr = KT * KH * KW
+    grad += b * grad_b + group * out_channels * grad_c
+    weight += group * out_channels * TAPS * channels
+
+    copies = 1
+    if EDGE:
+        copies = copies_h * copies_w
+    copies_t = 1
+    if TIME == "first_frame":
+        copies_t = tl.where(t == 0, (KT - 1) * DT + 1, 1)
+    blocks = tl.cdiv(out_channels, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for number in range(copies * copies_t):
+        last_seer = t - number // copies + (KT - 1) * DT  # the frame that sees this one through tap 0, times ST
+        j_first, j_count = taps_of(last_seer, frames_out - 1, KT, ST, DT, True)
+        if EDGE:
+            row_end, column_end = row + rows - 1, column + columns - 1
+            place_h, copied_h, low, high = copy_of(
+                h, number % copies // copies_w, row, row_end, height, top, bottom, SPACE
+            )
+            u_first, u_count = taps_between(low + top, high + top, height_out - 1, KH, SH, DH)
+            place_w, copied_w, low, high = copy_of(w, number % copies_w, column, column_end, width, left, right, SPACE)
+            v_first, v_count = taps_between(low + left, high + left, width_out - 1, KW, SW, DW)
+            copied = copied_h & copied_w & seen
+            j_count *= tl.max(copied.to(tl.int32), 0)
+        else:
+            place_h, place_w, copied = h, w, seen
+            u_first, u_count = taps_of(row_phase + top, 0, KH, SH, DH, False)
+            v_first, v_count = taps_of(column_phase + left, 0, KW, SW, DW, False)
+        place_h, place_w = oriented(place_h + top, LAST), oriented(place_w + left, LAST)
+        copied = oriented(copied, LAST)
+        for step in range(j_count * u_count * v_count * blocks):
+            tap = step // blocks
+            v = v_first + tap % v_count * (1 if EDGE else STEP_W)
+            u = u_first + tap // v_count % u_count * (1 if EDGE else STEP_H)
+            j = j_first + tap // (v_count * u_count) * STEP_T
+            from_h, from_w = place_h - u * DH, place_w - v * DW
+            h_out, w_out = from_h // SH, from_w // SW
+            inside = copied & (from_h >= 0) & (h_out < height_out) & (from_w >= 0) & (w_out < width_out)
+            if EDGE:
+                inside &= (from_h % SH == 0) & (from_w % SW == 0)
+            o = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+            valid = o < out_channels
+            if WIDE:
+                o, h_out, w_out = o.to(tl.int64), h_out.to(tl.int64), w_out.to(tl.int64)
+            base = grad + ((last_seer - j * DT) // ST).to(tl.int64) * grad_t
+            offsets = h_out * grad_h + w_out * grad_w + oriented(o, not LAST) * grad_c
+            sent = tl.load(base + offsets, mask=inside & oriented(valid, not LAST), other=0.0)
+            if not LAST:
+                sent = tl.trans(sent)
+            offsets = o[:, None] * (TAPS * channels) + ((j * KH + u) * KW + v) * channels + c_at[None, :]
+            filters = tl.load(weight + offsets, mask=valid[:, None] & (c < channels)[None, :], other=0.0)
+            acc = tl.dot(sent, filters, acc, input_precision="ieee")
+
+    if WIDE:
+        h, w = h.to(tl.int64), w.to(tl.int64)
+    dx += b * dx_b + (t - first_frame).to(tl.int64) * dx_t + group * channels * dx_c
+    offsets = (h * dx_h + w * dx_w)[:, None] + c_at[None, :] * dx_c
+    tl.store(dx + offsets, acc.to(dx.dtype.element_ty), mask=seen[:, None] & (c < channels)[None, :])
+
+
+def ends(size: int, before: int, after: int, mode: str) -> tuple[int, int]:
+    """The rows (or columns) between these two have no copies in the padding."""
+    if mode == "zeros":
+        return 0, size
+    reflects = mode == "reflect"
+    first = (1 + before * reflects) if before else 0
+    end = size - ((1 + after * reflects) if after else 0)
+    return (first, end) if first < end else (size, size)
+
+
+def rectangles(height: int, width: int, padding: Sequence[int], mode: str) -> Iterator[tuple[bool, dict[str, int]]]:
+    """The frame in pieces: whether a piece's pixels have copies, and where it is."""
+    top, bottom = ends(height, padding[0], padding[1], mode)
+    left, right = ends(width, padding[2], padding[3], mode)
+    pieces = (
+        (False, top, bottom, left, right),
+        (True, 0, top, 0, width),
+        (True, bottom, height, 0, width),
+        (True, top, bottom, 0, left),
+        (True, top, bottom, right, width),
+    )
+    for edge, row, row_end, column, column_end in pieces:
+        if row < row_end and column < column_end:
+            yield edge, {"row": row, "column": column, "rows": row_end - row, "columns": column_end - column}
+
+
+def backward_data(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    history: Tensor | None,
+    grad_x: Tensor | None,
+    grad_history: Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_padding: str,
+    space_padding: str,
+    groups: int,
+) -> None:
+    """Writes the gradients of x and history where they are given."""
+    shared = geometry(x, weight, history, stride, dilation, padding, time_padding, space_padding, groups)
+    del shared["pixels_out"]
+    sides = dict(zip(("top", "bottom", "left", "right"), padding, strict=True))
+    steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+    copies = [3 if space_padding == "reflect" else 1 + sum(pair) for pair in (padding[:2], padding[2:])]
+    filters = by_tap(weight)
+    if history is None and grad_x is not None and takes(grad, weight, stride, dilation, space_padding, groups):
+        convolve(grad, filters, None, grad_x, padding[::2], time_padding, True)
+        return
+
+    def launch(tile: _triton.Tile, dx: Tensor, first_frame: int, edge: bool, piece: dict[str, int]) -> None:
+        apart_h, apart_w = (1, 1) if edge else stride[1:]
+        pixels = triton.cdiv(piece["rows"], apart_h) * triton.cdiv(piece["columns"], apart_w)
+        tiles = triton.cdiv(pixels, tile.blocks["BLOCK_M"]) * triton.cdiv(weight.shape[1], tile.blocks["BLOCK_N"])
+        _triton.launch(
+            conv_data_kernel,
+            (tiles * apart_h * apart_w * dx.shape[0] * dx.shape[2], groups),
+            tile,
+            **{"grad": grad, "weight": filters, "dx": dx, "frames": dx.shape[2], "first_frame": first_frame},
+            **(piece | shared | sides | strides("grad", grad) | strides("dx", dx)),
+            **{"height_out": grad.shape[3], "copies_h": copies[0], "copies_w": copies[1]},
+            **dict(zip(("STEP_T", "STEP_H", "STEP_W"), steps, strict=True)),
+            EDGE=edge,
+            LAST=grad.stride(1) == 1,
+            WIDE=wide(grad, filters, dx),
+        )
+
+    for dx, first_frame in ((grad_x, 0), (grad_history, -(weight.shape[2] - 1) * dilation[0])):
+        if dx is None or dx.shape[2] == 0:
+            continue
+        for edge, piece in rectangles(x.shape[3], x.shape[4], padding, space_padding):
+
+            def run(tile: _triton.Tile, job: tuple = (dx, first_frame, edge, piece)) -> None:
+                launch(tile, *job)
+
+            key = data_key(x.dtype, shared["out_channels"], shared["channels"], edge)
+            run(_triton.pick(PIXELS, key, x.device, run))

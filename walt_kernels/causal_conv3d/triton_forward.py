@@ -1,0 +1,128 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The convolution as a matrix product in Triton: rows are pixels of an output frame, the sum is over (tap, channel)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _triton
+from .layout import output_like
+from .triton_geometry import by_tap, gather, geometry, oriented, strides, wide
+from .triton_patch import convolve, takes
+from .triton_tiles import PIXELS, forward_key
+
+
+@triton.jit
+def conv_forward_kernel(
+    x, history, weight, bias, y,
+    frames_out, height, width, pixels_out, width_out, top, left, channels, out_channels,
+    x_b, x_c, x_t, x_h, x_w, past_b, past_c, past_t, past_h, past_w, y_b, y_c, y_t, y_w,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    TIME: tl.constexpr, SPACE: tl.constexpr, LAST: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M pixels of an output frame and BLOCK_N output channels of a group; weight as ``by_tap`` lays it out.
+
+    ``LAST``: channels are x's innermost dimension. ``FOLD``: a block of the sum holds channels of several taps.
+    """
+    program, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles_n = tl.cdiv(out_channels, BLOCK_N)
+    tiles_m = tl.cdiv(pixels_out, BLOCK_M)
+    tile_n, program = program % tiles_n, program // tiles_n
+    tile_m, frame = program % tiles_m, program // tiles_m
+    b, t = (frame // frames_out).to(tl.int64), frame % frames_out
+
+    TAPS: tl.constexpr = KT * KH * KW
+    pixel = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    h, w = oriented(pixel // width_out, LAST), oriented(pixel % width_out, LAST)
+    seen = oriented(pixel < pixels_out, LAST)
+    o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x += b * x_b + group * channels * x_c
+    if TIME == "history":
+        history += b * past_b + group * channels * past_c
+    weight += group * out_channels * TAPS * channels
+    rows = o * (TAPS * channels)
+    if WIDE:
+        rows = o.to(tl.int64) * (TAPS * channels)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = 0
+    blocks = tl.cdiv(channels, BLOCK_K)
+    steps = TAPS * blocks
+    if FOLD:
+        steps = tl.cdiv(TAPS * channels, BLOCK_K)
+    elif TIME == "zeros":  # taps that see only frames before the first
+        first = tl.maximum(KT - 1 - t * ST // DT, 0) * (KH * KW * blocks)
+    for step in range(first, steps):
+        if FOLD:
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            valid = k < TAPS * channels
+            tap, c = oriented(k // channels, not LAST), oriented(k % channels, not LAST)
+        else:
+            tap = step // blocks
+            c = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+            valid = c < channels
+            k = tap * channels + c
+            c = oriented(c, not LAST)
+        pixels = gather(
+            x, history, h, w, t, tap, c, seen & oriented(valid, not LAST), height, width, top, left,
+            x_c, x_t, x_h, x_w, past_c, past_t, past_h, past_w,
+            KT, KH, KW, ST, SH, SW, DT, DH, DW, TIME, SPACE, WIDE,
+        )  # fmt: skip
+        if not LAST:
+            pixels = tl.trans(pixels)
+        mask = (o < out_channels)[:, None] & valid[None, :]
+        filters = tl.load(weight + (rows[:, None] + k[None, :]), mask=mask, other=0.0)
+        acc = tl.dot(pixels, tl.trans(filters), acc, input_precision="ieee")
+
+    if bias is not None:
+        acc += tl.load(bias + group * out_channels + o, mask=o < out_channels, other=0.0).to(tl.float32)[None, :]
+    if WIDE:
+        pixel, o = pixel.to(tl.int64), o.to(tl.int64)
+    y += b * y_b + t.to(tl.int64) * y_t + group * out_channels * y_c
+    mask = (pixel < pixels_out)[:, None] & (o < out_channels)[None, :]
+    tl.store(y + (pixel[:, None] * y_w + o[None, :] * y_c), acc.to(y.dtype.element_ty), mask=mask)
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_padding: str,
+    space_padding: str,
+    groups: int,
+) -> Tensor:
+    y = output_like(x, weight, stride, dilation, padding)
+    shared = geometry(x, weight, history, stride, dilation, padding, time_padding, space_padding, groups)
+    filters = by_tap(weight)
+    if history is None and takes(x, weight, stride, dilation, space_padding, groups):
+        convolve(x, filters, bias, y, padding[::2], time_padding, False)
+        return y
+    key = forward_key(x.dtype, shared["channels"], shared["out_channels"])
+
+    def run(tile: _triton.Tile) -> None:
+        tiles = triton.cdiv(shared["pixels_out"], tile.blocks["BLOCK_M"])
+        tiles *= triton.cdiv(shared["out_channels"], tile.blocks["BLOCK_N"])
+        _triton.launch(
+            conv_forward_kernel,
+            (tiles * x.shape[0] * y.shape[2], groups),
+            tile,
+            **{"x": x, "history": history, "weight": filters, "bias": bias, "y": y},
+            **(shared | strides("x", x) | strides("past", history) | strides("y", y, "bctw")),
+            LAST=x.stride(1) == 1,
+            FOLD=key[-1] == "short sum",
+            WIDE=wide(x, history, filters, y),
+        )
+
+    run(_triton.pick(PIXELS, key, x.device, run))
+    return y
