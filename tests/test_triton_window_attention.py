@@ -59,22 +59,13 @@ def test_windows_of_the_model(window: tuple[int, int, int], dim: int, dtype: tor
     matches(make(2, window[0] + 1, 2 * window[1], window[2], 2, dim, window=window, dtype=dtype))
 
 
-@pytest.mark.parametrize(
-    ("scale", "norm"),
-    [
-        (16.0, True),
-        (4.0, False),
-        pytest.param(
-            16.0,
-            False,
-            marks=pytest.mark.xfail(
-                reason="rows that see one key alone: the two terms of dS round apart, the reference's cancel"
-            ),
-        ),
-    ],
-)
-def test_large_inputs(scale: float, norm: bool) -> None:
-    matches(make(1, 1, 4, 4, 1, 16, window=(1, 4, 4), scale=scale, norm=norm))
+@pytest.mark.parametrize(("norm", "scale"), [(True, 16.0), (False, 4.0), (False, 16.0)])
+def test_large_inputs(norm: bool, scale: float) -> None:
+    # Without norms and at 16 every row sees one key alone. The reference's gradient of its scores is then zero to the
+    # bit, dP - dP; ours is dP - delta, two sums of the same terms in different orders. So there only the output is held
+    # against it.
+    inputs = make(1, 1, 4, 4, 1, 16, window=(1, 4, 4), scale=scale, norm=norm)
+    matches(inputs, backward=norm or scale < 16)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "permuted", "sliced"])
