@@ -83,7 +83,7 @@ WEIGHT: Table = {
         "any": tile(64, 64, 64, 4, 4),
         "gfx942": tile(64, 64, 32, 4, 2),
     },
-    ("weight", "16-bit", "few channels"): {"any": tile(64, 64, 64, 4, 2)},
+    ("weight", "16-bit", "few channels"): {"any": tile(64, 64, 32, 4, 2)},
     ("weight", "float32", "wide"): {"any": tile(64, 64, 16, 8, 2)},
     ("weight", "float32", "narrow"): {"any": tile(64, 64, 16, 8, 2)},
     ("weight", "float32", "few channels"): {"any": tile(64, 32, 16, 4, 2)},
