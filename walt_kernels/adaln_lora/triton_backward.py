@@ -16,9 +16,7 @@ from torch import Tensor
 from .. import _triton
 from .native import like, rows_like
 from .triton_rows import arguments_of, arguments_of_rows, load_rows, row_offset, unrounded
-from .triton_tiles import MODULATION, block_of
-
-PROGRAMS_PER_PROCESSOR = 2
+from .triton_tiles import MODULATION, PROGRAMS_PER_PROCESSOR, block_of
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""Triton kernels of adaln_lora: all layers in one launch, forward (hidden, then out) and backward (up, then down).
+"""Triton kernels of adaln_lora: all layers in one launch, forward (hidden, then out) and backward (up, hidden,
+then down).
 
 Products are summed in float32 in an order that depends on shapes alone. Plain sums over partial rows are torch.sum.
 """
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import _triton
 from .native import hidden_like, lora_gradients, lora_output
-from .triton_tiles import LORA, block_of_rank
+from .triton_tiles import LORA, PROGRAMS_PER_PROCESSOR, block_of_rank
 
 BLOCK_B = 16  # conditioning vectors of a program: the least a product takes
 
@@ -62,27 +63,43 @@ def lora_out_kernel(
 
 @triton.jit
 def lora_up_backward_kernel(
-    grad, up, hidden, grad_up, partial, batch, rank, K,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """grad_up[l, k, r] = sum over b of grad[l, b, k] * hidden[l, b, r], and this block's part of
-    grad_hidden[l, b, r] = sum over k of grad[l, b, k] * up[l, k, r]."""
+    grad, hidden, grad_up, batch, rank, K, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """grad_up[l, k, r] = sum over b of grad[l, b, k] * hidden[l, b, r]"""
     layer = tl.program_id(0).to(tl.int64)
-    layers = tl.num_programs(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    weight = _tile(up + layer * K * rank, k, rank, K, r, 1, rank).to(tl.float32)
-    total = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    # Transposed, for the sake of sm_100: with BLOCK_K rows the compiler takes tf32 tensor cores in spite of "ieee".
+    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for begin in range(0, batch, BLOCK_B):
         b = begin + tl.arange(0, BLOCK_B)
         g = _tile(grad + layer * batch * K, b, K, batch, k, 1, K).to(tl.float32)
-        h = _tile(hidden + layer * batch * rank, b, rank, batch, r, 1, rank)
-        total = tl.dot(tl.trans(g), h, total, input_precision="ieee")
-        part = tl.dot(g, weight, input_precision="ieee")
-        to = partial + ((tl.program_id(1) * layers + layer) * batch + b[:, None]) * rank + r[None, :]
-        tl.store(to, part, mask=(b < batch)[:, None] & (r < rank)[None, :])
-    to = grad_up + layer * K * rank + k[:, None] * rank + r[None, :]
-    tl.store(to, total.to(grad_up.dtype.element_ty), mask=(k < K)[:, None] & (r < rank)[None, :])
+        h = _tile(hidden + layer * batch * rank, r, 1, rank, b, rank, batch)
+        total = tl.dot(h, g, total, input_precision="ieee")
+    to = grad_up + layer * K * rank + k[None, :] * rank + r[:, None]
+    tl.store(to, total.to(grad_up.dtype.element_ty), mask=(r < rank)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def lora_hidden_backward_kernel(
+    grad, up, partial, batch, rank, K, parts,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One part of grad_hidden[l, b, r] = sum over k of grad[l, b, k] * up[l, k, r]: a run of blocks of k."""
+    layer = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
+    blocks = tl.cdiv(K, BLOCK_K)
+    total = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
+    for block in range(blocks * part // parts, blocks * (part + 1) // parts):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        g = _tile(grad + layer * batch * K, b, K, batch, k, 1, K)
+        w = _tile(up + layer * K * rank, k, rank, K, r, 1, rank)
+        total = tl.dot(g, w, total, input_precision="ieee")
+    layers = tl.num_programs(0) // parts
+    to = partial + (part * layers + layer) * batch * rank + b[:, None] * rank + r[None, :]
+    tl.store(to, total, mask=(b < batch)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
@@ -142,11 +159,19 @@ def adaln_lora_backward(grad: Tensor, hidden: Tensor, cond: Tensor, down: Tensor
         return grad_cond.zero_(), grad_base, grad_down.zero_(), grad_up.zero_()
     sizes = {"batch": batch, "rank": rank, "BLOCK_B": BLOCK_B}
     tile = _triton.pick(LORA, ("up_backward", block_of_rank(rank)), cond.device)
-    blocks = triton.cdiv(K, tile.blocks["BLOCK_K"])
-    partial = torch.empty((blocks, layers, batch, rank), dtype=torch.float32, device=cond.device)
-    grid = (layers, blocks, triton.cdiv(rank, tile.blocks["BLOCK_R"]))
-    outputs = {"grad_up": grad_up, "partial": partial}
-    _triton.launch(lora_up_backward_kernel, grid, tile, grad=grad, up=up, hidden=hidden, K=K, **outputs, **sizes)
+    grid = (layers, triton.cdiv(K, tile.blocks["BLOCK_K"]), triton.cdiv(rank, tile.blocks["BLOCK_R"]))
+    _triton.launch(lora_up_backward_kernel, grid, tile, grad=grad, hidden=hidden, grad_up=grad_up, K=K, **sizes)
+
+    tile = _triton.pick(LORA, ("hidden_backward", block_of_rank(rank)), cond.device)
+    ranks, batches = triton.cdiv(rank, tile.blocks["BLOCK_R"]), triton.cdiv(batch, BLOCK_B)
+    programs = PROGRAMS_PER_PROCESSOR * _triton.target(cond.device).processors
+    parts = max(1, min(triton.cdiv(K, tile.blocks["BLOCK_K"]), programs // (layers * ranks * batches)))
+    partial = torch.empty((parts, layers, batch, rank), dtype=torch.float32, device=cond.device)
+    inputs = {"grad": grad, "up": up, "K": K, "parts": parts}
+    _triton.launch(
+        lora_hidden_backward_kernel, (layers * parts, ranks, batches), tile, partial=partial, **inputs, **sizes
+    )
+
     tile = _triton.pick(LORA, ("down_backward", block_of_rank(rank)), cond.device)
     inputs = {"grad_hidden": partial.sum(0), "cond": cond, "down": down}
     partial = torch.empty((layers, batch, D), dtype=torch.float32, device=cond.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .._triton import Table, Tile
 
 WIDEST = 4096  # rows up to here are held by one program
+PROGRAMS_PER_PROCESSOR = 2  # of the kernels that sum over runs: what fits at once, so that none waits for a second turn
 
 
 def block_of(D: int) -> tuple[int, bool]:
@@ -36,6 +37,7 @@ def block_of_rank(rank: int) -> int:
 LORA: Table = {
     **{("hidden", r): {"any": Tile({"BLOCK_R": r, "BLOCK_D": 128})} for r in (16, 32)},
     **{("out", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 64})} for r in (16, 32)},
+    **{("hidden_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 128})} for r in (16, 32)},
     **{("up_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 64})} for r in (16, 32)},
     **{("down_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_D": 64})} for r in (16, 32)},
 }
