@@ -16,7 +16,7 @@ DTYPES = (torch.float32,) if _triton.INTERPRET else (torch.float32, torch.bfloat
 
 def marks() -> list[pytest.MarkDecorator]:
     """For a test file's ``pytestmark``."""
-    if _triton.triton is None:
+    if _triton.reason is not None:
         return [pytest.mark.skip(reason=str(_triton.reason))]
     if _triton.INTERPRET:
         return []

@@ -11,7 +11,7 @@ import torch
 
 from walt_kernels import _triton
 
-if _triton.triton is None:
+if _triton.reason is not None:
     pytest.skip(str(_triton.reason), allow_module_level=True)
 if _triton.INTERPRET:
     pytest.skip("kernels are interpreted, not compiled, under TRITON_INTERPRET=1", allow_module_level=True)

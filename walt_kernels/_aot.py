@@ -2,8 +2,8 @@
 
 Each op names calls (``aot_calls`` in its triton_aot.py) that together reach all its kernels and tiles. Their launches
 are recorded as for a target and compiled with the argument types and specialisations a real launch would have. A
-kernel fails that spills more registers than its op states in SPILLS, that needs more shared memory than the target
-has, or whose matrix products are not on tensor cores.
+kernel fails that spills more registers than its op states in SPILLS (by "kernel" or "kernel, call"), that needs more
+shared memory than the target has, or whose matrix products are not on tensor cores.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def specialise(launch: Launch, call: str, architecture: str, spills: dict[str, i
         tuple(divisible),
         launch.tile.warps,
         launch.tile.stages,
-        spills.get(launch.kernel.fn.__name__, 0),
+        spills.get(f"{launch.kernel.fn.__name__}, {call}", spills.get(launch.kernel.fn.__name__, 0)),
     )
 
 
@@ -198,7 +199,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="print only kernels that fail, and the sums")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
-    if _triton.triton is None:
+    if _triton.reason is not None:
         print(_triton.reason)
         return 1
     if _triton.INTERPRET:
@@ -215,5 +216,5 @@ def main(arguments: list[str]) -> int:
         if used.problem or not options.quiet:
             call = kernel.call + (f"  FAILS: {used.problem}" if used.problem else "")
             print(width.format(*row, used.products or "-", call))
-    print(f"{total} kernels with Triton {_triton.triton.__version__}, {failed} of them fail")
+    print(f"{total} kernels with Triton {metadata.version('triton')}, {failed} of them fail")
     return int(failed > 0)

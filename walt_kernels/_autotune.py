@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
-from . import _triton
 from ._triton import Table, Tile
-
-triton = _triton.triton
 
 
 def cache_file() -> Path:

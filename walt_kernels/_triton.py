@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-reason: str | None = None
-try:
-    import triton
-except ImportError as error:
-    triton = None
-    reason = f"Triton is not installed ({error})"
+
+def _find() -> str | None:
+    """Why there is no Triton. It is imported by the first call that needs it: it takes a while."""
+    try:
+        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+
+
+reason = _find()
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 OPT_IN = "compiles for every target; not yet run on a GPU, so only where it is forced"
@@ -86,7 +92,7 @@ def record(target: Target) -> Iterator[list[Launch]]:
 
 def unsupported(*tensors: Tensor | None) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None."""
-    if triton is None:
+    if reason is not None:
         return reason
     for tensor in tensors:
         if tensor is None or not tensor.is_floating_point():
@@ -138,6 +144,15 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def kernels(package: str, op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of ``op`` in the package's triton_kernels.py, which is imported when one is called."""
+
+    def call(name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(f"{package}.triton_kernels"), name)(*args, **kwargs)
+
+    return functools.partial(call, op), functools.partial(call, f"{op}_backward")
 
 
 Table = Mapping[tuple[Any, ...], Mapping[str, Tile]]

@@ -19,11 +19,6 @@ from .._dispatch import Backend, backend, register
 from .._library import define
 from . import cuda, native, reference
 
-if _triton.triton is not None:
-    from . import triton_kernels
-else:
-    triton_kernels = None  # type: ignore[assignment]
-
 _ops = torch.ops.walt_kernels
 
 
@@ -40,8 +35,8 @@ def _triton_unsupported(**inputs: Any) -> str | None:
 
 
 def _kernels(functions: Any, name: str) -> tuple[Any, Any]:
-    """An op's forward and backward; None where Triton is missing, and then nobody calls them."""
-    return getattr(functions, name, None), getattr(functions, f"{name}_backward", None)
+    """An op's forward and backward."""
+    return getattr(functions, name), getattr(functions, f"{name}_backward")
 
 
 def register_ops(**prepare: Callable[..., dict[str, Any]]) -> None:
@@ -49,7 +44,7 @@ def register_ops(**prepare: Callable[..., dict[str, Any]]) -> None:
     for name, validate in prepare.items():
         backends = [
             Backend("cuda", _cuda_unsupported, *_kernels(cuda.KERNELS, name), opt_in=_native.CUDA_OPT_IN),
-            Backend("triton", _triton_unsupported, *_kernels(triton_kernels, name), opt_in=_triton.OPT_IN),
+            Backend("triton", _triton_unsupported, *_triton.kernels(__package__, name), opt_in=_triton.OPT_IN),
             Backend("cpu", _cpu_unsupported, *_kernels(native.KERNELS, name)),
             Backend("reference", lambda **inputs: None, getattr(reference, name)),
         ]

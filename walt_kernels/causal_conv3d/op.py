@@ -13,11 +13,6 @@ from .._library import define
 from . import native, reference
 from .layout import gradients_like, output_like
 
-if _triton.triton is not None:
-    from . import triton_kernels
-else:
-    triton_kernels = None  # type: ignore[assignment]
-
 OPTIONS = (
     "int[3] stride, int[3] dilation, SymInt[4] padding, str time_padding, str space_padding, int groups, str backend"
 )
@@ -32,12 +27,14 @@ def _triton_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, history:
 
 
 def register_op(prepare: Any) -> None:
-    forward, backward = (getattr(triton_kernels, f"causal_conv3d{name}", None) for name in ("", "_backward"))
+    triton = _triton.kernels(__package__, "causal_conv3d")
     register(
         "causal_conv3d",
         prepare,
         [
-            Backend("triton", _triton_unsupported, forward, backward, _triton.OPT_IN),  # type: ignore[arg-type]
+            Backend(
+                "triton", _triton_unsupported, *triton, opt_in=_triton.OPT_IN
+            ),
             Backend("cpu", _unsupported, native.causal_conv3d, native.causal_conv3d_backward),
             Backend("reference", lambda **inputs: None, reference.causal_conv3d),
         ],

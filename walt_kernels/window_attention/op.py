@@ -12,11 +12,6 @@ from .._dispatch import Backend, backend, register
 from .._library import define
 from . import flash, native, reference
 
-if _triton.triton is not None:
-    from . import triton_kernels
-else:
-    triton_kernels = None  # type: ignore[assignment]
-
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, int[3] window, Tensor? bias_table, Tensor? image, Tensor? q_norm, Tensor? k_norm, "
     "float norm_eps, Tensor? context_k, Tensor? context_v, Tensor? context_mask, float scale"
@@ -37,14 +32,15 @@ def _unsupported(**inputs: Any) -> str | None:
 
 
 def register_op(prepare: Any) -> None:
-    names = ("window_attention", "window_attention_backward")
-    forward, backward = (getattr(triton_kernels, name, None) for name in names)
+    triton = _triton.kernels(__package__, "window_attention")
     register(
         "window_attention",
         prepare,
         [
             Backend("flash", flash.unsupported, flash.window_attention, opt_in=flash.OPT_IN),
-            Backend("triton", _triton_unsupported, forward, backward, _triton.OPT_IN),  # type: ignore[arg-type]
+            Backend(
+                "triton", _triton_unsupported, *triton, opt_in=_triton.OPT_IN
+            ),
             Backend("cpu", _unsupported, native.window_attention, native.window_attention_backward),
             Backend("reference", lambda **inputs: None, reference.window_attention),
         ],

@@ -11,12 +11,16 @@ import torch
 from . import triton_kernels as kernels
 from .op import DIFFERENTIABLE
 
-# Reached by float32 rows of 256, which have no tensor cores; 16-bit rows stay within 128, on sm_80.
+# Rows of 16 bits hold a tile of queries, keys, values and gradients at once. Float32 rows of 256 have no tensor cores.
 SPILLS = {
-    "forward_kernel": 184,
-    "query_backward_kernel": 312,
-    "key_backward_kernel": 408,
+    "forward_kernel": 16,
+    "query_backward_kernel": 32,
+    "key_backward_kernel": 128,
     "bias_backward_kernel": 24,
+    "forward_kernel, N 320, dim 256, fp32": 232,
+    "query_backward_kernel, N 320, dim 256, fp32": 328,
+    "key_backward_kernel, N 320, dim 256, fp32": 512,
+    "bias_backward_kernel, N 320, dim 256, fp32": 264,
 }
 
 # Window and frames by the tokens of a window.

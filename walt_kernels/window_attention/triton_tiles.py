@@ -20,9 +20,10 @@ TABLE: Table = {
     **{("forward", 16, 256, r): {"any": _tile(32, 32, 8)} for r in (64, 128)},
     **{
         (k, 16, 64, r): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64), "gfx942": _tile(64, 32)}
-        for k in BACKWARD
+        for k in ("query_backward", "key_backward")
         for r in (64, 128)
     },
+    **{("bias_backward", 16, 64, r): {"any": _tile(64, 64, 8), "gfx942": _tile(64, 32)} for r in (64, 128)},
     **{
         (k, 16, 128, r): {
             "any": _tile(32, 64, 8),
