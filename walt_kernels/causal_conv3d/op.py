@@ -32,9 +32,7 @@ def register_op(prepare: Any) -> None:
         "causal_conv3d",
         prepare,
         [
-            Backend(
-                "triton", _triton_unsupported, *triton, opt_in=_triton.OPT_IN
-            ),
+            Backend("triton", _triton_unsupported, *triton, opt_in=_triton.OPT_IN),
             Backend("cpu", _unsupported, native.causal_conv3d, native.causal_conv3d_backward),
             Backend("reference", lambda **inputs: None, reference.causal_conv3d),
         ],

@@ -51,7 +51,6 @@ def load(module: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def find(device: torch.device, tracing: bool) -> tuple[str, str]:
     """The module whose call takes tensors on ``device``, or "" and the reason."""
     if device.type != "cuda":
@@ -70,6 +69,10 @@ def find(device: torch.device, tracing: bool) -> tuple[str, str]:
         else:
             return module, ""
     return "", "; ".join(reasons)
+
+
+# What torch.compiler.assume_constant_result does; calling it here would import torch._dynamo, and with it Triton.
+find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(q: Tensor, **inputs: Any) -> str | None:
@@ -135,7 +138,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, window: Any, scale: flo
     """Takes inputs that ``unsupported`` has no reason against; differentiable."""
     if q.numel() == 0:  # no window to attend in, yet every input has its (empty) gradient
         return q + k + v
-    module, _ = find(q.device, torch.compiler.is_compiling())
+    module = find(q.device, torch.compiler.is_compiling())[0]
     parts, batch = parts_of(q, window), q.shape[0]
     begin, longest = starts(parts, batch, q.device)
     out = functions[module](

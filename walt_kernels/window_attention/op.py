@@ -38,9 +38,7 @@ def register_op(prepare: Any) -> None:
         prepare,
         [
             Backend("flash", flash.unsupported, flash.window_attention, opt_in=flash.OPT_IN),
-            Backend(
-                "triton", _triton_unsupported, *triton, opt_in=_triton.OPT_IN
-            ),
+            Backend("triton", _triton_unsupported, *triton, opt_in=_triton.OPT_IN),
             Backend("cpu", _unsupported, native.window_attention, native.window_attention_backward),
             Backend("reference", lambda **inputs: None, reference.window_attention),
         ],

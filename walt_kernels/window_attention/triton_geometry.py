@@ -93,7 +93,8 @@ class Geometry:
         width = 64 if self.width <= 64 else 128 if self.width <= 128 else 256
         # Tokens modulo 128: does a tile of 128 rows waste half of itself at the end?
         rows = 128 if self.N > 64 and (self.N % 128 == 0 or self.N % 128 > 64) else 64
-        return _triton.pick(TABLE, (kernel, bits, width, rows), self.device)
+        key = (kernel, bits, width)
+        return _triton.pick(TABLE, (*key, rows) if (*key, rows) in TABLE else key, self.device)
 
     def masked(self, block: int) -> bool:
         """Whether tiles of ``block`` tokens may hold some that are not to be seen."""

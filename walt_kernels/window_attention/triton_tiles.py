@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels of window attention, by (kernel, bits of a number, width of a row, rows that fit N)."""
+"""Tiles of the Triton kernels of window attention, by kernel, bits of a number and width of a row."""
 
 from __future__ import annotations
 
@@ -10,37 +10,32 @@ def _tile(m: int, n: int, warps: int = 4, stages: int = 2) -> Tile:
 
 
 BACKWARD = ("query_backward", "key_backward", "bias_backward")
-KERNELS = ("forward", *BACKWARD)
 
 TABLE: Table = {
+    # Large tiles where they do not waste half of the last one.
     ("forward", 16, 64, 64): {"any": _tile(64, 64)},
     ("forward", 16, 64, 128): {"any": _tile(128, 64, 8)},
     ("forward", 16, 128, 64): {"any": _tile(64, 32), "sm_90": _tile(64, 64), "sm_100": _tile(64, 64)},
     ("forward", 16, 128, 128): {"any": _tile(128, 32, 8), "sm_90": _tile(128, 64, 8), "sm_100": _tile(128, 64, 8)},
-    **{("forward", 16, 256, r): {"any": _tile(32, 32, 8)} for r in (64, 128)},
+    ("forward", 16, 256): {"any": _tile(32, 32, 8)},
+    ("query_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64), "gfx942": _tile(64, 32)},
+    ("key_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64), "gfx942": _tile(64, 32)},
+    ("bias_backward", 16, 64): {"any": _tile(64, 64, 8), "gfx942": _tile(64, 32)},
     **{
-        (k, 16, 64, r): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64), "gfx942": _tile(64, 32)}
-        for k in ("query_backward", "key_backward")
-        for r in (64, 128)
-    },
-    **{("bias_backward", 16, 64, r): {"any": _tile(64, 64, 8), "gfx942": _tile(64, 32)} for r in (64, 128)},
-    **{
-        (k, 16, 128, r): {
+        (kernel, 16, 128): {
             "any": _tile(32, 64, 8),
             "sm_90": _tile(64, 64, 8),
             "sm_100": _tile(64, 64, 8),
             "gfx942": _tile(32, 32),
         }
-        for k in BACKWARD
-        for r in (64, 128)
+        for kernel in BACKWARD
     },
-    **{(k, 16, 256, r): {"any": _tile(32, 32, 8), "gfx942": _tile(16, 32)} for k in BACKWARD for r in (64, 128)},
+    **{(kernel, 16, 256): {"any": _tile(32, 32, 8), "gfx942": _tile(16, 32)} for kernel in BACKWARD},
     # float32 has no tensor cores: small tiles, for registers
     **{
-        (k, 32, w, r): {"any": _tile(16, 16, 8), "gfx942": _tile(16, 16)}
-        for k in KERNELS
-        for w in (64, 128, 256)
-        for r in (64, 128)
+        (kernel, 32, width): {"any": _tile(16, 16, 8), "gfx942": _tile(16, 16)}
+        for kernel in ("forward", *BACKWARD)
+        for width in (64, 128, 256)
     },
 }
 
