@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from walt import commands
+from walt.config import PRESETS
 from walt.demo import Demo, DemoConfig, summary
 from walt.errors import WaltError
 from walt.simulator import SCENARIOS
@@ -65,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--scenarios", nargs="+", metavar="NAME", default=SCENARIOS, help="ViZDoom scenarios, each one a class"
+    )
+    demo.add_argument(
+        "--preset", default="tiny", choices=tuple(PRESETS), help="sizes of the models (default: %(default)s)"
     )
     helps = {
         "minutes": "budget of wall-clock time",

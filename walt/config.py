@@ -206,8 +206,24 @@ class DiffusionConfig(Config):
         _expect(good, "self_condition_probability", self.self_condition_probability, "a number from 0 to 1")
 
 
-# "L" and "XL" are the class-conditional UCF-101 models, 17x128x128 pixels; "tiny" learns 17x64x64 clips on two cores.
+# "L" and "XL" are the class-conditional UCF-101 models, 17x128x128 pixels; "tiny" learns 17x64x64 clips on two cores;
+# "minimal" learns nothing worth seeing and runs wherever an interpreter does.
 PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
+    "minimal": (
+        TokenizerConfig(channels=4, multipliers=(1, 1, 1, 1), blocks=1, middle_blocks=0, latent_channels=4, groups=2),
+        TransformerConfig(
+            layers=2,
+            width=32,
+            heads=2,
+            latent_size=(2, 2, 2),
+            latent_channels=4,
+            patch=1,
+            spatial_window=(1, 2, 2),
+            spacetime_window=(2, 2, 2),
+            adaln_rank=2,
+            classes=2,
+        ),
+    ),
     "tiny": (
         TokenizerConfig(channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2),
         TransformerConfig(

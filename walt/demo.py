@@ -33,6 +33,7 @@ class DemoConfig:
     """What a demo run does. Steps are upper bounds: the budget of minutes may end a stage before them."""
 
     minutes: float = 12.0
+    preset: str = "tiny"
     seed: int = 0
     scenarios: tuple[str, ...] = SCENARIOS
     clips: int = 96  # for training, a class
@@ -62,7 +63,7 @@ class Demo:
         self.config, self.out = config, Path(out)
         self.started = time.monotonic()
         self.times: dict[str, float] = {}
-        self.tokenizer_config, transformer = PRESETS["tiny"]
+        self.tokenizer_config, transformer = PRESETS[config.preset]
         classes = len(config.scenarios) + 1
         self.transformer_config = fitted(self.tokenizer_config, transformer, config.frames, config.size, classes)
         self.clip = ClipShape(config.frames, config.size, config.size, FPS)
