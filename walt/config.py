@@ -209,21 +209,6 @@ class DiffusionConfig(Config):
 # "L" and "XL" are the class-conditional UCF-101 models, 17x128x128 pixels; "tiny" learns 17x64x64 clips on two cores;
 # "minimal" learns nothing worth seeing and runs wherever an interpreter does.
 PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
-    "minimal": (
-        TokenizerConfig(channels=4, multipliers=(1, 1, 1, 1), blocks=1, middle_blocks=0, latent_channels=4, groups=2),
-        TransformerConfig(
-            layers=2,
-            width=32,
-            heads=2,
-            latent_size=(2, 2, 2),
-            latent_channels=4,
-            patch=1,
-            spatial_window=(1, 2, 2),
-            spacetime_window=(2, 2, 2),
-            adaln_rank=2,
-            classes=2,
-        ),
-    ),
     "tiny": (
         TokenizerConfig(channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2),
         TransformerConfig(
@@ -240,4 +225,19 @@ PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     ),
     "L": (TokenizerConfig(), TransformerConfig(classes=101)),
     "XL": (TokenizerConfig(), TransformerConfig(layers=28, width=1152, classes=101)),
+    "minimal": (
+        TokenizerConfig(channels=4, multipliers=(1, 1, 1, 1), blocks=1, middle_blocks=0, latent_channels=4, groups=2),
+        TransformerConfig(
+            layers=2,
+            width=32,
+            heads=2,
+            latent_size=(2, 2, 2),
+            latent_channels=4,
+            patch=1,
+            spatial_window=(1, 2, 2),
+            spacetime_window=(2, 2, 2),
+            adaln_rank=2,
+            classes=2,
+        ),
+    ),
 }
