@@ -203,18 +203,14 @@ inline void store_flushed(T* p, vector_t<accumulate_t<T>> v) {
   store(p, v);
 }
 
-// Stores a whole vector past the caches, at an address that is a multiple of the bytes stored. `finish_streaming` makes
-// such stores of this thread visible to others.
+// Stores a vector past the caches, aligned to its size; finish_streaming makes such stores visible to other threads.
 template <class T>
 inline void store_streaming(T* p, vector_t<accumulate_t<T>> v) {
 #if defined(__AVX__)
-  constexpr int bytes = kLanes<accumulate_t<T>> * static_cast<int>(sizeof(T));
-  alignas(bytes) T rounded[kLanes<accumulate_t<T>>];
+  alignas(kVectorBytes) T rounded[kLanes<accumulate_t<T>>];
   store(rounded, v);
-  for (int i = 0; i < bytes; i += 16) {
-    const auto* part = reinterpret_cast<const __m128i*>(reinterpret_cast<const char*>(rounded) + i);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(p) + i), _mm_load_si128(part));
-  }
+  const auto* from = reinterpret_cast<const __m128i*>(rounded);
+  for (size_t i = 0; i < sizeof rounded / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, from[i]);
 #else
   store(p, v);
 #endif
