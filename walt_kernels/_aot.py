@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,7 @@ def kernels(op: str, architectures: Iterable[str]) -> Iterator[Kernel]:
                 run()
             for launch in launches:
                 kernel = specialise(launch, call, architecture, module.SPILLS)
-                identity = (kernel.architecture, kernel.module, kernel.name, kernel.signature, kernel.constants)
-                identity += (kernel.divisible, kernel.warps, kernel.stages)  # type: ignore[assignment]
+                identity = replace(kernel, call="", spill_budget=0)
                 if identity not in seen:
                     seen.add(identity)
                     yield kernel

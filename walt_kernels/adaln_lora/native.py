@@ -41,7 +41,7 @@ def hidden_like(cond: Tensor, down: Tensor) -> Tensor:
     return torch.empty((layers, cond.shape[0], rank), dtype=accumulate_dtype(cond.dtype), device=cond.device)
 
 
-def _unit(tensor: Tensor | None) -> Tensor | None:
+def unit(tensor: Tensor | None) -> Tensor | None:
     """The kernels walk rows of unit stride; only a tensor whose last dimension is scattered in memory is copied."""
     if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
         return tensor
@@ -70,7 +70,8 @@ class Kernels:
     """Forward and backward of every op on top of one set of native functions.
 
     ``call(name, device, *views, **options)`` runs the function of csrc/adaln_lora/params.h on the views, which stand in
-    the order of the fields of its parameters.
+    the order of the fields of its parameters. A subclass that launches kernels of its own replaces ``_forward`` and
+    ``_backward``.
     """
 
     def __init__(self, call: Callable[..., None]) -> None:
@@ -106,8 +107,8 @@ class Kernels:
         rstd: Tensor | None,
         eps: float,
     ) -> None:
-        tokens = _unit(x), _unit(branch)  # held until the kernel returns, copies too
-        rows = _unit(gate), _unit(shift), _unit(scale)
+        tokens = unit(x), unit(branch)  # held until the kernel returns, copies too
+        rows = unit(gate), unit(shift), unit(scale)
         outputs = view(x_new), view(h), view(mean), view(rstd)
         self._call("adaln_forward", x.device, *map(view, tokens), *map(_rows, rows), *outputs, eps=eps)
 
@@ -155,8 +156,8 @@ class Kernels:
         grad_shift: Tensor | None,
         grad_scale: Tensor | None,
     ) -> None:
-        tokens = _unit(grad_x_new), _unit(grad_h), _unit(x), _unit(branch)
-        rows = _unit(gate), _unit(scale)
+        tokens = unit(grad_x_new), unit(grad_h), unit(x), unit(branch)
+        rows = unit(gate), unit(scale)
         device = next(tensor.device for tensor in tokens if tensor is not None)
         self._call(
             *("adaln_backward", device, *map(view, tokens), *map(_rows, rows), view(mean), view(rstd)),

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .native import like, rows_like
 from .triton_rows import arguments_of, arguments_of_rows, load_rows, row_offset, unrounded
 from .triton_tiles import MODULATION, PROGRAMS_PER_PROCESSOR, block_of
 
@@ -150,7 +149,7 @@ def adaln_finish_kernel(partial, grad, run, D, BLOCK_D: tl.constexpr):
     tl.store(grad + row * D + columns, total.to(grad.dtype.element_ty), mask=columns < D)
 
 
-def _backward(
+def backward(
     grad_x_new: Tensor | None,
     grad_h: Tensor | None,
     x: Tensor | None,
@@ -161,9 +160,11 @@ def _backward(
     rstd: Tensor | None,
     grad_x: Tensor | None,
     grad_branch: Tensor | None,
-    sums: dict[int, Tensor],
+    grad_gate: Tensor | None,
+    grad_shift: Tensor | None,
+    grad_scale: Tensor | None,
 ) -> None:
-    """``sums``: the gradients of gate (0), shift (1) and scale (2), as far as they are wanted."""
+    sums = {i: grad for i, grad in enumerate((grad_gate, grad_shift, grad_scale)) if grad is not None}
     given = grad_h if grad_h is not None else grad_x_new
     assert given is not None
     B, N, D = given.shape
@@ -205,34 +206,3 @@ def _backward(
         run_length = segments * parts // frames[i]
         grid = (B * frames[i], triton.cdiv(D, tile.blocks["BLOCK_D"]))
         _triton.launch(adaln_finish_kernel, grid, tile, partial=partial[:, i], grad=grad, run=run_length, D=D)
-
-
-def adaln_modulate_backward(
-    grad_h: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, shift_frames: int
-) -> tuple[Tensor, ...]:
-    grad_x, grad_shift, grad_scale = like(x), rows_like(scale, shift_frames), like(scale)
-    _backward(None, grad_h, x, None, None, scale, mean, rstd, grad_x, None, {1: grad_shift, 2: grad_scale})
-    return grad_x, grad_shift, grad_scale
-
-
-def adaln_residual_backward(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-    grad_branch, grad_gate = like(branch), like(gate)
-    _backward(grad, None, None, branch, gate, None, None, None, None, grad_branch, {0: grad_gate})
-    return grad_branch, grad_gate
-
-
-def adaln_residual_modulate_backward(
-    grad_x_new: Tensor | None,
-    grad_h: Tensor,
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    shift_frames: int,
-) -> tuple[Tensor, ...]:
-    grad_x, grad_branch = like(x), like(branch)
-    sums = {0: like(gate), 1: rows_like(scale, shift_frames), 2: like(scale)}
-    _backward(grad_x_new, grad_h, x, branch, gate, scale, mean, rstd, grad_x, grad_branch, sums)
-    return grad_x, grad_branch, *sums.values()

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .native import like, statistics
 from .triton_rows import arguments_of, arguments_of_rows, load_rows, row_offset, unrounded
 from .triton_tiles import MODULATION, block_of
 
@@ -82,7 +81,7 @@ def adaln_forward_kernel(
             tl.store(rstd + token, row_rstd, mask=valid)
 
 
-def _forward(
+def forward(
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
@@ -115,23 +114,3 @@ def _forward(
         )
 
     run(_triton.pick(MODULATION, ("forward", block), x.device, run))
-
-
-def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
-    h, (mean, rstd) = like(x), statistics(x)
-    _forward(x, None, None, shift, scale, None, h, mean, rstd, eps)
-    return h, mean, rstd
-
-
-def adaln_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    x_new = like(x)
-    _forward(x, branch, gate, None, None, x_new, None, None, None, 0.0)
-    return x_new
-
-
-def adaln_residual_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, ...]:
-    x_new, h, (mean, rstd) = like(x), like(x), statistics(x)
-    _forward(x, branch, gate, shift, scale, x_new, h, mean, rstd, eps)
-    return x_new, h, mean, rstd

@@ -1,16 +1,26 @@
-"""The functions of the Triton backend, by the names of the ops."""
+"""The functions of the Triton backend, by the names of the ops: native.py's, with launches of Triton's kernels."""
 
-from .triton_backward import adaln_modulate_backward, adaln_residual_backward, adaln_residual_modulate_backward
-from .triton_forward import adaln_modulate, adaln_residual, adaln_residual_modulate
-from .triton_lora import adaln_lora, adaln_lora_backward
+from __future__ import annotations
 
-__all__ = [
-    "adaln_lora",
-    "adaln_lora_backward",
-    "adaln_modulate",
-    "adaln_modulate_backward",
-    "adaln_residual",
-    "adaln_residual_backward",
-    "adaln_residual_modulate",
-    "adaln_residual_modulate_backward",
-]
+from . import triton_backward, triton_forward, triton_lora
+from .native import Kernels
+
+
+class _Kernels(Kernels):
+    _forward = staticmethod(triton_forward.forward)
+    _backward = staticmethod(triton_backward.backward)
+
+    def __init__(self) -> None:
+        pass  # no native functions to call
+
+
+_kernels = _Kernels()
+
+adaln_lora = triton_lora.adaln_lora
+adaln_lora_backward = triton_lora.adaln_lora_backward
+adaln_modulate = _kernels.adaln_modulate
+adaln_modulate_backward = _kernels.adaln_modulate_backward
+adaln_residual = _kernels.adaln_residual
+adaln_residual_backward = _kernels.adaln_residual_backward
+adaln_residual_modulate = _kernels.adaln_residual_modulate
+adaln_residual_modulate_backward = _kernels.adaln_residual_modulate_backward

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .native import unit
+
 
 @triton.jit
 def row_offset(token, tokens, stride_b, stride_n, PER_ROW: tl.constexpr, tokens_per_row):
@@ -28,13 +30,6 @@ def unrounded(x, branch, gate, x_rows, branch_rows, gate_rows, columns, inside, 
     if RESIDUAL:
         value += load_rows(gate, gate_rows, columns, inside) * load_rows(branch, branch_rows, columns, inside)
     return value
-
-
-def unit(tensor: Tensor | None) -> Tensor | None:
-    """Rows have unit stride; only a tensor whose last dimension is scattered in memory is copied."""
-    if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.contiguous()
 
 
 def arguments_of(name: str, tensor: Tensor | None) -> dict[str, object]:
