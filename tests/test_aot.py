@@ -53,6 +53,21 @@ def test_products_are_on_tensor_cores(architecture: str, monkeypatch: pytest.Mon
     assert _aot.compile_kernel(kernel(architecture)).problem == "its products are not on tensor cores"
 
 
+def test_float32_products_that_lose_digits_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = kernel("sm_90", dtype=torch.float32)  # asks for nothing: Triton takes tf32
+    assert _aot.compile_kernel(wide).problem is None
+    monkeypatch.setattr(_aot, "_full_precision", lambda ttir: True)
+    assert _aot.compile_kernel(wide).problem == "its float32 products were made tf32 ones"
+
+
+def test_full_precision_is_read_from_the_operands_and_the_attribute() -> None:
+    types = "tensor<64x64xf32> * tensor<64x64xf32> -> tensor<64x64xf32>"
+    tf32 = f"%5 = tt.dot %3, %4, %2, inputPrecision = tf32 : {types}"
+    assert not _aot._full_precision(tf32)
+    assert _aot._full_precision(f"{tf32}\n%6 = tt.dot %3, %4, %5 : {types}")
+    assert not _aot._full_precision(f"%6 = tt.dot %3, %4, %5 : {types.replace('xf32> *', 'xbf16> *')}")
+
+
 def test_spills_fail_beyond_their_budget() -> None:
     wide = kernel("sm_80", size=128, warps=1)
     used = _aot.compile_kernel(wide)

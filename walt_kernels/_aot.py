@@ -3,7 +3,8 @@
 Each op names calls (``aot_calls`` in its triton_aot.py) that together reach all its kernels and tiles. Their launches
 are recorded as for a target and compiled with the argument types and specialisations a real launch would have. A
 kernel fails that spills more registers than its op states in SPILLS (by "kernel" or "kernel, call"), that needs more
-shared memory than the target has, or whose matrix products are not on tensor cores.
+shared memory than the target has, whose 16-bit matrix products are not on tensor cores, or whose float32 ones lose
+digits that were asked for.
 """
 
 from __future__ import annotations
@@ -152,12 +153,20 @@ def compile_kernel(kernel: Kernel) -> Resources:
         problem = f"needs {shared} bytes of shared memory of {TARGETS[kernel.architecture].shared_bytes}"
     elif "tt.dot" in compiled.asm["ttir"] and not found and _narrow(compiled.asm["ttir"]):
         problem = "its products are not on tensor cores"
+    elif "tf32" in assembly and _full_precision(compiled.asm["ttir"]):
+        problem = "its float32 products were made tf32 ones"
     return Resources(registers, spilled, shared, found[0] if found else "", problem)
 
 
 def _narrow(ttir: str) -> bool:
     """Whether a product has 16-bit operands: float32 ones at full precision have no tensor cores on NVIDIA GPUs."""
     return re.search(r"tt\.dot .*: tensor<[0-9x]*(bf16|f16)", ttir) is not None
+
+
+def _full_precision(ttir: str) -> bool:
+    """Whether a product of float32 operands was asked for in full ("ieee", which the text leaves out)."""
+    products = re.findall(r"tt\.dot .*: tensor<[0-9x]*f32", ttir)
+    return any("inputPrecision = tf32" not in product for product in products)
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:

@@ -17,6 +17,7 @@ SPILLS = {
     "query_backward_kernel": 32,
     "key_backward_kernel": 128,
     "bias_backward_kernel": 24,
+    "bias_backward_kernel, N 448, dim 64, bf16": 48,
     "forward_kernel, N 320, dim 256, fp32": 232,
     "query_backward_kernel, N 320, dim 256, fp32": 328,
     "key_backward_kernel, N 320, dim 256, fp32": 512,
@@ -28,6 +29,9 @@ _WINDOWS = {
     320: ((5, 8, 8), (5, 16, 16)),
     256: ((1, 16, 16), (17, 32, 32)),
     560: ((5, 8, 14), (5, 16, 28)),
+    80: ((5, 4, 4), (5, 8, 8)),
+    448: ((1, 16, 28), (5, 16, 28)),
+    1280: ((5, 16, 16), (5, 32, 32)),
 }
 
 
@@ -57,7 +61,8 @@ def aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     half, wide = torch.bfloat16, torch.float32
     for N, dim in ((256, 64), (320, 64), (320, 72), (256, 88), (256, 128), (320, 128), (256, 256)):
         yield f"N {N}, dim {dim}, bf16", partial(_call, N, dim, half)
-    yield "N 560, dim 64, bf16", partial(_call, 560, 64, half)  # its last tile is not full
+    for N in (80, 448, 560, 1280):  # the last tiles of 80 and 560 are not full
+        yield f"N {N}, dim 64, bf16", partial(_call, N, 64, half)
     yield "N 256, dim 64, bf16, plain", partial(_call, 256, 64, half, plain=True)
     yield "N 320, dim 72, bf16, image", partial(_call, 320, 72, half, image=True)
     yield "N 320, dim 64, bf16, masked context", partial(_call, 320, 64, half, context=77, context_mask=True)
