@@ -127,11 +127,9 @@ class PixelSource:
 def _shortage(cache: Cache, bucket: Bucket) -> str:
     if bucket.images:
         return "no image"
-    longest = max(
-        (stop - first for item in cache.items for first, stop in item.shots if item.kind == "video"), default=0
-    )
+    shots = [stop - first for item in cache.items if item.kind == "video" for first, stop in item.shots]
     needed = (bucket.frames - 1) * bucket.stride + 1
-    return f"no clip of {bucket.frames} frames: it takes {needed} frames of a shot, and the longest has {longest}"
+    return f"no clip of {bucket.frames} frames: it takes {needed} frames of a shot, and the longest has {max(shots, default=0)}"
 
 
 def described(cache: Cache, items: Tensor) -> Batch:

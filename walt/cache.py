@@ -171,10 +171,8 @@ class Cache:
         if every is not None and every < 1:
             raise ValueError(f"every: got {every}; expected an int >= 1 or None")
         steps = {"image": 1, "video": every}
-        rows = [
-            (i, np.arange(0, item.frames, steps[item.kind])) for i, item in enumerate(self.items) if steps[item.kind]
-        ]
-        return _rows(rows)
+        items = [(index, item, steps[item.kind]) for index, item in enumerate(self.items)]
+        return _rows([(index, np.arange(0, item.frames, step)) for index, item, step in items if step is not None])
 
     def read(
         self,

@@ -78,7 +78,8 @@ def check_captions(captions: Collection[str], files: Collection[str], say: Calla
     known, found = set(captions), set(files)
     if not known & found:
         raise WaltError(
-            f"none of the {len(known)} captions names a file of the folder; they name {_some(known)}, it has {_some(found)}"
+            f"none of the {len(known)} captions names a file of the folder: they name {_some(known)};"
+            f" it holds {_some(found)}"
         )
     for what, names in (("captions without a file", known - found), ("files without a caption", found - known)):
         if names:

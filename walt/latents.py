@@ -243,7 +243,7 @@ class TextFeatures:
 
     @classmethod
     def open(cls, folder: str | Path, *, key: str | None = None) -> TextFeatures:
-        """WaltError if the folder is missing, foreign or broken, or was made by another encoder than `key` (None: any)."""
+        """WaltError if the folder is missing, foreign or broken, or made by another encoder than `key` (None: any)."""
         folder = settled(folder)
         index = _read_index(folder, TEXT)
         if key is not None and index.get("key") != key:

@@ -7,6 +7,8 @@ changes. There is a cut where both are large, and stand out from those of the fr
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from walt.data import shrink
@@ -43,7 +45,7 @@ class ShotDetector:
         if self._last is None:
             return ()
         edges = [0, *find_cuts(np.array(self._differences).reshape(-1, 2)), len(self._differences) + 1]
-        return tuple(zip(edges[:-1], edges[1:], strict=True))
+        return tuple(pairwise(edges))
 
 
 def find_cuts(differences: np.ndarray) -> list[int]:
