@@ -128,8 +128,8 @@ def _shortage(cache: Cache, bucket: Bucket) -> str:
     if bucket.images:
         return "no image"
     shots = [stop - first for item in cache.items if item.kind == "video" for first, stop in item.shots]
-    needed = (bucket.frames - 1) * bucket.stride + 1
-    return f"no clip of {bucket.frames} frames: it takes {needed} frames of a shot, and the longest has {max(shots, default=0)}"
+    needed, longest = (bucket.frames - 1) * bucket.stride + 1, max(shots, default=0)
+    return f"no clip of {bucket.frames} frames: it takes {needed} frames of a shot, and the longest has {longest}"
 
 
 def described(cache: Cache, items: Tensor) -> Batch:

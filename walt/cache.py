@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Item:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Item:
-        """The inverse of `asdict` by way of JSON; ValueError where a field is missing, unknown or not possible."""
+        """An item from its JSON form; ValueError where a field is missing, unknown or not possible."""
         try:
             item = cls(**{**values, "shots": tuple((first, stop) for first, stop in values["shots"])})
             counts = (item.height, item.width, item.frames, item.shard, item.offset, item.size, item.modified)
@@ -84,7 +84,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_index(folder: Path, settings: Settings, items: Iterable[Item]) -> None:
-    document = {"format": FORMAT, "version": VERSION, **asdict(settings), "items": [asdict(item) for item in items]}
+    document = {"format": FORMAT, "version": VERSION, **vars(settings), "items": [vars(item) for item in items]}
     write_json(folder / INDEX, document)
 
 
@@ -101,6 +101,8 @@ def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
         settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})
         if any(type(size) is not int or size < 1 for size in (settings.height, settings.width)):
             raise ValueError(f"it covers {settings.height!r} x {settings.width!r} pixels")
+        if type(settings.shots) is not bool:
+            raise ValueError(f"shots is {settings.shots!r}")
         return settings, tuple(Item.from_dict(values) for values in document["items"])
     except (KeyError, TypeError, ValueError) as error:
         raise WaltError(f"{path} is broken: {error}") from error
@@ -123,8 +125,8 @@ class Cache:
         self.fps = np.array([item.fps for item in items])
         # What frames depend on; not labels and captions, and not where in the shards they lie.
         outside = ("label", "caption", "shard", "offset")
-        content = [{k: v for k, v in asdict(item).items() if k not in outside} for item in items]
-        described = json.dumps([asdict(settings), content], sort_keys=True)
+        content = [{k: v for k, v in vars(item).items() if k not in outside} for item in items]
+        described = json.dumps([vars(settings), content], sort_keys=True)
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
 
     @classmethod

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO
@@ -185,7 +185,7 @@ class _Run:
                         self._note(None, f"skipped: {error}")
                 else:
                     frames.flush()
-                    self._note(item, json.dumps(asdict(item)), journal)
+                    self._note(item, json.dumps(vars(item)), journal)
 
     def _note(self, item: Item | None, line: str, journal: IO[str] | None = None) -> None:
         """A file is done with, and in the cache unless item is None."""
