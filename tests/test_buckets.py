@@ -136,7 +136,7 @@ def test_parts_of_the_ranks_join_to_the_batch(cache, bucket):
     assert all(len(part["video"]) == 2 for part in parts)
     for name in ("video", "label", "image"):
         assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
-    assert sum((part["caption"] for part in parts), []) == whole["caption"]
+    assert [text for part in parts for text in part["caption"]] == whole["caption"]
     with pytest.raises(ValueError, match="got 6 samples; expected a multiple of the 4 processes"):
         rank_part(batch, 0, 4)
 
@@ -150,7 +150,9 @@ def test_prefetcher_keeps_order_and_resumes(cache, ahead):
         for expected in plain[:4]:
             assert equal(next(batches), expected)
         state = batches.state
-    with Prefetcher(source, torch.Generator().set_state(state), ahead=ahead) as batches:
+    resumed = torch.Generator()
+    resumed.set_state(state)
+    with Prefetcher(source, resumed, ahead=ahead) as batches:
         assert torch.equal(batches.state, state)
         assert all(equal(next(batches), expected) for expected in plain[4:])
 
@@ -203,7 +205,7 @@ def test_wrong_buckets(values, message):
 
 
 def test_what_the_cache_cannot_give(cache, tmp_path):
-    with pytest.raises(WaltError, match="bucket of 16x32 pixels needs more than .* was prepared for, 16x16"):
+    with pytest.raises(WaltError, match=r"bucket of 16x32 pixels needs more than .* was prepared for, 16x16"):
         PixelSource(cache, Bucket(frames=5, height=16, width=32, batch=1))
     with pytest.raises(WaltError, match="no clip of 5 frames: it takes 13 frames of a shot, and the longest has 12"):
         PixelSource(cache, Bucket(frames=5, height=16, width=16, batch=1, stride=3))
@@ -219,5 +221,5 @@ def test_what_the_cache_cannot_give(cache, tmp_path):
 @pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, float("nan")], [float("inf"), 1]])
 def test_wrong_weights(cache, weights):
     source = PixelSource(cache, VIDEOS)
-    with pytest.raises(ValueError, match="weights: got .*; expected 2 numbers >= 0, not all 0"):
+    with pytest.raises(ValueError, match=r"weights: got .*; expected 2 numbers >= 0, not all 0"):
         Buckets([source, source], weights)

@@ -10,7 +10,7 @@ import pytest
 from films import noise, numbers, ramp
 
 from walt.cache import Cache
-from walt.data import shrink
+from walt.data import cover, shrink
 from walt.errors import WaltError
 from walt.prepare import prepare
 from walt.video import write_mp4, write_png
@@ -70,7 +70,7 @@ def test_frames_of_a_row(cache):
 
 
 def test_crop_and_flip(cache):
-    whole = shrink(PICTURE[None], 16, 27)[0]
+    whole = cover(PICTURE, 16, 16)
     place = np.array([[0.0, 0.0], [0.3, 0.999999], [0.9, 0.5], [0.0, 1.0]])
     clips = cache.read(rows(*[(0, 0)] * 4), offset=place)[:, 0]
     for clip, left in zip(clips, (0, 11, 5, 11), strict=True):
@@ -82,7 +82,7 @@ def test_crop_and_flip(cache):
 
 
 def test_every_offset_is_equally_likely(cache):
-    whole = shrink(PICTURE[None], 16, 27)[0]
+    whole = cover(PICTURE, 16, 16)
     place = np.stack([np.zeros(1200), (np.arange(1200) + 0.5) / 1200], axis=1)
     clips = cache.read(rows(*[(0, 0)] * 1200), offset=place)[:, 0]
     counts = [(clips == whole[:, left : left + 16]).all(axis=(1, 2, 3)).sum() for left in range(12)]
@@ -90,9 +90,9 @@ def test_every_offset_is_equally_likely(cache):
 
 
 def test_smaller_crops_are_shrunk(cache):
-    whole = shrink(PICTURE[None], 16, 27)
+    whole = cover(PICTURE, 16, 16)[None]
     assert np.array_equal(cache.read(rows((0, 0)), crop=(8, 8))[0], shrink(whole[:, :, 5:21], 8, 8))
-    assert np.array_equal(cache.read(rows((0, 0)), crop=(4, 16))[0], shrink(whole[:, 4:10], 4, 16))
+    assert np.array_equal(cache.read(rows((0, 0)), crop=(4, 16))[0], shrink(whole[:, 5:11], 4, 16))
 
 
 @pytest.mark.parametrize(

@@ -235,4 +235,4 @@ def _crop(frames: np.ndarray, height: int, width: int, place: np.ndarray) -> np.
     free = np.array([rows - sides[0], columns - sides[1]])
     top, left = np.maximum(np.ceil(place * (free + 1)) - 1, 0).astype(int).tolist()
     part = frames[:, top : top + sides[0], left : left + sides[1]]
-    return part if sides == (height, width) else shrink(part, height, width)
+    return part if sides == (height, width) else shrink(np.array(part), height, width)
