@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from walt.captions import read_captions
 from walt.data import (
     Clips,
     balanced,
     centre_square,
+    cover,
     demo_clips,
     film_clips,
     film_path,
@@ -21,8 +24,10 @@ from walt.data import (
     shrink,
     to_model,
     to_pixels,
+    write_demo_folder,
 )
 from walt.errors import WaltError
+from walt.simulator import SCENARIOS
 from walt.video import read_video, write_mp4
 
 
@@ -58,6 +63,21 @@ def test_shrink_is_the_mean_of_blocks():
     video = np.random.default_rng(0).integers(0, 256, (2, 12, 18, 3), np.uint8)
     expected = video.reshape(2, 4, 3, 6, 3, 3).astype(np.float64).mean(axis=(2, 4))
     assert np.abs(shrink(video, 4, 6) - expected).max() <= 0.5 + 1e-4
+
+
+def test_cover_is_the_mean_of_blocks_at_its_own_aspect():
+    picture = np.random.default_rng(0).integers(0, 256, (12, 18, 3), np.uint8)
+    expected = picture.reshape(4, 3, 6, 3, 3).astype(np.float64).mean(axis=(1, 3))
+    for height, width in ((4, 4), (2, 6), (4, 6)):
+        covering = cover(picture, height, width)
+        assert covering.shape == (4, 6, 3)
+        assert np.abs(covering - expected).max() <= 1
+    assert np.array_equal(cover(picture, 12, 9), picture)
+    assert cover(picture, 16, 16).shape == (16, 24, 3)
+    ramp = np.arange(0, 200, 10, dtype=np.uint8)[None, :, None].repeat(10, axis=0).repeat(3, axis=2)
+    larger = cover(ramp, 20, 20).astype(int)
+    assert larger.shape == (20, 40, 3)
+    assert set(np.unique(np.diff(larger, axis=1)[:, 1:-1])) == {5}
 
 
 def test_centre_square():
@@ -114,6 +134,29 @@ class TestSimulator:
         assert np.bincount(test.label).tolist() == [2, 2, 2]
         for clip in test.video:
             assert not (clip == train.video).all(axis=(1, 2, 3, 4)).any()
+
+
+def test_demo_folder(tmp_path, monkeypatch):
+    pytest.importorskip("vizdoom", reason="ViZDoom is not installed")
+    pytest.importorskip("av", reason="PyAV is not installed")
+    monkeypatch.chdir(tmp_path)
+    write_demo_folder("videos", clips_per_class=2, frames=5, size=32, progress=False)
+    captions = read_captions(tmp_path / "videos/captions.jsonl")
+    assert sorted(captions) == sorted(path.relative_to("videos").as_posix() for path in Path("videos").rglob("*.mp4"))
+    assert len(captions) == 2 * len(SCENARIOS)
+    assert captions["health_gathering/turning-left-0000.mp4"] == "turning left on a green field"
+    assert captions["health_gathering/turning-right-0001.mp4"] == "turning right on a green field"
+    assert sorted(path.name for path in Path("videos").iterdir()) == sorted([*SCENARIOS, "captions.jsonl"])
+    # The view moves against the player: turned left, what is in the picture goes right.
+    for name, shift in (("turning-left-0000", 1), ("turning-right-0001", -1)):
+        video = read_video(f"videos/defend_the_line/{name}.mp4").astype(float)
+        assert video.shape == (5, 32, 32, 3)
+        along, against = (
+            np.abs(np.roll(video[:-1], 2 * s, axis=2) - video[1:])[:, :, 8:24].mean() for s in (shift, -shift)
+        )
+        assert along < 0.8 * against
+    with pytest.raises(WaltError, match="videos is there already; name another folder"):
+        write_demo_folder("videos", clips_per_class=1, progress=False)
 
 
 def test_film_clips_stay_in_their_span(tmp_path):

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from walt.errors import WaltError
 from walt.evaluate import psnr
-from walt.video import read_video, tile, write_gif, write_mp4, write_png, write_video
+from walt.video import (
+    frame_rate,
+    iterate_video,
+    read_image,
+    read_video,
+    tile,
+    write_gif,
+    write_mp4,
+    write_png,
+    write_video,
+)
 
 pytest.importorskip("av", reason="PyAV is not installed")
 image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -43,6 +56,76 @@ def test_read_a_part(tmp_path):
     write_mp4(tmp_path / "clip.mp4", moving_square(9))
     whole = read_video(tmp_path / "clip.mp4")
     assert np.array_equal(read_video(tmp_path / "clip.mp4", start=3, frames=4), whole[3:7])
+
+
+def test_iterate(tmp_path):
+    write_mp4(tmp_path / "clip.mp4", moving_square(9), fps=25)
+    frames = iterate_video(tmp_path / "clip.mp4")
+    assert np.array_equal(next(frames), read_video(tmp_path / "clip.mp4")[0])
+    assert np.array_equal(np.stack(list(frames)), read_video(tmp_path / "clip.mp4")[1:])
+    assert frame_rate(tmp_path / "clip.mp4") == 25
+
+
+def test_a_telephone_held_upright(tmp_path):
+    video = moving_square()
+    path = tmp_path / "clip.mp4"
+    write_mp4(path, video)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44  # of the track header: shown turned by 90 degrees clockwise
+    assert struct.unpack_from(">9i", content, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", content, matrix, 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "upright.mp4").write_bytes(content)
+    assert np.array_equal(read_video(tmp_path / "upright.mp4"), np.rot90(read_video(path), -1, axes=(1, 2)))
+
+
+def test_a_change_of_size_is_refused(tmp_path, monkeypatch):
+    write_mp4(tmp_path / "clip.mp4", moving_square(3))
+
+    class Container:
+        streams = SimpleNamespace(video=[None])
+
+        def decode(self, video):
+            for height in (48, 48, 32):
+                yield SimpleNamespace(to_ndarray=lambda format, height=height: np.zeros((height, 64, 3), np.uint8))
+
+    monkeypatch.setattr("av.open", lambda *_, **__: nullcontext(Container()))
+    with pytest.raises(WaltError, match=r"changes its size from \(48, 64\) to \(32, 64\) at frame 2"):
+        read_video(tmp_path / "clip.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
+def test_read_image(tmp_path, suffix):
+    picture = moving_square()[3]
+    image.fromarray(picture).save(tmp_path / f"a{suffix}")
+    assert psnr(read_image(tmp_path / f"a{suffix}")[None], picture[None])[0] > 25
+    image.fromarray(picture[:, :, 0]).save(tmp_path / f"grey{suffix}")
+    assert read_image(tmp_path / f"grey{suffix}").shape == picture.shape
+
+
+def test_image_that_lies_on_its_side(tmp_path):
+    picture = moving_square()[3]
+    exif = image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(picture, -1))
+
+
+@pytest.mark.parametrize("content", [b"", b"This is a text.\n" * 100, None])
+def test_not_an_image(tmp_path, content):
+    with pytest.raises(WaltError, match=r"no such image: .*a\.png"):
+        read_image(tmp_path / "a.png")
+    write_png(tmp_path / "a.png", moving_square()[0])
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:-40] if content is None else content)
+    with pytest.raises(WaltError, match=r"a\.png is not an image that can be decoded"):
+        read_image(tmp_path / "a.png")
+
+
+def test_image_that_claims_to_be_huge(tmp_path, monkeypatch):
+    write_png(tmp_path / "a.png", moving_square()[0])
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(WaltError, match=r"a\.png is not an image that can be decoded: Image size"):
+        read_image(tmp_path / "a.png")
 
 
 def test_gif(tmp_path):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from walt.errors import WaltError
-from walt.simulator import open_game, render_episode
-from walt.video import VIDEO_SUFFIXES, read_video
+from walt.errors import WaltError, require
+from walt.files import replacing_folder
+from walt.simulator import ACTIONS, CAPTIONED, open_game, render_episode
+from walt.video import VIDEO_SUFFIXES, read_video, write_mp4
 
 FILM = "big_buck_bunny"
+DEMO_FPS = 18  # of the simulator's 35 tics a second, every second one is a frame
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,18 @@ def shrink(video: np.ndarray, height: int, width: int) -> np.ndarray:
     pixels = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float()
     small = F.interpolate(pixels, size=(height, width), mode="area")
     return small.permute(0, 2, 3, 1).round().to(torch.uint8).numpy()
+
+
+def cover(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A frame uint8 [H, W, 3] at the smallest size of its aspect ratio, rounded, that covers height x width.
+
+    Area average (to within one grey level) where that is smaller than the frame, bilinear where it is larger.
+    """
+    image: Any = require("PIL.Image", "video")  # several times faster than `shrink` on large frames
+    scale = max(height / picture.shape[0], width / picture.shape[1])
+    rows, columns = max(height, round(picture.shape[0] * scale)), max(width, round(picture.shape[1] * scale))
+    method = image.Resampling.BOX if scale <= 1 else image.Resampling.BILINEAR
+    return np.array(image.fromarray(picture).resize((columns, rows), method))
 
 
 def centre_square(video: np.ndarray) -> np.ndarray:
@@ -162,6 +178,32 @@ def demo_clips(
     train.append(film_clips(path, (0, cut), train_count, frames=frames, size=size, seed=seed))
     test.append(film_clips(path, (cut, film_frames), test_count, frames=frames, size=size, seed=seed))
     return join(train), join(test)
+
+
+def write_demo_folder(
+    out: str | Path, *, clips_per_class: int, frames: int = 17, size: int = 64, seed: int = 0, progress: bool = True
+) -> None:
+    """A captioned data set from the simulator: `<scenario>/<action>-<n>.mp4` at size x size, and captions.jsonl.
+
+    The folder of a clip is its class; its caption says what the player does, and where ("turning left in a maze"). The
+    actions of a scenario come in turn. WaltError if `out` holds something already.
+    """
+    out = Path(out).absolute()  # the simulator changes the working folder
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WaltError(f"{out} is there already; name another folder")
+    rows = []
+    total = clips_per_class * len(CAPTIONED)
+    with replacing_folder(out) as folder, tqdm(total=total, desc="render", unit="clip", disable=not progress) as bar:
+        for label, (scenario, (place, keys)) in enumerate(CAPTIONED.items()):
+            with open_game(scenario) as game:
+                for episode in range(clips_per_class):
+                    key = keys[episode % len(keys)]
+                    clip = render_episode(game, frames, (seed, label, episode), key)
+                    name = f"{scenario}/{ACTIONS[key].replace(' ', '-')}-{episode:04d}.mp4"
+                    write_mp4(folder / name, shrink(centre_square(clip), size, size), DEMO_FPS)
+                    rows.append({"file": name, "caption": f"{ACTIONS[key]} {place}"})
+                    bar.update()
+        (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def to_model(video: np.ndarray | torch.Tensor) -> torch.Tensor:

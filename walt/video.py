@@ -1,8 +1,12 @@
-"""Video files: read with PyAV, write mp4, gif and png. A video is uint8 [T, H, W, 3], RGB."""
+"""Video and image files: read with PyAV and Pillow, write mp4, gif and png. A video is uint8 [T, H, W, 3], RGB."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,31 @@ from walt.errors import WaltError, require
 from walt.files import replacing
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a video one by one, uint8 [H, W, 3], the way up a player shows them. None is kept.
+
+    Raises WaltError if the file is missing, is no video, or changes its size on the way.
+    """
+    av = require("av", "video")
+    path = Path(path)
+    if not path.is_file():
+        raise WaltError(f"no such video: {path}")
+    shape = None
+    try:
+        with _open_stream(av, path) as (container, _):
+            for index, frame in enumerate(container.decode(video=0)):
+                picture = frame.to_ndarray(format="rgb24")
+                # A telephone held upright writes lying frames and a rotation (known to PyAV from version 14 on).
+                picture = np.rot90(picture, round(getattr(frame, "rotation", 0) / 90))
+                shape = picture.shape if shape is None else shape
+                if picture.shape != shape:
+                    raise WaltError(f"{path} changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
+                yield picture
+    except (av.error.FFmpegError, OSError) as error:
+        raise WaltError(f"{path} is not a video that can be decoded: {error.strerror or error}") from error
 
 
 def read_video(path: str | Path, *, start: int = 0, frames: int | None = None) -> np.ndarray:
@@ -18,27 +47,45 @@ def read_video(path: str | Path, *, start: int = 0, frames: int | None = None) -
 
     Raises WaltError if the file is missing, is no video, or holds too few frames.
     """
-    av = require("av", "video")
-    path = Path(path)
-    if not path.is_file():
-        raise WaltError(f"no such video: {path}")
     stop = None if frames is None else start + frames
-    pictures: list[np.ndarray] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise WaltError(f"{path} has no video stream")
-            for index, frame in enumerate(container.decode(video=0)):
-                if index == stop:
-                    break
-                if index >= start:
-                    pictures.append(frame.to_ndarray(format="rgb24"))
-    except (av.error.FFmpegError, OSError) as error:
-        raise WaltError(f"{path} is not a video that can be decoded: {error.strerror or error}") from error
+    pictures = list(islice(iterate_video(path), start, stop))
     if not pictures or (frames is not None and len(pictures) < frames):
         wanted = "at least 1" if frames is None else str(frames)
         raise WaltError(f"{path} gives {len(pictures)} frames from frame {start} on, but {wanted} are needed")
     return np.stack(pictures)
+
+
+def frame_rate(path: str | Path) -> float:
+    """Frames a second, on average; 0 if the file does not say."""
+    av = require("av", "video")
+    try:
+        with _open_stream(av, Path(path)) as (_, stream):
+            return float(stream.average_rate or 0)
+    except (av.error.FFmpegError, OSError) as error:
+        raise WaltError(f"{path} is not a video that can be decoded: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _open_stream(av: ModuleType, path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream. Names in it that are no UTF-8 do no harm."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        if not container.streams.video:
+            raise WaltError(f"{path} has no video stream")
+        yield container, container.streams.video[0]
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture as uint8 [H, W, 3], turned the way up its EXIF orientation says. Transparency is dropped."""
+    image: Any = require("PIL.Image", "video")
+    ops: Any = require("PIL.ImageOps", "video")
+    if not Path(path).is_file():
+        raise WaltError(f"no such image: {path}")
+    try:
+        with image.open(path) as picture:
+            return np.array(ops.exif_transpose(picture).convert("RGB"))
+    # Pillow's formats raise what they like on broken files; a bomb is a file that claims to hold over 178 megapixels.
+    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+        raise WaltError(f"{path} is not an image that can be decoded: {error}") from error
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: int = 12) -> None:

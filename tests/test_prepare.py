@@ -1,0 +1,263 @@
+"""walt.prepare: what comes into a cache, what is skipped and said, and how an interrupted or repeated run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+
+import numpy as np
+import pytest
+from films import noise, numbers, ramp, write_folder
+
+import walt.prepare
+from walt.cache import Cache
+from walt.errors import WaltError
+from walt.prepare import prepare
+from walt.video import frame_rate, iterate_video, write_mp4
+
+pytest.importorskip("av", reason="PyAV is not installed")
+pytest.importorskip("PIL", reason="Pillow is not installed")
+
+NAMES = ["cats/c.png", "cats/one.mp4", "dogs/a.png", "dogs/b.png", "dogs/two.mp4", "still.png"]
+
+
+def make(source, cache, **options) -> tuple[Cache, list[str]]:
+    lines: list[str] = []
+    options = {"height": 16, "width": 16, "progress": False, "workers": 2, **options}
+    return prepare(source, cache, say=lines.append, **options), lines
+
+
+def content(cache: Cache) -> list[np.ndarray]:
+    return [cache.read(np.array([[i, 0]]), item.frames)[0] for i, item in enumerate(cache.items)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "source")
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """The names of the videos that are decoded."""
+    names: list[str] = []
+
+    def iterate(path):
+        names.append(path.name)
+        return iterate_video(path)
+
+    monkeypatch.setattr(walt.prepare, "iterate_video", iterate)
+    return names
+
+
+def test_a_folder(folder, tmp_path):
+    cache, lines = make(folder, tmp_path / "cache")
+    assert lines == []
+    assert [item.name for item in cache.items] == NAMES
+    assert [item.kind for item in cache.items] == ["image", "video", "image", "image", "video", "image"]
+    assert cache.classes == ("cats", "dogs")
+    assert cache.label.tolist() == [0, 0, 1, 1, 1, 2]  # 2: in no folder
+    assert cache.caption == (None,) * 6
+    assert [item.frames for item in cache.items] == [1, 12, 1, 1, 7, 1]
+    assert {(item.height, item.width) for item in cache.items} == {(16, 24), (21, 16)}  # of 32 x 48 and 40 x 30
+    assert cache.fps.tolist() == [0, 12, 0, 0, 25, 0]
+    clips = content(cache)
+    assert numbers(clips[1]).tolist() == list(range(12))
+    assert numbers(clips[4]).tolist() == list(range(7))
+    assert [int(clips[i].mean()) for i in (2, 3, 0, 5)] == [0, 50, 100, 150]
+    again = Cache.open(tmp_path / "cache")
+    assert again.items == cache.items
+    assert (again.height, again.width, again.fingerprint) == (16, 16, cache.fingerprint)
+
+
+def test_workers_do_not_change_the_content(folder, tmp_path):
+    one, _ = make(folder, tmp_path / "one", workers=1)
+    three, _ = make(folder, tmp_path / "three", workers=3)
+    assert one.fingerprint == three.fingerprint
+    assert all(np.array_equal(a, b) for a, b in zip(content(one), content(three), strict=True))
+
+
+def test_what_cannot_be_read_is_skipped_and_counted(folder, tmp_path):
+    (folder / "cats/broken.mp4").write_bytes(b"This is a text.\n" * 100)
+    (folder / "cats/empty.mp4").write_bytes(b"")
+    (folder / "cats/one.txt").write_text("not looked at")
+    (folder / "cats/._one.mp4").write_text("hidden")
+    whole = (folder / "dogs/b.png").read_bytes()
+    (folder / "dogs/cut.png").write_bytes(whole[: len(whole) // 2])
+    cache, lines = make(folder, tmp_path / "cache")
+    assert [item.name for item in cache.items] == NAMES
+    assert lines[-1] == "3 of 9 files were skipped"
+    skipped = sorted(lines[:-1])
+    assert len(skipped) == 3
+    for line, name in zip(skipped, ("cats/broken.mp4", "cats/empty.mp4", "dogs/cut.png"), strict=True):
+        assert line.startswith(f"skipped: {folder / name} ")
+    assert numbers(content(cache)[1]).tolist() == list(range(12))
+
+
+def test_a_video_that_breaks_off_leaves_nothing(folder, tmp_path, monkeypatch):
+    def iterate(path):
+        for index, picture in enumerate(iterate_video(path)):
+            if path.name == "one.mp4" and index == 5:
+                raise WaltError(f"{path} breaks off")
+            yield picture
+
+    monkeypatch.setattr(walt.prepare, "iterate_video", iterate)
+    cache, lines = make(folder, tmp_path / "cache", workers=1)
+    assert lines == [f"skipped: {folder / 'cats/one.mp4'} breaks off", "1 of 6 files were skipped"]
+    assert [item.name for item in cache.items] == [name for name in NAMES if name != "cats/one.mp4"]
+    assert (tmp_path / "cache/frames-0.raw").stat().st_size == sum(
+        16 * 24 * 7 * 3 if i == 3 else 21 * 16 * 3 for i in range(5)
+    )
+
+
+def test_nothing_usable_stops(tmp_path):
+    with pytest.raises(WaltError, match="no such folder"):
+        make(tmp_path / "nowhere", tmp_path / "cache")
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(WaltError, match=r"source holds no video or image \(looked for \.mp4"):
+        make(source, tmp_path / "cache")
+    (source / "a.mp4").write_bytes(b"")
+    (source / "b.png").write_bytes(b"")
+    with pytest.raises(WaltError, match="none of its 2 videos and images can be used"):
+        make(source, tmp_path / "cache")
+    with pytest.raises(WaltError, match="was not prepared to the end"):
+        Cache.open(tmp_path / "cache")
+
+
+def test_captions(folder, tmp_path):
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption\ncats/one.mp4,a cat\nlost.mp4,nothing\n")
+    cache, lines = make(folder, tmp_path / "cache", captions=table)
+    assert lines == [
+        "1 captions without a file: lost.mp4",
+        "5 files without a caption: cats/c.png, dogs/a.png, dogs/b.png, dogs/two.mp4, still.png",
+    ]
+    assert cache.caption == (None, "a cat", None, None, None, None)
+
+
+def test_shots(tmp_path):
+    (tmp_path / "source").mkdir()
+    write_mp4(tmp_path / "source/film.mp4", np.concatenate([noise(6, 0), noise(9, 1)]))
+    cut, _ = make(tmp_path / "source", tmp_path / "cut")
+    assert cut.items[0].shots == ((0, 6), (6, 15))
+    whole, _ = make(tmp_path / "source", tmp_path / "whole", shots=False)
+    assert whole.items[0].shots == ((0, 15),)
+
+
+def test_a_second_run_decodes_what_changed(folder, tmp_path, decoded):
+    first, _ = make(folder, tmp_path / "cache")
+    assert sorted(decoded) == ["one.mp4", "two.mp4"]
+    decoded.clear()
+    table = tmp_path / "captions.jsonl"
+    table.write_text('{"file": "still.png", "caption": "a wall"}')
+    again, _ = make(folder, tmp_path / "cache", captions=table)
+    assert decoded == []
+    assert again.caption[-1] == "a wall"
+    assert again.fingerprint == first.fingerprint
+    write_mp4(folder / "dogs/two.mp4", ramp(9))
+    (folder / "cats/one.mp4").unlink()
+    changed, _ = make(folder, tmp_path / "cache")
+    assert decoded == ["two.mp4"]
+    assert [item.name for item in changed.items] == [name for name in NAMES if name != "cats/one.mp4"]
+    assert numbers(content(changed)[3]).tolist() == list(range(9))
+    assert changed.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"name": "dogs/two.mp4", "kind": "vid', b"{}\n[]\n3\n"])
+def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, decoded, torn):
+    whole, _ = make(folder, tmp_path / "whole", workers=1)
+    decoded.clear()
+    spy = walt.prepare.iterate_video
+
+    def interrupted(path):
+        for index, picture in enumerate(spy(path)):
+            if path.name == "two.mp4" and index == 3:
+                raise KeyboardInterrupt
+            yield picture
+
+    with monkeypatch.context() as patch:
+        patch.setattr(walt.prepare, "iterate_video", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(folder, tmp_path / "cache", workers=1)
+    with pytest.raises(WaltError, match="was not prepared to the end"):
+        Cache.open(tmp_path / "cache")
+    # What a kill in the middle of writing may leave, besides.
+    with (tmp_path / "cache/journal.jsonl").open("ab") as journal, (tmp_path / "cache/frames-0.raw").open("ab") as raw:
+        journal.write(torn)
+        raw.write(b"x" * 1000)
+    assert decoded == ["one.mp4", "two.mp4"]
+    cache, _ = make(folder, tmp_path / "cache", workers=1)
+    assert decoded == ["one.mp4", "two.mp4", "two.mp4"]
+    assert cache.fingerprint == whole.fingerprint
+    assert (tmp_path / "cache/frames-0.raw").read_bytes() == (tmp_path / "whole/frames-0.raw").read_bytes()
+    assert not (tmp_path / "cache/journal.jsonl").exists()
+
+
+def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monkeypatch):
+    first, _ = make(folder, tmp_path / "cache", workers=1)
+    before = content(first)
+    write_mp4(folder / "new.mp4", ramp(5))
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(walt.prepare, "iterate_video", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, tmp_path / "cache", workers=1)
+    still = Cache.open(tmp_path / "cache")
+    assert still.fingerprint == first.fingerprint
+    assert all(np.array_equal(a, b) for a, b in zip(content(still), before, strict=True))
+
+
+def test_other_settings_need_another_cache(folder, tmp_path):
+    make(folder, tmp_path / "cache")
+    with pytest.raises(WaltError, match="prepared with height 16, width 16, shots on, not with height 8, width 16"):
+        make(folder, tmp_path / "cache", height=8)
+    index = json.loads((tmp_path / "cache/index.json").read_text())
+    (tmp_path / "cache/index.json").write_text(json.dumps({**index, "items": []}))  # an unfinished one begins again
+    assert make(folder, tmp_path / "cache", height=8)[0].items[1].height == 11
+
+
+def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/index.json").write_text('{"format": "recipes"}')
+    with pytest.raises(WaltError, match=r"is not the index of a cache of walt .*'recipes'"):
+        make(folder, tmp_path / "cache")
+    assert (tmp_path / "cache/index.json").read_text() == '{"format": "recipes"}'
+    with pytest.raises(WaltError, match="cannot write"):
+        make(folder, folder / "still.png" / "cache")
+
+
+def test_writing_that_fails_is_no_skipped_file(folder, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    os.symlink("/dev/full", tmp_path / "full")
+    monkeypatch.setattr(walt.prepare, "shard_path", lambda folder, shard: tmp_path / "full")
+    with pytest.raises(WaltError, match=r"cannot write .*cache: No space left on device"):
+        make(folder, tmp_path / "cache")
+
+
+def test_films_are_not_held_in_memory(folder, tmp_path, monkeypatch):
+    alive: set[int] = set()
+    most = 0
+
+    class Frame(np.ndarray):
+        pass
+
+    def iterate(path):
+        nonlocal most
+        for index in range(60):
+            frame = np.full((32, 48, 3), index, np.uint8).view(Frame)
+            alive.add(index)
+            weakref.finalize(frame, alive.discard, index)
+            most = max(most, len(alive))
+            yield frame
+
+    monkeypatch.setattr(walt.prepare, "iterate_video", iterate)
+    cache, _ = make(folder, tmp_path / "cache", workers=1)
+    assert cache.items[1].frames == 60
+    assert 1 <= most <= 3
+
+
+def test_frame_rate_of_real_file(folder):
+    assert frame_rate(folder / "dogs/two.mp4") == 25
