@@ -71,13 +71,18 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean of each rank's values, the same bits on every rank."""
+def total(values: Tensor) -> Tensor:
+    """The sum of each rank's values, the same bits on every rank."""
     if world() == 1:
         return values
-    total = values.to(_device())
-    dist.all_reduce(total)
-    return total / world()
+    summed = values.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of each rank's values, the same bits on every rank."""
+    return total(values) / world()
 
 
 def maximum(*values: float) -> list[float]:
@@ -175,6 +180,17 @@ def whole(tensor: Tensor) -> Tensor:
 def own(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; others as they are."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like_rows_of(sharded: Tensor, part: Tensor) -> Tensor:
+    """A tensor of which `part` is what this rank holds, sharded by rows as `sharded` is."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(sharded, DTensor)
+    shape = torch.Size((sharded.shape[0], *part.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    placements = sharded.placements
+    return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def own_rows(tensor: Tensor) -> tuple[int, int] | None:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from walt.adafactor import ShardedAdafactor
 from walt.config import Config
+from walt.distributed import is_sharded
 
 CHOICES = {
     "schedule": ("cosine", "constant"),
@@ -95,5 +97,6 @@ def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter]) -
     """The optimizer over the parameters that are trained (`requires_grad`), in their order."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(trained, lr=config.lr, weight_decay=config.weight_decay)
+        kind = ShardedAdafactor if any(map(is_sharded, trained)) else torch.optim.Adafactor
+        return kind(trained, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
