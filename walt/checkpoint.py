@@ -1,28 +1,36 @@
-"""Checkpoints: a folder of safetensors and JSON files, replaced as a whole. Nothing is ever unpickled."""
+"""Checkpoints: a folder of safetensors and JSON files, replaced as a whole. Nothing is ever unpickled.
+
+Sharded tensors are written by each rank into a file of its own, `<name>-00001-of-00002.safetensors`, whose header tells
+which rows of which tensors it holds. They are read by name like a single file, by any number of ranks.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from walt.distributed import failing_together, is_main, is_sharded, own, own_rows, rank, whole, world
 from walt.errors import WaltError
-from walt.files import read_json, replacing_folder, settled
+from walt.files import flush, read_json, replacing_folder, settled, staging
 
 FORMAT = "walt-checkpoint"
 VERSION = 1
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """safetensors file; a failed write (a full disk) is an OSError like any other."""
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
@@ -33,18 +41,149 @@ def save_checkpoint(
     description: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any] | None = None,
+    *,
+    retired: Path | None = None,
 ) -> None:
     """Write config.json (kind, description), `<name>.safetensors` for each group of tensors, and state.json, if any.
 
-    The folder appears complete or not at all; one that was there is replaced. WaltError if the disk is full.
+    The folder appears complete or not at all; one that was there is replaced, and moved to `retired` if that is given.
+    WaltError if the disk is full.
     """
-    document = {"format": FORMAT, "version": VERSION, "kind": kind, **description}
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, retired) as temporary:
         for name, group in tensors.items():
             write_tensors(temporary / f"{name}.safetensors", group)
-        if state is not None:
-            (temporary / "state.json").write_text(json.dumps(state))
-        (temporary / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        _write_documents(temporary, kind, description, state)
+
+
+def save_together(
+    folder: str | Path,
+    kind: str,
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    retired: Path | None = None,
+) -> None:
+    """`save_checkpoint` by all ranks: each writes its shards, the main one all else. They need one file system.
+
+    If a rank cannot write, every rank raises WaltError, and the old checkpoint stays.
+    """
+    if world() == 1:
+        return save_checkpoint(folder, kind, description, tensors, state, retired=retired)
+    folder, what = Path(folder), f"cannot write {folder}"
+    parts = {name: _own_part(group) for name, group in tensors.items()}
+    with contextlib.ExitStack() as stack:
+        with failing_together(what):
+            temporary = stack.enter_context(replacing_folder(folder, retired)) if is_main() else staging(folder)
+        with failing_together(what):
+            for name, (held, rows) in parts.items():
+                sharded = any(is_sharded(tensor) for tensor in tensors[name].values())
+                if sharded:
+                    path = temporary / f"{name}-{rank() + 1:05d}-of-{world():05d}.safetensors"
+                    write_tensors(path, held, {"rows": json.dumps(rows)})
+                    flush(path)
+                elif is_main():
+                    write_tensors(temporary / f"{name}.safetensors", held)
+        with failing_together(what):
+            if is_main():
+                _write_documents(temporary, kind, description, state)
+            stack.close()
+
+
+def _write_documents(folder: Path, kind: str, description: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
+    document = {"format": FORMAT, "version": VERSION, "kind": kind, **description}
+    if state is not None:
+        (folder / "state.json").write_text(json.dumps(state))
+    (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _own_part(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """What this rank writes of a group, and for sharded tensors (first row, rows of all ranks)."""
+    held, rows = {}, {}
+    for name, tensor in group.items():
+        span = own_rows(tensor)
+        if span is None:
+            complete = whole(tensor)  # every rank takes part
+            if is_main():
+                held[name] = complete
+        elif span[0] < span[1]:
+            held[name] = own(tensor)
+            rows[name] = (span[0], tensor.shape[0])
+    return held, rows
+
+
+class TensorFiles:
+    """The tensors of `<name>.safetensors`, or of the shards in its place: their shapes, and rows of them on demand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._parts: dict[str, list[tuple[int, int, Any]]] = {}  # first row, last + 1, file
+        files = [path] if path.is_file() else _shards(path)
+        if not files:
+            raise WaltError(f"{path.parent} is not a complete checkpoint: {path.name} is missing")
+        for file in files:
+            with _readable(file):
+                self._index(safe_open(file, framework="pt"))
+        for name, parts in self._parts.items():
+            parts.sort(key=lambda part: part[:2])
+            rows = self.shapes[name][0] if self.shapes[name] else 1
+            ends = [0, *(stop for _, stop, _ in parts)]
+            if ends[-1] != rows or any(start != end for (start, _, _), end in zip(parts, ends, strict=False)):
+                raise WaltError(f"{path} is broken: the shards do not make up {name!r}")
+
+    def _index(self, file: Any) -> None:
+        rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            shape = tuple(file.get_slice(name).get_shape())
+            first, total = rows.get(name, (0, shape[0] if shape else 1))
+            held = shape[0] if shape else 1
+            self.shapes[name] = (total, *shape[1:]) if shape else ()
+            self._parts.setdefault(name, []).append((first, first + held, file))
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or its rows from rows[0] to rows[1] - 1."""
+        parts = self._parts[name]
+        with _readable(self.path):
+            if rows is None and len(parts) == 1:
+                return parts[0][2].get_tensor(name)
+            first, last = rows if rows is not None else (0, self.shapes[name][0])
+            pieces = [
+                file.get_slice(name)[max(first, start) - start : min(last, stop) - start]
+                for start, stop, file in parts
+                if start < last and first < stop
+            ]
+            return torch.cat(pieces) if pieces else parts[0][2].get_slice(name)[0:0]
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Copy into tensors of the same names and shapes, sharded ones too; WaltError names the first that differs."""
+        _check_fit(targets, self.shapes, self.path)
+        with torch.no_grad():
+            for name, target in targets.items():
+                own(target).copy_(self.read(name, own_rows(target)))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Any:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise WaltError(f"{path} is broken: {error}") from error
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of all ranks, or none; WaltError if some are missing."""
+    found = {}
+    for file in path.parent.glob(f"{path.stem}-*.safetensors"):
+        if match := SHARD.fullmatch(file.name.removeprefix(path.stem)):
+            found[match.groups()] = file
+    count = max((int(total) for _, total in found), default=0)
+    names = [(f"{i + 1:05d}", f"{count:05d}") for i in range(count)]
+    for name in names:
+        if name not in found:
+            missing = f"{path.stem}-{name[0]}-of-{name[1]}.safetensors"
+            raise WaltError(f"{path.parent} is not a complete checkpoint: {missing} is missing")
+    return [found[name] for name in names]
 
 
 def checkpoint_folder(folder: str | Path) -> Path | None:
@@ -72,53 +211,60 @@ def load_description(folder: str | Path, kind: str) -> tuple[Path, dict[str, Any
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise WaltError(f"{path.parent} is not a complete checkpoint: {path.name} is missing")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WaltError(f"{path} is broken: {error}") from error
+    """All tensors of a safetensors file, or of the shards in its place."""
+    files = TensorFiles(path)
+    return {name: files.read(name) for name in files.shapes}
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy tensors into module; WaltError names the first tensor that is missing, unknown or of another shape."""
-    own = module.state_dict()
-    missing = [name for name in own if name not in tensors]
-    unknown = [name for name in tensors if name not in own]
+    _check_fit(module.state_dict(), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    module.load_state_dict(dict(tensors))
+
+
+def _check_fit(own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    missing = [name for name in own if name not in shapes]
+    unknown = [name for name in shapes if name not in own]
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model does not"
         raise WaltError(f"{path} does not fit its config.json: it {what} ({len(missing) + len(unknown)} such tensors)")
     for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
+        if tuple(tensor.shape) != shapes[name]:
             raise WaltError(
-                f"{path} does not fit its config.json: {name!r} has shape {list(tensors[name].shape)},"
+                f"{path} does not fit its config.json: {name!r} has shape {list(shapes[name])},"
                 f" expected {list(tensor.shape)}"
             )
-    module.load_state_dict(dict(tensors))
 
 
 def best_weights(folder: Path) -> Path:
     """The averaged weights where there are some, else the plain ones."""
     averaged = folder / "ema.safetensors"
-    return averaged if averaged.is_file() else folder / "model.safetensors"
+    return averaged if averaged.is_file() or _shards(averaged) else folder / "model.safetensors"
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state dict as (tensors named "index.key", parameter groups for JSON)."""
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{key}": torch.as_tensor(value)
-        for index, values in state["state"].items()
-        for key, value in values.items()
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer, named "index of the parameter.key"; not copied."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{index}.{key}": value
+        for index, parameter in enumerate(parameters)
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
-    return tensors, state["param_groups"]
 
 
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Restore what `optimizer_tensors` gave, into a fresh optimizer of the same parameters. They may be sharded."""
+    files = TensorFiles(path)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    used = {name.partition(".")[0] for name in files.shapes}
+    # A step of size 0 makes the state's tensors, on the device and sharded as this optimizer wants them.
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for index, parameter in enumerate(parameters):
+        parameter.grad = torch.zeros_like(parameter) if str(index) in used else None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    files.read_into(optimizer_tensors(optimizer))

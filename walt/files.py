@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write under a temporary name, then rename."""
+"""Files that are either whole or absent, after a kill or a power cut too: write under a temporary name, then rename."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        flush(temporary)
         temporary.replace(path)
+        flush(path.parent)
     except OSError as error:
         raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -30,24 +32,38 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a folder. A kill between the two renames leaves the old folder as `<path>.old` (see `settled`)."""
+def replacing_folder(path: str | Path, retired: Path | None = None) -> Iterator[Path]:
+    """The same for a folder. A kill between the two renames leaves the old folder as `<path>.old` (see `settled`).
+
+    The folder that is replaced is removed, or moved to `retired`. Everything is on the disk before the first rename.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    old = _old(path)
+    temporary, old = staging(path), _old(path)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.rglob("*"):
+            flush(file)
+        flush(temporary)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         temporary.rename(path)
+        flush(path.parent)
+        if retired is not None and old.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+            old.rename(retired)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def staging(path: Path) -> Path:
+    """Where `replacing_folder` gathers the files of path: one name for all processes that write them together."""
+    return path.with_name(f".{path.name}.new")
 
 
 def settled(path: str | Path) -> Path:
@@ -58,6 +74,17 @@ def settled(path: str | Path) -> Path:
 
 def _old(path: Path) -> Path:
     return path.with_name(path.name + ".old")
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or a folder's list of names (which Windows cannot be asked)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, document: Any) -> None:

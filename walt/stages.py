@@ -19,30 +19,42 @@ from walt.errors import user_values
 from walt.losses import decorrelation_loss, reconstruction_loss
 from walt.pipeline import ClipShape, tokenizer_description, transformer_description
 from walt.tokenizer import Tokenizer
-from walt.training import Step, Trainer, TrainingConfig
+from walt.training import Batch, Draw, Loss, Phase, Trainer, TrainingConfig
 from walt.transformer import Transformer
 
 DECORRELATION = 0.02  # weight beside the reconstruction loss; ours
 IMAGE_STRIDE = 4  # every fourth frame of a clip also serves as an image
 
 
-def tokenizer_step(clips: Clips, batch: int, frames: int) -> Step:
-    """Reconstruct `batch` random clips, cut to a random run of `frames` frames.
+def tokenizer_draw(clips: Clips, batch: int, frames: int) -> Draw:
+    """`batch` random clips, and a random run of `frames` frames of them.
 
     The tokenizer is causal, so short runs teach it what whole clips would and cost less. Frames stay whole: its norms
     pool over a frame, and what they learn on crops does not hold for frames.
     """
+
+    def draw(generator: torch.Generator) -> Batch:
+        index = torch.randint(len(clips), (batch,), generator=generator)
+        return {
+            "index": index,
+            "start": int(torch.randint(clips.video.shape[1] - frames + 1, (1,), generator=generator)),
+        }
+
+    return draw
+
+
+def tokenizer_loss(clips: Clips, frames: int) -> Loss:
+    """Reconstruct the runs that `tokenizer_draw` chose."""
     video = torch.from_numpy(clips.video)
 
-    def step(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss(model: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        index, start = rows["index"], rows["start"]
         assert isinstance(model, Tokenizer)
-        index = torch.randint(len(video), (batch,), generator=generator)
-        start = int(torch.randint(video.shape[1] - frames + 1, (1,), generator=generator))
         target = to_model(video[index, start : start + frames])
         latent = model.encode(target)
-        return reconstruction_loss(model.decode(latent), target) + DECORRELATION * decorrelation_loss(latent)
+        return reconstruction_loss(model.decode(latent), target) + DECORRELATION * decorrelation_loss(latent), {}
 
-    return step
+    return loss
 
 
 @dataclass(frozen=True)
@@ -92,23 +104,40 @@ def prepare_latents(tokenizer: Tokenizer, clips: Clips) -> Latents:
     return Latents(encode(tokenizer, clips.video, desc="encode clips"), label, image[order], image_label[order])
 
 
-def transformer_step(diffusion: Diffusion, latents: Latents, batch: int, images: int) -> Step:
+def transformer_draw(latents: Latents, batch: int, images: int) -> Draw:
     """Joint training (paper, section 3.2): `batch - images` videos and `images` stacks of 1+t images of one class."""
     depth = latents.video.shape[2]
     counts = torch.bincount(latents.image_label)
     starts = counts.cumsum(0) - counts
     is_image = torch.arange(batch) >= batch - images
 
-    def step(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def draw(generator: torch.Generator) -> Batch:
         index = torch.randint(len(latents.video), (batch,), generator=generator)
         label = latents.video_label[index]
-        chosen = label[is_image, None]
-        place = (torch.rand(images, depth, generator=generator) * counts[chosen]).long()
-        stacks = latents.image[starts[chosen] + place]  # [images, 1+t, c, h, w]
-        x0 = torch.cat([latents.video[index[~is_image]], stacks.transpose(1, 2)])
-        return diffusion.loss(model, x0, generator=generator, label=label, image=is_image)
+        place = (torch.rand(batch, depth, generator=generator) * counts[label, None]).long()
+        seed = torch.randint(2**62, (batch,), generator=generator)
+        return {
+            "index": index,
+            "label": label,
+            "stack": starts[label, None] + place,
+            "image": is_image,
+            "seed": seed,
+        }
 
-    return step
+    return draw
+
+
+def transformer_loss(diffusion: Diffusion, latents: Latents) -> Loss:
+    """The diffusion loss of what `transformer_draw` chose. The first row's seed gives the noise of a part's rows."""
+
+    def loss(model: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        index, label, stack, image, seed = (rows[name] for name in ("index", "label", "stack", "image", "seed"))
+        stacks = latents.image[stack].transpose(1, 2)  # [B, c, 1+t, h, w]
+        x0 = torch.where(image.reshape(-1, 1, 1, 1, 1), stacks, latents.video[index])
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        return diffusion.loss(model, x0, generator=generator, label=label, image=image), {}
+
+    return loss
 
 
 def train_tokenizer(
@@ -127,9 +156,9 @@ def train_tokenizer(
     `data` describes the clips: a checkpoint of other clips is not gone on from. `seconds` is for this run.
     """
     torch.manual_seed(training.seed)
-    trainer = Trainer(
-        Tokenizer(config),
-        tokenizer_step(clips, batch, frames),
+    trainer: Trainer[Tokenizer] = Trainer(
+        [Phase("model", Tokenizer(config), tokenizer_loss(clips, frames))],
+        tokenizer_draw(clips, batch, frames),
         training,
         folder,
         kind="tokenizer",
@@ -161,9 +190,9 @@ def train_transformer(
 ) -> tuple[Transformer, Trainer[Transformer]]:
     """Second stage, from its checkpoint in `folder` if there is one -> the averaged transformer."""
     description = transformer_description(transformer.config, diffusion.config, clip, classes)
-    trainer = Trainer(
-        transformer,
-        transformer_step(diffusion, latents, batch, images),
+    trainer: Trainer[Transformer] = Trainer(
+        [Phase("model", transformer, transformer_loss(diffusion, latents))],
+        transformer_draw(latents, batch, images),
         training,
         folder,
         kind="transformer",

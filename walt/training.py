@@ -1,90 +1,134 @@
-"""One loop for both stages: AdamW, warm-up and cosine, clipping, EMA, a log, and checkpoints it can go on from."""
+"""One loop for every stage: optimizers, schedule, clipping, averages, a log, and checkpoints it can go on from.
+
+It runs in one process, or in several under torchrun (`walt.distributed`), with the same result to rounding.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim import Optimizer
 from tqdm import tqdm
 
+from walt.averaging import WeightAverage
 from walt.checkpoint import (
+    TensorFiles,
     checkpoint_folder,
     load_description,
-    load_weights,
-    pack_optimizer,
+    load_optimizer,
+    optimizer_tensors,
     read_tensors,
-    save_checkpoint,
-    unpack_optimizer,
+    save_together,
 )
+from walt.distributed import is_main, maximum, world
 from walt.errors import WaltError
-from walt.files import read_json, replacing
+from walt.files import read_json
+from walt.logs import RunLog, read_log
+from walt.optimizers import FREE, TrainingConfig, learning_rate
+from walt.phases import Batch, Draw, Loss, Phase, PhaseOptimizer, PhaseResult, frozen
+from walt.random_state import RandomState
+
+__all__ = [
+    "Batch",
+    "Draw",
+    "Interrupted",
+    "Loss",
+    "Phase",
+    "Trainer",
+    "TrainingConfig",
+    "learning_rate",
+    "read_log",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
-Step = Callable[[nn.Module, torch.Generator], Tensor]
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during training, after the running step was finished and the checkpoint written."""
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """lr rises over `warmup` steps and falls to 2 % of itself on a cosine; the EMA is warmed up too (`_warm_ema`)."""
-
-    steps: int
-    lr: float = 1e-3
-    warmup: int = 50
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0
-    ema_decay: float = 0.99
-    save_every: int = 200
-    log_every: int = 10
-    seed: int = 0
-
-
 class Trainer(Generic[Model]):
-    """Trains `model` by `step(model, generator) -> loss`, which draws its batch and its noise from `generator`.
+    """Trains the phases' modules; the averaged weights follow those of the first.
 
-    All that a run depends on is in its checkpoint (weights, EMA, optimizer, step, both random generators), so a run
-    that was interrupted and resumed ends in the same bits as one that was not, on the same machine and thread count.
+    draw(generator) makes the random numbers and the indices of data of the whole global batch, the same on every rank.
+    Part i of n (n = ranks x config.accumulate) is made of the rows i, i + n, i + 2n, ...; losses get their rows on the
+    device of the first module. All losses of a step see the weights from before it (the phases are simultaneous), so
+    that a step is taken whole or not at all.
+
+    All that a run depends on is in its checkpoint (weights, averages, optimizers, step, random generators, the state of
+    `extra_modules`), so a run that was interrupted and resumed ends in the same bits as one that was not, on the same
+    machine, number of threads and ranks. The data's position is the generator's. Other ranks than the main one have a
+    global generator of their own (dropout).
+
+    A run has diverged when a loss or a gradient norm is not finite: it stops with a WaltError, and with a checkpoint of
+    the step before. preview(averaged module, step) is called on the main rank every config.preview_every steps.
     """
 
     def __init__(
         self,
-        model: Model,
-        step: Step,
+        phases: Sequence[Phase],
+        draw: Draw,
         config: TrainingConfig,
         folder: str | Path,
         *,
         kind: str,
         description: Mapping[str, Any],
         frames_per_step: int = 1,
+        extra_modules: Mapping[str, nn.Module] | None = None,
+        preview: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
-        self.model, self.step_function, self.config = model, step, config
+        self.phases, self.draw, self.config = list(phases), draw, config
         self.folder, self.kind, self.description = Path(folder), kind, dict(description)
-        self.frames_per_step = frames_per_step
-        self.ema = AveragedModel(model, multi_avg_fn=_warm_ema(config.ema_decay))
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.frames_per_step, self.extra_modules, self.preview = frames_per_step, dict(extra_modules or {}), preview
+        self._check()
+        self.model = cast(Model, self.phases[0].module)
+        self.device = next(self.model.parameters()).device
+        self._switch_checkpointing()
+        sharded = config.strategy == "fsdp" and world() > 1
+        self._average = WeightAverage(self.model, config.ema_decay) if config.ema_decay or sharded else None
+        self._parts = [PhaseOptimizer(phase, config, self.device) for phase in self.phases]
+        self.optimizers = [part.optimizer for part in self._parts]
+        if sharded and self._average is not None:
+            self._average.shard()
+        self.random = RandomState(config.seed, self.device)
         self.step = 0
         self.elapsed = 0.0
         self.finished = False
         self.log_path = self.folder.with_suffix(".jsonl")
+        self._log = RunLog(self.log_path, config.tensorboard) if is_main() else None
+        self._saved: int | None = None  # the step of the checkpoint in the folder
+        self._last: dict[str, float] = {}  # the last finite losses
+
+    def _check(self) -> None:
+        names = [phase.name for phase in self.phases]
+        others = [*names[1:], *self.extra_modules]
+        taken = {"model", "ema", "optimizer", "random"}
+        if not names or len({*names, *self.extra_modules}) < len(names) + len(self.extra_modules):
+            raise ValueError(
+                f"phases: got {names} and {[*self.extra_modules]}; expected one or more, of different names"
+            )
+        if bad := [name for name in others if name in taken or not name.isidentifier()]:
+            raise ValueError(f"phases: got the name {bad[0]!r}; expected an identifier other than {sorted(taken)}")
+        if self.config.strategy == "fsdp" and len(names) > 1:
+            raise ValueError(
+                f"strategy: got 'fsdp' with {len(names)} phases; expected 'ddp', as fsdp trains one module"
+            )
+
+    def _switch_checkpointing(self) -> None:
+        able = [m for phase in self.phases for m in phase.module.modules() if hasattr(m, "checkpointing")]
+        if self.config.checkpointing and not able:
+            raise ValueError("checkpointing: got True; expected False, as no module of the run can do it")
+        for module in able:
+            module.checkpointing = self.config.checkpointing  # type: ignore[assignment]
 
     def run(self, *, seconds: float | None = None) -> None:
         """Train to the last step, or until `seconds` of training (over all runs) are used up.
@@ -92,21 +136,35 @@ class Trainer(Generic[Model]):
         With `seconds` the cosine follows whichever is further on, steps or time, so that a slow machine, too, ends with
         a small learning rate. Ctrl-C finishes the running step, saves and raises Interrupted.
         """
-        self._rewind_log()
-        self.model.train()
-        bar = tqdm(total=self.config.steps, initial=self.step, desc=f"train {self.kind}", unit="step", smoothing=0.1)
+        if self._log is not None:
+            self._log.rewind(self.step)
+        for phase in self.phases:
+            phase.module.train()
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc=f"train {self.kind}",
+            unit="step",
+            smoothing=0.1,
+            disable=not is_main(),
+        )
         started, before = time.monotonic(), self.elapsed
-        with bar, _interrupt_flag() as interrupted:
+        with bar, _interrupt_flag() as flag:
             while not self.finished:
                 self._one_step(bar, seconds)
-                self.elapsed = before + time.monotonic() - started
+                self.elapsed, interrupted = maximum(before + time.monotonic() - started, flag.is_set())
                 out_of_time = seconds is not None and self.elapsed >= seconds
                 self.finished = self.step >= self.config.steps or out_of_time
-                if interrupted.is_set() or self.finished or self.step % self.config.save_every == 0:
+                if interrupted or self.finished or self.step % self.config.save_every == 0:
                     self.save()
-                if interrupted.is_set() and not self.finished:
+                if interrupted and not self.finished:
                     raise Interrupted(f"{self.folder} holds a checkpoint at step {self.step} of {self.config.steps}")
-        self.model.eval()
+                if self.config.preview_every and self.step % self.config.preview_every == 0:
+                    self._preview()
+        if self._log is not None:
+            self._log.close()
+        for phase in self.phases:
+            phase.module.eval()
 
     def _one_step(self, bar: tqdm[Any], seconds: float | None) -> None:
         config = self.config
@@ -114,120 +172,134 @@ class Trainer(Generic[Model]):
         if seconds is not None:
             progress = max(progress, self.elapsed / seconds)
         rate = learning_rate(config, self.step, min(progress, 1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss = self.step_function(self.model, self.generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm, foreach=True)
-        if not math.isfinite(value := loss.item()):
-            raise WaltError(f"the loss of the {self.kind} became {value} at step {self.step}; lower the learning rate")
-        self.optimizer.step()
-        self.ema.update_parameters(self.model)
+        random = self.random.get()
+        batch = self.draw(self.random.generator)
+        results = [self._gradients(part, batch) for part in self._parts]
+        for phase, result in zip(self.phases, results, strict=True):
+            if broken := result.broken():
+                self.random.set(random)
+                raise self._diverged(phase.name, broken, result)
+            self._last[phase.name] = result.loss
+        for part in self._parts:
+            part.step(rate)
+        if self._average is not None:
+            self._average.update()
+        for phase, result in zip(self.phases, results, strict=True):
+            if phase.after is not None:
+                phase.after(result.values)
         self.step += 1
         bar.update()
-        if self.step % config.log_every == 0 or self.step == config.steps:
-            steps_per_second = bar.format_dict["rate"] or 0.0
-            frames = steps_per_second * self.frames_per_step
-            bar.set_postfix(loss=f"{value:.4f}", frames_s=f"{frames:.0f}", refresh=False)
-            self._log({"step": self.step, "loss": value, "lr": rate, "grad_norm": norm.item(), "frames_s": frames})
+        if self._log is not None and (self.step % config.log_every == 0 or self.step == config.steps):
+            frames = (bar.format_dict["rate"] or 0.0) * self.frames_per_step
+            bar.set_postfix(loss=f"{results[0].loss:.4f}", frames_s=f"{frames:.0f}", refresh=False)
+            row = {"step": self.step, **results[0].columns()}
+            for phase, result in zip(self.phases[1:], results[1:], strict=True):
+                row |= result.columns(f"{phase.name}_")
+            self._log.write({**row, "lr": rate, "frames_s": frames, "seconds": round(self.elapsed, 3)})
+
+    def _gradients(self, part: PhaseOptimizer, batch: Batch) -> PhaseResult:
+        with frozen([phase.module for phase in self.phases if phase is not part.phase]):
+            return part.gradients(batch)
+
+    def _diverged(self, phase: str, what: str, result: PhaseResult) -> WaltError:
+        """Save the last good step and say what went wrong after it."""
+        where = f"{self.kind}, phase {phase!r},"
+        message = f"the {what} of the {where} became {getattr(result, what)} at step {self.step + 1}"
+        if phase in self._last:
+            message += f" (its last finite loss was {self._last[phase]:.6g}, at step {self.step})"
+        if self.step == 0:
+            return WaltError(f"{message}; lower the learning rate")
+        if self._saved != self.step:
+            self.save()
+        return WaltError(f"{message}; {self.folder} holds step {self.step}, to go on from with a lower learning rate")
+
+    def _preview(self) -> None:
+        """All ranks take part in gathering a sharded module. The preview leaves the random state as it was."""
+        if self.preview is None:
+            return
+        averaged, random = self.averaged, self.random.get()
+        if is_main():
+            training = averaged.training
+            self.preview(averaged.eval(), self.step)
+            averaged.train(training)
+        self.random.set(random)
 
     @property
     def averaged(self) -> Model:
-        """The model with the averaged weights."""
-        return cast(Model, self.ema.module)
+        """The first module with the averaged weights, or itself if there is no average. Under FSDP it is a whole copy,
+        and every rank must ask for it."""
+        return self.model if self._average is None else cast(Model, self._average.module())
 
     def progress(self) -> dict[str, float]:
         return {"done": self.step, "planned": self.config.steps, "seconds": round(self.elapsed, 1)}
 
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The groups of tensors that are saved and loaded in place, beside optimizers and random states."""
+        modules = {"model": self.model, **{phase.name: phase.module for phase in self.phases[1:]}, **self.extra_modules}
+        groups = {name: module.state_dict() for name, module in modules.items()}
+        if self._average is not None and self.config.ema_decay:
+            groups["ema"] = self._average.tensors()
+        return groups
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        names = ["optimizer", *(f"optimizer-{phase.name}" for phase in self.phases[1:])]
+        return dict(zip(names, self.optimizers, strict=True))
+
     def save(self) -> None:
-        tensors, groups = pack_optimizer(self.optimizer)
-        random = {"generator": self.generator.get_state(), "global": torch.get_rng_state()}
+        """Replace the checkpoint in the folder. Every rank must call this."""
+        optimizers = {name: optimizer_tensors(optimizer) for name, optimizer in self._optimizers().items()}
         state = {
             "step": self.step,
             "elapsed": self.elapsed,
             "finished": self.finished,
-            "ema_updates": int(self.ema.n_averaged),
-            "training": asdict(self.config),
-            "parameter_groups": groups,
+            "ema_updates": self._average.updates if self._average is not None else 0,
+            "training": self.config.to_dict(),
         }
-        files = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "optimizer": tensors,
-            "random": random,
-        }
-        save_checkpoint(self.folder, self.kind, self.description, files, state)
+        retired = None
+        if self.config.keep > 1 and self._saved not in (None, self.step):
+            retired = self.folder.with_name(f"{self.folder.name}.step{self._saved:09d}")
+        groups = {**self._tensors(), **optimizers, "random": self.random.of_all_ranks()}
+        save_together(self.folder, self.kind, self.description, groups, state, retired=retired)
+        self._saved = self.step
+        if is_main():
+            for old in sorted(self.folder.parent.glob(f"{self.folder.name}.step*"))[: -(self.config.keep - 1) or None]:
+                shutil.rmtree(old, ignore_errors=True)
 
-    def resume(self) -> bool:
-        """Go on from the last complete checkpoint in the folder, if there is one. WaltError if it is another run's."""
+    def resume(self, *, new_settings: bool = False) -> bool:
+        """Go on from the last complete checkpoint in the folder, if there is one. Every rank must call this.
+
+        WaltError if it is another run's: of another description, or (unless new_settings) of other settings for
+        training than those that may always change (`walt.optimizers.FREE`), as the number of ranks may.
+        """
         folder = checkpoint_folder(self.folder)
         if folder is None:
             return False
         _, document = load_description(folder, self.kind)
         state = read_json(folder / "state.json")
-        asked = json.loads(json.dumps({**self.description, "training": asdict(self.config)}))
-        found = {**{key: document.get(key) for key in self.description}, "training": state.get("training")}
-        for key, value in asked.items():
+        try:
+            theirs = _fixed(TrainingConfig.from_dict(state["training"]))
+            step, elapsed, finished, updates = (state[key] for key in ("step", "elapsed", "finished", "ema_updates"))
+        except (KeyError, ValueError, TypeError) as error:
+            raise WaltError(f"{folder} is broken: {error}") from error
+        asked = {**self.description, "training": theirs if new_settings else _fixed(self.config)}
+        found = {**{key: document.get(key) for key in self.description}, "training": theirs}
+        for key, value in json.loads(json.dumps(asked)).items():
             if found[key] != value:
                 raise WaltError(
                     f"{folder} belongs to a run with other settings ({_first_difference(key, found[key], value)});"
                     " give the same ones, or another --out"
                 )
-        for name, module in (("model", self.model), ("ema", self.ema.module)):
-            path = folder / f"{name}.safetensors"
-            load_weights(module, read_tensors(path), path)
-        random = read_tensors(folder / "random.safetensors")
-        try:
-            unpack_optimizer(self.optimizer, read_tensors(folder / "optimizer.safetensors"), state["parameter_groups"])
-            self.generator.set_state(random["generator"])
-            torch.set_rng_state(random["global"])
-            self.ema.n_averaged.fill_(state["ema_updates"])
-            self.step, self.elapsed, self.finished = state["step"], state["elapsed"], state["finished"]
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise WaltError(f"{folder} is broken: {error}") from error
+        for name, optimizer in self._optimizers().items():
+            load_optimizer(optimizer, folder / f"{name}.safetensors")
+        for name, targets in self._tensors().items():
+            TensorFiles(folder / f"{name}.safetensors").read_into(targets)
+        path = folder / "random.safetensors"
+        self.random.restore(read_tensors(path), path)
+        if self._average is not None:
+            self._average.updates = updates
+        self.step, self.elapsed, self._saved = step, elapsed, step
+        self.finished = finished and not (new_settings and step < self.config.steps)
         return True
-
-    def _log(self, row: Mapping[str, float]) -> None:
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def _rewind_log(self) -> None:
-        """Drop the rows that were logged after the checkpoint this run goes on from."""
-        rows = [row for row in read_log(self.log_path) if row["step"] <= self.step]
-        with replacing(self.log_path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def learning_rate(config: TrainingConfig, step: int, progress: float) -> float:
-    """Linear warm-up times a cosine from 1 down to 0.02 as progress goes from 0 to 1."""
-    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * cosine
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a log; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def _warm_ema(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """ema += (1 - d)(model - ema) with d = min(decay, (1 + n) / (10 + n)), so the random start is forgotten early."""
-
-    @torch.no_grad()
-    def update(averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
-        n = int(updates)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
 
 
 @contextmanager
@@ -248,6 +320,11 @@ def _interrupt_flag() -> Iterator[threading.Event]:
         yield flag
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _fixed(config: TrainingConfig) -> dict[str, Any]:
+    """The settings that make a run what it is."""
+    return {name: value for name, value in config.to_dict().items() if name not in FREE}
 
 
 def _first_difference(key: str, found: Any, asked: Any) -> str:

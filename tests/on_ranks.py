@@ -1,0 +1,239 @@
+"""Small training runs that one process or several can do, and what each of two ranks does in tests/test_distributed.py.
+
+Run by that test as `python tests/on_ranks.py FOLDER`, once for each rank, in torchrun's environment.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import walt.checkpoint
+from walt.config import TransformerConfig
+from walt.distributed import process_group, rank
+from walt.errors import WaltError
+from walt.training import Phase, Trainer, TrainingConfig
+from walt.transformer import Transformer
+
+STEPS = 4
+
+
+class Block(nn.Module):
+    """Like the transformer's layers, it has no forward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width + 1), nn.Tanh(), nn.Linear(2 * width + 1, width))
+
+    def attend(self, x):
+        return x + torch.tanh(self.attention(x)) + self.mlp(x)
+
+
+class Net(nn.Module):
+    """Widths that two ranks cannot halve; an output layer of one row."""
+
+    def __init__(self, width: int = 5, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(2))
+        self.last = nn.Linear(width, 1)
+        self.dropout = dropout
+        self.checkpointing = False
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        h = F.dropout(self.first(x), self.dropout, self.training)
+        for layer in self.layers:
+            h = checkpoint(layer.attend, h, use_reentrant=False) if self.checkpointing else layer.attend(h)
+        return self.last(h)
+
+
+class Running(nn.Module):
+    """A running mean, as LeCAM keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("real", torch.zeros(()))
+
+    def follow(self, values) -> None:
+        self.real.lerp_(torch.tensor(values["real"]), 0.1)
+
+
+def draw(generator):
+    x = torch.randn(8, 3, generator=generator)
+    return {"x": x, "y": torch.sin(2 * x.sum(1, keepdim=True)) + 3, "exponent": 2}
+
+
+def regression(model, rows):
+    error = model(rows["x"]).float() - rows["y"]
+    return error.pow(rows["exponent"]).mean(), {"error": error.abs().mean()}
+
+
+def fit(
+    folder: Path, steps: int = STEPS, *, dropout: float = 0.0, loss=regression, preview=None, **settings
+) -> Trainer:
+    """One phase."""
+    torch.manual_seed(1)
+    config = TrainingConfig(steps, **{"lr": 0.05, "warmup": 3, "log_every": 1, "clip_norm": 0.5, **settings})
+    phases = [Phase("model", Net(dropout=dropout), loss)]
+    return Trainer(phases, draw, config, folder, kind="net", description={"config": {"width": 5}}, preview=preview)
+
+
+def adversaries(folder: Path, steps: int = STEPS, **settings) -> Trainer:
+    """Two phases, and a module beside them that changes in training."""
+    torch.manual_seed(1)
+    judge, running = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)), Running()
+
+    def generate(model, rows):
+        made = model(rows["x"])
+        return (made - rows["y"]).square().mean() + F.softplus(-judge(made)).mean(), {"made": made.mean()}
+
+    def discriminate(judge, rows):
+        real, made = judge(rows["y"]), judge(model(rows["x"]).detach())
+        loss = F.softplus(-real).mean() + F.softplus(made).mean() + (made - running.real).square().mean()
+        return loss, {"real": real.mean()}
+
+    model = Net()
+    phases = [Phase("model", model, generate), Phase("judge", judge, discriminate, running.follow)]
+    config = TrainingConfig(steps, **{"lr": 0.02, "warmup": 3, "log_every": 1, "clip_norm": 0.5, **settings})
+    return Trainer(phases, draw, config, folder, kind="net", description={}, extra_modules={"running": running})
+
+
+TRANSFORMER = TransformerConfig(
+    layers=2,
+    width=16,
+    heads=2,
+    latent_channels=4,
+    latent_size=(2, 2, 2),
+    spatial_window=(1, 2, 2),
+    spacetime_window=(2, 2, 2),
+    classes=2,
+)
+
+
+def denoise(folder: Path, **settings) -> Trainer:
+    """The real transformer. In float64: where a gradient is 0 but for rounding, Adam makes steps of the rounding."""
+    torch.manual_seed(1)
+
+    def draw(generator):
+        x = torch.randn(4, 4, 2, 2, 2, generator=generator, dtype=torch.float64)
+        time = torch.randint(1000, (4,), generator=generator)
+        return {"x": x, "time": time, "label": torch.tensor([0, 1, 2, 1]), "image": torch.arange(4) >= 2}
+
+    def loss(model, rows):
+        out = model(rows["x"], rows["time"], label=rows["label"], image=rows["image"])
+        return (out - rows["x"].roll(1, 1)).square().mean(), {}
+
+    phases = [Phase("model", Transformer(TRANSFORMER).double(), loss)]
+    config = TrainingConfig(STEPS, **{"lr": 0.02, "warmup": 2, "log_every": 1, "clip_norm": 0.1, **settings})
+    return Trainer(phases, draw, config, folder, kind="transformer", description={})
+
+
+# name: (run, what all ranks do alike, what only the run on two ranks does)
+RUNS = {
+    "ddp": (fit, {"save_every": 2, "keep": 2}, {}),
+    "ddp-parts": (adversaries, {}, {"accumulate": 2}),
+    "ddp-adafactor": (adversaries, {"optimizer": "adafactor"}, {}),
+    "fsdp": (fit, {"save_every": 2, "keep": 2}, {"strategy": "fsdp"}),
+    "fsdp-parts": (fit, {"weight_decay": 0.1}, {"strategy": "fsdp", "accumulate": 2}),
+    "fsdp-adafactor": (fit, {"optimizer": "adafactor"}, {"strategy": "fsdp"}),
+    "fsdp-no-average": (fit, {"ema_decay": 0.0, "clip_norm": 0.0}, {"strategy": "fsdp"}),
+    "fsdp-transformer": (denoise, {}, {"strategy": "fsdp"}),
+}
+
+
+def step_two(folder: Path) -> Path:
+    """The checkpoint that a run with keep=2, save_every=2 leaves behind at step 2."""
+    return folder.with_name(f"{folder.name}.step000000002")
+
+
+def nan_on_one_rank(model, rows):
+    loss, values = regression(model, rows)
+    return loss * (float("nan") if rank() == 1 and trainers[-1].step == 2 else 1.0), values
+
+
+trainers: list[Trainer] = []
+
+
+def on_ranks(out: Path) -> dict:
+    """All that two ranks do; the test looks at the folders and at what is returned."""
+    said = {}
+    for name, (make, settings, here) in RUNS.items():
+        make(out / name, **settings, **here).run()
+
+    # From the checkpoint of one process.
+    for strategy in ("ddp", "fsdp"):
+        trainer = fit(out / f"{strategy}-from-one", **RUNS[strategy][1], strategy=strategy)
+        assert trainer.resume()
+        assert trainer.step == 2
+        trainer.run()
+
+    # Dropout differs between ranks, and goes on where it was.
+    settings = {"dropout": 0.5, "save_every": 2, "keep": 2, "strategy": "fsdp"}
+    fit(out / "dropout", **settings).run()
+    if rank() == 0:
+        shutil.copytree(step_two(out / "dropout"), out / "dropout-resumed")
+    resumed = fit(out / "dropout-resumed", **settings)
+    torch.manual_seed(99)
+    resumed.resume()
+    resumed.run()
+    said["dropout"] = torch.rand(1).item()
+
+    # A preview gets a whole module, and buffers that are set on one are saved.
+    seen = []
+    trainer = fit(out / "preview", strategy="fsdp", preview_every=2, preview=lambda *seen_: seen.append(seen_))
+    trainer.run()
+    said["previews"] = [step for _, step in seen]
+    averaged = trainer.averaged
+    averaged.scale.fill_(7.0)
+    trainer.save()
+    said["averaged"] = averaged(torch.ones(1, 3)).item()
+    said["training"] = trainer.averaged.training
+
+    # What goes wrong on one rank stops both.
+    trainers.append(fit(out / "nan", loss=nan_on_one_rank))
+    try:
+        trainers[-1].run()
+    except WaltError as error:
+        said["nan"] = str(error)
+    write = walt.checkpoint.write_tensors
+
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    walt.checkpoint.write_tensors = full if rank() == 1 else write
+    try:
+        trainer.save()
+    except WaltError as error:
+        said["full"] = str(error)
+    walt.checkpoint.write_tensors = write
+    print("one line")
+    return said
+
+
+def train_forever(folder: str) -> None:
+    """Save at every step until killed."""
+    torch.set_num_threads(1)
+    sys.stderr = Path(os.devnull).open("w")
+    trainer = adversaries(Path(folder), steps=10**9, save_every=1, keep=2)
+    trainer.resume()
+    trainer.run()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    with process_group():
+        said = on_ranks(out)
+        (out / f"said-{rank()}.json").write_text(json.dumps(said))

@@ -1,0 +1,176 @@
+"""walt.checkpoint and walt.files: checkpoints whole or absent, whatever happens; one-line errors for bad ones."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from on_ranks import adversaries, fit, train_forever
+from safetensors.torch import save_file
+from torch import nn
+
+from walt import checkpoint, files
+from walt.checkpoint import load_description, load_weights, read_tensors, save_checkpoint
+from walt.errors import WaltError
+from walt.files import replacing, replacing_folder, settled, write_json
+
+# Saving
+
+
+def no_space(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    trainer = fit(tmp_path / "a", 20)
+    trainer.save()
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    original = checkpoint.write_tensors
+
+    def full_on_the_second_file(path, tensors):
+        if path.name == "ema.safetensors":
+            path.write_bytes(b"half")
+            no_space()
+        original(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full_on_the_second_file)
+    with pytest.raises(WaltError, match=r"cannot write .*/a: No space left on device"):
+        trainer.save()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert fit(tmp_path / "a", 20).resume()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a tmpfs needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2>/dev/null") != 0:
+        pytest.skip("this environment cannot mount a tmpfs")
+    try:
+        big = {"model": {"weight": torch.zeros(100_000)}}
+        save_checkpoint(disk / "a", "line", {}, {"model": {"weight": torch.zeros(10)}})
+        with pytest.raises(WaltError, match=r"cannot write .*/a: .*No space left on device"):
+            save_checkpoint(disk / "a", "line", {}, big)
+        assert sorted(path.name for path in disk.iterdir()) == ["a"]
+        assert len(read_tensors(disk / "a" / "model.safetensors")["weight"]) == 10
+        with pytest.raises(WaltError, match=r"No space left on device"):
+            write_json(disk / "b.json", {"text": "x" * 100_000})
+        assert sorted(path.name for path in disk.iterdir()) == ["a"]
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    save_checkpoint(tmp_path / "a", "line", {"number": 1}, {})
+    (tmp_path / "a").rename(tmp_path / "a.old")  # where a kill can strike: the old one moved, the new one not yet there
+    assert settled(tmp_path / "a") == tmp_path / "a.old"
+    assert load_description(tmp_path / "a", "line")[1]["number"] == 1
+    save_checkpoint(tmp_path / "a", "line", {"number": 2}, {})
+    assert load_description(tmp_path / "a", "line")[1]["number"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path):
+    def half_a_file():
+        with replacing(tmp_path / "x.json") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    def half_a_folder():
+        with replacing_folder(tmp_path / "y") as temporary:
+            (temporary / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    for write in (half_a_file, half_a_folder):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Loading
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_checkpoint(tmp_path / "a", "line", {}, {"model": nn.Linear(3, 1).state_dict()})
+    return tmp_path / "a"
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(WaltError, match=r"no such checkpoint: .*nowhere"):
+        load_description(tmp_path / "nowhere", "line")
+
+
+def test_foreign_checkpoints(saved):
+    with pytest.raises(WaltError, match="holds a line, expected a tokenizer"):
+        load_description(saved, "tokenizer")
+    config = saved / "config.json"
+    config.write_text('{"architectures": ["Other"]}')
+    with pytest.raises(WaltError, match=r'config\.json is not a checkpoint of walt \(its "format" is None\)'):
+        load_description(saved, "line")
+    config.write_text('{"format": "walt-checkpoint", "version": 99, "kind": "line"}')
+    with pytest.raises(WaltError, match="has version 99; this walt reads version 1"):
+        load_description(saved, "line")
+    config.write_text('{"format": ')
+    with pytest.raises(WaltError, match=r"config\.json is not JSON"):
+        load_description(saved, "line")
+    config.write_text("[]")
+    with pytest.raises(WaltError, match="holds a list, expected an object"):
+        load_description(saved, "line")
+    config.unlink()
+    with pytest.raises(WaltError, match=r"is not a checkpoint: it has no config\.json"):
+        load_description(saved, "line")
+
+
+class Trap:
+    """Unpickling this would leave a mark."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("unpickled",))
+
+
+def test_broken_weights_and_no_unpickling(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    for content in (b"", whole[:-3], whole[: len(whole) // 2], os.urandom(200), pickle.dumps(Trap())):
+        path.write_bytes(content)
+        with pytest.raises(WaltError, match=r"model\.safetensors is broken: "):
+            read_tensors(path)
+    torch.save({"weight": Trap()}, path)
+    with pytest.raises(WaltError, match=r"model\.safetensors is broken: "):
+        read_tensors(path)
+    assert not (tmp_path / "unpickled").exists()
+    path.unlink()
+    with pytest.raises(WaltError, match=r"is not a complete checkpoint: model\.safetensors is missing"):
+        read_tensors(path)
+
+
+def test_weights_of_another_model(saved):
+    path = saved / "model.safetensors"
+    tensors = read_tensors(path)
+    with pytest.raises(WaltError, match=r"'weight' has shape \[1, 3\], expected \[1, 4\]"):
+        load_weights(nn.Linear(4, 1), tensors, path)
+    with pytest.raises(WaltError, match=r"has 'bias', which the model does not"):
+        load_weights(nn.Linear(3, 1, bias=False), tensors, path)
+    with pytest.raises(WaltError, match=r"lacks '0.weight'"):
+        load_weights(nn.Sequential(nn.Linear(3, 1)), tensors, path)
+
+
+def test_a_broken_trainer_state_is_one_error(tmp_path):
+    fit(tmp_path / "a", 7).run()
+    state = json.loads((tmp_path / "a" / "state.json").read_text())
+    del state["step"]
+    (tmp_path / "a" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(WaltError, match=r"a is broken: 'step'"):
+        fit(tmp_path / "a", 7).resume()
+
+

@@ -1,0 +1,207 @@
+"""Several processes, started by torchrun: their ranks, what they agree on, and the wrappers that join their gradients.
+
+Without torchrun there is one process, of rank 0, and everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from walt.errors import WaltError
+
+TIMEOUT = timedelta(hours=1)  # a preview or the encoding of a data set on the main rank may take long
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the processes that torchrun started (gloo on CPUs, nccl on GPUs) -> the device of this one.
+
+    Only the main rank prints: on the others, stdout is closed within. With one process there is nothing to join.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_main():
+                nothing = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nothing))
+            yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _joined() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    maximum(0.0)
+
+
+def _device() -> torch.device:
+    """Where a tensor must be for the backend to send it."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of each rank's values, the same bits on every rank."""
+    if world() == 1:
+        return values
+    summed = values.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of each rank's values, the same bits on every rank."""
+    return total(values) / world()
+
+
+def maximum(*values: float) -> list[float]:
+    """The largest of each rank's values: a decision that all ranks take together."""
+    if world() == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """The tensor of each rank, of one shape and dtype, in the order of ranks."""
+    if world() == 1:
+        return [tensor]
+    mine = tensor.to(_device())
+    everyones = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(everyones, mine)
+    return [other.to(tensor.device) for other in everyones]
+
+
+@contextlib.contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """An OSError or WaltError of one rank is a WaltError on all of them: none goes on to wait for one that gave up."""
+    failure: WaltError | None = None
+    try:
+        yield
+    except WaltError as error:
+        failure = error
+    except OSError as error:
+        failure = WaltError(f"{what}: {error.strerror or error}")
+    if maximum(float(failure is not None))[0]:
+        raise failure or WaltError(f"{what}: another rank failed")
+
+
+def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
+    """Wrap `loss`, whose forward calls `module`, so that backward leaves the mean gradient over ranks in parameters.
+
+    "ddp": every rank holds everything. "fsdp": every rank holds its part of each parameter (FSDP2), and gathers one
+    layer after the other. All ranks start from the weights of the main one.
+    """
+    if world() == 1:
+        return loss
+    for tensor in (*loss.parameters(), *loss.buffers()):
+        dist.broadcast(tensor.detach(), 0)
+    if strategy == "ddp":
+        # A batch may leave parameters unused, such as those for text in a batch of images. Buffers are not trained.
+        return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
+    from torch.distributed.fsdp import fully_shard
+
+    for unit in _units(module):
+        fully_shard(unit)
+    fully_shard(loss)
+    return loss
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered on its own: the modules that are called (have a forward) in lists of layers, the outermost."""
+    for child in module.children():
+        in_list = isinstance(module, nn.ModuleList)
+        if in_list and type(child).forward is not nn.Module.forward:
+            yield child
+        elif in_list and not isinstance(child, nn.ModuleList):
+            yield from (part for part in child.children() if type(part).forward is not nn.Module.forward)
+        else:
+            yield from _units(child)
+
+
+@contextlib.contextmanager
+def synchronizing(wrapped: nn.Module, last: bool) -> Iterator[None]:
+    """Around forward and backward of a part of a batch: ranks exchange gradients only in the last one."""
+    if isinstance(wrapped, DistributedDataParallel) and not last:
+        with wrapped.no_sync():
+            yield
+        return
+    if hasattr(wrapped, "set_requires_gradient_sync"):
+        wrapped.set_requires_gradient_sync(last)
+    yield
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this rank holds a part."""
+    if world() == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (every rank must ask); others as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; others as they are."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like_rows_of(sharded: Tensor, part: Tensor) -> Tensor:
+    """A tensor of which `part` is what this rank holds, sharded by rows as `sharded` is."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(sharded, DTensor)
+    shape = torch.Size((sharded.shape[0], *part.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    placements = sharded.placements
+    return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def own_rows(tensor: Tensor) -> tuple[int, int] | None:
+    """First and last + 1 of the rows that this rank holds; None for a tensor that it holds whole."""
+    if not is_sharded(tensor):
+        return None
+    (placement,) = tensor.placements  # type: ignore[attr-defined]
+    if placement.is_replicate():
+        return None
+    if not placement.is_shard(0):
+        raise ValueError(f"tensor: got placement {placement}; expected whole, or sharded by rows")
+    rows = tensor.shape[0]
+    chunk = -(-rows // world())  # as torch.chunk cuts: the last ranks may get fewer rows, or none
+    return min(rank() * chunk, rows), min((rank() + 1) * chunk, rows)
