@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from walt.config import DiffusionConfig, TransformerConfig
-from walt.diffusion import Diffusion, noise_schedule
+from walt.diffusion import Diffusion, noise_schedule, sample_noise
 from walt.transformer import Transformer
 
 SHAPE = (2, 4, 3, 6, 5)
@@ -20,15 +20,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 class Recorder(nn.Module):
     """A denoiser that keeps what it was called with and answers with `predict(z_t, time)`."""
 
-    def __init__(self, predict, self_condition: bool = True) -> None:
+    def __init__(self, predict, **fields) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
         self.predict, self.calls = predict, []
-        self.config = type("Config", (), {"self_condition": self_condition})()
+        self.config = TransformerConfig(**fields)
 
-    def forward(self, z_t, time, *, label=None, image=None, self_condition=None):
-        call = {"z_t": z_t, "time": time, "label": label, "image": image, "self_condition": self_condition}
-        self.calls.append({**call, "grad": torch.is_grad_enabled()})
+    def forward(self, z_t, time, **given):
+        self.calls.append({"z_t": z_t, "time": time, **given, "grad": torch.is_grad_enabled()})
         return self.scale * self.predict(z_t, time)
 
 
@@ -133,7 +132,7 @@ def test_a_perfect_model_has_no_loss_and_samples_its_target() -> None:
     model = Recorder(knows(diffusion, x0))
     assert diffusion.loss(model, x0, generator=torch.Generator().manual_seed(0)) < 1e-20
     for steps in (1, 3, 50):
-        sample = diffusion.sample(model, SHAPE, steps=steps, generator=torch.Generator().manual_seed(1))
+        sample = diffusion.sample(model, draw(*SHAPE, seed=1), steps=steps)
         torch.testing.assert_close(sample, x0, rtol=0, atol=1e-10)
 
 
@@ -147,9 +146,7 @@ def test_the_best_model_of_a_gaussian_samples_that_gaussian() -> None:
         x0 = mean + gamma.sqrt() * std**2 / variance * (x_t - gamma.sqrt() * mean)
         return (gamma.sqrt() * x_t - x0) / (1 - gamma).sqrt()
 
-    sample = diffusion.sample(
-        Recorder(predict), (1, 8, 5, 32, 32), steps=50, generator=torch.Generator().manual_seed(0)
-    )
+    sample = diffusion.sample(Recorder(predict), draw(1, 8, 5, 32, 32), steps=50)
     # 40960 draws: the sampling error of mean and deviation is 0.3 / sqrt(40960) = 0.0015.
     assert abs(sample.mean().item() - mean) < 0.01
     assert abs(sample.std().item() - std) < 0.03
@@ -157,8 +154,8 @@ def test_the_best_model_of_a_gaussian_samples_that_gaussian() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
 def test_self_conditioning_in_the_loss(probability: float) -> None:
-    diffusion = Diffusion(DiffusionConfig(self_condition_probability=probability))
-    model = Recorder(lambda z_t, time: z_t.sin())
+    diffusion = Diffusion(DiffusionConfig(self_condition_probability=probability, drop_probability=0))
+    model = Recorder(lambda z_t, time: z_t.sin(), classes=16)
     x0 = draw(16, 4, 1, 2, 2)
     label, image = torch.arange(16), torch.zeros(16, dtype=torch.bool)
     loss = diffusion.loss(model, x0, generator=torch.Generator().manual_seed(0), label=label, image=image)
@@ -166,15 +163,15 @@ def test_self_conditioning_in_the_loss(probability: float) -> None:
     assert model.scale.grad is not None
     trained = model.calls[-1]
     assert trained["grad"]
-    assert trained["label"] is label
-    assert trained["image"] is image
+    assert torch.equal(trained["label"], label)
+    assert torch.equal(trained["image"], image)
     if probability == 0:
         assert len(model.calls) == 1
-        assert trained["self_condition"] is None
+        assert "self_condition" not in trained
         return
     first, second = model.calls
     assert not first["grad"]
-    assert first["self_condition"] is None
+    assert "self_condition" not in first
     assert torch.equal(first["z_t"], second["z_t"])
     estimate = second["self_condition"]
     assert not estimate.requires_grad
@@ -222,27 +219,39 @@ def test_sampling_feeds_the_last_estimate_back() -> None:
     diffusion = Diffusion()
     model = Recorder(lambda z_t, time: z_t.cos())
     label, image = torch.tensor([0, 1]), torch.tensor([True, False])
-    done: list[tuple[int, int]] = []
-    diffusion.sample(model, SHAPE, steps=4, label=label, image=image, progress=lambda *counts: done.append(counts))
-    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    shown: list[tuple[int, int, Tensor]] = []
+    noise = draw(*SHAPE)
+    sample = diffusion.sample(
+        model, noise, steps=4, label=label, image=image, preview=lambda *state: shown.append(state)
+    )
+    assert [state[:2] for state in shown] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert torch.equal(shown[-1][2], sample)
     assert [call["time"].tolist() for call in model.calls] == [[999] * 2, [749] * 2, [499] * 2, [249] * 2]
-    assert model.calls[0]["self_condition"] is None
-    for before, after in zip(model.calls, model.calls[1:], strict=False):
-        assert after["label"] is label
-        assert after["image"] is image
+    assert torch.equal(model.calls[0]["z_t"], noise)
+    assert "self_condition" not in model.calls[0]
+    for before, after, state in zip(model.calls, model.calls[1:], shown, strict=False):
+        assert torch.equal(after["label"], label)
+        assert torch.equal(after["image"], image)
         x0 = diffusion.x0_from_velocity(before["z_t"], before["z_t"].cos(), before["time"])
         assert torch.equal(after["self_condition"], x0)
+        assert torch.equal(state[2], x0)
+    assert not sample.requires_grad
 
 
-def test_sampling_is_reproducible_by_seed() -> None:
-    diffusion = Diffusion()
-    model = Recorder(lambda z_t, time: z_t.sin() / 2)
-    samples = [
-        diffusion.sample(model, SHAPE, steps=5, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+def test_noise_of_a_sample_is_its_own() -> None:
+    shape = (2, 3, 4)
+    noise = sample_noise(5, [(i,) for i in range(6)], shape)
+    assert noise.shape == (6, *shape)
+    assert torch.equal(noise[4:], sample_noise(5, [(4,), (5,)], shape))
+    everything = [
+        noise,
+        sample_noise(6, [(i,) for i in range(6)], shape),
+        sample_noise(5, [(0, 1, 0), (0, 1, 1)], shape),
     ]
-    assert torch.equal(samples[0], samples[1])
-    assert not torch.equal(samples[0], samples[2])
-    assert not samples[0].requires_grad
+    flat = torch.cat(everything).flatten(1)
+    assert len(flat.unique(dim=0)) == len(flat)
+    with pytest.raises(ValueError, match="seed: got -1"):
+        sample_noise(-1, [(0,)], shape)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -252,7 +261,16 @@ def test_bad_number_of_steps(steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("steps", 1), ("beta_start", 0.0), ("beta_end", 1.0), ("self_condition_probability", 1.1)]
+    ("field", "value"),
+    [
+        ("steps", 1),
+        ("beta_start", 0.0),
+        ("beta_end", 1.0),
+        ("self_condition_probability", 1.1),
+        ("drop_probability", -0.1),
+        ("frame_probability", 2),
+        ("low_resolution_noise", 1.5),
+    ],
 )
 def test_bad_configuration(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field}: got {value}"):

@@ -1,8 +1,7 @@
-"""The denoiser: sizes of the paper, the forward pass in plain PyTorch, joint batches of videos and images, errors."""
+"""The denoiser: the forward pass in plain PyTorch, joint batches of videos and images, compilation, errors."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,157 +9,110 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from transformer_cases import EVERYTHING, FEATURES, SHAPE, SMALL, close, draw, inputs, make
 
-from walt.config import PRESETS, TransformerConfig
+from walt.config import TransformerConfig
 from walt.transformer import Transformer, patchify, unpatchify
-from walt_kernels import use_backend
-
-SMALL = TransformerConfig(
-    layers=3,
-    width=32,
-    heads=2,
-    latent_channels=4,
-    latent_size=(3, 4, 6),
-    spatial_window=(1, 4, 6),
-    spacetime_window=(3, 2, 3),
-    classes=5,
-    time_features=16,
-)
-SHAPE = (2, 4, 3, 4, 6)
-L, XL = PRESETS["L"][1], PRESETS["XL"][1]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def make(config: TransformerConfig = SMALL, seed: int = 0) -> Transformer:
-    """A float64 model whose every parameter is away from its initial value."""
-    torch.manual_seed(seed)
-    model = Transformer(config).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model.requires_grad_(False)
-
-
-def inputs(batch: int = 2, config: TransformerConfig = SMALL) -> dict[str, Tensor]:
-    shape = (batch, config.latent_channels, *config.latent_size)
-    extra = {"self_condition": draw(*shape, seed=1)} if config.self_condition else {}
-    label = {"label": torch.arange(batch) % config.classes} if config.classes else {}
-    return {"z_t": draw(*shape), "time": torch.tensor([999, 3, 500, 77])[:batch], **label, **extra}
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * max(1.0, expected.abs().max().item()))
-
-
-# Sizes
-
-
-@pytest.mark.parametrize(
-    ("config", "millions"),
-    [
-        (L, 313.2),
-        (replace(L, adaln_rank=4), 313.6),
-        (replace(L, adaln_rank=16), 315.7),
-        (replace(L, adaln_rank=64), 323.9),
-        (replace(L, adaln_rank=256), 356.9),
-        (replace(L, adaln="separate"), 457.7),
-        (XL, 460.0),
-    ],
-    ids=["L r=2", "L r=4", "L r=16", "L r=64", "L r=256", "L separate", "XL"],
-)
-def test_parameters_of_the_paper(config: TransformerConfig, millions: float) -> None:
-    with torch.device("meta"):
-        model = Transformer(config)
-    assert abs(sum(p.numel() for p in model.parameters()) / (millions * 1e6) - 1) < 1e-3
-
-
-def test_flops_of_the_paper() -> None:
-    """809 GFLOP a sample of L; 934 if every layer attended to all tokens."""
-    assert L.tokens == 1280
-    assert round(sum(L.flops().values()) / 1e9) == 809
-    full = replace(L, spacetime_window=L.grid)
-    doubled = 2 * sum(full.flops().values()) - sum(L.flops().values())  # S layers, too, would grow
-    everywhere = sum(L.flops().values()) - L.flops()["attention windows"] + 24 * 4 * 1280**2 * 1024
-    assert sum(L.flops().values()) < sum(full.flops().values()) < everywhere < doubled + everywhere
-    assert round(everywhere / 1e9) == 934
-
-
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, adaln="separate", patch=2, spatial_window=(1, 2, 3))])
-def test_flops_are_those_that_run(config: TransformerConfig) -> None:
-    """PyTorch counts the products it sees; it sees all of them when our ops run as plain PyTorch."""
-    model = make(config)
-    with use_backend("reference"), FlopCounterMode(display=False) as counter:
-        model(**inputs(1, config))
-    assert counter.get_total_flops() == sum(config.flops().values())
-
-
-def test_flops_of_windows_that_do_not_divide() -> None:
-    config = replace(SMALL, latent_size=(3, 5, 7), spatial_window=(1, 2, 4), spacetime_window=(2, 5, 3))
-    scores = 0
-    for window in config.windows():
-        cuts = [
-            [min(side, size - i) for i in range(0, size, side)] for size, side in zip(config.grid, window, strict=True)
-        ]
-        scores += sum((a * b * c) ** 2 for a in cuts[0] for b in cuts[1] for c in cuts[2])
-    assert config.flops()["attention windows"] == 2 * 2 * scores * config.width
-
 
 # The forward pass
 
 
-def plain_forward(model: Transformer, z_t: Tensor, time: Tensor, label: Tensor, self_condition: Tensor, image: Tensor):
-    """The paper's sections 3.2 to 3.4 for one sample after another, token by token masks, nothing fused."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, part: torch.nn.Module, bias: Tensor, visible: Tensor) -> Tensor:
+    """One head after another of q [N, width] against k, v [M, width]; visible bool [N, M], bias [heads, N, M] or 0."""
+    heads = part.heads
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v))
+    q = F.layer_norm(q, q.shape[-1:], eps=1e-6) * part.q_norm
+    k = F.layer_norm(k, k.shape[-1:], eps=1e-6) * part.k_norm
+    scores = (q @ k.mT / q.shape[-1] ** 0.5 + bias).masked_fill(~visible, float("-inf"))
+    return part.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+
+
+def plain_embedding(embed: torch.nn.Module, time: Tensor) -> Tensor:
+    half = embed.features // 2
+    angles = time.float() * torch.exp(torch.arange(half) * (-math.log(10000) / half))
+    return embed.second(F.silu(embed.first(torch.cat([angles.cos(), angles.sin()]).double())))
+
+
+def plain_forward(model: Transformer, image: Tensor, **batch: Tensor) -> Tensor:
+    """The paper's sections 3.2 to 3.5 for one sample after another, token by token masks, nothing fused."""
     config, outputs = model.config, []
-    grid, dim = config.grid, config.width // config.heads
+    grid, p = config.grid, config.patch
     places = torch.cartesian_prod(*map(torch.arange, grid))
     frame = places[:, 0]
-    for b in range(z_t.shape[0]):
-        tokens = torch.cat([z_t[b], self_condition[b]]).permute(1, 2, 3, 0).flatten(0, 2)
+    for b in range(image.shape[0]):
+        given = {name: tensor[b] for name, tensor in batch.items()}
+        channels = [given["z_t"], given["self_condition"]]
+        if config.frame_condition:
+            mask = (torch.arange(grid[0]) < given["known"]).double()[:, None, None].expand_as(given["z_t"][0])
+            channels += [mask * given["frames"], mask[None]]
+        if config.low_resolution:
+            conv = model.upscale.conv
+            four = F.conv2d(given["low_resolution"].transpose(0, 1), conv.weight[:, :, 0], conv.bias, padding=1)
+            channels.append(F.pixel_shuffle(four, 2).transpose(0, 1))
+        pixels = torch.cat(channels)
+        tokens = torch.stack([pixels[:, t, p * y : p * y + p, p * x : p * x + p].flatten() for t, y, x in places])
         standing = torch.zeros_like(frame) if image[b] else frame
         x = model.project_in(tokens) + model.time_table[standing] + model.space_table[places[:, 1], places[:, 2]]
 
-        half = config.time_features // 2
-        angles = time[b].float() * torch.exp(torch.arange(half) * (-math.log(10000) / half))
-        features = torch.cat([angles.cos(), angles.sin()]).double()
-        assert model.embed_class is not None
-        cond = model.embed_time.second(F.silu(model.embed_time.first(features))) + model.embed_class.table[label[b]]
+        cond = plain_embedding(model.embed_time, given["time"])
+        if config.classes:
+            cond = cond + model.embed_class.table[given["label"]]
+        if config.low_resolution:
+            cond = cond + plain_embedding(model.embed_noise, given["noise_level"])
         base = F.silu(cond) @ model.modulation.base.weight.T + model.modulation.base.bias
+        if config.text_width:
+            embed, seen = model.embed_text, given["text_mask"]
+            text = given["text"][seen]
+            if config.text_vocabulary:
+                text = embed.table[text] + embed.positions[: len(seen)][seen]
+            text = text if seen.any() else embed.null[None]
+            text = F.layer_norm(embed.project(text), (config.width,), eps=1e-6)
 
         for i, layer in enumerate(model.layers):
             low = model.modulation.up[i] @ (model.modulation.down[i] @ cond)
-            g1, g2, b1, b2, a1, a2 = (base + low).chunk(6)
-            h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + g1) + b1
-            q, k, v = (
-                part.unflatten(-1, (config.heads, dim)).transpose(0, 1) for part in layer.attention.qkv(h).chunk(3, -1)
-            )
-            q = F.layer_norm(q, (dim,), eps=1e-6) * layer.attention.q_norm
-            k = F.layer_norm(k, (dim,), eps=1e-6) * layer.attention.k_norm
+            parts = iter((base + low).unflatten(0, (3, config.sublayers, -1)).transpose(0, 1))
+            g, s, a = next(parts)
+            h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + g) + s
             window = torch.tensor(config.spacetime_window if i % 2 else config.spatial_window)
             shared = (places[:, None] // window == places[None] // window).all(-1)
             if i % 2 and image[b]:
                 shared = torch.eye(len(places), dtype=torch.bool)
             offset = torch.minimum((places[:, None] - places[None] + window - 1).clamp_min(0), 2 * window - 2)
             bias = layer.attention.bias_table[:, offset[..., 0], offset[..., 1], offset[..., 2]]
-            scores = (q @ k.mT / dim**0.5 + bias).masked_fill(~shared, float("-inf"))
-            x = x + a1 * layer.attention.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
-            h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + g2) + b2
-            x = x + a2 * layer.mlp[2](F.gelu(layer.mlp[0](h), approximate="tanh"))
+            x = x + a * plain_attention(*layer.attention.qkv(h).chunk(3, -1), layer.attention, bias, shared)
+            if config.text_width:
+                g, s, a = next(parts)
+                h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + g) + s
+                window = torch.tensor(config.cross_windows()[i])
+                shared = (places[:, None] // window == places[None] // window).all(-1)
+                k, v = layer.cross.kv(torch.cat([h, text])).chunk(2, -1)
+                shared = F.pad(shared, (0, len(text)), value=True)
+                x = x + a * plain_attention(layer.cross.q(h), k, v, layer.cross, torch.zeros(()), shared)
+            g, s, a = next(parts)
+            h = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + g) + s
+            x = x + a * layer.mlp[2](F.gelu(layer.mlp[0](h), approximate="tanh"))
 
         g, shift = model.final_modulation(F.silu(cond)).chunk(2)
         x = model.project_out(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + g) + shift)
-        outputs.append(x.unflatten(0, grid).permute(3, 0, 1, 2))
+        out = torch.empty_like(given["z_t"])
+        for token, (t, row, column) in zip(x, places, strict=True):
+            out[:, t, p * row : p * row + p, p * column : p * column + p] = token.reshape(-1, p, p)
+        outputs.append(out)
     return torch.stack(outputs)
 
 
-def test_forward_is_the_paper_in_plain_pytorch() -> None:
-    model = make()
-    batch = inputs(4)
+@pytest.mark.parametrize("config", [SMALL, EVERYTHING, FEATURES], ids=["small", "everything", "features"])
+def test_forward_is_the_paper_in_plain_pytorch(config: TransformerConfig) -> None:
+    model = make(config)
+    batch = inputs(4, config)
     image = torch.tensor([True, False, False, True])
-    close(model(**batch, image=image), plain_forward(model, **batch, image=image))
+    close(model(**batch, image=image), plain_forward(model, image, **batch))
+
+
+def test_cross_attention_in_every_window_is_the_paper_in_plain_pytorch() -> None:
+    config = replace(FEATURES, cross_attention="all")
+    model, batch = make(config), inputs(2, config)
+    close(model(**batch), plain_forward(model, torch.zeros(2, dtype=torch.bool), **batch))
 
 
 def test_starts_as_zero_and_identity() -> None:
@@ -211,6 +163,10 @@ def test_patches(patch: int) -> None:
         {"self_condition": False},
         {"layers": 1},
         {"spacetime_window": (5, 3, 4)},
+        {
+            name: getattr(EVERYTHING, name)
+            for name in ("text_width", "text_vocabulary", "frame_condition", "low_resolution")
+        },
     ],
 )
 def test_gradients_reach_every_parameter(changes: dict) -> None:
@@ -334,9 +290,9 @@ def test_float_steps() -> None:
     close(model(**{**batch, "time": batch["time"].float()}), model(**batch))
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
-def test_compiles_without_graph_breaks_or_recompiles(dynamic: bool | None) -> None:
-    model = make()
+@pytest.mark.parametrize(("config", "dynamic"), [(SMALL, True), (SMALL, None), (EVERYTHING, None)])
+def test_compiles_without_graph_breaks_or_recompiles(config: TransformerConfig, dynamic: bool | None) -> None:
+    model = make(config)
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -346,7 +302,7 @@ def test_compiles_without_graph_breaks_or_recompiles(dynamic: bool | None) -> No
 
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)
     for batch in (2, 3, 4):
-        arguments = {**inputs(batch), "image": torch.arange(batch) % 2 == 0}
+        arguments = {**inputs(batch, config), "image": torch.arange(batch) % 2 == 0}
         expected = model(**arguments)
         for tensor in arguments.values() if dynamic is None else ():
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -354,8 +310,10 @@ def test_compiles_without_graph_breaks_or_recompiles(dynamic: bool | None) -> No
     assert len(graphs) == 1
 
 
-def test_autocast_costs_no_more_than_its_rounding() -> None:
-    model, batch = make().float(), {name: t.float() if t.is_floating_point() else t for name, t in inputs().items()}
+@pytest.mark.parametrize("config", [SMALL, EVERYTHING], ids=["small", "everything"])
+def test_autocast_costs_no_more_than_its_rounding(config: TransformerConfig) -> None:
+    model, batch = make(config).float(), inputs(2, config)
+    batch = {name: t.float() if t.is_floating_point() else t for name, t in batch.items()}
     expected = model(**batch)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(**batch)
@@ -363,7 +321,7 @@ def test_autocast_costs_no_more_than_its_rounding() -> None:
     assert (out - expected).norm() / expected.norm() < 4 * torch.finfo(torch.bfloat16).eps
 
 
-# Errors and configurations
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -395,39 +353,3 @@ def test_inputs_that_the_model_was_made_without() -> None:
         model(draw(*SHAPE), torch.zeros(2), self_condition=draw(*SHAPE))
     with pytest.raises(TypeError, match=r"label: got dtype torch.int32; expected torch.int64"):
         make()(draw(*SHAPE), torch.zeros(2), label=torch.zeros(2, dtype=torch.int32))
-
-
-def test_configuration_round_trip() -> None:
-    for config in (SMALL, *(pair[1] for pair in PRESETS.values())):
-        assert TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_presets_fit_together() -> None:
-    for tokenizer, transformer in PRESETS.values():
-        frames, height, width = transformer.latent_size
-        pixels = tokenizer.video_shape(frames, height, width)[1:]
-        assert tokenizer.latent_shape(*pixels) == (transformer.latent_channels, *transformer.latent_size)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"width": 33}, "heads: got 2; expected a divisor of width=33"),
-        ({"layers": 0}, "layers: got 0"),
-        ({"patch": 4}, "patch: got 4; expected a divisor of the latent's 4 rows and 6 columns"),
-        ({"spatial_window": [2, 4, 6]}, "spatial_window: got .* expected one frame"),
-        ({"spacetime_window": [3, 2]}, "spacetime_window: got"),
-        ({"adaln": "full"}, "adaln: got 'full'; expected lora or separate"),
-        ({"time_features": 15}, "time_features: got 15; expected an even int"),
-        ({"classes": -1}, "classes: got -1"),
-        ({"depth": 3}, "TransformerConfig: got 'depth'"),
-    ],
-)
-def test_bad_configuration(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TransformerConfig.from_dict({**SMALL.to_dict(), **changes})
-
-
-def test_configuration_must_be_a_dict() -> None:
-    with pytest.raises(ValueError, match="TransformerConfig: got 3; expected a dict"):
-        TransformerConfig.from_dict(3)  # type: ignore[arg-type]

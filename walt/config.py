@@ -106,7 +106,11 @@ def check_frames(frames: int, name: str = "video") -> None:
 
 @dataclass(frozen=True)
 class TransformerConfig(Config):
-    """Denoiser (paper sections 3.2 to 3.4). Windows count tokens: patches of latent frames."""
+    """Denoiser (paper sections 3.2 to 3.4). Windows count tokens: patches of latent frames.
+
+    cross_attention: with "spatial", every layer attends to the text inside spatial windows, as joint training on images
+    and videos needs; with "all", in the layer's own window, and the model takes videos only.
+    """
 
     layers: int = 24
     width: int = 1024
@@ -122,7 +126,13 @@ class TransformerConfig(Config):
     adaln: str = "lora"  # or "separate": each layer has its own modulation
     adaln_rank: int = 2
     classes: int = 0  # 0: no labels
+    text_width: int = 0  # of a text token; 0: no text
+    text_length: int = 64  # text tokens at most; ours, the paper has no number
+    text_vocabulary: int = 0  # 0: text comes as features; else as token ids, with an embedding of the model's own
+    cross_attention: str = "spatial"  # or "all"
     self_condition: bool = True
+    frame_condition: bool = False  # first frames may be given (frame prediction)
+    low_resolution: bool = False  # the same latent at half the height and width is given (super-resolution)
     time_features: int = 256
 
     def __post_init__(self) -> None:
@@ -136,7 +146,17 @@ class TransformerConfig(Config):
         _expect(good, "patch", self.patch, f"a divisor of the latent's {height} rows and {width} columns")
         _expect(self.spatial_window[0] == 1, "spatial_window", self.spatial_window, "one frame: (1, height, width)")
         _expect(self.adaln in ("lora", "separate"), "adaln", self.adaln, "lora or separate")
-        _expect(isinstance(self.classes, int) and self.classes >= 0, "classes", self.classes, "an int >= 0")
+        for name in ("classes", "text_width", "text_vocabulary"):
+            value = getattr(self, name)
+            _expect(isinstance(value, int) and value >= 0, name, value, "an int >= 0")
+        _expect_positive(self, "text_length")
+        for name in ("qk_norm", "bias_tables", "self_condition", "frame_condition", "low_resolution"):
+            _expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        good = self.text_width > 0 or self.text_vocabulary == 0
+        _expect(good, "text_width", self.text_width, "an int >= 1 with a text_vocabulary")
+        _expect(self.cross_attention in ("spatial", "all"), "cross_attention", self.cross_attention, "spatial or all")
+        good = not self.low_resolution or (height % 2 == 0 and width % 2 == 0)
+        _expect(good, "latent_size", self.latent_size, "an even height and width with low_resolution")
         _expect(self.time_features % 2 == 0, "time_features", self.time_features, "an even int")
 
     @property
@@ -152,15 +172,29 @@ class TransformerConfig(Config):
 
     @property
     def input_channels(self) -> int:
-        """Channels that the first projection sees: the noisy latent and, beside it, the self-conditioning estimate."""
-        return self.latent_channels * (2 if self.self_condition else 1)
+        """Channels that the first projection sees: the noisy latent and what is joined to it.
+
+        c for the noisy latent, c for the self-conditioning estimate, c + 1 for the known frames and their mask, c for
+        the low-resolution latent.
+        """
+        latents = 1 + self.self_condition + self.frame_condition + self.low_resolution
+        return self.latent_channels * latents + self.frame_condition
+
+    @property
+    def sublayers(self) -> int:
+        """Residual branches of a layer: attention, cross-attention if there is text, MLP. Each has 3d modulations."""
+        return 3 if self.text_width else 2
 
     def windows(self) -> list[tuple[int, int, int]]:
         """The window of each layer: spatial and spacetime in turn."""
         return [self.spacetime_window if i % 2 else self.spatial_window for i in range(self.layers)]
 
+    def cross_windows(self) -> list[tuple[int, int, int]]:
+        """The window of each layer's cross-attention."""
+        return self.windows() if self.cross_attention == "all" else [self.spatial_window] * self.layers
+
     def flops(self) -> dict[str, int]:
-        """Floating-point operations of one forward pass over one video sample, by part.
+        """Floating-point operations of one forward pass over one video sample (and a text of full length), by part.
 
         Matrix products only, one multiply-add being 2 operations; norms, activations, softmax, biases and residuals
         are not counted. A training step costs three times as much (forward, and two products backward for each), plus
@@ -168,19 +202,34 @@ class TransformerConfig(Config):
         """
         d, n = self.width, self.tokens
         pixels = self.patch**2
-        # A window of a x b x c tokens has (a b c)^2 scores; windows cut by the edge are smaller. The sum over all
-        # windows of the product is the product over the axes of the sums.
-        scores = sum(math.prod(map(_sum_of_squares, self.grid, window)) for window in self.windows())
         modulations = 1 if self.adaln == "lora" else self.layers
-        lora = 14 * self.adaln_rank * d * self.layers if self.adaln == "lora" else 0
-        return {
+        chunks = 3 * self.sublayers
+        lora = 2 * (1 + chunks) * self.adaln_rank * d * self.layers if self.adaln == "lora" else 0
+        embeddings = 2 if self.low_resolution else 1  # of the diffusion step and of the noise level
+        parts = {
             "attention projections": self.layers * n * 8 * d * d,
-            "attention windows": 4 * scores * d,
+            "attention windows": 4 * self._scores(self.windows()) * d,
             "mlp": self.layers * n * 4 * self.mlp_ratio * d * d,
-            "adaln": modulations * 12 * d * d + lora + 4 * d * d,
-            "time embedding": 2 * (self.time_features * d + d * d),
+            "adaln": modulations * 2 * chunks * d * d + lora + 4 * d * d,
+            "time embedding": embeddings * 2 * (self.time_features * d + d * d),
             "input and output": n * 2 * pixels * (self.input_channels + self.latent_channels) * d,
         }
+        if self.text_width:
+            length = self.text_length
+            parts["cross-attention projections"] = self.layers * (8 * n + 4 * length) * d * d
+            parts["cross-attention windows"] = 4 * (self._scores(self.cross_windows()) + self.layers * n * length) * d
+            parts["text projection"] = 2 * length * self.text_width * d
+        if self.low_resolution:
+            parts["low resolution"] = 2 * 9 * math.prod(self.latent_size) * self.latent_channels**2
+        return parts
+
+    def _scores(self, windows: list[tuple[int, int, int]]) -> int:
+        """Pairs of tokens that share a window, over all layers.
+
+        A window of a x b x c tokens has (a b c)^2; windows cut by the edge are smaller. The sum over all windows of the
+        product is the product over the axes of the sums.
+        """
+        return sum(math.prod(map(_sum_of_squares, self.grid, window)) for window in windows)
 
 
 def _sum_of_squares(size: int, side: int) -> int:
@@ -190,54 +239,27 @@ def _sum_of_squares(size: int, side: int) -> int:
 
 @dataclass(frozen=True)
 class DiffusionConfig(Config):
-    """Noise schedule and training of the denoiser (paper sections 3.3 and 4)."""
+    """Noise schedule and training of the denoiser (paper sections 3.3 to 3.6 and 4).
+
+    The last three are our values: the paper leaves them open.
+    """
 
     steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
     zero_terminal_snr: bool = True
     self_condition_probability: float = 0.9
+    drop_probability: float = 0.1  # of all that guidance drops: label, text and known frames at once
+    frame_probability: float = 0.9  # of 1 or 2 known frames, where the model takes them and they are not dropped
+    low_resolution_noise: float = 0.3  # noise on a low-resolution latent: up to this fraction of the steps
 
     def __post_init__(self) -> None:
         _expect(isinstance(self.steps, int) and self.steps >= 2, "steps", self.steps, "an int >= 2")
         for name in ("beta_start", "beta_end"):
             _expect(0 < getattr(self, name) < 1, name, getattr(self, name), "a number between 0 and 1")
-        good = 0 <= self.self_condition_probability <= 1
-        _expect(good, "self_condition_probability", self.self_condition_probability, "a number from 0 to 1")
+        for name in ("self_condition_probability", "drop_probability", "frame_probability", "low_resolution_noise"):
+            value = getattr(self, name)
+            _expect(isinstance(value, int | float) and 0 <= value <= 1, name, value, "a number from 0 to 1")
 
 
-# "L" and "XL" are the class-conditional UCF-101 models, 17x128x128 pixels; "tiny" learns 17x64x64 clips on two cores;
-# "minimal" learns nothing worth seeing and runs wherever an interpreter does.
-PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
-    "tiny": (
-        TokenizerConfig(channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2),
-        TransformerConfig(
-            layers=6,
-            width=192,
-            heads=3,
-            latent_size=(5, 8, 8),
-            patch=2,
-            spatial_window=(1, 4, 4),
-            spacetime_window=(5, 4, 4),
-            adaln_rank=8,
-            classes=8,
-        ),
-    ),
-    "L": (TokenizerConfig(), TransformerConfig(classes=101)),
-    "XL": (TokenizerConfig(), TransformerConfig(layers=28, width=1152, classes=101)),
-    "minimal": (
-        TokenizerConfig(channels=4, multipliers=(1, 1, 1, 1), blocks=1, middle_blocks=0, latent_channels=4, groups=2),
-        TransformerConfig(
-            layers=2,
-            width=32,
-            heads=2,
-            latent_size=(2, 2, 2),
-            latent_channels=4,
-            patch=1,
-            spatial_window=(1, 2, 2),
-            spacetime_window=(2, 2, 2),
-            adaln_rank=2,
-            classes=2,
-        ),
-    ),
-}
+from walt.presets import PRESETS  # noqa: E402 - it is made of the classes above

