@@ -1,86 +1,179 @@
-"""walt.evaluate: PSNR and Frechet distance against closed forms; features that follow what the eye sees."""
+"""walt.evaluate and walt.features: one pass over batches, numbers with their protocol, networks that follow the eye."""
 
 from __future__ import annotations
 
-import math
+import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-from scipy import linalg
 
+from walt.data import film_clips, film_path
 from walt.errors import WaltError
-from walt.evaluate import FrameFeatures, Projection, clip_distances, frechet_distance, psnr
+from walt.evaluate import (
+    Evaluation,
+    FrameFeatures,
+    Projection,
+    VideoFeatures,
+    batches,
+    collect,
+    evaluate,
+    frechet_distance,
+    frechet_image_distance,
+    fvd,
+    inception_score,
+    psnr,
+    ssim,
+)
 
 
-def features_with(mean: np.ndarray, covariance: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Samples whose mean and covariance (N - 1) are exactly these."""
-    rows = np.random.default_rng(seed).standard_normal((count, len(mean)))
-    rows -= rows.mean(axis=0)
-    whitened = np.linalg.solve(np.linalg.cholesky(np.cov(rows.T)), rows.T).T
-    return whitened @ linalg.sqrtm(covariance).real + mean
+class Means:
+    """Mean colours: of whole clips [N, 3], or of frames [N, T, 3]. Counts the clips it has seen."""
+
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        self.axes, self.seen, self.description = axes, 0, f"mean colours over axes {axes}"
+
+    def __call__(self, clips: np.ndarray) -> np.ndarray:
+        self.seen += len(clips)
+        return clips.mean(axis=self.axes)
 
 
-def spd(size: int, seed: int) -> np.ndarray:
-    root = np.random.default_rng(seed).standard_normal((size, size))
-    return root @ root.T + 0.1 * np.eye(size)
+class Reddest:
+    """A classifier: how the red of a clip is shared out over its frames."""
+
+    description = "reddest frame"
+
+    def __call__(self, clips: np.ndarray) -> np.ndarray:
+        red = clips[..., 0].astype(np.float64).mean(axis=(2, 3))
+        return red / red.sum(axis=1, keepdims=True)
 
 
-def test_psnr_closed_form():
-    target = np.full((3, 2, 4, 4, 3), 100, np.uint8)
-    output = target.copy()
-    output[1] += 10
-    output[2, 0] += 20
-    assert psnr(output, target) == pytest.approx([np.inf, 20 * math.log10(25.5), 10 * math.log10(255**2 / 200)])
+def make(count: int, seed: int, shape: tuple[int, ...] = (4, 12, 16)) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    base = random.integers(0, 200, (count, shape[0], 1, 1, 3))
+    return (base + random.integers(0, 50, (count, *shape, 3))).astype(np.uint8)
 
 
-def test_psnr_does_not_wrap_around():
-    black, white = np.zeros((1, 4), np.uint8), np.full((1, 4), 255, np.uint8)
-    assert psnr(black, white) == pytest.approx([0])
+CLIPS, FRAMES = (1, 2, 3), (2, 3)
 
 
-def test_psnr_bad_input():
-    with pytest.raises(ValueError, match=r"uint8 \[1, 4\] and target float64 \[1, 4\]"):
-        psnr(np.zeros((1, 4), np.uint8), np.zeros((1, 4)))
+def test_batches():
+    clips = make(5, 0)
+    assert [len(part) for part in batches(clips, 2)] == [2, 2, 1]
+    assert np.array_equal(np.concatenate(list(batches(iter([clips[:1], clips[1:1], clips[1:]])))), clips)
+    for bad, match in (
+        (clips.astype(np.float32), r"real: got float32 \[5, 4, 12, 16, 3\]; expected uint8"),
+        (clips[0], r"real: got uint8 \[4, 12, 16, 3\]; expected uint8 \[N, T, H, W, 3\]"),
+        ([[1, 2]], "real: got list; expected uint8"),
+        ([clips, clips[:, :3]], r"real: got clips of \[3, 12, 16, 3\]; expected \[4, 12, 16, 3\], like the first"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            list(batches(bad, name="real"))
 
 
-def test_frechet_of_commuting_gaussians():
-    """With diagonal covariances the distance is |m1 - m2|^2 + sum (s1 - s2)^2."""
-    m1, m2 = np.array([1.0, 2.0, -3.0]), np.array([0.0, 2.5, 1.0])
-    s1, s2 = np.array([1.0, 0.5, 2.0]), np.array([2.0, 0.1, 3.0])
-    first = features_with(m1, np.diag(s1**2), 50, 0)
-    second = features_with(m2, np.diag(s2**2), 80, 1)
-    expected = np.square(m1 - m2).sum() + np.square(s1 - s2).sum()
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-10)
+def test_functions_of_two_sets():
+    real, fake = make(20, 1), make(30, 2)
+    network = Means(CLIPS)
+    expected = frechet_distance(real.mean(axis=CLIPS), fake.mean(axis=CLIPS))
+    assert fvd(real, fake, network) == pytest.approx(expected, rel=1e-12)
+    assert fvd((real[:7], real[7:]), iter([fake]), network) == pytest.approx(expected, rel=1e-12)
+    assert fvd(real, real[::-1], network) == pytest.approx(0, abs=1e-9)
+    frames = [clips.mean(axis=FRAMES).reshape(-1, 3) for clips in (real, fake)]
+    assert frechet_image_distance(real, fake, Means(FRAMES)) == pytest.approx(frechet_distance(*frames), rel=1e-12)
+    with pytest.raises(ValueError, match="fake: got 1 clips; expected at least 2"):
+        fvd(real, fake[:1], network)
+    with pytest.raises(ValueError, match="clips: got 0 clips; expected at least 2"):
+        collect([], network)
 
 
-def test_frechet_of_any_gaussians():
-    """Against the definition with scipy's matrix square root."""
-    m1, m2, c1, c2 = np.zeros(6), np.linspace(-1, 2, 6), spd(6, 2), spd(6, 3)
-    expected = np.square(m1 - m2).sum() + np.trace(c1 + c2 - 2 * linalg.sqrtm(c1 @ c2).real)
-    first, second = features_with(m1, c1, 40, 4), features_with(m2, c2, 30, 5)
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-9)
+def test_evaluate_measures_everything_in_one_pass():
+    real, fake = make(9, 3), make(9, 4)
+    video, image, classifier = Means(CLIPS), Means(FRAMES), Reddest()
+    consumed = (clips for clips in (iter([real[:4], real[4:]]), iter([fake[:4], fake[4:]])))
+    every = ("fvd", "frechet_image_distance", "inception_score", "psnr", "ssim")
+    result = evaluate(*consumed, every, video=video, image=image, classifier=classifier, progress=False)
+    assert (video.seen, image.seen) == (18, 18)
+    assert (result.real, result.fake, result.clip) == (9, 9, (4, 12, 16))
+    assert result.values == pytest.approx(
+        {
+            "fvd": fvd(real, fake, video),
+            "frechet_image_distance": frechet_image_distance(real, fake, image),
+            "inception_score": inception_score(classifier(fake)),
+            "psnr": psnr(fake, real).mean(),
+            "ssim": ssim(fake, real).mean(),
+        },
+        rel=1e-12,
+    )
+    whole = evaluate(real, fake, every, video=video, image=image, classifier=classifier, progress=False)
+    assert whole.values == pytest.approx(result.values, rel=1e-12)
+    assert json.loads(json.dumps(asdict(result)))["values"] == result.values
 
 
-def test_frechet_with_fewer_samples_than_dimensions():
-    """Two sets in a plane of a space of 50 dimensions: the distance is that within the plane."""
-    plane = np.linalg.qr(np.random.default_rng(6).standard_normal((50, 2)))[0]
-    first = features_with(np.zeros(2), np.diag([1.0, 4.0]), 10, 7)
-    second = features_with(np.array([3.0, 0.0]), np.diag([4.0, 1.0]), 12, 8)
-    expected = 9 + (1 - 2) ** 2 + (2 - 1) ** 2
-    assert frechet_distance(first @ plane.T, second @ plane.T) == pytest.approx(expected, rel=1e-9)
+def test_every_number_is_printed_with_its_protocol():
+    real, fake = make(6, 5), make(8, 6)
+    result = evaluate(real, fake, video=Means(CLIPS), image=Means(FRAMES), classifier=Reddest(), progress=False)
+    text = str(result)
+    assert "6 real clips and 8 compared with them, 4 frames of 12x16 pixels" in text
+    assert f"FVD{result.values['fvd']:31.2f}" in text
+    for line in (
+        "Frechet distance in float64 of 6 and 8 clips; mean colours over axes (1, 2, 3)",
+        "fewer than 2,048 clips a side: biased upwards, not comparable with published FVD",
+        "published FVD is of clips of 16 frames; these have 4",
+        "Frechet distance in float64 of 24 and 32 frames; mean colours over axes (2, 3)",
+        "not comparable with published FID",
+        "over 8 clips in one split; p(y|x): reddest frame",
+        "between 1 and 4 here",
+    ):
+        assert line in text
 
 
-def test_frechet_of_equal_sets_is_zero():
-    rows = np.random.default_rng(9).standard_normal((30, 8)).astype(np.float32)
-    assert frechet_distance(rows, rows[::-1]) == pytest.approx(0, abs=1e-10)
+def test_caveats_go_when_their_reason_goes():
+    """Enough clips of 16 frames, and more frames than features, are not said to be too few."""
+    clips = make(2048, 7, (16, 1, 1))
+    lines = evaluate(
+        clips, clips, ("fvd", "frechet_image_distance"), video=Means(CLIPS), image=Means(FRAMES), progress=False
+    ).lines()
+    assert not [line for line in lines if "biased" in line or "published FVD" in line]
 
 
-def test_frechet_bad_input():
-    with pytest.raises(ValueError, match=r"first \[3, 4\] and second \[3, 5\]"):
-        frechet_distance(np.zeros((3, 4)), np.zeros((3, 5)))
-    with pytest.raises(ValueError, match=r"N, M >= 2"):
-        frechet_distance(np.zeros((1, 4)), np.zeros((3, 4)))
+def test_the_score_falls_back_on_the_logits_of_the_video_network():
+    class Logits:
+        description = "logits"
+
+        def __call__(self, clips: np.ndarray) -> np.ndarray:
+            return 1e4 * np.eye(4, dtype=np.float32)[clips[:, 0, 0, 0, 0] % 4]
+
+    fake = make(8, 8)
+    fake[:, 0, 0, 0, 0] = range(8)
+    result = evaluate(make(2, 9), fake, ["inception_score"], video=Logits(), progress=False)
+    assert result.values["inception_score"] == pytest.approx(4)
+    assert "p(y|x): softmax of logits" in result.lines()[2]
+
+
+def test_evaluate_bad_input():
+    real, fake = make(4, 10), make(4, 11)
+    with pytest.raises(ValueError, match="metrics: got fid; expected some of fvd, "):
+        evaluate(real, fake, ["fvd", "fid"], video=Means(CLIPS))
+    with pytest.raises(ValueError, match="metrics: got none"):
+        evaluate(real, fake, [])
+    with pytest.raises(ValueError, match=r"fake: got clips of \[3, 12, 16\]; expected \[4, 12, 16\], like real"):
+        evaluate(real, fake[:, :3], ["psnr"], progress=False)
+    with pytest.raises(ValueError, match="fake: got batches of 4 and 3 clips; psnr pairs them"):
+        evaluate(real, fake[:3], ["psnr"], progress=False)
+    with pytest.raises(ValueError, match="fake: got batches of 1 and none clips"):
+        evaluate([real, real[:1]], fake, ["ssim"], progress=False)
+    with pytest.raises(ValueError, match="real: got 1 clips; expected at least 2"):
+        evaluate(real[:1], fake, ["fvd"], video=Means(CLIPS), progress=False)
+    with pytest.raises(ValueError, match="got no clips"):
+        evaluate([], [], ["psnr"], progress=False)
+
+
+def test_one_clip_is_enough_to_compare_a_reconstruction():
+    real, fake = make(1, 12), make(1, 13)
+    result = evaluate(real, fake, ["psnr", "ssim"], progress=False)
+    assert isinstance(result, Evaluation)
+    assert result.values["psnr"] == pytest.approx(psnr(fake, real)[0])
+    assert "mean over 1 clips" in str(result)
 
 
 def test_projection_keeps_the_directions_of_most_variance():
@@ -92,16 +185,6 @@ def test_projection_keeps_the_directions_of_most_variance():
     assert kept > 0.99
     with pytest.raises(ValueError, match="dimensions is 600, but there are only 500"):
         Projection(rows, 600)
-
-
-def test_motion_distance_sees_what_frames_cannot():
-    """Frames shuffled within each clip: the same pictures, another motion."""
-    random = np.random.default_rng(11)
-    walk = np.cumsum(random.standard_normal((40, 9, 3)), axis=1)
-    shuffled = walk[:, random.permutation(9)]
-    distances = clip_distances(shuffled, walk)
-    assert distances["frames"] == pytest.approx(0, abs=1e-9)
-    assert distances["motion"] > 1
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +203,34 @@ class TestFrameFeatures:
         waves = 127 + 90 * np.sin(x[None, :, :, None] / random.uniform(1, 6, (12, 1, 1, 1)) + y[..., None] / 5 + phase)
         clean = waves[:, None].repeat(2, axis=1)
         sets = [np.clip(clean + random.normal(0, s, clean.shape), 0, 255).astype(np.uint8) for s in (0, 10, 40)]
-        rows = [network(video, progress=False) for video in sets]
+        rows = [network(video) for video in sets]
         assert rows[0].shape == (12, 2, 1280)
         small, large = (frechet_distance(r.reshape(24, -1), rows[0].reshape(24, -1)) for r in rows[1:])
         assert 0 < 2 * small < large
 
     def test_frames_are_independent_of_the_batch(self, network):
         video = np.random.default_rng(13).integers(0, 256, (2, 3, 32, 32, 3), np.uint8)
-        whole = network(video, progress=False)
-        pieces = network(video, batch=2, progress=False)
+        whole = network(video)
+        pieces = network(video, batch=2)
         assert np.abs(whole - pieces).max() < 1e-4
         assert np.abs(whole[0, 0] - whole[0, 1]).max() > 0.01
+
+
+class TestVideoFeatures:
+    def test_distances_follow_the_eye(self):
+        """Noise counts by its strength, and so does the order of the frames, which no frame shows."""
+        try:
+            network, path = VideoFeatures(), film_path()
+        except WaltError as error:
+            pytest.skip(str(error))
+        assert "Kinetics-400" in network.description
+        assert "not DeepMind's" not in network.description
+        pytest.importorskip("av", reason="av is not installed")
+        real = film_clips(path, (60, 80), 2, frames=9, seed=1).video
+        noise = np.random.default_rng(17).standard_normal(real.shape)
+        weak, strong = (np.clip(real + s * noise, 0, 255).astype(np.uint8) for s in (8, 32))
+        shuffled = real[:, [4, 0, 7, 2, 8, 1, 6, 3, 5]]
+        known = network(real)
+        low, high, order = (frechet_distance(network(clips), known) for clips in (weak, strong, shuffled))
+        assert 1 < low < high
+        assert order > 1

