@@ -155,6 +155,8 @@ def test_demo_folder(tmp_path, monkeypatch):
             np.abs(np.roll(video[:-1], 5 * s, axis=2) - video[1:])[:, :40, 10:54].mean() for s in (shift, -shift)
         )
         assert along < 0.8 * against
+    with pytest.raises(ValueError, match="frames: got 1; expected an int >= 2"):
+        write_demo_folder("none", clips_per_class=2, frames=1)
     with pytest.raises(WaltError, match="videos is there already; name another folder"):
         write_demo_folder("videos", clips_per_class=1, progress=False)
 
