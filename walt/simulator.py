@@ -85,9 +85,7 @@ def render_episode(game: Any, frames: int, seed: tuple[int, ...], key: str | Non
         clip = _play(game, frames, random, key)
         if clip is not None and (key is None or _moves(clip)):
             return clip
-    raise WaltError(
-        f"no clip of {frames} frames in {_ATTEMPTS} episodes of the simulator, which end or stand still before; ask for fewer"
-    )
+    raise WaltError(f"{_ATTEMPTS} episodes ended, or stood still, before {frames} frames; ask for fewer frames")
 
 
 def _play(game: Any, frames: int, random: np.random.Generator, key: str | None) -> np.ndarray | None:
