@@ -140,7 +140,7 @@ def test_demo_folder(tmp_path, monkeypatch):
     pytest.importorskip("vizdoom", reason="ViZDoom is not installed")
     pytest.importorskip("av", reason="PyAV is not installed")
     monkeypatch.chdir(tmp_path)
-    write_demo_folder("videos", clips_per_class=2, frames=5, size=32, progress=False)
+    write_demo_folder("videos", clips_per_class=2, frames=5, size=64, progress=False)
     captions = read_captions(tmp_path / "videos/captions.jsonl")
     assert sorted(captions) == sorted(path.relative_to("videos").as_posix() for path in Path("videos").rglob("*.mp4"))
     assert len(captions) == 2 * len(SCENARIOS)
@@ -150,11 +150,13 @@ def test_demo_folder(tmp_path, monkeypatch):
     # The view moves against the player: turned left, what is in the picture goes right.
     for name, shift in (("turning-left-0000", 1), ("turning-right-0001", -1)):
         video = read_video(f"videos/defend_the_line/{name}.mp4").astype(float)
-        assert video.shape == (5, 32, 32, 3)
+        assert video.shape == (5, 64, 64, 3)
         along, against = (
-            np.abs(np.roll(video[:-1], 2 * s, axis=2) - video[1:])[:, :, 8:24].mean() for s in (shift, -shift)
+            np.abs(np.roll(video[:-1], 5 * s, axis=2) - video[1:])[:, :40, 10:54].mean() for s in (shift, -shift)
         )
         assert along < 0.8 * against
+    with pytest.raises(ValueError, match="frames: got 1; expected an int >= 2"):
+        write_demo_folder("none", clips_per_class=2, frames=1)
     with pytest.raises(WaltError, match="videos is there already; name another folder"):
         write_demo_folder("videos", clips_per_class=1, progress=False)
 

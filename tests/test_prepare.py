@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import weakref
 
 import numpy as np
@@ -197,6 +198,10 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, decoded, torn
 def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monkeypatch):
     first, _ = make(folder, tmp_path / "cache", workers=1)
     before = content(first)
+    # A run that decoded the last file anew, into another shard, was killed; the next one is, too.
+    newer = {**vars(first.items[5]), "shard": 1, "offset": 0}
+    (tmp_path / "cache/journal.jsonl").write_text(json.dumps(newer))
+    (tmp_path / "cache/frames-1.raw").write_bytes(bytes(first.items[5].end - first.items[5].offset))
     write_mp4(folder / "new.mp4", ramp(5))
 
     def interrupted(path):
@@ -208,6 +213,12 @@ def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monk
     still = Cache.open(tmp_path / "cache")
     assert still.fingerprint == first.fingerprint
     assert all(np.array_equal(a, b) for a, b in zip(content(still), before, strict=True))
+
+
+def test_missing_dependencies_are_no_skipped_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(WaltError, match=r'pip install "walt-kernels\[video\]"'):
+        make(folder, tmp_path / "cache")
 
 
 def test_other_settings_need_another_cache(folder, tmp_path):

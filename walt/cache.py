@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class Cache:
     """A prepared folder, read-only. A row (item, first frame) names a clip or, with any frame of an item, an image."""
 
     def __init__(
-        self, folder: Path, settings: Settings, items: tuple[Item, ...], shards: dict[int, np.ndarray]
+        self, folder: Path, settings: Settings, items: tuple[Item, ...], shards: Mapping[int, np.ndarray]
     ) -> None:
         self.folder, self.items = folder, items
         self.height, self.width = settings.height, settings.width

@@ -11,7 +11,6 @@ from typing import Any
 
 from walt.errors import WaltError
 
-SUFFIXES = (".csv", ".jsonl")
 LISTED = 5  # names in a message
 
 

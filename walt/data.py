@@ -188,6 +188,9 @@ def write_demo_folder(
     The folder of a clip is its class; its caption says what the player does, and where ("turning left in a maze"). The
     actions of a scenario come in turn. WaltError if `out` holds something already.
     """
+    for name, value, least in (("clips_per_class", clips_per_class, 1), ("frames", frames, 2), ("size", size, 1)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}; expected an int >= {least}")
     out = Path(out).absolute()  # the simulator changes the working folder
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise WaltError(f"{out} is there already; name another folder")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from walt.cache import INDEX, Cache, Item, Settings, read_index, shard_path, write_index
 from walt.captions import check_captions, read_captions
 from walt.data import cover
-from walt.errors import WaltError
+from walt.errors import WaltError, require
 from walt.shots import ShotDetector
 from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video, read_image
 
@@ -62,6 +62,8 @@ def prepare(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height, width: got {height}, {width}; expected ints >= 1")
+    for module in ("av", "PIL.Image"):
+        require(module, "video")
     source, cache = Path(source), Path(cache)
     files = _find(source)
     texts = {} if captions is None else read_captions(captions)
@@ -107,28 +109,26 @@ def _locked(cache: Path) -> Iterator[None]:
 
 
 def _known(cache: Path, settings: Settings) -> dict[str, Item]:
-    """What earlier runs decoded, by the index and the journal; what lies behind it in the .raw files is cut off."""
-    known: dict[str, Item] = {}
+    """What earlier runs decoded, by the index and then the journal. What lies behind it in the shards is cut off."""
+    decoded: list[Item] = []
     if (cache / INDEX).exists():
         found, items = read_index(cache)
         if items and found != settings:
             raise WaltError(f"{cache} was prepared with {found}, not with {settings}; name another cache")
-        known = {item.name: item for item in items}
         if found != settings:
             (cache / JOURNAL).unlink(missing_ok=True)
-    if not known:
+        decoded += items
+    if not decoded:
         write_index(cache, settings, [])  # an empty index: not finished
     if (cache / JOURNAL).exists():
         for line in (cache / JOURNAL).read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):  # a line cut short by a kill
-                item = Item.from_dict(json.loads(line))
-                known[item.name] = item
-    for path in cache.glob("frames-*.raw"):
-        size = path.stat().st_size
-        held = {item.name: item.end for item in known.values() if shard_path(cache, item.shard) == path}
-        known = {name: item for name, item in known.items() if held.get(name, 0) <= size}
-        os.truncate(path, max((end for end in held.values() if end <= size), default=0))
-    return {name: item for name, item in known.items() if shard_path(cache, item.shard).exists()}
+                decoded.append(Item.from_dict(json.loads(line)))
+    sizes = {path: path.stat().st_size for path in cache.glob("frames-*.raw")}
+    decoded = [item for item in decoded if item.end <= sizes.get(shard_path(cache, item.shard), 0)]
+    for path in sizes:
+        os.truncate(path, max((item.end for item in decoded if shard_path(cache, item.shard) == path), default=0))
+    return {item.name: item for item in decoded}
 
 
 class _Run:

@@ -25,7 +25,7 @@ SCENARIOS = (
     "my_way_home",
     "take_cover",
 )
-# What a captioned clip may show: where a scenario takes place, and the keys that always have their way there.
+# What a captioned clip may show: where a scenario takes place, and the keys that seldom lead into a wall there.
 CAPTIONED = {
     "basic": ("in a brick hall", ("MOVE_LEFT", "MOVE_RIGHT")),
     "deadly_corridor": ("in a dark corridor", ("TURN_LEFT", "TURN_RIGHT")),
@@ -85,7 +85,7 @@ def render_episode(game: Any, frames: int, seed: tuple[int, ...], key: str | Non
         clip = _play(game, frames, random, key)
         if clip is not None and (key is None or _moves(clip)):
             return clip
-    raise WaltError(f"the simulator ended {_ATTEMPTS} episodes before {frames} frames; ask for fewer frames")
+    raise WaltError(f"{_ATTEMPTS} episodes ended, or stood still, before {frames} frames; ask for fewer frames")
 
 
 def _play(game: Any, frames: int, random: np.random.Generator, key: str | None) -> np.ndarray | None:

@@ -38,8 +38,9 @@ def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
                 if picture.shape != shape:
                     raise WaltError(f"{path} changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
                 yield picture
-    except (av.error.FFmpegError, OSError) as error:
-        raise WaltError(f"{path} is not a video that can be decoded: {error.strerror or error}") from error
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
 
 
 def read_video(path: str | Path, *, start: int = 0, frames: int | None = None) -> np.ndarray:
@@ -61,8 +62,9 @@ def frame_rate(path: str | Path) -> float:
     try:
         with _open_stream(av, Path(path)) as (_, stream):
             return float(stream.average_rate or 0)
-    except (av.error.FFmpegError, OSError) as error:
-        raise WaltError(f"{path} is not a video that can be decoded: {error.strerror or error}") from error
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -83,8 +85,7 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with image.open(path) as picture:
             return np.array(ops.exif_transpose(picture).convert("RGB"))
-    # Pillow's formats raise what they like on broken files; a bomb is a file that claims to hold over 178 megapixels.
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+    except Exception as error:  # on broken files, Pillow's formats raise what they like
         raise WaltError(f"{path} is not an image that can be decoded: {error}") from error
 
 
