@@ -220,6 +220,8 @@ class WaltPipeline:
         """
         sampling = Sampling(**options)
         wanted = len(self.upscalers) if stages is None else stages
+        if not self.upscalers:
+            raise WaltError("upscale: the pipeline has no super-resolution stages (sr1, sr2 beside its transformer)")
         if not 1 <= wanted <= len(self.upscalers):
             raise WaltError(f"stages: got {wanted}; expected 1 to {len(self.upscalers)}, the stages of this pipeline")
         if isinstance(video, Tensor):
@@ -333,9 +335,9 @@ class WaltPipeline:
             raise WaltError(f"frames: got {list(videos.shape)}; expected {expected}")
         latent = self._encode(videos, batch)
         if latent.shape[2] >= shape[1]:
-            raise WaltError(
-                f"frames: got {videos.shape[1]} frames; expected fewer than the {self.clip.frames} of a clip"
-            )
+            sample = "picture" if shape[1] == 1 else "clip"
+            frames = self.tokenizer.config.video_shape(*shape[1:])[1]
+            raise WaltError(f"frames: got {videos.shape[1]}; expected fewer than the {frames} of a {sample}")
         clean = torch.zeros(num, *shape)
         clean[:, :, : latent.shape[2]] = latent
         return {"frames": clean, "known": torch.full((num,), latent.shape[2])}
