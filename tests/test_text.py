@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,13 @@ def test_folders_that_are_no_encoder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such type"}))
     with pytest.raises(WaltError, match="cannot be read as a text encoder"):
         text_encoder(f"hf:{tmp_path}")
+
+
+def test_a_folder_with_broken_weights(t5_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(t5_folder, tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(WaltError, match="cannot be read as a text encoder"):
+        text_encoder(f"hf:{tmp_path / 't5'}")
 
 
 def test_a_denoiser_for_an_encoder() -> None:

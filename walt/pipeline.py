@@ -336,8 +336,8 @@ class WaltPipeline:
         latent = self._encode(videos, batch)
         if latent.shape[2] >= shape[1]:
             sample = "picture" if shape[1] == 1 else "clip"
-            frames = self.tokenizer.config.video_shape(*shape[1:])[1]
-            raise WaltError(f"frames: got {videos.shape[1]}; expected fewer than the {frames} of a {sample}")
+            limit = self.tokenizer.config.video_shape(*shape[1:])[1]
+            raise WaltError(f"frames: got {videos.shape[1]}; expected fewer than the {limit} of a {sample}")
         clean = torch.zeros(num, *shape)
         clean[:, :, : latent.shape[2]] = latent
         return {"frames": clean, "known": torch.full((num,), latent.shape[2])}
