@@ -245,6 +245,16 @@ def test_a_folder_holds_all_of_it(pipeline, tmp_path) -> None:
     assert np.array_equal(loaded.upscale(small, **QUICK), pipeline.upscale(small, **QUICK))
 
 
+def test_a_second_stage_needs_the_first(pipeline, tmp_path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "sr2").rename(tmp_path / "away")
+    assert len(WaltPipeline.from_pretrained(tmp_path).upscalers) == 1
+    (tmp_path / "away").rename(tmp_path / "sr2")
+    (tmp_path / "sr1").rename(tmp_path / "away")
+    with pytest.raises(WaltError, match="has sr2 without sr1"):
+        WaltPipeline.from_pretrained(tmp_path)
+
+
 def test_a_name_on_the_hub_is_downloaded(pipeline, tmp_path, monkeypatch) -> None:
     pipeline.save_pretrained(tmp_path)
     asked = []

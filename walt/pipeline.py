@@ -104,7 +104,10 @@ class WaltPipeline:
             raise WaltError(f"no such folder: {folder}")
         tokenizer = load_tokenizer(folder / "tokenizer")
         base, document = load_stage(folder / "transformer")
-        upscalers = [load_stage(folder / name)[0] for name in ("sr1", "sr2") if checkpoint_folder(folder / name)]
+        found = [name for name in ("sr1", "sr2") if checkpoint_folder(folder / name)]
+        if found == ["sr2"]:
+            raise WaltError(f"{folder} has sr2 without sr1, whose videos it takes")
+        upscalers = [load_stage(folder / name)[0] for name in found]
         name = document.get("text", "")
         if text is None and name:
             text = text_encoder(name, base.transformer.config.text_length)
