@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from transformer_cases import EVERYTHING, FEATURES, SHAPE, SMALL, close, draw, inputs, make
 
 from walt.config import DiffusionConfig, TransformerConfig
-from walt.diffusion import Diffusion
+from walt.diffusion import Diffusion, model_config
 
 FRAMES = replace(SMALL, frame_condition=True)
 
@@ -134,6 +135,11 @@ def test_gradients_reach_every_parameter_through_the_loss() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
     assert model.embed_class.table.grad[-1].any()
+
+
+def test_a_wrapped_model_is_still_known() -> None:
+    assert model_config(AveragedModel(make())) == SMALL
+    assert model_config(torch.compile(make(), backend="eager")) == SMALL
 
 
 def test_draws_of_another_batch() -> None:

@@ -197,8 +197,8 @@ class TransformerConfig(Config):
         """Floating-point operations of one forward pass over one video sample (and a text of full length), by part.
 
         Matrix products only, one multiply-add being 2 operations; norms, activations, softmax, biases and residuals
-        are not counted. A training step costs three times as much (forward, and two products backward for each), plus
-        one forward pass for each sample that is self-conditioned.
+        are not counted. A training step costs three times as much (forward, and two products backward for each), with
+        self-conditioning four times: one forward pass more.
         """
         d, n = self.width, self.tokens
         pixels = self.patch**2

@@ -116,9 +116,7 @@ class Diffusion:
         draws = self.draw(x0.shape, generator) if draws is None else draws
         for name, tensor in draws.items():
             if tensor.shape[:1] != x0.shape[:1]:
-                raise ValueError(
-                    f"draws[{name!r}]: got {tuple(tensor.shape[:1])}; expected {tuple(x0.shape[:1])} in front"
-                )
+                raise ValueError(f"draws[{name!r}]: got {len(tensor)} samples; expected {len(x0)}, as x0 has")
         draws = {name: tensor.to(x0.device) for name, tensor in draws.items()}
         time, noise, dropped = draws["time"], draws["noise"].to(x0), draws["dropped"]
 

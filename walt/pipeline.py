@@ -104,7 +104,10 @@ class WaltPipeline:
             raise WaltError(f"no such folder: {folder}")
         tokenizer = load_tokenizer(folder / "tokenizer")
         base, document = load_stage(folder / "transformer")
-        upscalers = [load_stage(folder / name)[0] for name in ("sr1", "sr2") if checkpoint_folder(folder / name)]
+        found = [name for name in ("sr1", "sr2") if checkpoint_folder(folder / name)]
+        if found == ["sr2"]:
+            raise WaltError(f"{folder} has sr2 without sr1, whose videos it takes")
+        upscalers = [load_stage(folder / name)[0] for name in found]
         name = document.get("text", "")
         if text is None and name:
             text = text_encoder(name, base.transformer.config.text_length)
@@ -220,6 +223,8 @@ class WaltPipeline:
         """
         sampling = Sampling(**options)
         wanted = len(self.upscalers) if stages is None else stages
+        if not self.upscalers:
+            raise WaltError("upscale: the pipeline has no super-resolution stages (sr1, sr2 beside its transformer)")
         if not 1 <= wanted <= len(self.upscalers):
             raise WaltError(f"stages: got {wanted}; expected 1 to {len(self.upscalers)}, the stages of this pipeline")
         if isinstance(video, Tensor):
@@ -333,9 +338,9 @@ class WaltPipeline:
             raise WaltError(f"frames: got {list(videos.shape)}; expected {expected}")
         latent = self._encode(videos, batch)
         if latent.shape[2] >= shape[1]:
-            raise WaltError(
-                f"frames: got {videos.shape[1]} frames; expected fewer than the {self.clip.frames} of a clip"
-            )
+            sample = "picture" if shape[1] == 1 else "clip"
+            limit = self.tokenizer.config.video_shape(*shape[1:])[1]
+            raise WaltError(f"frames: got {videos.shape[1]}; expected fewer than the {limit} of a {sample}")
         clean = torch.zeros(num, *shape)
         clean[:, :, : latent.shape[2]] = latent
         return {"frames": clean, "known": torch.full((num,), latent.shape[2])}

@@ -28,15 +28,16 @@ _WIDE = replace(_T5_XL, spatial_window=(1, 16, 28), spacetime_window=(5, 8, 14),
 
 PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     "tiny": (_TINY_TOKENIZER, _TINY),
+    # Class-conditional UCF-101, 17x128x128 pixels.
+    "L": (TokenizerConfig(), TransformerConfig(classes=101)),
+    "XL": (TokenizerConfig(), TransformerConfig(layers=28, width=1152, classes=101)),
     "tiny-text": (
         _TINY_TOKENIZER,
         replace(_TINY, classes=0, text_width=64, text_length=64, text_vocabulary=256, frame_condition=True),
     ),
     "tiny-sr": (_TINY_TOKENIZER, replace(_TINY, latent_size=(5, 16, 16), classes=0, low_resolution=True)),
-    # Class-conditional UCF-101, 17x128x128 pixels.
-    "L": (TokenizerConfig(), TransformerConfig(classes=101)),
-    "XL": (TokenizerConfig(), TransformerConfig(layers=28, width=1152, classes=101)),
-    # Frame prediction on Kinetics-600, and ImageNet at 256x256 with the image tokenizer's widths.
+    # Frame prediction on Kinetics-600, and ImageNet at 256x256 with the image tokenizer's widths; there the second kind
+    # of window is the whole image (ours: 16x16 windows alone would never meet).
     "k600-L": (TokenizerConfig(), TransformerConfig(frame_condition=True)),
     "imagenet-L": (
         TokenizerConfig(multipliers=(1, 1, 2, 4)),

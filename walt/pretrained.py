@@ -87,9 +87,7 @@ def check_fit(tokenizer: Tokenizer, stages: Sequence[Stage], text: TextEncoder |
         _expect(f"{name} latent_size", config.latent_size, tuple(size), f"the tokenizer's of {clip}")
         _expect(f"{name} low_resolution", config.low_resolution, i > 0, "by its place in the cascade")
         if config.text_width and text is None:
-            raise ValueError(
-                f"text: got no text encoder; expected one, since {name} has text_width={config.text_width}"
-            )
+            raise ValueError(f"text: got no text encoder; expected one: {name} has text_width={config.text_width}")
         if config.text_width and text is not None:
             check_text(config, text)
     for (_, before), (name, after) in pairwise(parts):

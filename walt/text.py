@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from walt.config import TransformerConfig
@@ -76,7 +77,7 @@ class HuggingFaceEncoder:
             kind = transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.model: Any = kind.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise WaltError(f"{folder} cannot be read as a text encoder: {error}") from error
         self.width = int(config.hidden_size)
 
