@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["PRESETS", "DiffusionConfig", "TokenizerConfig", "TransformerConfig"]
+__all__ = ["PRESETS", "DiffusionConfig", "TokenizerConfig", "TokenizerLossConfig", "TransformerConfig"]
 
 Self = TypeVar("Self", bound="Config")
 
@@ -58,7 +58,10 @@ class Config:
 
 @dataclass(frozen=True)
 class TokenizerConfig(Config):
-    """Causal video autoencoder (paper section 3.1, MAGVIT-v2). Stage i is `channels` * `multipliers[i]` wide."""
+    """Causal video autoencoder (paper section 3.1, MAGVIT-v2). Stage i is `channels` * `multipliers[i]` wide.
+
+    `kind` "image" codes each frame alone: no kernel reaches over time, and there are as many latent frames as frames.
+    """
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 2, 4)
@@ -68,8 +71,12 @@ class TokenizerConfig(Config):
     groups: int = 32  # of the per-frame GroupNorm
     time_padding: str = "first_frame"  # the papers leave both padding modes open
     space_padding: str = "zeros"
+    adaptive_norm: bool = True  # decoder norms modulated by the latent; their form is ours
+    kind: str = "video"  # or "image", which `inflate` can turn into a "video" one
 
     def __post_init__(self) -> None:
+        _expect(self.kind in ("video", "image"), "kind", self.kind, "video or image")
+        _expect(isinstance(self.adaptive_norm, bool), "adaptive_norm", self.adaptive_norm, "True or False")
         _expect_positive(self, "channels", "blocks", "latent_channels", "groups")
         _expect_ints(self, "multipliers", len(TRANSITIONS) + 1)
         good = isinstance(self.middle_blocks, int) and self.middle_blocks >= 0
@@ -81,27 +88,65 @@ class TokenizerConfig(Config):
         _expect(self.time_padding in time_modes, "time_padding", self.time_padding, " or ".join(time_modes))
         _expect(self.space_padding in space_modes, "space_padding", self.space_padding, " or ".join(space_modes))
 
+    @property
+    def transitions(self) -> tuple[tuple[int, int, int], ...]:
+        """Factors in (time, height, width) between the stages; those in time are 1 for images."""
+        return TRANSITIONS if self.kind == "video" else tuple((1, *factor[1:]) for factor in TRANSITIONS)
+
+    @property
+    def time_factor(self) -> int:
+        """Frames per latent frame after the first: 4, for images 1."""
+        return TIME_FACTOR if self.kind == "video" else 1
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Pixels (1 + 4k, H, W) -> latent (channels, 1 + k, H / 8, W / 8); other sizes raise ValueError."""
-        check_frames(frames)
+        """Pixels (1 + 4k, H, W) -> latent (channels, 1 + k, H / 8, W / 8); other sizes raise ValueError.
+
+        For images, any number of frames T -> as many latent frames.
+        """
+        check_frames(frames, time_factor=self.time_factor)
         for name, size in (("height", height), ("width", width)):
             if size < SPACE_FACTOR or size % SPACE_FACTOR:
                 below = size // SPACE_FACTOR * SPACE_FACTOR
                 nearest = f"{below} or {below + SPACE_FACTOR}" if below else f"{SPACE_FACTOR}"
                 raise ValueError(f"{name}: got {size} pixels; expected a multiple of {SPACE_FACTOR}, such as {nearest}")
-        return self.latent_channels, 1 + frames // TIME_FACTOR, height // SPACE_FACTOR, width // SPACE_FACTOR
+        return self.latent_channels, 1 + (frames - 1) // self.time_factor, height // SPACE_FACTOR, width // SPACE_FACTOR
 
     def video_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Latent (1 + k, h, w) -> pixels (3, 1 + 4k, 8 h, 8 w)."""
-        return 3, 1 + (frames - 1) * TIME_FACTOR, height * SPACE_FACTOR, width * SPACE_FACTOR
+        """Latent (1 + k, h, w) -> pixels (3, 1 + 4k, 8 h, 8 w); images keep their number."""
+        return 3, 1 + (frames - 1) * self.time_factor, height * SPACE_FACTOR, width * SPACE_FACTOR
 
 
-def check_frames(frames: int, name: str = "video") -> None:
-    """Raise ValueError unless `frames` is 1 + 4k."""
-    if frames < 1 or (frames - 1) % TIME_FACTOR:
-        below = 1 + (frames - 1) // TIME_FACTOR * TIME_FACTOR
-        nearest = f"{below} or {below + TIME_FACTOR}" if below >= 1 else "1"
-        raise ValueError(f"{name}: got {frames} frames; expected 1 + {TIME_FACTOR}k, the nearest being {nearest}")
+def check_frames(frames: int, name: str = "video", *, time_factor: int = TIME_FACTOR) -> None:
+    """Raise ValueError unless `frames` is 1 + time_factor * k."""
+    if frames < 1 or (frames - 1) % time_factor:
+        below = 1 + (frames - 1) // time_factor * time_factor
+        nearest = f"{below} or {below + time_factor}" if below >= 1 else "1"
+        raise ValueError(f"{name}: got {frames} frames; expected 1 + {time_factor}k, the nearest being {nearest}")
+
+
+@dataclass(frozen=True)
+class TokenizerLossConfig(Config):
+    """Weights of the first stage's losses. MAGVIT-v2's, but for those marked as ours."""
+
+    reconstruction: float = 5.0
+    absolute: float = 0.1  # of the absolute error within the reconstruction loss; ours
+    perceptual: float = 0.1
+    perceptual_frames: int = 8  # drawn from a batch for the perceptual loss, which bounds its cost; ours
+    adversarial: float = 0.1
+    decorrelation: float = 0.02  # ours
+    r1: float = 10.0
+    r1_every: int = 16  # discriminator steps for one with the penalty, which then weighs as many times more; ours
+    lecam: float = 0.001
+    lecam_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruction", "absolute", "perceptual", "adversarial", "decorrelation", "r1", "lecam"):
+            value = getattr(self, name)
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+            _expect(good, name, value, "a number of at least 0")
+        _expect_positive(self, "perceptual_frames", "r1_every")
+        good = isinstance(self.lecam_decay, float) and 0 <= self.lecam_decay < 1
+        _expect(good, "lecam_decay", self.lecam_decay, "a float from 0, below 1")
 
 
 @dataclass(frozen=True)
@@ -210,7 +255,7 @@ class DiffusionConfig(Config):
 # "minimal" learns nothing worth seeing and runs wherever an interpreter does.
 PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     "tiny": (
-        TokenizerConfig(channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2),
+        TokenizerConfig(channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2, adaptive_norm=False),
         TransformerConfig(
             layers=6,
             width=192,
@@ -226,7 +271,15 @@ PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     "L": (TokenizerConfig(), TransformerConfig(classes=101)),
     "XL": (TokenizerConfig(), TransformerConfig(layers=28, width=1152, classes=101)),
     "minimal": (
-        TokenizerConfig(channels=4, multipliers=(1, 1, 1, 1), blocks=1, middle_blocks=0, latent_channels=4, groups=2),
+        TokenizerConfig(
+            channels=4,
+            multipliers=(1, 1, 1, 1),
+            blocks=1,
+            middle_blocks=0,
+            latent_channels=4,
+            groups=2,
+            adaptive_norm=False,
+        ),
         TransformerConfig(
             layers=2,
             width=32,
