@@ -139,7 +139,9 @@ def test_samples_of_a_batch_do_not_meet() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
-    tokenizer = make(dtype=torch.float64).requires_grad_(True)
+    """Also the adaptive norm off the CPU is this: what is compiled does not go frame by frame."""
+    config = replace(SMALL, multipliers=(1, 1, 1, 1), middle_blocks=0)
+    tokenizer = make(config, torch.float64).requires_grad_(True)
     video = draw(1, 3, 5, 8, 8, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(tokenizer, fullgraph=True, backend="aot_eager")
@@ -301,7 +303,7 @@ def test_bad_configuration(changes: dict, message: str) -> None:
         ({"adversarial": -0.1}, "adversarial: got -0.1; expected a number of at least 0"),
         ({"r1": float("nan")}, "r1: got nan"),
         ({"r1_every": 0}, "r1_every: got 0; expected an int >= 1"),
-        ({"lecam_decay": 1.0}, "lecam_decay: got 1.0; expected a float from 0, below 1"),
+        ({"lecam_decay": 1.0}, "lecam_decay: got 1.0; expected a number from 0, below 1"),
     ],
 )
 def test_bad_loss_weights(changes: dict, message: str) -> None:

@@ -145,8 +145,8 @@ class TokenizerLossConfig(Config):
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
             _expect(good, name, value, "a number of at least 0")
         _expect_positive(self, "perceptual_frames", "r1_every")
-        good = isinstance(self.lecam_decay, float) and 0 <= self.lecam_decay < 1
-        _expect(good, "lecam_decay", self.lecam_decay, "a float from 0, below 1")
+        good = isinstance(self.lecam_decay, (int, float)) and 0 <= self.lecam_decay < 1
+        _expect(good, "lecam_decay", self.lecam_decay, "a number from 0, below 1")
 
 
 @dataclass(frozen=True)
