@@ -1,54 +1,20 @@
-"""The tokenizer: causality, images as first frames, streaming, norms, errors."""
+"""The tokenizer: shapes, causality, images as first frames, gradients, statistics, errors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from small_tokenizer import SMALL, draw, make, native
+from small_tokenizer import one_thread as one_thread
 from torch import Tensor
-from torch.nn import functional as F
 
-from walt.config import PRESETS, TokenizerConfig
-from walt.tokenizer import FrameNormSwish, Tokenizer, Upsample, depth_to_space
-from walt_kernels import explain
+from walt.config import PRESETS, TokenizerConfig, TokenizerLossConfig
+from walt.tokenizer import Tokenizer
 from walt_kernels.nn import CausalConv3d
-from walt_kernels.testing import K_BACKWARD, K_FORWARD, compare
-
-SMALL = TokenizerConfig(channels=8, multipliers=(1, 2, 2, 3), blocks=1, middle_blocks=1, latent_channels=4, groups=4)
-
-PIXEL = torch.zeros(1, 1, 1, 1, 1)
-NO_NATIVE = explain("causal_conv3d", PIXEL, PIXEL).get("cpu", "not built")
-# PyTorch's own convolutions choose algorithm and layout by the sizes; the native one promises not to.
-native = pytest.mark.skipif(NO_NATIVE is not None, reason=f"native causal_conv3d: {NO_NATIVE}")
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def make(config: TokenizerConfig = SMALL, dtype: torch.dtype = torch.float32) -> Tokenizer:
-    """A tokenizer whose every parameter and statistic is away from its initial value."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(config).to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tokenizer.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
-    channels = torch.arange(config.latent_channels, dtype=dtype)
-    tokenizer.set_latent_statistics(0.1 * channels - 0.1, 0.5 + 0.25 * channels)
-    return tokenizer.requires_grad_(False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads, much slower where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["zeros", "first_frame"])
@@ -146,10 +112,14 @@ def test_all_convolutions_are_padded_as_configured() -> None:
 
 # 64x64 frames are large enough for threads to share one; 24x40 leaves tails in every vector loop.
 @native
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (24, 40), (8, 8)])
-def test_an_image_is_the_first_frame_of_a_video_bitwise(height: int, width: int, time_padding: str) -> None:
+@pytest.mark.parametrize(
+    ("height", "width", "adaptive_norm"), [(64, 64, True), (24, 40, True), (8, 8, True), (24, 40, False)]
+)
+def test_an_image_is_the_first_frame_of_a_video_bitwise(
+    height: int, width: int, adaptive_norm: bool, time_padding: str
+) -> None:
     torch.set_num_threads(2)
-    tokenizer = make(replace(SMALL, time_padding=time_padding))
+    tokenizer = make(replace(SMALL, time_padding=time_padding, adaptive_norm=adaptive_norm))
     video = draw(2, 3, 17, height, width)
     latent = tokenizer.encode(video)
     for batch in (slice(0, 2), slice(1, 2)):
@@ -168,129 +138,10 @@ def test_samples_of_a_batch_do_not_meet() -> None:
         torch.testing.assert_close(tokenizer.decode(alone), pixels[i : i + 1], rtol=0, atol=1e-12)
 
 
-# Streams
-
-
-def agree(code: Callable[[Tensor], Tensor], stream: Callable, whole: Tensor, plan: list[int]) -> None:
-    """The chunks of `plan` give the whole, to the rounding of the dtype."""
-    expected = code(whole)
-    parts = list(stream(iter(whole.split(plan, dim=2))))
-    assert len(parts) == len(plan)
-    limit = 64 * torch.finfo(whole.dtype).eps * expected.abs().max().item()
-    torch.testing.assert_close(torch.cat(parts, dim=2), expected, rtol=0, atol=limit)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("plan", [[1, 4, 4, 4], [1, 8, 4], [1, 12], [5, 8], [9, 4], [13]])
-def test_encoding_in_chunks(plan: list[int], dtype: torch.dtype, time_padding: str) -> None:
-    tokenizer = make(replace(SMALL, time_padding=time_padding), dtype)
-    agree(tokenizer.encode, tokenizer.encode_chunks, draw(2, 3, 13, 16, 16, dtype=dtype), plan)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("plan", [[1, 1, 1, 1], [1, 2, 1], [1, 3], [2, 2], [3, 1], [4]])
-def test_decoding_in_chunks(plan: list[int], dtype: torch.dtype, time_padding: str) -> None:
-    tokenizer = make(replace(SMALL, time_padding=time_padding), dtype)
-    agree(tokenizer.decode, tokenizer.decode_chunks, draw(2, 4, 4, 2, 2, dtype=dtype), plan)
-
-
-def test_streams_are_lazy_and_apart() -> None:
-    tokenizer = make()
-    video = draw(1, 3, 9, 16, 16)
-    whole = tokenizer.encode(video)
-    first, second = (tokenizer.encode_chunks(iter(video.split([1, 4, 4], dim=2))) for _ in range(2))
-    pieces = [next(first), next(first), next(second), next(first), next(second), next(second)]
-    for order in ((0, 1, 3), (2, 4, 5)):
-        torch.testing.assert_close(torch.cat([pieces[i] for i in order], 2), whole)
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that PyTorch held at a time of what it allocated during `work`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-@pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_the_memory_of_a_stream_does_not_grow_with_its_length(direction: str) -> None:
-    tokenizer = make()
-    code = getattr(tokenizer, f"{direction}_chunks")
-    shape, length = ((1, 4, 1, 4, 4), 1) if direction == "decode" else ((1, 3, 4, 32, 32), 4)
-
-    def stream(count: int) -> int:
-        chunks = (draw(*shape)[:, :, : 1 if i == 0 else None] for i in range(count))
-        return peak_bytes(lambda: [None for _ in code(chunks)])
-
-    whole = draw(*shape[:2], 1 + 15 * length, *shape[3:])
-    assert stream(16) <= stream(4) < peak_bytes(lambda: getattr(tokenizer, direction)(whole)) / 2
-
-
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        ([2, 4], "first chunk: got 2 frames; expected 1 [+] 4k, the nearest being 1 or 5"),
-        ([1, 3], "chunk 1: got 3 frames; expected a multiple of 4"),
-        ([5, 4, 1], "chunk 2: got 1 frames; expected a multiple of 4"),
-    ],
-)
-def test_bad_chunks(plan: list[int], message: str) -> None:
-    tokenizer = make()
-    with pytest.raises(ValueError, match=message):
-        list(tokenizer.encode_chunks(draw(1, 3, sum(plan), 8, 8).split(plan, dim=2)))
-
-
-def test_chunks_must_be_alike() -> None:
-    tokenizer = make()
-    with pytest.raises(ValueError, match=r"chunk 1: got \(1, 3, 16, 8\) beside its frames; expected \(1, 3, 8, 8\)"):
-        list(tokenizer.encode_chunks([draw(1, 3, 1, 8, 8), draw(1, 3, 4, 16, 8)]))
-    with pytest.raises(ValueError, match=r"chunk 1: got \(1, 4, 2, 2\)"):
-        list(tokenizer.decode_chunks([draw(2, 4, 1, 2, 2), draw(1, 4, 1, 2, 2)]))
-
-
-# Layers
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_norm_is_group_norm_of_each_frame(layout: torch.memory_format) -> None:
-    norm = FrameNormSwish(12, groups=4)
-    x, cotangent = draw(2, 12, 3, 9, 7).contiguous(memory_format=layout), draw(2, 12, 3, 9, 7, seed=1)
-    results = []
-    for dtype, function in ((torch.float32, norm), (torch.float64, None), (torch.float32, None)):
-        inputs = [x.to(dtype), 1 + draw(12, seed=2, dtype=dtype), draw(12, seed=3, dtype=dtype)]
-        inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-        if function is norm:
-            y = torch.func.functional_call(norm, {"weight": inputs[1], "bias": inputs[2]}, (inputs[0],))
-            assert y.is_contiguous(memory_format=layout)
-        else:
-            frames = [F.group_norm(inputs[0][:, :, t], 4, *inputs[1:], norm.eps) for t in range(3)]
-            y = F.silu(torch.stack(frames, dim=2))
-        results.append((y, *torch.autograd.grad(y, inputs, cotangent.to(dtype))))
-    names = ("y", "grad_x", "grad_weight", "grad_bias")
-    for name, actual, truth, yardstick in zip(names, *results, strict=True):
-        k = K_FORWARD if name == "y" else K_BACKWARD
-        compare(name, actual.detach(), truth.detach(), yardstick.detach(), k=k, rows=2 * 3 * 9 * 7)
-
-
-def test_norm_gradcheck() -> None:
-    norm = FrameNormSwish(4, groups=2).double()
-    x = draw(1, 4, 2, 3, 2, dtype=torch.float64).requires_grad_()
-    parameters = {
-        name: draw(4, seed=i, dtype=torch.float64).requires_grad_() for i, name in enumerate(("weight", "bias"))
-    }
-
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
-
-    assert torch.autograd.gradcheck(function, (x, *parameters.values()))
-
-
 def test_compiles_without_graph_breaks() -> None:
-    tokenizer = make(dtype=torch.float64).requires_grad_(True)
+    """Also the adaptive norm off the CPU is this: what is compiled does not go frame by frame."""
+    config = replace(SMALL, multipliers=(1, 1, 1, 1), middle_blocks=0)
+    tokenizer = make(config, torch.float64).requires_grad_(True)
     video = draw(1, 3, 5, 8, 8, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(tokenizer, fullgraph=True, backend="aot_eager")
@@ -302,24 +153,6 @@ def test_compiles_without_graph_breaks() -> None:
         results.append((y.detach(), *(parameter.grad.clone() for parameter in tokenizer.parameters())))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_depth_to_space_puts_each_channel_in_its_place() -> None:
-    x = draw(2, 2 * 3 * 4 * 5, 3, 2, 2)
-    y = depth_to_space(x, (2, 3, 4))
-    assert y.shape == (2, 5, 6, 6, 8)
-    parts = x.unflatten(1, (2, 3, 4, 5))
-    for t, h, w in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
-        assert torch.equal(y[:, :, t::2, h::3, w::4], parts[:, t, h, w])
-
-
-def test_upsampling_drops_what_comes_before_the_first_frame() -> None:
-    layer = Upsample(4, (2, 2, 2), SMALL)
-    x = draw(1, 4, 3, 2, 2).contiguous(memory_format=torch.channels_last_3d)
-    y = layer(x)
-    assert y.shape == (1, 4, 5, 4, 4)
-    assert y.is_contiguous(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(y, depth_to_space(layer.conv(x), (2, 2, 2))[:, :, 1:], rtol=0, atol=0)
 
 
 @native
@@ -435,8 +268,14 @@ def test_integer_videos_and_foreign_latents() -> None:
 
 
 def test_configuration_round_trip() -> None:
-    for config in (SMALL, *(pair[0] for pair in PRESETS.values())):
-        assert TokenizerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    image = replace(SMALL, kind="image", adaptive_norm=False)
+    for config in (SMALL, image, TokenizerLossConfig(r1_every=4), *(pair[0] for pair in PRESETS.values())):
+        assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_only_the_presets_of_full_size_have_adaptive_norms() -> None:
+    adaptive = {name: tokenizer.adaptive_norm for name, (tokenizer, _) in PRESETS.items()}
+    assert adaptive == {"tiny": False, "L": True, "XL": True, "minimal": False}
 
 
 @pytest.mark.parametrize(
@@ -448,9 +287,25 @@ def test_configuration_round_trip() -> None:
         ({"time_padding": "reflect"}, "time_padding: got 'reflect'"),
         ({"space_padding": "wrap"}, "space_padding: got 'wrap'"),
         ({"middle_blocks": -1}, "middle_blocks: got -1"),
+        ({"kind": "audio"}, "kind: got 'audio'; expected video or image"),
+        ({"adaptive_norm": 1}, "adaptive_norm: got 1; expected True or False"),
         ({"colour": 3}, "TokenizerConfig: got 'colour'"),
     ],
 )
 def test_bad_configuration(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenizerConfig.from_dict({**SMALL.to_dict(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adversarial": -0.1}, "adversarial: got -0.1; expected a number of at least 0"),
+        ({"r1": float("nan")}, "r1: got nan"),
+        ({"r1_every": 0}, "r1_every: got 0; expected an int >= 1"),
+        ({"lecam_decay": 1.0}, "lecam_decay: got 1.0; expected a number from 0, below 1"),
+    ],
+)
+def test_bad_loss_weights(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenizerLossConfig(**changes)

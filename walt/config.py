@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["PRESETS", "DiffusionConfig", "TokenizerConfig", "TransformerConfig"]
+__all__ = ["PRESETS", "DiffusionConfig", "TokenizerConfig", "TokenizerLossConfig", "TransformerConfig"]
 
 Self = TypeVar("Self", bound="Config")
 
@@ -21,21 +21,21 @@ TIME_FACTOR = math.prod(factor[0] for factor in TRANSITIONS)
 SPACE_FACTOR = math.prod(factor[1] for factor in TRANSITIONS)
 
 
-def _expect(condition: bool, name: str, value: object, expected: str) -> None:
+def expect(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}: got {value!r}; expected {expected}")
 
 
-def _expect_positive(config: object, *names: str) -> None:
+def expect_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _expect(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, value, "an int >= 1")
+        expect(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, value, "an int >= 1")
 
 
-def _expect_ints(config: object, name: str, length: int) -> None:
+def expect_ints(config: object, name: str, length: int) -> None:
     value = getattr(config, name)
     good = isinstance(value, tuple) and len(value) == length and all(isinstance(n, int) and n >= 1 for n in value)
-    _expect(good, name, value, f"{length} ints >= 1")
+    expect(good, name, value, f"{length} ints >= 1")
 
 
 class Config:
@@ -49,16 +49,19 @@ class Config:
     @classmethod
     def from_dict(cls: type[Self], values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`. Absent fields take their defaults; unknown ones raise ValueError."""
-        _expect(isinstance(values, dict), cls.__name__, values, "a dict of fields")
+        expect(isinstance(values, dict), cls.__name__, values, "a dict of fields")
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
-        _expect(not unknown, cls.__name__, ", ".join(map(str, unknown)), f"only the fields {', '.join(sorted(known))}")
+        expect(not unknown, cls.__name__, ", ".join(map(str, unknown)), f"only the fields {', '.join(sorted(known))}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 @dataclass(frozen=True)
 class TokenizerConfig(Config):
-    """Causal video autoencoder (paper section 3.1, MAGVIT-v2). Stage i is `channels` * `multipliers[i]` wide."""
+    """Causal video autoencoder (paper section 3.1, MAGVIT-v2). Stage i is `channels` * `multipliers[i]` wide.
+
+    `kind` "image" codes each frame alone: no kernel reaches over time, and there are as many latent frames as frames.
+    """
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 2, 4)
@@ -68,40 +71,82 @@ class TokenizerConfig(Config):
     groups: int = 32  # of the per-frame GroupNorm
     time_padding: str = "first_frame"  # the papers leave both padding modes open
     space_padding: str = "zeros"
+    adaptive_norm: bool = True  # decoder norms modulated by the latent; their form is ours
+    kind: str = "video"  # or "image", which `inflate` can turn into a "video" one
 
     def __post_init__(self) -> None:
-        _expect_positive(self, "channels", "blocks", "latent_channels", "groups")
-        _expect_ints(self, "multipliers", len(TRANSITIONS) + 1)
+        expect(self.kind in ("video", "image"), "kind", self.kind, "video or image")
+        expect(isinstance(self.adaptive_norm, bool), "adaptive_norm", self.adaptive_norm, "True or False")
+        expect_positive(self, "channels", "blocks", "latent_channels", "groups")
+        expect_ints(self, "multipliers", len(TRANSITIONS) + 1)
         good = isinstance(self.middle_blocks, int) and self.middle_blocks >= 0
-        _expect(good, "middle_blocks", self.middle_blocks, "an int >= 0")
+        expect(good, "middle_blocks", self.middle_blocks, "an int >= 0")
         widths = [self.channels * multiplier for multiplier in self.multipliers]
         good = all(width % self.groups == 0 for width in widths)
-        _expect(good, "groups", self.groups, f"a divisor of the stage widths {widths}")
+        expect(good, "groups", self.groups, f"a divisor of the stage widths {widths}")
         time_modes, space_modes = ("zeros", "first_frame"), ("zeros", "replicate", "reflect")
-        _expect(self.time_padding in time_modes, "time_padding", self.time_padding, " or ".join(time_modes))
-        _expect(self.space_padding in space_modes, "space_padding", self.space_padding, " or ".join(space_modes))
+        expect(self.time_padding in time_modes, "time_padding", self.time_padding, " or ".join(time_modes))
+        expect(self.space_padding in space_modes, "space_padding", self.space_padding, " or ".join(space_modes))
+
+    @property
+    def transitions(self) -> tuple[tuple[int, int, int], ...]:
+        """Factors in (time, height, width) between the stages; those in time are 1 for images."""
+        return TRANSITIONS if self.kind == "video" else tuple((1, *factor[1:]) for factor in TRANSITIONS)
+
+    @property
+    def time_factor(self) -> int:
+        """Frames per latent frame after the first: 4, for images 1."""
+        return TIME_FACTOR if self.kind == "video" else 1
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Pixels (1 + 4k, H, W) -> latent (channels, 1 + k, H / 8, W / 8); other sizes raise ValueError."""
-        check_frames(frames)
+        """Pixels (1 + 4k, H, W) -> latent (channels, 1 + k, H / 8, W / 8); other sizes raise ValueError.
+
+        For images, any number of frames T -> as many latent frames.
+        """
+        check_frames(frames, time_factor=self.time_factor)
         for name, size in (("height", height), ("width", width)):
             if size < SPACE_FACTOR or size % SPACE_FACTOR:
                 below = size // SPACE_FACTOR * SPACE_FACTOR
                 nearest = f"{below} or {below + SPACE_FACTOR}" if below else f"{SPACE_FACTOR}"
                 raise ValueError(f"{name}: got {size} pixels; expected a multiple of {SPACE_FACTOR}, such as {nearest}")
-        return self.latent_channels, 1 + frames // TIME_FACTOR, height // SPACE_FACTOR, width // SPACE_FACTOR
+        return self.latent_channels, 1 + (frames - 1) // self.time_factor, height // SPACE_FACTOR, width // SPACE_FACTOR
 
     def video_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Latent (1 + k, h, w) -> pixels (3, 1 + 4k, 8 h, 8 w)."""
-        return 3, 1 + (frames - 1) * TIME_FACTOR, height * SPACE_FACTOR, width * SPACE_FACTOR
+        """Latent (1 + k, h, w) -> pixels (3, 1 + 4k, 8 h, 8 w); images keep their number."""
+        return 3, 1 + (frames - 1) * self.time_factor, height * SPACE_FACTOR, width * SPACE_FACTOR
 
 
-def check_frames(frames: int, name: str = "video") -> None:
-    """Raise ValueError unless `frames` is 1 + 4k."""
-    if frames < 1 or (frames - 1) % TIME_FACTOR:
-        below = 1 + (frames - 1) // TIME_FACTOR * TIME_FACTOR
-        nearest = f"{below} or {below + TIME_FACTOR}" if below >= 1 else "1"
-        raise ValueError(f"{name}: got {frames} frames; expected 1 + {TIME_FACTOR}k, the nearest being {nearest}")
+def check_frames(frames: int, name: str = "video", *, time_factor: int = TIME_FACTOR) -> None:
+    """Raise ValueError unless `frames` is 1 + time_factor * k."""
+    if frames < 1 or (frames - 1) % time_factor:
+        below = 1 + (frames - 1) // time_factor * time_factor
+        nearest = f"{below} or {below + time_factor}" if below >= 1 else "1"
+        raise ValueError(f"{name}: got {frames} frames; expected 1 + {time_factor}k, the nearest being {nearest}")
+
+
+@dataclass(frozen=True)
+class TokenizerLossConfig(Config):
+    """Weights of the first stage's losses. MAGVIT-v2's, but for those marked as ours."""
+
+    reconstruction: float = 5.0
+    absolute: float = 0.1  # of the absolute error within the reconstruction loss; ours
+    perceptual: float = 0.1
+    perceptual_frames: int = 8  # drawn from a batch for the perceptual loss, which bounds its cost; ours
+    adversarial: float = 0.1
+    decorrelation: float = 0.02  # ours
+    r1: float = 10.0
+    r1_every: int = 16  # discriminator steps for one with the penalty, which then weighs as many times more; ours
+    lecam: float = 0.001
+    lecam_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruction", "absolute", "perceptual", "adversarial", "decorrelation", "r1", "lecam"):
+            value = getattr(self, name)
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+            expect(good, name, value, "a number of at least 0")
+        expect_positive(self, "perceptual_frames", "r1_every")
+        good = isinstance(self.lecam_decay, (int, float)) and 0 <= self.lecam_decay < 1
+        expect(good, "lecam_decay", self.lecam_decay, "a number from 0, below 1")
 
 
 @dataclass(frozen=True)
@@ -136,28 +181,28 @@ class TransformerConfig(Config):
     time_features: int = 256
 
     def __post_init__(self) -> None:
-        _expect_positive(self, "layers", "width", "heads", "mlp_ratio", "latent_channels", "patch", "adaln_rank")
-        _expect_positive(self, "time_features")
+        expect_positive(self, "layers", "width", "heads", "mlp_ratio", "latent_channels", "patch", "adaln_rank")
+        expect_positive(self, "time_features")
         for name in ("latent_size", "spatial_window", "spacetime_window"):
-            _expect_ints(self, name, 3)
-        _expect(self.width % self.heads == 0, "heads", self.heads, f"a divisor of width={self.width}")
+            expect_ints(self, name, 3)
+        expect(self.width % self.heads == 0, "heads", self.heads, f"a divisor of width={self.width}")
         height, width = self.latent_size[1:]
         good = height % self.patch == 0 and width % self.patch == 0
-        _expect(good, "patch", self.patch, f"a divisor of the latent's {height} rows and {width} columns")
-        _expect(self.spatial_window[0] == 1, "spatial_window", self.spatial_window, "one frame: (1, height, width)")
-        _expect(self.adaln in ("lora", "separate"), "adaln", self.adaln, "lora or separate")
+        expect(good, "patch", self.patch, f"a divisor of the latent's {height} rows and {width} columns")
+        expect(self.spatial_window[0] == 1, "spatial_window", self.spatial_window, "one frame: (1, height, width)")
+        expect(self.adaln in ("lora", "separate"), "adaln", self.adaln, "lora or separate")
         for name in ("classes", "text_width", "text_vocabulary"):
             value = getattr(self, name)
-            _expect(isinstance(value, int) and value >= 0, name, value, "an int >= 0")
-        _expect_positive(self, "text_length")
+            expect(isinstance(value, int) and value >= 0, name, value, "an int >= 0")
+        expect_positive(self, "text_length")
         for name in ("qk_norm", "bias_tables", "self_condition", "frame_condition", "low_resolution"):
-            _expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+            expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         good = self.text_width > 0 or self.text_vocabulary == 0
-        _expect(good, "text_width", self.text_width, "an int >= 1 with a text_vocabulary")
-        _expect(self.cross_attention in ("spatial", "all"), "cross_attention", self.cross_attention, "spatial or all")
+        expect(good, "text_width", self.text_width, "an int >= 1 with a text_vocabulary")
+        expect(self.cross_attention in ("spatial", "all"), "cross_attention", self.cross_attention, "spatial or all")
         good = not self.low_resolution or (height % 2 == 0 and width % 2 == 0)
-        _expect(good, "latent_size", self.latent_size, "an even height and width with low_resolution")
-        _expect(self.time_features % 2 == 0, "time_features", self.time_features, "an even int")
+        expect(good, "latent_size", self.latent_size, "an even height and width with low_resolution")
+        expect(self.time_features % 2 == 0, "time_features", self.time_features, "an even int")
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -254,12 +299,12 @@ class DiffusionConfig(Config):
     low_resolution_noise: float = 0.3  # noise on a low-resolution latent: up to this fraction of the steps
 
     def __post_init__(self) -> None:
-        _expect(isinstance(self.steps, int) and self.steps >= 2, "steps", self.steps, "an int >= 2")
+        expect(isinstance(self.steps, int) and self.steps >= 2, "steps", self.steps, "an int >= 2")
         for name in ("beta_start", "beta_end"):
-            _expect(0 < getattr(self, name) < 1, name, getattr(self, name), "a number between 0 and 1")
+            expect(0 < getattr(self, name) < 1, name, getattr(self, name), "a number between 0 and 1")
         for name in ("self_condition_probability", "drop_probability", "frame_probability", "low_resolution_noise"):
             value = getattr(self, name)
-            _expect(isinstance(value, int | float) and 0 <= value <= 1, name, value, "a number from 0 to 1")
+            expect(isinstance(value, int | float) and 0 <= value <= 1, name, value, "a number from 0 to 1")
 
 
 from walt.presets import PRESETS  # noqa: E402 - it is made of the classes above

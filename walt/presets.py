@@ -9,7 +9,9 @@ from walt.config import TokenizerConfig, TransformerConfig
 __all__ = ["PRESETS"]
 
 # For 17x64x64 clips on two cores.
-_TINY_TOKENIZER = TokenizerConfig(channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2)
+_TINY_TOKENIZER = TokenizerConfig(
+    channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2, adaptive_norm=False
+)
 _TINY = TransformerConfig(
     layers=6,
     width=192,
@@ -50,7 +52,15 @@ PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     "sr-419M": (TokenizerConfig(), replace(_WIDE, latent_size=(5, 64, 112), patch=4)),
     # Learns nothing worth seeing and runs wherever an interpreter does.
     "minimal": (
-        TokenizerConfig(channels=4, multipliers=(1, 1, 1, 1), blocks=1, middle_blocks=0, latent_channels=4, groups=2),
+        TokenizerConfig(
+            channels=4,
+            multipliers=(1, 1, 1, 1),
+            blocks=1,
+            middle_blocks=0,
+            latent_channels=4,
+            groups=2,
+            adaptive_norm=False,
+        ),
         TransformerConfig(
             layers=2,
             width=32,

@@ -5,204 +5,44 @@ convolutions are causal and the norms take their statistics from one frame. Henc
 a long video can be coded chunk by chunk.
 
 Our own choices, where the papers are silent: padding modes, the shapes of the strided kernels, GroupNorm per frame, the
-1x1x1 convolution that makes the latent, and its normalisation by the mean and deviation of each channel. MAGVIT-v2's
-adaptive group norm in the decoder is left out.
+1x1x1 convolution that makes the latent, its normalisation by the mean and deviation of each channel, and the form of
+MAGVIT-v2's adaptive group norm in the decoder (`AdaptiveNorm`).
+
+With `kind="image"` in the configuration no kernel reaches over time and every frame is coded alone:
+[B, 3, T, H, W] <-> [B, c, T, H/8, W/8]. `walt.inflate` makes a video tokenizer of such a one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise, product
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from walt.config import TIME_FACTOR, TRANSITIONS, TokenizerConfig, check_frames
-from walt_kernels import next_history
+from walt.config import TokenizerConfig, check_frames
+from walt.tokenizer_layers import (
+    AdaptiveNorm,
+    Downsample,
+    FrameNormSwish,
+    History,
+    ResidualBlock,
+    Upsample,
+    causal_conv,
+    convolve,
+)
 from walt_kernels.nn import CausalConv3d
 
-__all__ = ["History", "Tokenizer"]
-
-
-class History:
-    """The last input frames of every causal convolution: what the next chunk of a stream has to know of the past."""
-
-    def __init__(self) -> None:
-        self.frames: dict[nn.Module, Tensor] = {}
-
-    def __contains__(self, conv: nn.Module) -> bool:
-        return conv in self.frames
-
-    def convolve(self, conv: CausalConv3d, x: Tensor) -> Tensor:
-        """Run `conv` on the next chunk and remember the chunk's end.
-
-        With stride s in time, a first chunk of 1 + sk frames ends on an output frame, so later chunks of sk frames give
-        their outputs at frames s-1, 2s-1, ...: the s-1 frames before the first of these belong to the past.
-        """
-        past = self.frames.get(conv)
-        skipped = 0 if past is None else conv.stride[0] - 1
-        if skipped:
-            past = next_history(x[:, :, :skipped], past, conv.kernel_size, conv.dilation)
-            x = x[:, :, skipped:]
-        y = conv(x, past)
-        self.frames[conv] = next_history(x, past, conv.kernel_size, conv.dilation, time_padding=conv.time_padding)
-        return y
-
-
-def convolve(conv: CausalConv3d, x: Tensor, history: History | None) -> Tensor:
-    """`conv(x)`, as the next chunk of a stream where there is a history."""
-    return conv(x) if history is None or conv.time_span == 0 else history.convolve(conv, x)
-
-
-class _FrameNormSwish(torch.autograd.Function):
-    """GroupNorm and swish, frame by frame on the CPU.
-
-    One call for all frames would let the number of frames decide how the sums are split over threads and which
-    elements fall into a vector loop's tail: the first frame of a video would differ from an image in the last bits.
-    A frame also stays in the cache between the two, and only x is kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.groups, ctx.eps = groups, eps
-        y = torch.empty_like(x)
-        for b, t in product(range(x.shape[0]), range(x.shape[2])):
-            normed, _, _ = _group_norm(_frame(x, b, t), weight, bias, groups, eps)
-            torch.ops.aten.silu.out(normed, out=y[b : b + 1, :, t])
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for b, t in product(range(x.shape[0]), range(x.shape[2])):
-            frame = _frame(x, b, t)
-            normed, mean, rstd = _group_norm(frame, weight, bias, ctx.groups, ctx.eps)
-            grad_normed = torch.ops.aten.silu_backward(_frame(grad_y, b, t), normed)
-            sizes = (1, frame.shape[1], frame[0, 0].numel())
-            grad_frame, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-                grad_normed, frame, mean, rstd, weight, *sizes, ctx.groups, [True, True, True]
-            )
-            grad_x[b : b + 1, :, t] = grad_frame
-            grad_weight += d_weight
-            grad_bias += d_bias
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-def _frame(x: Tensor, sample: int, time: int) -> Tensor:
-    """Frame [1, C, H, W] in channels_last, without a copy if x is in channels_last_3d.
-
-    The strides are spelled out because those of axes of length 1 are arbitrary, and PyTorch chooses kernels by them.
-    """
-    frame = x[sample : sample + 1, :, time].contiguous(memory_format=torch.channels_last)
-    _, channels, height, width = frame.shape
-    return frame.as_strided(frame.shape, (channels * height * width, 1, channels * width, channels))
-
-
-def _group_norm(frame: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised frame [1, C, H, W], mean and 1/std of each group."""
-    sizes = (1, frame.shape[1], frame[0, 0].numel())
-    return torch.ops.aten.native_group_norm(frame, weight, bias, *sizes, groups, eps)
-
-
-class FrameNormSwish(nn.Module):
-    """swish(GroupNorm(frame)) for each frame of [B, C, T, H, W]: statistics over a group of channels and H, W only."""
-
-    def __init__(self, channels: int, groups: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _FrameNormSwish.apply(x, self.weight, self.bias, self.groups, self.eps)
-        frames = x.transpose(1, 2).flatten(0, 1)
-        y = F.silu(F.group_norm(frames, self.groups, self.weight, self.bias, self.eps))
-        return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1x1 shortcut where the channels change.
-
-    The last convolution is zero at first (our choice): a new block is its shortcut, and a new tokenizer nearly linear.
-    """
-
-    def __init__(self, channels: int, out_channels: int, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.norm1 = FrameNormSwish(channels, config.groups)
-        self.conv1 = _conv(channels, out_channels, 3, config)
-        self.norm2 = FrameNormSwish(out_channels, config.groups)
-        self.conv2 = _conv(out_channels, out_channels, 3, config)
-        for parameter in self.conv2.parameters():
-            nn.init.zeros_(parameter)
-        self.shortcut = _conv(channels, out_channels, 1, config) if channels != out_channels else None
-
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        h = convolve(self.conv1, self.norm1(x), history)
-        h = convolve(self.conv2, self.norm2(h), history)
-        return h + (x if self.shortcut is None else self.shortcut(x))
-
-
-class Downsample(nn.Module):
-    """Strided causal convolution, four taps along each halved axis and one along the others."""
-
-    def __init__(self, channels: int, factor: tuple[int, int, int], config: TokenizerConfig) -> None:
-        super().__init__()
-        kernel = tuple(4 if f == 2 else 1 for f in factor)
-        self.conv = CausalConv3d(
-            channels,
-            channels,
-            kernel,
-            stride=factor,
-            padding=1,
-            time_padding=config.time_padding,
-            space_padding=config.space_padding,
-        )
-
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        return convolve(self.conv, x, history)
-
-
-class Upsample(nn.Module):
-    """Causal convolution and depth-to-space; a video's first frame yields one, the others `factor[0]` each."""
-
-    def __init__(self, channels: int, factor: tuple[int, int, int], config: TokenizerConfig) -> None:
-        super().__init__()
-        self.factor = factor
-        self.conv = _conv(channels, channels * factor[0] * factor[1] * factor[2], 3, config)
-
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        starts = history is None or self.conv not in history
-        y = depth_to_space(convolve(self.conv, x, history), self.factor)
-        dropped = self.factor[0] - 1 if starts else 0
-        return y[:, :, dropped:].contiguous(memory_format=torch.channels_last_3d)
-
-
-def depth_to_space(x: Tensor, factor: tuple[int, int, int]) -> Tensor:
-    """[B, st * sh * sw * C, T, H, W] -> [B, C, st T, sh H, sw W] in channels_last_3d.
-
-    Channels are ordered (st, sh, sw, C), so that in channels_last_3d runs of C numbers move as a whole.
-    """
-    y = x.permute(0, 2, 3, 4, 1).unflatten(4, (*factor, -1))  # B T H W st sh sw C
-    y = y.permute(0, 1, 4, 2, 5, 3, 6, 7)  # B T st H sh W sw C
-    return y.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
-
-
-def _conv(channels: int, out_channels: int, kernel: int, config: TokenizerConfig) -> CausalConv3d:
-    time, space = config.time_padding, config.space_padding
-    return CausalConv3d(channels, out_channels, kernel, time_padding=time, space_padding=space)
+__all__ = ["Tokenizer"]
 
 
 def _blocks(channels: int, out_channels: int, count: int, config: TokenizerConfig) -> list[nn.Module]:
     widths = [channels, *[out_channels] * count]
     return [ResidualBlock(a, b, config) for a, b in pairwise(widths)]
+
+
+def _norms(channels: int, frames: int, config: TokenizerConfig) -> list[nn.Module]:
+    return [AdaptiveNorm(channels, frames, config)] if config.adaptive_norm else []
 
 
 class _Coder(nn.Module):
@@ -213,9 +53,10 @@ class _Coder(nn.Module):
         self.first, self.layers, self.norm, self.last = first, nn.ModuleList(layers), norm, last
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+        latent = x  # in the decoder, which alone has adaptive norms
         x = convolve(self.first, x, history)
         for layer in self.layers:
-            x = layer(x, history)
+            x = layer(x, latent) if isinstance(layer, AdaptiveNorm) else layer(x, history)
         return convolve(self.last, self.norm(x), history)
 
 
@@ -223,21 +64,27 @@ def make_encoder(config: TokenizerConfig) -> nn.Module:
     """Pixels [B, 3, 1+4k, H, W] -> latent [B, c, 1+k, H/8, W/8]."""
     widths = [config.channels * multiplier for multiplier in config.multipliers]
     layers = _blocks(widths[0], widths[0], config.blocks, config)
-    for (before, after), factor in zip(pairwise(widths), TRANSITIONS, strict=True):
+    for (before, after), factor in zip(pairwise(widths), config.transitions, strict=True):
         layers += [Downsample(before, factor, config), *_blocks(before, after, config.blocks, config)]
     layers += _blocks(widths[-1], widths[-1], config.middle_blocks, config)
     norm = FrameNormSwish(widths[-1], config.groups)
-    return _Coder(_conv(3, widths[0], 3, config), layers, norm, _conv(widths[-1], config.latent_channels, 1, config))
+    first, last = causal_conv(3, widths[0], 3, config), causal_conv(widths[-1], config.latent_channels, 1, config)
+    return _Coder(first, layers, norm, last)
 
 
 def make_decoder(config: TokenizerConfig) -> nn.Module:
     """Latent [B, c, 1+k, h, w] -> pixels [B, 3, 1+4k, 8h, 8w]."""
     widths = [config.channels * multiplier for multiplier in config.multipliers][::-1]
-    layers = _blocks(widths[0], widths[0], config.middle_blocks + config.blocks, config)
-    for (before, after), factor in zip(pairwise(widths), TRANSITIONS[::-1], strict=True):
-        layers += [Upsample(before, factor, config), *_blocks(before, after, config.blocks, config)]
+    layers = _norms(widths[0], 1, config)
+    layers += _blocks(widths[0], widths[0], config.middle_blocks + config.blocks, config)
+    frames = 1  # per latent frame
+    for (before, after), factor in zip(pairwise(widths), config.transitions[::-1], strict=True):
+        frames *= factor[0]
+        layers += [Upsample(before, factor, config), *_norms(before, frames, config)]
+        layers += _blocks(before, after, config.blocks, config)
     norm = FrameNormSwish(widths[-1], config.groups)
-    return _Coder(_conv(config.latent_channels, widths[0], 3, config), layers, norm, _conv(widths[-1], 3, 3, config))
+    first, last = causal_conv(config.latent_channels, widths[0], 3, config), causal_conv(widths[-1], 3, 3, config)
+    return _Coder(first, layers, norm, last)
 
 
 def _alike(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -282,13 +129,13 @@ class Tokenizer(nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, 1+4k, H, W] in [-1, 1] -> normalised latent [B, c, 1+k, H/8, W/8]. An image has one frame."""
-        self._check_video(video)
-        check_frames(video.shape[2])
+        self.check_video(video)
+        check_frames(video.shape[2], time_factor=self.config.time_factor)
         return self._encode(video, None)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latent [B, c, 1+k, h, w] -> video [B, 3, 1+4k, 8h, 8w], near [-1, 1] but not clipped to it."""
-        self._check_latent(latent)
+        self.check_latent(latent)
         return self._decode(latent, None)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -298,19 +145,20 @@ class Tokenizer(nn.Module):
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Encode a stream: a first chunk of 1 + 4k frames, then chunks of 4k. The latents join to `encode(whole)`."""
         history = History()
+        factor = self.config.time_factor
         for i, chunk in enumerate(_alike(chunks)):
-            self._check_video(chunk)
+            self.check_video(chunk)
             if i == 0:
-                check_frames(chunk.shape[2], "first chunk")
-            elif chunk.shape[2] == 0 or chunk.shape[2] % TIME_FACTOR:
-                raise ValueError(f"chunk {i}: got {chunk.shape[2]} frames; expected a multiple of {TIME_FACTOR}")
+                check_frames(chunk.shape[2], "first chunk", time_factor=factor)
+            elif chunk.shape[2] == 0 or chunk.shape[2] % factor:
+                raise ValueError(f"chunk {i}: got {chunk.shape[2]} frames; expected a multiple of {factor}")
             yield self._encode(chunk, history)
 
     def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode a stream of any number of latent frames at a time. The videos join to `decode(whole)`."""
         history = History()
         for chunk in _alike(chunks):
-            self._check_latent(chunk)
+            self.check_latent(chunk)
             yield self._decode(chunk, history)
 
     def _encode(self, video: Tensor, history: History | None) -> Tensor:
@@ -324,13 +172,13 @@ class Tokenizer(nn.Module):
     def _per_channel(self, statistic: Tensor) -> Tensor:
         return statistic[:, None, None, None]
 
-    def _check_video(self, video: Tensor) -> None:
+    def check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             expected = "floating point [B, 3, 1+4k, H, W]"
             raise ValueError(f"video: got {video.dtype} {tuple(video.shape)}; expected {expected}")
         self.config.latent_shape(1, *video.shape[3:])
 
-    def _check_latent(self, latent: Tensor) -> None:
+    def check_latent(self, latent: Tensor) -> None:
         good = latent.ndim == 5 and latent.shape[1] == self.config.latent_channels and latent.shape[2] >= 1
         if not good or not latent.is_floating_point():
             expected = f"floating point [B, {self.config.latent_channels}, 1+k, h, w]"

@@ -1,0 +1,248 @@
+"""The losses of the first stage, and a few steps with all of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from small_tokenizer import SMALL, draw, make
+from small_tokenizer import one_thread as one_thread
+from torch import Tensor, nn
+
+from walt.config import TokenizerLossConfig
+from walt.discriminator import Discriminator
+from walt.losses import (
+    LeCam,
+    decorrelation_loss,
+    discriminator_loss,
+    discriminator_losses,
+    generator_loss,
+    output_losses,
+    r1_penalty,
+    reconstruction_loss,
+    tokenizer_losses,
+)
+from walt.perceptual import PerceptualLoss
+from walt.tokenizer import Tokenizer
+
+
+class Mean(nn.Module):
+    """logit = weight * sum of the video + the sum of its squares / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.weight * video.flatten(1).sum(1) + video.flatten(1).square().sum(1) / 2
+
+
+class Colours(nn.Module):
+    """One map of the frames themselves."""
+
+    def forward(self, frames: Tensor) -> list[Tensor]:
+        return [frames]
+
+
+# Terms
+
+
+def test_the_adversarial_losses_are_cross_entropies() -> None:
+    real, fake = draw(6, dtype=torch.float64), draw(6, seed=1, dtype=torch.float64)
+    entropy = nn.functional.binary_cross_entropy_with_logits
+    ones, zeros = torch.ones(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    torch.testing.assert_close(generator_loss(fake), entropy(fake, ones))
+    torch.testing.assert_close(discriminator_loss(real, fake), entropy(real, ones) + entropy(fake, zeros))
+
+
+def test_the_generator_learns_most_where_it_is_found_out() -> None:
+    """Non-saturating: the gradient is -1 for fakes that are surely known, 0 for those that pass."""
+    logits = torch.tensor([-20.0, 0.0, 20.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(3 * generator_loss(logits), logits)
+    torch.testing.assert_close(gradient, torch.tensor([-1.0, -0.5, 0.0]), rtol=0, atol=1e-6)
+
+
+def test_r1_is_half_the_squared_gradient() -> None:
+    """The gradient of Mean is weight + video, so R1 and its slope along the weight are known."""
+    critic, video = Mean(), draw(3, 3, 2, 4, 4, dtype=torch.float64)
+    penalty = r1_penalty(critic, video)
+    expected = (0.5 + video).square().sum() / 3 / 2
+    torch.testing.assert_close(penalty, expected)
+    (slope,) = torch.autograd.grad(penalty, critic.weight)
+    torch.testing.assert_close(slope, (0.5 + video).sum() / 3)
+    assert not video.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(r1_penalty(critic, video), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_r1_reaches_the_discriminator(frames: int) -> None:
+    torch.manual_seed(0)
+    critic = Discriminator(2, (2, 2)).double()
+    video = draw(2, 3, frames, 4, 6, dtype=torch.float64)
+    r1_penalty(critic, video).backward()
+    weight, step = critic.blocks[0].conv1.weight, 1e-6
+    direction = draw(*weight.shape, seed=1, dtype=torch.float64)
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step * direction
+        ends.append(r1_penalty(critic, video).item())
+        with torch.no_grad():
+            weight -= sign * step * direction
+    assert (weight.grad * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4)
+
+
+def test_lecam() -> None:
+    lecam = LeCam(decay=0.9)
+    real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 0.5])
+    assert lecam(real, fake).item() == pytest.approx((1 + 9) / 2 + (1 + 0) / 2)
+    lecam.update(real, fake)
+    assert lecam.anchor_real.item() == pytest.approx(0.2)
+    assert lecam.anchor_fake.item() == pytest.approx(-0.025)
+    expected = ((1 + 0.025) ** 2 + (3 + 0.025) ** 2) / 2 + ((0.2 + 1) ** 2 + 0) / 2
+    assert lecam(real, fake).item() == pytest.approx(expected)
+    other = LeCam(decay=0.9)
+    other.load_state_dict(lecam.state_dict())
+    assert other(real, fake).item() == pytest.approx(expected)
+
+
+def test_lecam_anchors_come_to_the_means() -> None:
+    lecam = LeCam()
+    for _ in range(5000):
+        lecam.update(torch.tensor([1.0, 3.0]), torch.tensor([-4.0]))
+    assert lecam.anchor_real.item() == pytest.approx(2 * (1 - 0.999**5000), rel=1e-3)
+    assert lecam.anchor_fake.item() == pytest.approx(-4 * (1 - 0.999**5000), rel=1e-3)
+
+
+# Sums of them
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_the_tokenizers_loss_is_the_weighted_sum(frames: int) -> None:
+    tokenizer = make(dtype=torch.float64).requires_grad_(True)
+    video = draw(2, 3, frames, 16, 16, dtype=torch.float64)
+    critic = Mean()
+    config = TokenizerLossConfig(2.0, 0.3, 0.7, 99, 0.01, 0.05)
+    loss, logs = tokenizer_losses(tokenizer, video, config, perceptual=PerceptualLoss(Colours()), discriminator=critic)
+    latent = tokenizer.encode(video)
+    output = tokenizer.decode(latent)
+    terms = {
+        "reconstruction": reconstruction_loss(output, video, absolute=0.3),
+        "decorrelation": decorrelation_loss(latent),
+        "perceptual": PerceptualLoss(Colours())(output, video),
+        "adversarial": generator_loss(critic(output)),
+    }
+    assert set(logs) == {"loss", *terms}
+    for name, term in terms.items():
+        torch.testing.assert_close(logs[name], term.detach())
+    weights = {"reconstruction": 2.0, "perceptual": 0.7, "adversarial": 0.01, "decorrelation": 0.05}
+    torch.testing.assert_close(loss, sum(weights[name] * terms[name] for name in terms))
+    assert not any(value.requires_grad or value.ndim for value in logs.values())
+
+
+def test_terms_can_be_left_out() -> None:
+    video = draw(1, 3, 1, 8, 8)
+    _, logs = output_losses(video + 0.1, draw(1, 4, 1, 2, 2), video, TokenizerLossConfig())
+    assert set(logs) == {"loss", "reconstruction", "decorrelation"}
+
+
+def test_the_tokenizers_loss_teaches_the_tokenizer_alone() -> None:
+    torch.manual_seed(0)
+    tokenizer, critic = make().requires_grad_(True), Discriminator(2, (2,))
+    critic.logit.bias.requires_grad_(False)
+    loss, _ = tokenizer_losses(tokenizer, draw(1, 3, 5, 16, 16), TokenizerLossConfig(), discriminator=critic)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in tokenizer.parameters())
+    assert all(parameter.grad is None for parameter in critic.parameters())
+    trained = {name for name, parameter in critic.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in critic.named_parameters()} - {"logit.bias"}  # as it was before
+
+
+def test_the_perceptual_frames_follow_the_generator() -> None:
+    video = draw(2, 3, 9, 8, 8)
+    config = TokenizerLossConfig(perceptual_frames=2)
+
+    def distance(seed: int) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        output = video + 0.1 * draw(2, 3, 9, 8, 8, seed=9)
+        options = {"perceptual": PerceptualLoss(Colours()), "generator": generator}
+        return output_losses(output, draw(1, 4, 1, 2, 2), video, config, **options)[1]["perceptual"].item()
+
+    assert distance(0) == distance(0)
+    assert len({distance(seed) for seed in range(6)}) > 1
+
+
+@pytest.mark.parametrize("penalise", [False, True])
+def test_the_discriminators_loss_is_the_weighted_sum(penalise: bool) -> None:
+    critic, lecam, before = Mean(), LeCam(0.9).double(), LeCam(0.9).double()
+    real, fake = (0.1 * draw(2, 3, 2, 4, 4, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    fake.requires_grad_()
+    config = TokenizerLossConfig(r1=3.0, r1_every=5, lecam=0.25)
+    loss, logs = discriminator_losses(critic, lecam, real, fake, config, penalise=penalise)
+    real_logits, fake_logits = critic(real), critic(fake)
+    expected = discriminator_loss(real_logits, fake_logits) + 0.25 * before(real_logits, fake_logits)
+    if penalise:
+        expected = expected + 15 * r1_penalty(critic, real)
+    torch.testing.assert_close(loss, expected)
+    assert set(logs) == {"discriminator_loss", "real_logit", "fake_logit", "lecam"} | ({"r1"} if penalise else set())
+    assert not any(value.requires_grad or value.ndim for value in logs.values())
+    assert lecam.anchor_real.item() == pytest.approx(0.1 * real_logits.mean().item())
+    loss.backward()
+    assert critic.weight.grad is not None
+    assert fake.grad is None
+
+
+def test_half_precision_is_summed_in_full() -> None:
+    torch.manual_seed(0)
+    tokenizer, critic, video = make().requires_grad_(True), Discriminator(2, (2,)), draw(1, 3, 5, 16, 16)
+    options = {"perceptual": PerceptualLoss(Colours()), "discriminator": critic}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logs = tokenizer_losses(tokenizer, video, TokenizerLossConfig(), **options)
+        critic_loss, critic_logs = discriminator_losses(
+            critic, LeCam(), video, tokenizer(video), TokenizerLossConfig(), penalise=True
+        )
+    assert {value.dtype for value in (*logs.values(), *critic_logs.values())} == {torch.float32}
+    (loss + critic_loss).backward()
+    expected, _ = tokenizer_losses(tokenizer, video, TokenizerLossConfig(), **options)
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
+
+
+# Training
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_a_few_steps_of_both(frames: int) -> None:
+    """The reconstruction falls while the discriminator learns to tell fixed reals from fixed fakes."""
+    torch.manual_seed(0)
+    config = TokenizerLossConfig(r1=0.1, r1_every=4)
+    small = replace(SMALL, multipliers=(1, 1, 1, 1), middle_blocks=0)
+    tokenizer, critic, lecam = Tokenizer(small), Discriminator(4, (2, 2)), LeCam()
+    adam = {"lr": 3e-3, "betas": (0.0, 0.99)}
+    tokenizer_optimizer = torch.optim.Adam(tokenizer.parameters(), **adam)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), **adam)
+    column = torch.linspace(-1, 1, 16)
+    bars = torch.stack([torch.sin(4 * column + 0.5 * t) for t in range(frames)])
+    video = (0.8 * bars[None, None, :, None, :]).expand(4, 3, -1, 16, -1).contiguous()
+    video = video * torch.tensor([1.0, -1.0, 0.6, -0.6])[:, None, None, None, None]
+    fake = 0.5 * draw(4, 3, frames, 16, 16)
+    history = []
+    for step in range(30):
+        loss, logs = tokenizer_losses(tokenizer, video, config, discriminator=critic)
+        tokenizer_optimizer.zero_grad()
+        loss.backward()
+        tokenizer_optimizer.step()
+        penalise = step % config.r1_every == 0
+        loss, critic_logs = discriminator_losses(critic, lecam, video, fake, config, penalise=penalise)
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        history.append({**logs, **critic_logs})
+        assert all(math.isfinite(value) for value in history[-1].values())
+    assert history[-1]["reconstruction"] < 0.5 * history[0]["reconstruction"]
+    margins = [row["real_logit"] - row["fake_logit"] for row in history]
+    assert margins[-1] > max(margins[0] + 1, 1)
+    with torch.no_grad():
+        assert critic(video).min() > critic(fake).max()
