@@ -131,7 +131,7 @@ class TokenizerLossConfig(Config):
     reconstruction: float = 5.0
     absolute: float = 0.1  # of the absolute error within the reconstruction loss; ours
     perceptual: float = 0.1
-    perceptual_frames: int = 8  # drawn from a batch for the perceptual loss, which bounds its cost; ours
+    perceptual_frames: int = 2  # drawn from each video for the perceptual loss, which bounds its cost; ours
     adversarial: float = 0.1
     decorrelation: float = 0.02  # ours
     r1: float = 10.0

@@ -25,6 +25,8 @@ class Diffusion:
     W.A.L.T paper has sqrt(gamma) before x0; with it x0 could not be recovered where gamma = 0.)
     """
 
+    DRAWS = ("time", "noise", "chosen", "dropped", "known", "low_time", "low_noise")  # what `draw` returns
+
     def __init__(self, config: DiffusionConfig | None = None) -> None:
         self.config = config if config is not None else DiffusionConfig()
         self.gamma = noise_schedule(self.config)  # float64 [steps], on the CPU

@@ -103,10 +103,10 @@ class LeCam(nn.Module):
         return F.relu(real).square().mean() + F.relu(fake).square().mean()
 
     @torch.no_grad()
-    def update(self, real_logits: Tensor, fake_logits: Tensor) -> None:
-        """anchor = decay * anchor + (1 - decay) * mean of its side's logits."""
-        for anchor, logits in ((self.anchor_real, real_logits), (self.anchor_fake, fake_logits)):
-            anchor.lerp_(logits.mean().to(anchor), 1 - self.decay)
+    def update(self, real_logit: Tensor | float, fake_logit: Tensor | float) -> None:
+        """anchor = decay * anchor + (1 - decay) * mean logit of its side."""
+        for anchor, logit in ((self.anchor_real, real_logit), (self.anchor_fake, fake_logit)):
+            anchor.lerp_(torch.as_tensor(logit).to(anchor), 1 - self.decay)
 
 
 def tokenizer_losses(
@@ -116,13 +116,13 @@ def tokenizer_losses(
     *,
     perceptual: PerceptualLoss | None = None,
     discriminator: nn.Module | None = None,
-    generator: torch.Generator | None = None,
+    frames: Tensor | None = None,
 ) -> Losses:
     """The tokenizer's loss on real videos, see `output_losses`."""
     latent = tokenizer.encode(video)
     output = tokenizer.decode(latent)
     return output_losses(
-        output, latent, video, config, perceptual=perceptual, discriminator=discriminator, generator=generator
+        output, latent, video, config, perceptual=perceptual, discriminator=discriminator, frames=frames
     )
 
 
@@ -134,13 +134,13 @@ def output_losses(
     *,
     perceptual: PerceptualLoss | None = None,
     discriminator: nn.Module | None = None,
-    generator: torch.Generator | None = None,
+    frames: Tensor | None = None,
 ) -> Losses:
     """Weighted sum of the losses of `output = decode(latent)`, `latent = encode(target)`, and its terms for a log.
 
     For training steps that go on to use `output`, as the discriminator's next fake. `perceptual` and `discriminator`
-    may be left out and their terms with them. `generator` draws the frames of the perceptual loss. The log has "loss"
-    and the unweighted terms, detached and on their device. No gradient reaches the discriminator's parameters, so pass
+    may be left out and their terms with them. `frames` int64 [B, n] are those that the perceptual loss looks at (None:
+    all). The log has the unweighted terms, detached and on their device. No gradient reaches the discriminator's parameters, so pass
     the module itself and not its DistributedDataParallel wrapper, which would wait for them.
     """
     output, latent = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (output, latent))
@@ -149,13 +149,13 @@ def output_losses(
         "decorrelation": (config.decorrelation, decorrelation_loss(latent)),
     }
     if perceptual is not None:
-        distance = perceptual(output, target, frames=config.perceptual_frames, generator=generator)
+        distance = perceptual(output, target, frames=frames)
         terms["perceptual"] = (config.perceptual, distance)
     if discriminator is not None:
         with frozen(discriminator):
             terms["adversarial"] = (config.adversarial, generator_loss(discriminator(output)))
     loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
-    return loss, {"loss": loss.detach(), **{name: term.detach() for name, (_, term) in terms.items()}}
+    return loss, {name: term.detach() for name, (_, term) in terms.items()}
 
 
 def discriminator_losses(
@@ -167,21 +167,21 @@ def discriminator_losses(
     *,
     penalise: bool,
 ) -> Losses:
-    """The discriminator's loss on real and reconstructed videos; moves the anchors of `lecam`.
+    """The discriminator's loss on real and reconstructed videos.
+
+    The anchors of `lecam` are for the caller to move, by the logged logits: after the step, and with the means over all
+    processes.
 
     With `penalise`, R1 is added at `r1_every` times its weight: ask for it in one step of `r1_every` (lazy
-    regularisation). The log has "discriminator_loss" (weighted, all of it), "real_logit", "fake_logit", "lecam" and,
-    where asked for, "r1", detached and on their device.
+    regularisation). The log has "real_logit", "fake_logit", "lecam" and, where asked for, "r1", detached and on their device.
     """
     real_logits, fake_logits = discriminator(real), discriminator(fake.detach())
     anchored = lecam(real_logits, fake_logits)
-    lecam.update(real_logits, fake_logits)
     loss = discriminator_loss(real_logits, fake_logits) + config.lecam * anchored
     logs = {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean(), "lecam": anchored}
     if penalise:
         logs["r1"] = r1_penalty(discriminator, real)
         loss = loss + config.r1 * config.r1_every * logs["r1"]
-    logs["discriminator_loss"] = loss
     return loss, {name: value.detach() for name, value in logs.items()}
 
 

@@ -30,32 +30,30 @@ class PerceptualLoss(nn.Module):
         self.training = mode
         return self
 
-    def forward(
-        self,
-        output: Tensor,
-        target: Tensor,
-        *,
-        frames: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def forward(self, output: Tensor, target: Tensor, *, frames: Tensor | None = None) -> Tensor:
         """The mean distance of the frames of videos [B, 3, T, H, W] in [-1, 1]; a scalar, 0 for equal videos.
 
-        With `frames`, of so many frames of the batch, drawn without repetition with the CPU `generator`.
+        frames: int64 [B, n], the numbers of those frames of each video that are looked at, to bound the cost.
         """
         if output.shape != target.shape or output.ndim != 5 or output.shape[1] != 3:
             shapes = f"{list(output.shape)} and {list(target.shape)}"
             raise ValueError(f"output and target: got shapes {shapes}; expected one shape [B, 3, T, H, W]")
-        output, target = (video.transpose(1, 2).flatten(0, 1) for video in (output, target))
-        if frames is not None and frames < 1:
-            raise ValueError(f"frames: got {frames}; expected an int >= 1 or None")
-        if frames is not None and frames < len(output):
-            chosen = torch.randperm(len(output), generator=generator)[:frames].to(output.device)
-            output, target = output[chosen], target[chosen]
+        if frames is not None and (frames.dtype != torch.int64 or frames.ndim != 2 or len(frames) != len(output)):
+            got = f"{frames.dtype} {list(frames.shape)}"
+            raise ValueError(f"frames: got {got}; expected torch.int64 [{len(output)}, n]")
+        output, target = (self._chosen(video.transpose(1, 2), frames) for video in (output, target))
         with torch.no_grad():
             expected = _unit_maps(self.network(target))
         found = _unit_maps(self.network(output))
         distances = [(a - b).square().sum(1).mean() for a, b in zip(found, expected, strict=True)]
         return torch.stack(distances).sum()
+
+    @staticmethod
+    def _chosen(video: Tensor, frames: Tensor | None) -> Tensor:
+        """[B, T, ...] -> [B * n, ...]."""
+        if frames is not None:
+            video = video[torch.arange(len(video), device=video.device)[:, None], frames.to(video.device)]
+        return video.flatten(0, 1)
 
 
 def _unit_maps(maps: Sequence[Tensor]) -> list[Tensor]:
