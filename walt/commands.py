@@ -1,157 +1,282 @@
-"""What the commands do beside the demo: train on a folder, sample, evaluate, describe a configuration."""
+"""What the commands do, beside `walt demo` (`walt.demo`) and the inner workings of training (`walt.runs`)."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from walt.config import PRESETS, TokenizerConfig, TransformerConfig
-from walt.data import centre_square, folder_clips, shrink
+from walt.cache import Cache
+from walt.checkpoint import read_tensors, write_tensors
+from walt.config import SPACE_FACTOR, TIME_FACTOR
+from walt.data import cover, to_model, to_pixels, write_demo_folder
+from walt.distributed import process_group
+from walt.doctor import doctor as diagnose
 from walt.errors import WaltError, user_values
-from walt.evaluate import psnr
-from walt.pipeline import ClipShape, WaltPipeline, load_tokenizer
-from walt.stages import decode, encode, fitted, new_transformer, prepare_latents
-from walt.stages import train_tokenizer as run_tokenizer
-from walt.stages import train_transformer as run_transformer
-from walt.tokenizer import Tokenizer
-from walt.training import Trainer, TrainingConfig
-from walt.transformer import Transformer
-from walt.video import read_video, tile, write_png, write_video
+from walt.evaluate import METRICS as METRIC_NAMES
+from walt.evaluate import VideoFeatures
+from walt.evaluate import evaluate as compare
+from walt.files import replacing, write_json
+from walt.info import describe, table
+from walt.pipeline import WaltPipeline, load_tokenizer
+from walt.prepare import prepare as prepare_folder
+from walt.runs import Run, captions_of, open_data
+from walt.runs import train as train_stage
+from walt.settings import load_settings
+from walt.tiling import decode_tiled, encode_tiled
+from walt.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    iterate_video,
+    read_image,
+    read_video,
+    tile,
+    write_png,
+    write_video,
+)
 
-FPS = 12
-
-
-def preset(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
-    if name not in PRESETS:
-        raise WaltError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def train_tokenizer(arguments: argparse.Namespace) -> None:
-    config, _ = preset(arguments.preset)
-    _, data = _settings(arguments, config)
-    train, test = folder_clips(arguments.data, frames=arguments.frames, size=arguments.size)
-    tokenizer, trainer = run_tokenizer(
-        train,
-        config,
-        _training(arguments),
-        arguments.out / "tokenizer",
-        batch=arguments.batch,
-        frames=arguments.frames,
-        data=data,
-    )
-    _report(trainer)
-    if len(test):
-        print(_psnr_line(tokenizer, test.video))
+METRICS = tuple(METRIC_NAMES)
+OVERLAP = 5  # frames that `walt extend` goes on from
+TILE = (1 << 16, 1 << 16)  # the whole frame
 
 
-def train_base(arguments: argparse.Namespace) -> None:
-    clip, data = _settings(arguments, preset(arguments.preset)[0])
-    tokenizer = load_tokenizer(arguments.out / "tokenizer")
-    train, _ = folder_clips(arguments.data, frames=arguments.frames, size=arguments.size, held_out=0)
-    config = fitted(tokenizer.config, preset(arguments.preset)[1], arguments.frames, arguments.size, len(train.classes))
-    transformer, diffusion = new_transformer(config, arguments.seed)
-    _, trainer = run_transformer(
-        transformer,
-        diffusion,
-        prepare_latents(tokenizer, train),
-        _training(arguments),
-        arguments.out / "transformer",
-        batch=arguments.batch,
-        images=arguments.batch // 4,
-        clip=clip,
-        classes=train.classes,
-        data=data,
-    )
-    _report(trainer)
-
-
-def _settings(arguments: argparse.Namespace, config: TokenizerConfig) -> tuple[ClipShape, dict[str, object]]:
+def demo_data(arguments: argparse.Namespace) -> None:
+    a = arguments
     with user_values("--frames, --size"):
-        config.latent_shape(arguments.frames, arguments.size, arguments.size)
-    data = {"folder": str(arguments.data), "frames": arguments.frames, "size": arguments.size, "batch": arguments.batch}
-    return ClipShape(arguments.frames, arguments.size, arguments.size, FPS), data
+        write_demo_folder(a.out, clips_per_class=a.num, frames=a.frames, size=a.size, seed=a.seed)
+    print(f"{a.out}: {len(list(a.out.glob('*/*.mp4')))} clips in {len(list(a.out.glob('*/')))} classes, captions.jsonl")
 
 
-def _training(arguments: argparse.Namespace) -> TrainingConfig:
-    return TrainingConfig(arguments.steps, lr=arguments.lr, seed=arguments.seed)
+def prepare(arguments: argparse.Namespace) -> None:
+    height, width = arguments.size
+    cache = prepare_folder(
+        arguments.data,
+        arguments.out,
+        height=height,
+        width=width,
+        captions=captions_of(arguments.data, arguments.captions),
+        shots=not arguments.no_shots,
+    )
+    print(f"{arguments.out}: {_contents(cache)}")
 
 
-def _report(trainer: Trainer[Any]) -> None:
-    print(f"{trainer.folder}: {trainer.step} steps in {trainer.elapsed:.0f} s; losses in {trainer.log_path}")
+def _contents(cache: Cache) -> str:
+    videos = [item for item in cache.items if item.kind == "video"]
+    shots = sum(len(item.shots) for item in videos)
+    frames = sum(item.frames for item in cache.items)
+    return (
+        f"{len(videos)} videos with {shots} shots and {len(cache.items) - len(videos)} images, {frames} frames,"
+        f" {len(cache.classes)} classes, {sum(map(bool, cache.caption))} captions"
+    )
+
+
+def train(arguments: argparse.Namespace) -> None:
+    a = arguments
+    stage = f"sr{a.level}" if a.stage == "sr" else a.stage
+    short = {"training.steps": a.steps, "training.lr": a.lr, "training.seed": a.seed}
+    short |= {"data.batch": a.batch, "data.frames": a.frames}
+    if a.size is not None:
+        short |= {"data.height": a.size[0], "data.width": a.size[1]}
+    overrides = [f"{name}={value}" for name, value in short.items() if value is not None]
+    settings = load_settings(stage, preset=a.preset, file=a.config, overrides=[*overrides, *a.overrides])
+    with process_group() as device:
+        cache = open_data(a.data, a.out, settings, a.captions)
+        print(f"data: {_contents(cache)}")
+        trainer = train_stage(Run(stage, settings, cache, a.out, device, a.new_settings))
+        print(f"{trainer.folder}: {trainer.step} steps in {trainer.elapsed:.0f} s; losses in {trainer.log_path}")
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    out: Path = arguments.out or Path("samples.png" if arguments.images else "samples.mp4")
-    allowed = (".png",) if arguments.images else (".mp4", ".gif")
+    a = arguments
+    out: Path = a.out or Path("samples.png" if a.images else "samples.mp4")
+    _check_suffix(out, (".png",) if a.images else (".mp4", ".gif"))
+    pipeline = _pipeline(a)
+    frames = None
+    if a.first_frames is not None:
+        frames = _first_frames(a.first_frames, a.given, pipeline.clip.height, pipeline.clip.width)
+    label: Any = a.label
+    num = a.num or 1
+    if a.label is None and a.text is None and pipeline.classes:
+        num = a.num or len(pipeline.classes)
+        label = [i % len(pipeline.classes) for i in range(num)]
+    made = pipeline.generate(label, num, text=a.text, frames=frames, images=a.images, **_sampling(a))
+    if a.images:
+        write_png(out, tile(made[:, None], columns=min(8, num))[0])
+    else:
+        write_video(out, tile(made, columns=min(4, num)) if num > 1 else made[0], pipeline.clip.fps)
+    what = a.text or a.label or (", ".join(pipeline.classes[:num]) if pipeline.classes else "no class")
+    print(f"{out}: {num} {'pictures' if a.images else 'clips'} of {what}")
+
+
+def extend(arguments: argparse.Namespace) -> None:
+    out = arguments.out or Path("extended.mp4")
+    _check_suffix(out, (".mp4", ".gif"))
+    pipeline, video = _pipeline(arguments), read_video(arguments.video)
+    missing = arguments.frames - len(video)
+    if missing <= 0:
+        raise WaltError(f"--frames {arguments.frames}: {arguments.video} has {len(video)} already")
+    chunks = -(-missing // (pipeline.clip.frames - OVERLAP))
+    longer = pipeline.extend(video, chunks, label=arguments.label, text=arguments.text, **_sampling(arguments))
+    write_video(out, longer, pipeline.clip.fps)
+    print(f"{out}: {len(video)} -> {len(longer)} frames")
+
+
+def upscale(arguments: argparse.Namespace) -> None:
+    out = arguments.out or Path("upscaled.mp4")
+    _check_suffix(out, (".mp4", ".gif"))
+    pipeline, video = _pipeline(arguments), read_video(arguments.video)
+    larger = pipeline.upscale(
+        video, stages=arguments.stages, label=arguments.label, text=arguments.text, **_sampling(arguments)
+    )
+    write_video(out, larger, pipeline.clip.fps)
+    print(f"{out}: {video.shape[2]}x{video.shape[1]} -> {larger.shape[2]}x{larger.shape[1]} pixels")
+
+
+def _pipeline(arguments: argparse.Namespace) -> WaltPipeline:
+    return WaltPipeline.from_pretrained(arguments.source).to(_device(arguments))
+
+
+def _device(arguments: argparse.Namespace) -> torch.device:
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with user_values("--device"):
+        try:
+            return torch.empty(0, device=name).device
+        except RuntimeError as error:
+            raise WaltError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("steps", "seed", "guidance", "guidance_power", "batch")}
+
+
+def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:
+    """The first frames of a video, or a picture, as large as the model's: [count, height, width, 3]."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        frames = read_image(path)[None]
+        if count > 1:
+            raise WaltError(f"--given {count}: {path} is a single picture")
+    else:
+        frames = read_video(path, frames=count)
+    return _fit(frames, height, width)
+
+
+def _fit(video: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Shrunk or enlarged to cover height x width, and the middle of that: [T, height, width, 3]."""
+    frames = np.stack([cover(frame, height, width) for frame in video])
+    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+    return frames[:, top : top + height, left : left + width]
+
+
+def _check_suffix(out: Path, allowed: tuple[str, ...]) -> None:
     if out.suffix.lower() not in allowed:
         raise WaltError(f"cannot write {out}: the name must end in {' or '.join(allowed)}")
-    pipeline = WaltPipeline.from_pretrained(arguments.source)
-    if arguments.label is None and pipeline.classes:
-        labels = [i % len(pipeline.classes) for i in range(arguments.num or len(pipeline.classes))]
+
+
+def encode(arguments: argparse.Namespace) -> None:
+    _check_suffix(arguments.out, (".safetensors",))
+    tokenizer = load_tokenizer(Path(arguments.source) / "tokenizer").to(_device(arguments))
+    if arguments.video.suffix.lower() in IMAGE_SUFFIXES:
+        video = read_image(arguments.video)[None]
     else:
-        number = pipeline.label(arguments.label)
-        labels = [] if number is None else [number] * (arguments.num or 1)
-    made = pipeline.generate(
-        labels or None,
-        len(labels) or arguments.num or 1,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        images=arguments.images,
-    )
-    if arguments.images:
-        write_png(out, tile(made[:, None], columns=min(8, len(made)))[0])
-    else:
-        write_video(out, tile(made, columns=min(4, len(made))), pipeline.clip.fps)
-    names = ", ".join(dict.fromkeys(pipeline.classes[i] for i in labels)) or "no class"
-    print(f"{out}: {len(made)} {'pictures' if arguments.images else 'clips'} of {names}")
+        video = read_video(arguments.video)
+    frames = 1 + (len(video) - 1) // TIME_FACTOR * TIME_FACTOR
+    height, width = (side // SPACE_FACTOR * SPACE_FACTOR for side in video.shape[1:3])
+    if min(height, width) < SPACE_FACTOR:
+        raise WaltError(f"{arguments.video}: {video.shape[1]}x{video.shape[2]} pixels; expected at least 8x8")
+    pixels = to_model(video[None, :frames, :height, :width]).to(tokenizer.latent_mean)
+    with user_values("--tile"):
+        latent = encode_tiled(tokenizer, pixels, **_tiles(arguments))
+    with replacing(arguments.out) as temporary:
+        write_tensors(temporary, {"latent": latent.cpu()})
+    cut = "" if frames == len(video) else f" (of {len(video)}: a clip has 1 + 4k)"
+    print(f"{arguments.out}: {frames} frames{cut} of {height}x{width} -> latent {list(latent.shape)}")
+
+
+def decode(arguments: argparse.Namespace) -> None:
+    _check_suffix(arguments.out, (".mp4", ".gif"))
+    tokenizer = load_tokenizer(Path(arguments.source) / "tokenizer").to(_device(arguments))
+    latent = read_tensors(arguments.latents).get("latent")
+    if latent is None:
+        raise WaltError(f"{arguments.latents} holds no tensor named latent; expected what walt encode writes")
+    with user_values(str(arguments.latents)):
+        video = decode_tiled(tokenizer, latent.to(tokenizer.latent_mean), **_tiles(arguments))
+    write_video(arguments.out, to_pixels(video.cpu())[0])
+    print(f"{arguments.out}: {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]}")
+
+
+def _tiles(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.tile is None:
+        return {"tile": TILE, "overlap": 0}
+    return {"tile": arguments.tile, "overlap": min(arguments.tile) // 4 // SPACE_FACTOR * SPACE_FACTOR}
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(arguments.source / "tokenizer")
+    """Reconstructions of the real clips for PSNR and SSIM, samples of their classes for the other metrics."""
+    paired = [name for name in arguments.metrics if name in ("psnr", "ssim")]
+    others = [name for name in arguments.metrics if name not in paired]
+    pipeline = _pipeline(arguments) if others else None
+    tokenizer = pipeline.tokenizer if pipeline else load_tokenizer(Path(arguments.source) / "tokenizer")
+    tokenizer = tokenizer.to(_device(arguments))
+    frames = arguments.frames or (pipeline.clip.frames if pipeline else 17)
+    size = arguments.size or ((pipeline.clip.height, pipeline.clip.width) if pipeline else (64, 64))
     with user_values("--frames, --size"):
-        tokenizer.config.latent_shape(arguments.frames, arguments.size, arguments.size)
-    video = read_video(arguments.video, frames=arguments.frames)
-    print(_psnr_line(tokenizer, shrink(centre_square(video), arguments.size, arguments.size)[None]))
+        tokenizer.config.latent_shape(frames, *size)
+    real, labels, texts = _real_clips(arguments, frames, size)
+    results = {}
+    with user_values("evaluate"):
+        if paired:
+            results["reconstructions"] = compare(real, np.concatenate(list(_reconstructions(tokenizer, real))), paired)
+        if pipeline is not None:
+            options = {name: getattr(arguments, name) for name in ("steps", "seed", "guidance")}
+            label = [label for label in labels if label in pipeline.classes] or None
+            text = texts if pipeline.text is not None else None
+            made = pipeline.generate(label, len(real), text=text, **options)
+            video = VideoFeatures(arguments.weights) if {"fvd", "inception_score"} & set(others) else None
+            results["samples"] = compare(real, made, others, video=video)
+    for name, result in results.items():
+        print(f"{name}: {result}")
+    if arguments.json is not None:
+        write_json(arguments.json, {name: asdict(result) for name, result in results.items()})
 
 
-def _psnr_line(tokenizer: Tokenizer, video: np.ndarray) -> str:
-    decibel = psnr(decode(tokenizer, encode(tokenizer, video)), video)
-    return f"reconstruction PSNR {decibel.mean():.2f} dB over {len(video)} clips of {video.shape[1]} frames"
+def _real_clips(
+    arguments: argparse.Namespace, frames: int, size: tuple[int, int]
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Clips spread over the data, with their classes and captions."""
+    if arguments.data.is_file():
+        if arguments.data.suffix.lower() not in VIDEO_SUFFIXES:
+            raise WaltError(f"{arguments.data} is not a video; expected one of {', '.join(VIDEO_SUFFIXES)}")
+        film = np.stack([_fit(frame[None], *size)[0] for frame in iterate_video(arguments.data)])
+        starts = range(0, len(film) - frames + 1, frames)
+        if not starts:
+            raise WaltError(f"{arguments.data} has {len(film)} frames; clips of {frames} are wanted")
+        return np.stack([film[start : start + frames] for start in starts][: arguments.num]), [], []
+    settings = load_settings("base", overrides=[f"data.height={size[0]}", f"data.width={size[1]}"])
+    cache = open_data(arguments.data, Path(arguments.source) / "evaluation", settings)
+    rows = cache.windows(frames, hop=frames)
+    if not len(rows):
+        raise WaltError(f"{arguments.data} holds no clip of {frames} frames")
+    rows = rows[np.linspace(0, len(rows) - 1, min(arguments.num, len(rows))).astype(int)]
+    items = [cache.items[index] for index, _ in rows]
+    return cache.read(rows, frames, crop=size), [i.label or "" for i in items], [i.caption or "" for i in items]
+
+
+@torch.inference_mode()
+def _reconstructions(tokenizer: Any, real: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(real), 8):
+        video = to_model(real[start : start + 8]).to(tokenizer.latent_mean)
+        yield to_pixels(tokenizer.decode(tokenizer.encode(video)).cpu())
 
 
 def info(arguments: argparse.Namespace) -> None:
-    names = list(PRESETS) if arguments.all else [arguments.name]
-    print("\n\n".join(describe(name) for name in names))
+    print(table(arguments.batch) if arguments.all else describe(arguments.name, arguments.batch))
 
 
-def describe(name: str) -> str:
-    """Shapes, parameters and FLOPs of a preset; the networks are built without memory (meta device)."""
-    coder, denoiser = preset(name)
-    with torch.device("meta"):
-        tokenizer, transformer = Tokenizer(coder), Transformer(denoiser)
-    _, frames, height, width = coder.video_shape(*denoiser.latent_size)
-    flops = sum(denoiser.flops().values())
-    lines = [
-        name,
-        f"  video            {frames} x {height} x {width} (frames x height x width), RGB",
-        f"  latent           {' x '.join(map(str, denoiser.latent_size))}, {denoiser.latent_channels} channels",
-        f"  tokens           {denoiser.tokens} = {' x '.join(map(str, denoiser.grid))}, patch {denoiser.patch}",
-        f"  windows          {' x '.join(map(str, denoiser.spatial_window))} and"
-        f" {' x '.join(map(str, denoiser.spacetime_window))}, in turn",
-        f"  tokenizer        {_millions(tokenizer)} parameters: encoder {_millions(tokenizer.encoder)},"
-        f" decoder {_millions(tokenizer.decoder)}",
-        f"  transformer      {_millions(transformer)} parameters: {denoiser.layers} layers, width {denoiser.width},"
-        f" {denoiser.heads} heads, {denoiser.classes} classes",
-        f"  FLOPs a sample   {flops / 1e9:.1f} G for a pass of the transformer, {flops * 50 / 1e12:.2f} T for 50 steps",
-        *(f"    {part:<22} {value / 1e9:9.2f} G" for part, value in denoiser.flops().items()),
-    ]
-    return "\n".join(lines)
-
-
-def _millions(model: torch.nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M"
+def doctor(arguments: argparse.Namespace) -> None:
+    for line in diagnose(arguments.out):
+        print(line)

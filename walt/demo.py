@@ -65,7 +65,9 @@ class Demo:
         self.times: dict[str, float] = {}
         self.tokenizer_config, transformer = PRESETS[config.preset]
         classes = len(config.scenarios) + 1
-        self.transformer_config = fitted(self.tokenizer_config, transformer, config.frames, config.size, classes)
+        self.transformer_config = fitted(
+            self.tokenizer_config, transformer, (config.frames, config.size, config.size), classes
+        )
         self.clip = ClipShape(config.frames, config.size, config.size, FPS)
 
     def run(self) -> dict[str, Any]:

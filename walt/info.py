@@ -1,0 +1,120 @@
+"""`walt info`: shapes, parameters, FLOPs and memory of the presets. The networks are built without memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from walt.config import PRESETS, TokenizerConfig, TransformerConfig
+from walt.errors import WaltError
+from walt.tokenizer import Tokenizer
+from walt.transformer import Transformer
+
+STATES = 4  # float32 numbers for each parameter that AdamW with an average keeps: weight, two moments, average
+
+
+def preset(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
+    if name not in PRESETS:
+        raise WaltError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def networks(name: str) -> tuple[Tokenizer, Transformer]:
+    """The preset's networks on the meta device."""
+    coder, denoiser = preset(name)
+    with torch.device("meta"):
+        return Tokenizer(coder), Transformer(denoiser)
+
+
+def activation_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = False) -> int:
+    """Bytes of float32 tensors that one training pass of `batch` videos keeps for its backward pass.
+
+    Found by running the pass on tensors without memory and counting what autograd saves, each storage once; weights,
+    which are there anyway, are left out.
+    """
+    with FakeTensorMode():
+        model = Transformer(replace(config, classes=0))  # labels are looked at, and here have no values
+        model.checkpointing = checkpointing
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage is freed and its number used again
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in weights:
+                kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+            return tensor
+
+        x0 = torch.empty(batch, config.latent_channels, *config.latent_size)
+        given: dict[str, Tensor] = {}
+        if config.low_resolution:
+            half = (config.latent_size[0], config.latent_size[1] // 2, config.latent_size[2] // 2)
+            given = {"low_resolution": torch.empty(batch, config.latent_channels, *half)}
+            given["noise_level"] = torch.zeros(batch, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x0, torch.zeros(batch, dtype=torch.int64), **given)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def describe(name: str, batch: int = 1) -> str:
+    """Shapes, parameters, FLOPs and memory of a preset, and how its FLOPs divide."""
+    coder, denoiser = preset(name)
+    tokenizer, transformer = networks(name)
+    _, frames, height, width = coder.video_shape(*denoiser.latent_size)
+    flops = sum(denoiser.flops().values())
+    conditions = [f"{denoiser.classes} classes"] if denoiser.classes else []
+    if denoiser.text_width:
+        conditions.append(f"text of {denoiser.text_length} tokens")
+    conditions += ["first frames"] * denoiser.frame_condition + ["a low resolution"] * denoiser.low_resolution
+    lines = [
+        name,
+        f"  video            {frames} x {height} x {width} (frames x height x width), RGB",
+        f"  latent           {' x '.join(map(str, denoiser.latent_size))}, {denoiser.latent_channels} channels",
+        f"  tokens           {denoiser.tokens} = {' x '.join(map(str, denoiser.grid))}, patch {denoiser.patch}",
+        f"  windows          {' x '.join(map(str, denoiser.spatial_window))} and"
+        f" {' x '.join(map(str, denoiser.spacetime_window))}, in turn",
+        f"  conditions       {', '.join(conditions) or 'none'}",
+        f"  tokenizer        {_millions(tokenizer)} parameters: encoder {_millions(tokenizer.encoder)},"
+        f" decoder {_millions(tokenizer.decoder)}",
+        f"  transformer      {_millions(transformer)} parameters: {denoiser.layers} layers, width {denoiser.width},"
+        f" {denoiser.heads} heads",
+        f"  to train it      {_gib(STATES * 4 * _count(transformer))} of states (AdamW, average);"
+        f" {_gib(activation_bytes(denoiser, batch))} of activations for a batch of {batch} in float32,"
+        f" {_gib(activation_bytes(denoiser, batch, checkpointing=True))} with checkpointing",
+        f"  FLOPs a sample   {flops / 1e9:.1f} G for a pass of the transformer, {flops * 50 / 1e12:.2f} T for 50 steps",
+        *(f"    {part:<22} {value / 1e9:9.2f} G" for part, value in denoiser.flops().items()),
+    ]
+    return "\n".join(lines)
+
+
+def table(batch: int = 1) -> str:
+    """One line for each preset; activations for a batch, in float32."""
+    row = "{:<12} {:>15} {:>12} {:>7} {:>10} {:>12} {:>10} {:>12} {:>14}"
+    head = ("preset", "video", "latent", "tokens", "tokenizer", "transformer", "GFLOPs", "activations", "checkpointed")
+    lines = [row.format(*head)]
+    for name, (coder, denoiser) in PRESETS.items():
+        tokenizer, transformer = networks(name)
+        video = "x".join(map(str, coder.video_shape(*denoiser.latent_size)[1:]))
+        latent = "x".join(map(str, denoiser.latent_size))
+        lines.append(
+            row.format(
+                *(name, video, latent, denoiser.tokens, _millions(tokenizer), _millions(transformer)),
+                f"{sum(denoiser.flops().values()) / 1e9:.1f}",
+                _gib(activation_bytes(denoiser, batch)),
+                _gib(activation_bytes(denoiser, batch, checkpointing=True)),
+            )
+        )
+    return "\n".join([*lines, f"FLOPs of one pass over one sample; activations in float32 for a batch of {batch}"])
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{_count(model) / 1e6:.1f} M"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
