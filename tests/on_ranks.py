@@ -222,13 +222,14 @@ def on_ranks(out: Path) -> dict:
     return said
 
 
-def train_forever(folder: str) -> None:
-    """Save at every step until killed."""
+def train_forever(folder: str, started) -> None:
+    """Save at every step until killed; `started` is an event of multiprocessing."""
     torch.set_num_threads(1)
-    sys.stderr = Path(os.devnull).open("w")
-    trainer = adversaries(Path(folder), steps=10**9, save_every=1, keep=2)
-    trainer.resume()
-    trainer.run()
+    with open(os.devnull, "w") as sys.stderr:
+        trainer = adversaries(Path(folder), steps=10**9, save_every=1, keep=2)
+        trainer.resume()
+        started.set()
+        trainer.run()
 
 
 if __name__ == "__main__":
