@@ -142,10 +142,10 @@ def denoise(folder: Path, **settings) -> Trainer:
 # name: (run, what all ranks do alike, what only the run on two ranks does)
 RUNS = {
     "ddp": (fit, {"save_every": 2, "keep": 2}, {}),
-    "ddp-parts": (adversaries, {}, {"accumulate": 2}),
+    "ddp-parts": (adversaries, {}, {"accumulate": 2, "checkpointing": True}),
     "ddp-adafactor": (adversaries, {"optimizer": "adafactor"}, {}),
     "fsdp": (fit, {"save_every": 2, "keep": 2}, {"strategy": "fsdp"}),
-    "fsdp-parts": (fit, {"weight_decay": 0.1}, {"strategy": "fsdp", "accumulate": 2}),
+    "fsdp-parts": (fit, {"weight_decay": 0.1}, {"strategy": "fsdp", "accumulate": 2, "checkpointing": True}),
     "fsdp-adafactor": (fit, {"optimizer": "adafactor"}, {"strategy": "fsdp"}),
     "fsdp-no-average": (fit, {"ema_decay": 0.0, "clip_norm": 0.0}, {"strategy": "fsdp"}),
     "fsdp-transformer": (denoise, {}, {"strategy": "fsdp"}),

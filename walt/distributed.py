@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,8 +159,8 @@ def synchronizing(wrapped: nn.Module, last: bool) -> Iterator[None]:
         with wrapped.no_sync():
             yield
         return
-    if hasattr(wrapped, "set_requires_gradient_sync"):
-        wrapped.set_requires_gradient_sync(last)
+    if world() > 1 and not isinstance(wrapped, DistributedDataParallel):
+        cast(Any, wrapped).set_requires_gradient_sync(last)
     yield
 
 
