@@ -47,6 +47,7 @@ class Net(nn.Module):
         self.first = nn.Linear(3, width)
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
         self.last = nn.Linear(width, 1)
+        self.spare = nn.Parameter(torch.ones(3, 2))  # never used, so it gets no gradient and no optimizer state
         self.dropout = dropout
         self.checkpointing = False
         self.register_buffer("scale", torch.ones(()))
@@ -146,10 +147,12 @@ RUNS = {
     "ddp-adafactor": (adversaries, {"optimizer": "adafactor"}, {}),
     "fsdp": (fit, {"save_every": 2, "keep": 2}, {"strategy": "fsdp"}),
     "fsdp-parts": (fit, {"weight_decay": 0.1}, {"strategy": "fsdp", "accumulate": 2, "checkpointing": True}),
-    "fsdp-adafactor": (fit, {"optimizer": "adafactor"}, {"strategy": "fsdp"}),
+    "fsdp-adafactor": (fit, {"optimizer": "adafactor", "save_every": 2, "keep": 2}, {"strategy": "fsdp"}),
     "fsdp-no-average": (fit, {"ema_decay": 0.0, "clip_norm": 0.0}, {"strategy": "fsdp"}),
     "fsdp-transformer": (denoise, {}, {"strategy": "fsdp"}),
+    "fsdp-transformer-adafactor": (denoise, {"optimizer": "adafactor", "weight_decay": 0.1}, {"strategy": "fsdp"}),
 }
+RESUMED = ("ddp", "fsdp", "fsdp-adafactor")
 
 
 def step_two(folder: Path) -> Path:
@@ -172,11 +175,13 @@ def on_ranks(out: Path) -> dict:
         make(out / name, **settings, **here).run()
 
     # From the checkpoint of one process.
-    for strategy in ("ddp", "fsdp"):
-        trainer = fit(out / f"{strategy}-from-one", **RUNS[strategy][1], strategy=strategy)
+    for name in RESUMED:
+        make, settings, here = RUNS[name]
+        trainer = make(out / f"{name}-from-one", **settings, **here)
         assert trainer.resume()
         assert trainer.step == 2
         trainer.run()
+    fit(out / "bfloat16", strategy="fsdp", precision="bfloat16").run()
 
     # Dropout differs between ranks, and goes on where it was.
     settings = {"dropout": 0.5, "save_every": 2, "keep": 2, "strategy": "fsdp"}
