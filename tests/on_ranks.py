@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import walt.checkpoint
 from walt.config import TransformerConfig
-from walt.distributed import process_group, rank
+from walt.distributed import barrier, process_group, rank
 from walt.errors import WaltError
 from walt.training import Phase, Trainer, TrainingConfig
 from walt.transformer import Transformer
@@ -188,6 +188,7 @@ def on_ranks(out: Path) -> dict:
     fit(out / "dropout", **settings).run()
     if rank() == 0:
         shutil.copytree(step_two(out / "dropout"), out / "dropout-resumed")
+    barrier()
     resumed = fit(out / "dropout-resumed", **settings)
     torch.manual_seed(99)
     resumed.resume()

@@ -223,7 +223,6 @@ def test_a_diverged_run_stops_at_the_last_good_step(tmp_path, what):
 def test_a_second_phase_that_breaks_leaves_the_first_one_alone(tmp_path):
     trainer = adversaries(tmp_path / "a", 5, save_every=3)
     judge = trainer.phases[1].loss
-    trainer.phases[1].loss = None  # the wrapper holds its own
     trainer._parts[1].wrapped.function = lambda module, rows: (
         judge(module, rows)[0] * (float("inf") if trainer.step == 3 else 1.0),
         judge(module, rows)[1],
