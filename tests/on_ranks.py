@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import walt.checkpoint
 from walt.config import TransformerConfig
-from walt.distributed import process_group, rank
+from walt.distributed import barrier, process_group, rank
 from walt.errors import WaltError
 from walt.training import Phase, Trainer, TrainingConfig
 from walt.transformer import Transformer
@@ -47,6 +47,7 @@ class Net(nn.Module):
         self.first = nn.Linear(3, width)
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
         self.last = nn.Linear(width, 1)
+        self.spare = nn.Parameter(torch.ones(3, 2))  # never used, so it gets no gradient and no optimizer state
         self.dropout = dropout
         self.checkpointing = False
         self.register_buffer("scale", torch.ones(()))
@@ -142,14 +143,16 @@ def denoise(folder: Path, **settings) -> Trainer:
 # name: (run, what all ranks do alike, what only the run on two ranks does)
 RUNS = {
     "ddp": (fit, {"save_every": 2, "keep": 2}, {}),
-    "ddp-parts": (adversaries, {}, {"accumulate": 2}),
+    "ddp-parts": (adversaries, {}, {"accumulate": 2, "checkpointing": True}),
     "ddp-adafactor": (adversaries, {"optimizer": "adafactor"}, {}),
     "fsdp": (fit, {"save_every": 2, "keep": 2}, {"strategy": "fsdp"}),
-    "fsdp-parts": (fit, {"weight_decay": 0.1}, {"strategy": "fsdp", "accumulate": 2}),
-    "fsdp-adafactor": (fit, {"optimizer": "adafactor"}, {"strategy": "fsdp"}),
+    "fsdp-parts": (fit, {"weight_decay": 0.1}, {"strategy": "fsdp", "accumulate": 2, "checkpointing": True}),
+    "fsdp-adafactor": (fit, {"optimizer": "adafactor", "save_every": 2, "keep": 2}, {"strategy": "fsdp"}),
     "fsdp-no-average": (fit, {"ema_decay": 0.0, "clip_norm": 0.0}, {"strategy": "fsdp"}),
     "fsdp-transformer": (denoise, {}, {"strategy": "fsdp"}),
+    "fsdp-transformer-adafactor": (denoise, {"optimizer": "adafactor", "weight_decay": 0.1}, {"strategy": "fsdp"}),
 }
+RESUMED = ("ddp", "fsdp", "fsdp-adafactor")
 
 
 def step_two(folder: Path) -> Path:
@@ -172,17 +175,20 @@ def on_ranks(out: Path) -> dict:
         make(out / name, **settings, **here).run()
 
     # From the checkpoint of one process.
-    for strategy in ("ddp", "fsdp"):
-        trainer = fit(out / f"{strategy}-from-one", **RUNS[strategy][1], strategy=strategy)
+    for name in RESUMED:
+        make, settings, here = RUNS[name]
+        trainer = make(out / f"{name}-from-one", **settings, **here)
         assert trainer.resume()
         assert trainer.step == 2
         trainer.run()
+    fit(out / "bfloat16", strategy="fsdp", precision="bfloat16").run()
 
     # Dropout differs between ranks, and goes on where it was.
     settings = {"dropout": 0.5, "save_every": 2, "keep": 2, "strategy": "fsdp"}
     fit(out / "dropout", **settings).run()
     if rank() == 0:
         shutil.copytree(step_two(out / "dropout"), out / "dropout-resumed")
+    barrier()
     resumed = fit(out / "dropout-resumed", **settings)
     torch.manual_seed(99)
     resumed.resume()
@@ -222,13 +228,14 @@ def on_ranks(out: Path) -> dict:
     return said
 
 
-def train_forever(folder: str) -> None:
-    """Save at every step until killed."""
+def train_forever(folder: str, started) -> None:
+    """Save at every step until killed; `started` is an event of multiprocessing."""
     torch.set_num_threads(1)
-    sys.stderr = Path(os.devnull).open("w")
-    trainer = adversaries(Path(folder), steps=10**9, save_every=1, keep=2)
-    trainer.resume()
-    trainer.run()
+    with open(os.devnull, "w") as sys.stderr:
+        trainer = adversaries(Path(folder), steps=10**9, save_every=1, keep=2)
+        trainer.resume()
+        started.set()
+        trainer.run()
 
 
 if __name__ == "__main__":

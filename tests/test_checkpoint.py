@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -166,11 +167,91 @@ def test_weights_of_another_model(saved):
 
 
 def test_a_broken_trainer_state_is_one_error(tmp_path):
-    fit(tmp_path / "a", 7).run()
-    state = json.loads((tmp_path / "a" / "state.json").read_text())
-    del state["step"]
-    (tmp_path / "a" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(WaltError, match=r"a is broken: 'step'"):
-        fit(tmp_path / "a", 7).resume()
+    fit(tmp_path / "a", 3).run()
+    path = tmp_path / "a" / "state.json"
+    whole = json.loads(path.read_text())
+    for key, value, message in (("step", None, "'step'"), ("training", {"depth": 3}, "depth")):
+        state = {**whole, key: value}
+        if value is None:
+            del state[key]
+        path.write_text(json.dumps(state))
+        with pytest.raises(WaltError, match=f"a is broken: .*{message}"):
+            fit(tmp_path / "a", 3).resume()
+    path.write_text(json.dumps(whole))
+    save_file({"generator": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "a" / "random.safetensors")
+    with pytest.raises(WaltError, match=r"random\.safetensors is broken"):
+        fit(tmp_path / "a", 3).resume()
+    save_file({"77.step": torch.zeros(())}, tmp_path / "a" / "optimizer.safetensors")
+    with pytest.raises(WaltError, match=r"optimizer\.safetensors does not fit .* '77.step'"):
+        fit(tmp_path / "a", 3).resume()
 
 
+def test_a_checkpoint_of_the_first_version_loads(tmp_path):
+    """Written as walt 0.1 wrote it: fewer settings, parameter groups in state.json."""
+    trainer = fit(tmp_path / "new", 6, save_every=3, keep=2)
+    trainer.run()
+    old = tmp_path / "old"
+    (tmp_path / "new.step000000003").rename(old)
+    state = json.loads((old / "state.json").read_text())
+    names = ("steps", "lr", "warmup", "weight_decay", "betas", "clip_norm", "ema_decay", "save_every", "log_every")
+    state["training"] = {name: state["training"][name] for name in (*names, "seed")}
+    state["parameter_groups"] = [{"lr": 0.1, "params": [0, 1]}]
+    (old / "state.json").write_text(json.dumps(state))
+    again = fit(old, 6)
+    assert again.resume()
+    again.run()
+    for name in ("model", "ema", "optimizer"):
+        first, second = (read_tensors(folder / f"{name}.safetensors") for folder in (tmp_path / "new", old))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_kept_checkpoints(tmp_path):
+    trainer = fit(tmp_path / "a", 9, save_every=2, keep=3)
+    trainer.run()
+    trainer.save()  # of the same step: replaces
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert names == ["a", "a.step000000006", "a.step000000008"]
+    steps = [json.loads((tmp_path / name / "state.json").read_text())["step"] for name in names]
+    assert steps == [9, 6, 8]
+    again = fit(tmp_path / "a", 12, save_every=3, keep=1)
+    again.resume(new_settings=True)
+    again.run()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["a"]
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    """What a power cut needs: fsync of each file and of the folder, then the renames, then fsync of their parent."""
+    done = []
+    rename, flush = Path.rename, files.flush
+    monkeypatch.setattr(files, "flush", lambda path: (done.append(("flush", path.name)), flush(path)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(("rename", self.name)), rename(self, to))[1])
+    for _ in range(2):
+        done.clear()
+        save_checkpoint(tmp_path / "a", "line", {}, {"model": {"weight": torch.zeros(3)}}, {"step": 1})
+    written = [name for what, name in done[: done.index(("rename", "a"))]]
+    assert sorted(written) == [".a.new", "config.json", "model.safetensors", "state.json"]
+    assert written[-1] == ".a.new"
+    assert done[len(written) :] == [("rename", "a"), ("rename", ".a.new"), ("flush", tmp_path.name)]
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch, and no more
+    context.set_forkserver_preload(["walt.training", "walt.transformer", "torch._dynamo"])
+    steps = [0]
+    for i in range(5):
+        started = context.Event()
+        process = context.Process(target=train_forever, args=(str(tmp_path / "a"), started))
+        process.start()
+        assert started.wait(60)
+        while not i and checkpoint.checkpoint_folder(tmp_path / "a") is None:
+            assert process.is_alive()
+        time.sleep(random.uniform(0.05, 0.4))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        trainer = adversaries(tmp_path / "a", steps=10**9, save_every=1, keep=2)
+        assert trainer.resume()
+        assert all(bool(tensor.isfinite().all()) for tensor in trainer.model.state_dict().values())
+        steps.append(trainer.step)
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 2  # kills did strike runs that were saving

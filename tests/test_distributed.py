@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_ranks import RUNS, fit, step_two
+from on_ranks import RESUMED, RUNS, fit, step_two
 from safetensors.torch import load_file
 from torch import distributed
 
@@ -37,7 +37,7 @@ def one(tmp_path_factory) -> Path:
 def two(tmp_path_factory, one) -> tuple[Path, list[dict], list[str]]:
     """Every run on two ranks; what each returned, and printed."""
     out = tmp_path_factory.mktemp("two")
-    for name in ("ddp", "fsdp"):
+    for name in RESUMED:
         shutil.copytree(step_two(one / name), out / f"{name}-from-one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -113,7 +113,7 @@ def test_each_rank_writes_its_shards(two):
     assert files.shapes["scale"] == ()
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_goes_on_with_fewer_and_more_ranks(one, two, tmp_path, name):
     shutil.copytree(step_two(two[0] / name), tmp_path / "a")
     trainer = fit(tmp_path / "a", **RUNS[name][1])
@@ -122,6 +122,12 @@ def test_a_run_goes_on_with_fewer_and_more_ranks(one, two, tmp_path, name):
     trainer.run()
     assert_close(one / name, tmp_path / "a")
     assert_close(one / name, two[0] / f"{name}-from-one")
+
+
+def test_bfloat16_on_shards(one, two):
+    wide, narrow = ([row["loss"] for row in read_log(out)] for out in (one / "fsdp.jsonl", two[0] / "bfloat16.jsonl"))
+    assert narrow == pytest.approx(wide, rel=0.05)
+    assert narrow != pytest.approx(wide, rel=1e-5)
 
 
 def test_shards_load_for_inference(one, two):

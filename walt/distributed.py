@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,8 @@ def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
     """Wrap `loss`, whose forward calls `module`, so that backward leaves the mean gradient over ranks in parameters.
 
     "ddp": every rank holds everything. "fsdp": every rank holds its part of each parameter (FSDP2), and gathers one
-    layer after the other. All ranks start from the weights of the main one.
+    layer after the other; the rows of all ranks must then use the same parameters. All ranks start from the weights of
+    the main one.
     """
     if world() == 1:
         return loss
@@ -142,13 +144,16 @@ def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
 def _units(module: nn.Module) -> Iterator[nn.Module]:
     """What is gathered on its own: the modules that are called (have a forward) in lists of layers, the outermost."""
     for child in module.children():
-        in_list = isinstance(module, nn.ModuleList)
-        if in_list and type(child).forward is not nn.Module.forward:
-            yield child
-        elif in_list and not isinstance(child, nn.ModuleList):
-            yield from (part for part in child.children() if type(part).forward is not nn.Module.forward)
-        else:
+        if not isinstance(module, nn.ModuleList):
             yield from _units(child)
+        elif _is_called(child):
+            yield child
+        else:
+            yield from filter(_is_called, child.children())
+
+
+def _is_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 @contextlib.contextmanager
@@ -158,8 +163,8 @@ def synchronizing(wrapped: nn.Module, last: bool) -> Iterator[None]:
         with wrapped.no_sync():
             yield
         return
-    if hasattr(wrapped, "set_requires_gradient_sync"):
-        wrapped.set_requires_gradient_sync(last)
+    if world() > 1 and not isinstance(wrapped, DistributedDataParallel):
+        cast(Any, wrapped).set_requires_gradient_sync(last)
     yield
 
 

@@ -67,10 +67,10 @@ class TrainingConfig(Config):
             self._expect(getattr(self, name) in choices, name, " or ".join(map(str, choices)))
         for name in ("compile", "checkpointing"):
             self._expect(isinstance(getattr(self, name), bool), name, "true or false")
-        for name, least in (("lr", None), ("weight_decay", 0), ("clip_norm", 0)):
+        self._expect(_is_number(self.lr) and self.lr > 0, "lr", "a number > 0")
+        for name in ("weight_decay", "clip_norm"):
             value = getattr(self, name)
-            good = _is_number(value) and (value > 0 if least is None else value >= least)
-            self._expect(good, name, "a number > 0" if least is None else f"a number >= {least}")
+            self._expect(_is_number(value) and value >= 0, name, "a number >= 0")
         self._expect(_is_number(self.ema_decay) and 0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)")
         good = isinstance(self.betas, tuple) and len(self.betas) == 2
         good = good and all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas)

@@ -48,9 +48,8 @@ def tokenizer_loss(clips: Clips, frames: int) -> Loss:
     video = torch.from_numpy(clips.video)
 
     def loss(model: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        index, start = rows["index"], rows["start"]
         assert isinstance(model, Tokenizer)
-        target = to_model(video[index, start : start + frames])
+        target = to_model(video[rows["index"], rows["start"] : rows["start"] + frames])
         latent = model.encode(target)
         return reconstruction_loss(model.decode(latent), target) + DECORRELATION * decorrelation_loss(latent), {}
 

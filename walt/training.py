@@ -235,7 +235,11 @@ class Trainer(Generic[Model]):
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """The groups of tensors that are saved and loaded in place, beside optimizers and random states."""
-        modules = {"model": self.model, **{phase.name: phase.module for phase in self.phases[1:]}, **self.extra_modules}
+        modules: dict[str, nn.Module] = {
+            "model": self.model,
+            **{phase.name: phase.module for phase in self.phases[1:]},
+            **self.extra_modules,
+        }
         groups = {name: module.state_dict() for name, module in modules.items()}
         if self._average is not None and self.config.ema_decay:
             groups["ema"] = self._average.tensors()

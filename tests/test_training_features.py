@@ -1,0 +1,232 @@
+"""What a run may be told: precision, compilation, checkpointing, previews, logs; and settings that are refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import types
+from typing import ClassVar
+
+import pytest
+import torch
+from on_ranks import Net, Running, adversaries, draw, fit, regression
+from torch import nn
+
+from walt.checkpoint import read_tensors
+from walt.errors import WaltError
+from walt.logs import RunLog, read_log
+from walt.phases import part_of
+from walt.training import Phase, Trainer, TrainingConfig
+
+
+def losses(path) -> list[float]:
+    return [row["loss"] for row in read_log(path.with_suffix(".jsonl"))]
+
+
+def test_bfloat16(tmp_path):
+    seen = []
+
+    def loss(model, rows):
+        out = model(rows["x"])
+        seen.append((out.dtype, model.first.weight.dtype))
+        return (out.float() - rows["y"]).square().mean(), {}
+
+    for name, precision in (("wide", "float32"), ("narrow", "bfloat16")):
+        fit(tmp_path / name, 12, loss=loss, precision=precision, accumulate=2).run()
+    assert set(seen[:24]) == {(torch.float32, torch.float32)}
+    assert set(seen[24:]) == {(torch.bfloat16, torch.float32)}
+    wide, narrow = losses(tmp_path / "wide"), losses(tmp_path / "narrow")
+    assert wide != narrow
+    assert narrow == pytest.approx(wide, rel=0.1)
+    for name in ("model", "ema", "optimizer"):
+        tensors = read_tensors(tmp_path / "narrow" / f"{name}.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    calls = []
+    for name in ("off", "on"):
+        trainer = fit(tmp_path / name, 4, checkpointing=name == "on", dropout=0.3)
+        trainer.model.layers[0].mlp.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        trainer.run()
+    assert losses(tmp_path / "off") == losses(tmp_path / "on")
+    assert (calls.count("off"), calls.count("on")) == (4, 8)  # once more in the backward pass
+    a, b = (read_tensors(tmp_path / name / "model.safetensors") for name in ("off", "on"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_checkpointing_of_modules_that_cannot(tmp_path):
+    phases = [Phase("model", nn.Linear(3, 1), regression)]
+    with pytest.raises(ValueError, match="checkpointing: got True; expected False"):
+        Trainer(phases, draw, TrainingConfig(1, checkpointing=True), tmp_path, kind="line", description={})
+
+
+def test_compiled_modules_keep_their_names(tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+    for name in ("eager", "compiled"):
+        fit(tmp_path / name, 3, compile=name == "compiled").run()
+    assert graphs
+    a, b = (read_tensors(tmp_path / name / "model.safetensors") for name in ("eager", "compiled"))
+    assert a.keys() == b.keys() == Net().state_dict().keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key])
+    again = fit(tmp_path / "compiled", 3)
+    assert again.resume()
+    assert again.averaged(torch.zeros(1, 3)).shape == (1, 1)
+
+
+def test_previews_see_the_average_and_disturb_nothing(tmp_path):
+    seen = []
+
+    def preview(module, step):
+        seen.append((step, module.training, module.first.weight.clone()))
+        torch.rand(3)
+
+    watched = fit(tmp_path / "a", 6, dropout=0.2, preview=preview, preview_every=2, save_every=2, keep=3)
+    watched.run()
+    fit(tmp_path / "b", 6, dropout=0.2).run()
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False), (6, False)]
+    saved = read_tensors(tmp_path / "a.step000000004" / "ema.safetensors")
+    assert torch.equal(saved["first.weight"], seen[1][2])
+
+
+def test_rows_of_the_log(tmp_path):
+    trainer = adversaries(tmp_path / "a", 7, log_every=3)
+    trainer.run()
+    rows = read_log(tmp_path / "a.jsonl")
+    assert [row["step"] for row in rows] == [3, 6, 7]
+    columns = ["step", "loss", "grad_norm", "made", "judge_loss", "judge_grad_norm", "judge_real"]
+    assert all([*row] == [*columns, "lr", "frames_s", "seconds"] for row in rows)
+    assert rows[-1]["seconds"] >= rows[0]["seconds"] > 0
+
+
+def test_the_norm_in_the_log_is_that_before_clipping(tmp_path):
+    for name, limit in (("free", 0.0), ("clipped", 0.5)):
+        fit(tmp_path / name, 1, clip_norm=limit).run()
+    free, clipped = (read_log(tmp_path / f"{name}.jsonl")[0]["grad_norm"] for name in ("free", "clipped"))
+    assert free == clipped > 0.5
+    state = read_tensors(tmp_path / "clipped" / "optimizer.safetensors")
+    moments = [tensor for name, tensor in state.items() if name.endswith("exp_avg")]
+    norm = torch.cat([moment.flatten() for moment in moments]).norm().item()
+    assert norm == pytest.approx(0.1 * 0.5, rel=1e-4)  # 1 - beta of a gradient of the limit's norm
+
+
+class Summary:
+    """Stands in for tensorboard's writer."""
+
+    made: ClassVar[list[Summary]] = []
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
+        self.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def close(self):
+        self.closed = True
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Summary
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    Summary.made.clear()
+    fit(tmp_path / "a", 2).run()
+    again = fit(tmp_path / "a", 3)
+    again.resume(new_settings=True)
+    again.run()
+    assert [writer.purge_step for writer in Summary.made] == [1, 3]
+    assert all(writer.closed and writer.folder == str(tmp_path / "a.tensorboard") for writer in Summary.made)
+    rows = read_log(tmp_path / "a.jsonl")
+    assert [value for name, value, _ in Summary.made[0].scalars if name == "loss"] == [row["loss"] for row in rows[:2]]
+    assert {step for _, _, step in Summary.made[1].scalars} == {3}
+    fit(tmp_path / "b", 1, tensorboard=False).run()
+    assert len(Summary.made) == 2
+
+
+def test_tensorboard_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    fit(tmp_path / "a", 1).run()
+    with pytest.raises(WaltError, match="tensorboard is not installed"):
+        fit(tmp_path / "a", 1, tensorboard=True)
+
+
+def test_a_log_is_rewound(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in (2, 4, 6)) + '{"step": 8, "lo')
+    RunLog(path, False).rewind(4)
+    assert [row["step"] for row in read_log(path)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("steps", 0, "an int >= 1"),
+        ("steps", 2.0, "an int >= 1"),
+        ("accumulate", True, "an int >= 1"),
+        ("lr", 0, "a number > 0"),
+        ("lr", float("nan"), "a number > 0"),
+        ("weight_decay", -1, "a number >= 0"),
+        ("clip_norm", "1", "a number >= 0"),
+        ("ema_decay", 1, r"a number in \[0, 1\)"),
+        ("betas", (0.9,), r"two numbers in \[0, 1\)"),
+        ("schedule", "linear", "cosine or constant"),
+        ("optimizer", "sgd", "adamw or adafactor"),
+        ("precision", "float16", "float32 or bfloat16"),
+        ("strategy", "none", "ddp or fsdp"),
+        ("compile", 1, "true or false"),
+        ("keep", 0, "an int >= 1"),
+        ("seed", None, "an int"),
+    ],
+)
+def test_settings_that_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=rf"{name}: got .*; expected {expected}"):
+        TrainingConfig(**{"steps": 5, name: value})
+
+
+def test_parts_of_a_batch():
+    batch = {"x": torch.arange(12).view(6, 2), "image": torch.arange(6) >= 4, "start": 3, "name": "bars"}
+    parts = [part_of(batch, i, 2, torch.device("cpu")) for i in range(2)]
+    assert [part["x"][:, 0].tolist() for part in parts] == [[0, 4, 8], [2, 6, 10]]
+    assert [int(part["image"].sum()) for part in parts] == [1, 1]  # dealt out evenly
+    assert all(part["start"] == 3 and part["name"] == "bars" for part in parts)
+    for bad in ({"x": torch.zeros(6, 2), "y": torch.zeros(4)}, {"x": torch.zeros(5)}, {"x": torch.zeros(0)}, {"n": 1}):
+        with pytest.raises(ValueError, match=r"batch: got tensors of .* rows; expected the same multiple of 2"):
+            part_of(bad, 0, 2, torch.device("cpu"))
+
+
+def trainer_of(tmp_path, phases, config=None, **more) -> Trainer:
+    return Trainer(phases, draw, config or TrainingConfig(2), tmp_path / "a", kind="net", description={}, **more)
+
+
+def test_phases_that_are_refused(tmp_path):
+    def phase(name):
+        return Phase(name, Net(), regression)
+
+    with pytest.raises(ValueError, match=r"phases: got \[\].*expected one or more"):
+        trainer_of(tmp_path, [])
+    with pytest.raises(ValueError, match="of different names"):
+        trainer_of(tmp_path, [phase("a"), phase("a")])
+    with pytest.raises(ValueError, match="got the name 'ema'"):
+        trainer_of(tmp_path, [phase("model"), phase("ema")])
+    with pytest.raises(ValueError, match=r"got the name '\.\./x'"):
+        trainer_of(tmp_path, [phase("model")], extra_modules={"../x": Running()})
+    with pytest.raises(ValueError, match="strategy: got 'fsdp' with 2 phases; expected 'ddp'"):
+        trainer_of(tmp_path, [phase("model"), phase("judge")], TrainingConfig(2, strategy="fsdp"))
+
+
+def test_values_that_are_refused(tmp_path):
+    def loss(model, rows):
+        return regression(model, rows)[0], {"lr": torch.tensor(1.0)}
+
+    with pytest.raises(ValueError, match=r"values of phase 'model': got \['lr'\]; expected other names"):
+        trainer_of(tmp_path, [Phase("model", Net(), loss)]).run()
