@@ -129,16 +129,21 @@ def _add_train(group: Any) -> None:
         commands.train,
         "train a stage: the tokenizer, then the base model, then super-resolution, all with one --out",
         "walt train tokenizer --data clips --out runs/mine --steps 500\n"
-        "          walt train base --data clips --out runs/mine --config base.yaml training.lr=3e-4\n"
+        "          walt train base --data clips --out runs/mine --config base.yaml -s training.lr=3e-4\n"
         "          torchrun --nproc-per-node 2 -m walt train base --data clips --out runs/mine",
     )
     train.add_argument("stage", choices=("tokenizer", "base", "sr"))
-    train.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="settings, over those of the file and the preset"
-    )
     train.add_argument("--data", type=Path, required=True, help="folder of videos and images, or a prepared one")
     train.add_argument("--out", type=Path, required=True, help="folder for checkpoints, latents and logs")
     train.add_argument("--config", type=Path, help="YAML file of settings, such as the one that a run leaves in --out")
+    train.add_argument(
+        *("--set", "-s"),
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="a setting, over those of the file and the preset, such as training.lr=3e-4; may be given again",
+    )
     train.add_argument("--preset", help="sizes of the models (default: tiny, for sr tiny-sr); see walt info --all")
     train.add_argument("--captions", type=Path, help="CSV or JSONL of file, caption (default: one in the folder)")
     train.add_argument("--level", type=int, choices=(1, 2), default=1, help="of sr: 2 goes on from what 1 makes")
