@@ -75,9 +75,8 @@ def plan(seconds: float, step: dict[str, float], score: float, seeds: int) -> Pl
 
     `step`: seconds a training step by variant; `score`: seconds to score a model. WaltError if the time is too short.
     """
-    most = max(seeds, 1)
-    for count in range(most, 0, -1):
-        base = max(count, min(BASELINE_SEEDS, most))
+    for count in range(seeds, 0, -1):
+        base = max(count, min(BASELINE_SEEDS, seeds))
         models = {name: base if name == key(BASELINE) else count for name in step}
         left = SAFETY * seconds - score * sum(models.values())
         steps = int(left / sum(step[name] * number for name, number in models.items()))
