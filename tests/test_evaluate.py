@@ -138,14 +138,17 @@ def test_caveats_go_when_their_reason_goes():
 
 def test_the_score_falls_back_on_the_logits_of_the_video_network():
     class Logits:
-        description = "logits"
+        description, seen = "logits", 0
 
         def __call__(self, clips: np.ndarray) -> np.ndarray:
+            self.seen += len(clips)
             return 1e4 * np.eye(4, dtype=np.float32)[clips[:, 0, 0, 0, 0] % 4]
 
     fake = make(8, 8)
     fake[:, 0, 0, 0, 0] = range(8)
-    result = evaluate(make(2, 9), fake, ["inception_score"], video=Logits(), progress=False)
+    network = Logits()
+    result = evaluate(make(1, 9), fake, ["inception_score"], video=network, progress=False)
+    assert network.seen == 8  # of the fake clips alone
     assert result.values["inception_score"] == pytest.approx(4)
     assert "p(y|x): softmax of logits" in result.lines()[2]
 

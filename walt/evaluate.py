@@ -43,6 +43,7 @@ METRICS = {
     "ssim": "SSIM",
 }
 PAIRED = ("psnr", "ssim")
+OF_REAL = {"fvd": "video", "frechet_image_distance": "image"}  # networks that see the real clips, too
 PUBLISHED_CLIPS, PUBLISHED_FRAMES = 2048, 16  # fewest clips a side, and frames a clip, of published FVDs
 
 
@@ -131,9 +132,10 @@ def evaluate(
         networks["image"] = image if image is not None else FrameFeatures()
     if "inception_score" in metrics and classifier is not None:
         networks["classifier"] = classifier
-    measured = _measure(real, fake, networks, [name for name in metrics if name in PAIRED], progress)
-    if not set(metrics) <= set(PAIRED):
-        for side, count in (("real", measured.real), ("fake", measured.fake)):
+    wanted = {("real", OF_REAL[name]) for name in metrics if name in OF_REAL} | {("fake", name) for name in networks}
+    measured = _measure(real, fake, networks, wanted, [name for name in metrics if name in PAIRED], progress)
+    for side, count in (("real", measured.real), ("fake", measured.fake)):
+        if side in {one for one, _ in wanted}:
             _check_count(count, side)
     values, protocol = {}, {}
     for name in dict.fromkeys(metrics):
@@ -153,7 +155,12 @@ class _Measured:
 
 
 def _measure(
-    real: ClipSet, fake: ClipSet, networks: dict[str, Network], paired: Sequence[str], progress: bool
+    real: ClipSet,
+    fake: ClipSet,
+    networks: dict[str, Network],
+    wanted: set[tuple[str, str]],
+    paired: Sequence[str],
+    progress: bool,
 ) -> _Measured:
     features: dict[tuple[str, str], list[np.ndarray]] = {}
     values: dict[str, list[np.ndarray]] = {name: [] for name in paired}
@@ -170,7 +177,7 @@ def _measure(
                 if batch.shape[1:4] != clip:
                     raise ValueError(f"{side}: got clips of {list(batch.shape[1:4])}; expected {list(clip)}, like real")
                 for name, network in networks.items():
-                    if (side, name) != ("real", "classifier"):
+                    if (side, name) in wanted:
                         features.setdefault((side, name), []).append(network(batch))
                 counts[side] += len(batch)
                 bar.update(len(batch))

@@ -71,7 +71,7 @@ class VideoFeatures:
         self.model, origin = load_i3d(weights)
         self.model.eval().to(device)
         self.device = device
-        resized = f"frames resized to {SIZE}x{SIZE} (bilinear, half-pixel centres)"
+        resized = f"frames resized to {SIZE}x{SIZE} (bilinear with half-pixel centres, unlike the original code)"
         self.description = f"I3D logits averaged over time ({origin}), {resized}"
 
     @torch.inference_mode()

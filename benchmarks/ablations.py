@@ -1,0 +1,293 @@
+"""Does the paper hold, in the small? Tiny models on rendered clips, one change at a time, beside the paper's numbers.
+
+``python -m benchmarks.ablations --quick`` takes 15 minutes on two cores and gives most changes one seed; without
+--quick, all get three seeds. A run that was stopped goes on from the JSON file, which is written after every model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from walt.config import TransformerConfig
+from walt.diffusion import Diffusion
+from walt.errors import WaltError
+from walt.files import read_json, replacing, write_json
+from walt.pipeline import ClipShape
+from walt.stages import train_transformer, transformer_step
+from walt.training import TrainingConfig
+from walt.transformer import Transformer
+
+from .ablation_material import FRAMES, SIZE, Material, prepare
+from .ablation_table import REAL, UNTRAINED, key, table, total
+from .ablation_variants import BASE, BASELINE, VARIANTS, Variant
+from .machine import machine
+from .say import say
+
+ENOUGH_STEPS, FEWEST_STEPS = 400, 20  # for more seeds rather than more steps; for anything to be said
+BASELINE_SEEDS = 3  # whatever the others get: they are what the spread is known from
+SAFETY = 0.9  # of the time is planned for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a results file belongs to."""
+
+    minutes: float
+    seeds: int
+    clips: int  # a class
+    held_out: int  # a class, and as many are generated
+    batch: int = 8
+    lr: float = 1e-3
+    sampling_steps: int = 20
+    loss_draws: int = 8
+    tokenizer_share: float = 0.25  # of the minutes
+
+
+QUICK = Settings(minutes=15, seeds=3, clips=48, held_out=6)
+LONG = Settings(minutes=240, seeds=3, clips=256, held_out=24, sampling_steps=50)
+
+
+@dataclass(frozen=True)
+class Plan:
+    steps: int
+    seeds: int
+    baseline_seeds: int
+
+    def runs(self, variants: Sequence[Variant]) -> list[tuple[Variant, int]]:
+        """Seed by seed, so that a run cut short has every variant; the baseline's further seeds follow the first."""
+        more = [(BASELINE, seed) for seed in range(self.seeds, self.baseline_seeds)]
+        first, *others = [[(variant, seed) for variant in variants] for seed in range(self.seeds)]
+        return [*first, *more, *(pair for row in others for pair in row)]
+
+
+def plan(seconds: float, step: dict[str, float], score: float, seeds: int) -> Plan:
+    """Equal steps for all within the time: for as many seeds as leave ENOUGH_STEPS, or else for one.
+
+    `step`: seconds a training step by variant; `score`: seconds to score a model. WaltError if the time is too short.
+    """
+    for count in range(seeds, 0, -1):
+        base = max(count, min(BASELINE_SEEDS, seeds))
+        models = {name: base if name == key(BASELINE) else count for name in step}
+        left = SAFETY * seconds - score * sum(models.values())
+        steps = int(left / sum(step[name] * number for name, number in models.items()))
+        if steps >= ENOUGH_STEPS or (count == 1 and steps >= FEWEST_STEPS):
+            return Plan(steps, count, base)
+    raise WaltError(f"the time left, {max(seconds, 0):.0f} s, is too short for {FEWEST_STEPS} steps of every variant")
+
+
+def make(variant: Variant, material: Material, base: TransformerConfig, seed: int) -> tuple[Transformer, Diffusion]:
+    torch.manual_seed(seed)
+    shape = material.held_out.shape
+    fitted = replace(base, latent_channels=shape[1], latent_size=tuple(shape[2:]), classes=len(material.classes))
+    return Transformer(variant.config(fitted)).eval(), Diffusion(variant.diffusion_config())
+
+
+def run(
+    variant: Variant, seed: int, material: Material, settings: Settings, steps: int, base: TransformerConfig = BASE
+) -> dict[str, Any]:
+    """Train one model for `steps` and score it; a row of the results."""
+    transformer, diffusion = make(variant, material, base, seed)
+    latents = material.latents if variant.normalised else material.raw_latents()
+    with tempfile.TemporaryDirectory(prefix="walt-ablation-") as folder:
+        model, trainer = train_transformer(
+            transformer,
+            diffusion,
+            latents,
+            TrainingConfig(steps, lr=settings.lr, warmup=min(50, steps // 4 + 1), save_every=steps, seed=seed),
+            Path(folder) / "transformer",
+            batch=settings.batch,
+            images=settings.batch // 4 if variant.images else 0,
+            clip=ClipShape(FRAMES, SIZE, SIZE, 12),
+            classes=material.classes,
+            data={},
+        )
+    return {
+        "variant": key(variant),
+        "seed": seed,
+        "steps": trainer.step,
+        "steps_per_second": trainer.step / trainer.elapsed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **score(variant, model, diffusion, seed, material, settings),
+    }
+
+
+@torch.inference_mode()
+def score(
+    variant: Variant, model: nn.Module, diffusion: Diffusion, seed: int, material: Material, settings: Settings
+) -> dict[str, float]:
+    """Frechet distances of as many samples as clips are held out, and the loss on those at fixed draws of noise.
+
+    The loss is that of sampling: a model with self-conditioning always sees its estimate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        diffusion.sample(
+            model,
+            (len(label), *material.held_out.shape[1:]),
+            steps=settings.sampling_steps,
+            generator=generator,
+            label=label,
+            image=torch.zeros(len(label), dtype=torch.bool),
+        )
+        for label in material.label.split(32)
+    ]
+    sampled = torch.cat(parts)
+    distances = material.distance(sampled if variant.normalised else material.normalised(sampled))
+    truth = material.held_out if variant.normalised else material.raw(material.held_out)
+    return {**distances, "loss": held_out_loss(model, diffusion, truth, material.label, settings.loss_draws)}
+
+
+@torch.inference_mode()
+def held_out_loss(model: nn.Module, diffusion: Diffusion, latent: Tensor, label: Tensor, draws: int) -> float:
+    always = Diffusion(replace(diffusion.config, self_condition_probability=1.0))
+    generator = torch.Generator().manual_seed(0)
+    losses = [
+        float(always.loss(model, x0, generator=generator, label=y)) * len(y)
+        for _ in range(draws)
+        for x0, y in zip(latent.split(32), label.split(32), strict=True)
+    ]
+    return sum(losses) / (draws * len(latent))
+
+
+def step_seconds(variant: Variant, material: Material, settings: Settings) -> float:
+    """The faster of two training steps after a first one."""
+    model, diffusion = make(variant, material, BASE, 0)
+    step = transformer_step(diffusion, material.latents, settings.batch, settings.batch // 4 if variant.images else 0)
+    optimizer = torch.optim.AdamW(model.train().parameters(), fused=True)
+    generator = torch.Generator().manual_seed(0)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        step(model, generator).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def measured_plan(material: Material, settings: Settings, seconds: float) -> tuple[Plan, dict[str, Any]]:
+    """The plan, from the time that steps and a score take, and the score's two yardsticks."""
+    started = time.perf_counter()
+    untrained = score(BASELINE, *make(BASELINE, material, BASE, 0), 0, material, settings)
+    scoring = time.perf_counter() - started
+    chosen = torch.linspace(0, len(material.latents.video) - 1, len(material.held_out)).long()
+    yardsticks = {
+        UNTRAINED: untrained,
+        REAL: material.distance(material.latents.video[chosen]),
+    }
+    step = {key(variant): step_seconds(variant, material, settings) for variant in VARIANTS}
+    left = seconds - (time.perf_counter() - started)
+    return plan(left, step, scoring, settings.seeds), yardsticks
+
+
+def left_to_run(results: dict[str, Any], variants: Sequence[Variant]) -> list[tuple[Variant, int]]:
+    have = {(row["variant"], row["seed"]) for row in results["runs"]}
+    return [pair for pair in Plan(**results["plan"]).runs(variants) if (key(pair[0]), pair[1]) not in have]
+
+
+def run_all(
+    results: dict[str, Any],
+    save: Callable[[dict[str, Any]], None],
+    material: Material,
+    variants: Sequence[Variant] = VARIANTS,
+    base: TransformerConfig = BASE,
+) -> None:
+    """Every run of the plan that `results` does not have yet; `save` is called after each."""
+    settings, todo = Settings(**results["settings"]), left_to_run(results, variants)
+    for number, (variant, seed) in enumerate(todo, 1):
+        row = run(variant, seed, material, settings, results["plan"]["steps"], base)
+        results["runs"].append(row)
+        save(results)
+        say(
+            f"{number}/{len(todo)}  {key(variant)}, seed {seed}: distance {total(row):.1f}, loss {row['loss']:.4f},"
+            f" {row['steps_per_second']:.2f} steps/s"
+        )
+
+
+def load(path: Path, settings: Settings) -> dict[str, Any] | None:
+    """Results to go on with; WaltError if they are those of other settings."""
+    if not path.is_file():
+        return None
+    results = read_json(path)
+    found, asked = results.get("settings", {}), asdict(settings)
+    for name, value in asked.items():
+        if found.get(name) != value:
+            raise WaltError(f"{path} was made with {name} {found.get(name)}, now asked {value}; give another --json")
+    return results
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--quick", action="store_true", help="15 minutes on two cores: less data, mostly one seed")
+    top.add_argument("--minutes", type=float, help=f"for everything ({QUICK.minutes:g} or {LONG.minutes:g})")
+    top.add_argument("--seeds", type=int, help="at most; fewer where the time is short (3)")
+    top.add_argument("--json", type=Path, default=Path("runs/ablations/results.json"), help="(%(default)s)")
+    top.add_argument("--markdown", type=Path, help="write the table here, too")
+    top.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder of a trained tokenizer (runs/demo/tokenizer); trained beside --json if none",
+    )
+    return top
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All results, those that the JSON file has already among them."""
+    started = time.monotonic()
+    given = {name: value for name in ("minutes", "seeds") if (value := getattr(options, name)) is not None}
+    settings = replace(QUICK if options.quick else LONG, **given)
+    if settings.seeds < 1 or settings.minutes <= 0:
+        raise WaltError(f"--seeds {settings.seeds}, --minutes {settings.minutes:g}: expected numbers above 0")
+    results = load(options.json, settings)
+    if results is not None and not left_to_run(results, VARIANTS):
+        return results
+    seconds = settings.minutes * 60
+    folder = options.json.parent / "tokenizer"
+    share = settings.tokenizer_share * seconds
+    material = prepare(settings.clips, settings.held_out, options.tokenizer, folder, share)
+    if results is None:
+        planned, yardsticks = measured_plan(material, settings, seconds - (time.monotonic() - started))
+        results = {
+            "settings": asdict(settings),
+            "plan": asdict(planned),
+            "machine": machine("cpu"),
+            "features": material.features,
+            "yardsticks": yardsticks,
+            "runs": [],
+        }
+    say(f"{results['plan']['steps']} steps for each of {len(VARIANTS)} variants, {results['plan']['seeds']} seeds")
+    run_all(results, lambda now: write_json(options.json, now), material)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        text = table(measure(options))
+        if options.markdown:
+            with replacing(options.markdown) as temporary:
+                temporary.write_text(text + "\n")
+    except WaltError as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the last model that was finished")
+        return 130
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
