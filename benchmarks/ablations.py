@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from walt.config import TransformerConfig
-from walt.diffusion import Diffusion
+from walt.diffusion import Diffusion, sample_noise
 from walt.errors import WaltError
 from walt.files import read_json, replacing, write_json
 from walt.pipeline import ClipShape
-from walt.stages import train_transformer, transformer_step
+from walt.stages import train_transformer, transformer_draw, transformer_loss
 from walt.training import TrainingConfig
 from walt.transformer import Transformer
 
@@ -129,19 +129,9 @@ def score(
 
     The loss is that of sampling: a model with self-conditioning always sees its estimate.
     """
-    generator = torch.Generator().manual_seed(seed)
-    parts = [
-        diffusion.sample(
-            model,
-            (len(label), *material.held_out.shape[1:]),
-            steps=settings.sampling_steps,
-            generator=generator,
-            label=label,
-            image=torch.zeros(len(label), dtype=torch.bool),
-        )
-        for label in material.label.split(32)
-    ]
-    sampled = torch.cat(parts)
+    noise = sample_noise(seed, [(i,) for i in range(len(material.label))], material.held_out.shape[1:])
+    parts = zip(noise.split(32), material.label.split(32), strict=True)
+    sampled = torch.cat([diffusion.sample(model, x, steps=settings.sampling_steps, label=label) for x, label in parts])
     distances = material.distance(sampled if variant.normalised else material.normalised(sampled))
     truth = material.held_out if variant.normalised else material.raw(material.held_out)
     return {**distances, "loss": held_out_loss(model, diffusion, truth, material.label, settings.loss_draws)}
@@ -149,7 +139,7 @@ def score(
 
 @torch.inference_mode()
 def held_out_loss(model: nn.Module, diffusion: Diffusion, latent: Tensor, label: Tensor, draws: int) -> float:
-    always = Diffusion(replace(diffusion.config, self_condition_probability=1.0))
+    always = Diffusion(replace(diffusion.config, self_condition_probability=1.0, drop_probability=0.0))
     generator = torch.Generator().manual_seed(0)
     losses = [
         float(always.loss(model, x0, generator=generator, label=y)) * len(y)
@@ -162,13 +152,15 @@ def held_out_loss(model: nn.Module, diffusion: Diffusion, latent: Tensor, label:
 def step_seconds(variant: Variant, material: Material, settings: Settings) -> float:
     """The faster of two training steps after a first one."""
     model, diffusion = make(variant, material, BASE, 0)
-    step = transformer_step(diffusion, material.latents, settings.batch, settings.batch // 4 if variant.images else 0)
+    images = settings.batch // 4 if variant.images else 0
+    draw = transformer_draw(diffusion, material.latents, settings.batch, images)
+    loss = transformer_loss(diffusion, material.latents)
     optimizer = torch.optim.AdamW(model.train().parameters(), fused=True)
     generator = torch.Generator().manual_seed(0)
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        step(model, generator).backward()
+        loss(model, draw(generator))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - started)

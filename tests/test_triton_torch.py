@@ -77,7 +77,7 @@ def test_a_cuda_graph_replays(name: str) -> None:
     leaves = tensors(*shapes)
     if name == "window_attention":  # a tensor made from Python numbers inside would be a copy from the host
 
-        def call(*inputs: Tensor) -> Tensor:  # noqa: F811
+        def call(*inputs: Tensor) -> Tensor:
             q, k, v, table, q_norm, k_norm = inputs
             return wk.window_attention(q, k, v, window=(2, 2, 3), bias_table=table, q_norm=q_norm, k_norm=k_norm)
 
