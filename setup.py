@@ -40,7 +40,7 @@ ISA_FLAGS = {
 if os.environ.get("WALT_KERNELS_EMULATE_AVX512") == "1":
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-DWALT_EMULATE_AVX512", "-Wno-psabi"]
 OPTIMIZE = ["-O3", "-fno-math-errno", "-mprefer-vector-width=512"]
-SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # GCC 12 takes the deliberately undefined vectors of its own AVX-512 headers for mistakes.
 WARN = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
