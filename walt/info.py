@@ -30,13 +30,15 @@ def networks(name: str) -> tuple[Tokenizer, Transformer]:
 
 
 def activation_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = False) -> int:
-    """Bytes of float32 tensors that one training pass of `batch` videos keeps for its backward pass.
+    """Bytes of float32 tensors that one training pass of `batch` videos keeps for its backward pass, texts of full
+    length included.
 
     Found by running the pass on tensors without memory and counting what autograd saves, each storage once; weights,
     which are there anyway, are left out.
     """
     with FakeTensorMode():
-        model = Transformer(replace(config, classes=0))  # labels are looked at, and here have no values
+        # Labels and token ids are looked at, and here have no values: no labels, and text as features.
+        model = Transformer(replace(config, classes=0, text_vocabulary=0))
         model.checkpointing = checkpointing
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage is freed and its number used again
@@ -52,6 +54,8 @@ def activation_bytes(config: TransformerConfig, batch: int, *, checkpointing: bo
             half = (config.latent_size[0], config.latent_size[1] // 2, config.latent_size[2] // 2)
             given = {"low_resolution": torch.empty(batch, config.latent_channels, *half)}
             given["noise_level"] = torch.zeros(batch, dtype=torch.int64)
+        if config.text_width:
+            given["text"] = torch.empty(batch, config.text_length, config.text_width)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(x0, torch.zeros(batch, dtype=torch.int64), **given)
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
