@@ -58,7 +58,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def commands(block: str) -> Iterator[str]:
-    for line in block.splitlines():
+    for line in block.replace("\\\n", " ").splitlines():
         if command := line.partition(" #")[0].strip():
             yield command
 
@@ -139,7 +139,7 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
             Path(text.partition("\n")[0].removeprefix("# ")).write_text(smaller(text))
         elif fence == "output" and native():  # the saved tensors that `walt info` counts are the backend's own
             assert text == printed, f"{page} shows another output than the command's:\n{printed}"
-    assert ran >= 2
+    assert ran
     if left_out:
         pytest.skip(f"all ran but {left_out}")
 
