@@ -217,7 +217,7 @@ def _add_latents(group: Any) -> None:
         group,
         "encode",
         commands.encode,
-        "video or picture to latents, in constant memory",
+        "video or picture to latents",
         "walt encode --from runs/mine --video film.mp4 --out film.safetensors",
     )
     decode = _command(

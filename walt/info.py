@@ -32,29 +32,38 @@ def networks(name: str) -> tuple[Tokenizer, Transformer]:
 def activation_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = False) -> int:
     """Bytes of float32 tensors that one training pass of `batch` videos keeps for its backward pass.
 
-    Found by running the pass on tensors without memory and counting what autograd saves, each storage once; weights,
-    which are there anyway, are left out.
+    Found by running the pass on tensors without memory.
     """
-    with FakeTensorMode():
-        model = Transformer(replace(config, classes=0))  # labels are looked at, and here have no values
-        model.checkpointing = checkpointing
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage is freed and its number used again
+    with FakeTensorMode():  # labels are looked at, and here have no values
+        return saved_bytes(replace(config, classes=0), batch, checkpointing=checkpointing)
 
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in weights:
-                kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-            return tensor
 
-        x0 = torch.empty(batch, config.latent_channels, *config.latent_size)
-        given: dict[str, Tensor] = {}
-        if config.low_resolution:
-            half = (config.latent_size[0], config.latent_size[1] // 2, config.latent_size[2] // 2)
-            given = {"low_resolution": torch.empty(batch, config.latent_channels, *half)}
-            given["noise_level"] = torch.zeros(batch, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(x0, torch.zeros(batch, dtype=torch.int64), **given)
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def saved_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = False) -> int:
+    """Bytes of what autograd saves in a forward pass, each storage once; weights, which are there anyway, left out."""
+    model = Transformer(config)
+    model.checkpointing = checkpointing
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage is freed and its number used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    x0 = torch.zeros(batch, config.latent_channels, *config.latent_size)
+    time = torch.zeros(batch, dtype=torch.int64)
+    given: dict[str, Tensor] = {}
+    if config.low_resolution:
+        half = (config.latent_size[0], config.latent_size[1] // 2, config.latent_size[2] // 2)
+        given = {"low_resolution": torch.zeros(batch, config.latent_channels, *half), "noise_level": time}
+    if config.text_width:
+        shape = (batch, config.text_length)
+        ids = bool(config.text_vocabulary)
+        given["text"] = torch.zeros(shape, dtype=torch.int64) if ids else torch.zeros(*shape, config.text_width)
+        given["text_mask"] = torch.ones(shape, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x0, time, **given)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def describe(name: str, batch: int = 1) -> str:
