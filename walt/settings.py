@@ -97,8 +97,15 @@ def load_settings(
     tokenizer, transformer = PRESETS[name]
     settings = Settings(name, tokenizer, transformer, **_recipe(name, stage))
     settings = _apply(settings, {k: v for k, v in given.items() if k != "preset"}, str(file))
+    # Those of a section together: fields that must fit one another can then change in any order.
+    sections: dict[str, dict[str, Any]] = {}
+    texts: dict[str, list[str]] = {}
     for text in overrides:
-        settings = _apply(settings, _override(text), text)
+        section, field_name, value = _override(text)
+        sections.setdefault(section, {})[field_name] = value
+        texts.setdefault(section, []).append(text)
+    for section, values in sections.items():
+        settings = _apply(settings, {section: values}, " ".join(texts[section]))
     _check(settings, stage)
     return settings
 
@@ -155,13 +162,14 @@ def _read(file: Path) -> dict[str, Any]:
     return document
 
 
-def _override(text: str) -> dict[str, Any]:
+def _override(text: str) -> tuple[str, str, Any]:
+    """ "section.field=value" -> section, field, value."""
     path, equals, value = text.partition("=")
     section, dot, name = path.partition(".")
     if not (equals and dot and section and name):
         raise WaltError(f"{text!r} is no override; expected section.field=value, such as training.lr=1e-4")
     try:
-        return {section: {name: yaml.safe_load(value)}}
+        return section, name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise WaltError(f"{text!r}: the value is not YAML") from error
 
