@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -100,6 +101,17 @@ class TestTheWholeModel:
         assert np.array_equal(longer[:5], clip)
         assert pipeline.upscale(clip, stages=1, **QUICK).shape == (5, 32, 32, 3)
         assert pipeline.upscale(longer, **QUICK).shape == (13, 64, 64, 3)
+
+    def test_a_tokenizer_from_before_adaptive_norms(self, model, tmp_path):
+        """Its config.json lacks the field, and it has no such norms."""
+        shutil.copytree(model / "tokenizer", tmp_path / "tokenizer")
+        path = tmp_path / "tokenizer" / "config.json"
+        document = json.loads(path.read_text())
+        assert document["config"].pop("adaptive_norm") is False
+        path.write_text(json.dumps(document))
+        old, new = load_tokenizer(tmp_path / "tokenizer"), load_tokenizer(model / "tokenizer")
+        assert old.config == new.config
+        assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
 
     def test_a_second_call_changes_nothing(self, model, films):
         before = (model / "transformer" / "model.safetensors").read_bytes()

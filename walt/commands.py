@@ -113,7 +113,8 @@ def sample(arguments: argparse.Namespace) -> None:
     else:
         write_video(out, tile(made, columns=min(4, num)) if num > 1 else made[0], pipeline.clip.fps)
     what = a.text or a.label or (", ".join(pipeline.classes[:num]) if pipeline.classes else "no class")
-    print(f"{out}: {num} {'pictures' if a.images else 'clips'} of {what}")
+    kind = ("picture" if a.images else "clip") + "s" * (num > 1)
+    print(f"{out}: {num} {kind} of {what}")
 
 
 def extend(arguments: argparse.Namespace) -> None:
@@ -123,13 +124,17 @@ def extend(arguments: argparse.Namespace) -> None:
     missing = arguments.frames - len(video)
     if missing <= 0:
         raise WaltError(f"--frames {arguments.frames}: {arguments.video} has {len(video)} already")
-    gain = pipeline.clip.frames - (OVERLAP if pipeline.clip.frames > OVERLAP else 1)
-    if gain < 1:
+    if pipeline.clip.frames == 1:
         raise WaltError(f"{arguments.source} makes pictures, which cannot be extended")
-    chunks = -(-missing // gain)
+    chunks = chunks_for(missing, pipeline.clip.frames)
     longer = pipeline.extend(video, chunks, label=arguments.label, text=arguments.text, **_sampling(arguments))
     write_video(out, longer, pipeline.clip.fps)
     print(f"{out}: {len(video)} -> {len(longer)} frames")
+
+
+def chunks_for(missing: int, clip: int) -> int:
+    """How often to go on with clips of so many frames, until `missing` frames or more are new."""
+    return -(-missing // (clip - (OVERLAP if clip > OVERLAP else 1)))
 
 
 def upscale(arguments: argparse.Namespace) -> None:
@@ -214,6 +219,8 @@ def encode(arguments: argparse.Namespace) -> None:
 def decode(arguments: argparse.Namespace) -> None:
     _check_suffix(arguments.out, (".mp4", ".gif"))
     tokenizer = _tokenizer(arguments)
+    if not arguments.latents.is_file():
+        raise WaltError(f"no such file: {arguments.latents}")
     latent = read_tensors(arguments.latents).get("latent")
     if latent is None:
         raise WaltError(f"{arguments.latents} holds no tensor named latent; expected what walt encode writes")

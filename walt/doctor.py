@@ -50,7 +50,8 @@ def cudnn_line(version: int | None) -> str:
     """cuDNN 9.8 to 9.14 has slow, memory-hungry and in part wrong 16-bit conv3d (PyTorch issues 163539 and 163581)."""
     if version is None:
         return "  cuDNN      none: convolutions do not use it here"
-    number = version // 10000, version // 100 % 100
+    scale = 10000 if version >= 10000 else 1000  # of the major number: 8902 is 8.9.2, 90100 is 9.1.0
+    number = version // scale, version % scale // 100
     text = f"cuDNN {number[0]}.{number[1]}.{version % 100}"
     if (9, 8) <= number <= (9, 14):
         return (
