@@ -132,7 +132,7 @@ class TestSample:
     @pytest.mark.parametrize("kind", ["film.mp4", "picture.png"])
     def test_from_first_frames(self, model, tmp_path, kind, monkeypatch):
         """They reach the pipeline at the model's size: covered by the picture, the middle of it."""
-        picture = moving(0, 1, 40, 64)[0]
+        picture = moving(0, 1, 48, 96)[0]
         path = tmp_path / kind
         if kind == "picture.png":
             write_png(path, picture)
@@ -149,7 +149,7 @@ class TestSample:
         source = ("sample", "--from", model, "--steps", 1, "--out", tmp_path / "a.mp4")
         run(*source, "--class", "up", "--first-frames", path)
         assert seen["frames"].shape == (1, 16, 16, 3)
-        expected = shrink(picture[None, :, 12:52], 16, 16)[0].astype(float)
+        expected = shrink(picture[None, :, 24:72], 16, 16)[0].astype(float)
         error = np.abs(seen["frames"][0] - expected).mean()
         assert error < (1 if kind == "picture.png" else 10)  # grey levels; the codec shares colours between pixels
         assert read_video(tmp_path / "a.mp4").shape == (5, 16, 16, 3)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -95,9 +95,9 @@ def test_kernels_that_do_not_load(quiet, tmp_path):
 
 
 def test_the_command(capsys, tmp_path):
-    began = time.monotonic()
+    began = sum(os.times()[:4])
     assert main(["doctor", "--out", str(tmp_path)]) == 0
-    assert time.monotonic() - began < 20  # seconds, of a busy machine
+    assert sum(os.times()[:4]) - began < 10  # seconds of work, its processes' too
     text = capsys.readouterr().out
     for word in ("walt_kernels", "cuDNN", "disk", str(tmp_path), "efficientnet"):
         assert word in text

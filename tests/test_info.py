@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from walt import info
 from walt.config import PRESETS, TokenizerConfig, TransformerConfig
 from walt.errors import WaltError
 from walt.info import activation_bytes, describe, networks, saved_bytes, table
@@ -50,6 +51,12 @@ class TestActivations:
         assert checkpointed > 2 * 4 * config.layers * config.tokens * config.width
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Activations, which take a second a preset, as if they were known."""
+    monkeypatch.setattr(info, "activation_bytes", lambda _, batch, checkpointing=False: batch * 3 * 2**20)
+
+
 class TestText:
     def test_of_the_paper_s_model(self):
         lines = {line.strip().split("  ")[0]: line for line in describe("L").splitlines()}
@@ -64,19 +71,20 @@ class TestText:
         assert f"{24 * 1280 * 8 * 1024**2 / 1e9:.2f} G" in lines["attention projections"]
         assert f"{windows / 1e9:.2f} G" in lines["attention windows"]
 
-    def test_conditions(self):
+    def test_conditions_and_batch(self, quick):
         assert "text of 64 tokens, first frames" in describe("tiny-text")
         text = describe("tiny-sr", 3)
         assert "conditions       a low resolution\n" in text
-        assert "for a batch of 3" in text
+        assert "9 MiB of activations for a batch of 3" in text
 
-    def test_table_lists_every_preset(self):
+    def test_table_lists_every_preset(self, quick):
         lines = table().splitlines()
         rows = {line.split()[0]: line.split() for line in lines[1:-1]}
         assert [*rows] == [*PRESETS]
         assert rows["L"][1:4] == ["17x128x128", "5x16x16", "1280"]
         assert "313.2" in rows["L"]
-        assert all(len(line) <= len(lines[0]) for line in lines[:-1])
+        assert {len(line) for line in lines[:-1]} == {len(lines[0])}  # columns are wide enough
+        assert all("3 MiB" in line for line in lines[1:-1])
         for name, (_, transformer) in PRESETS.items():
             assert rows[name][3] == str(transformer.tokens)
 
@@ -89,6 +97,13 @@ class TestText:
             shapes = [{name: tensor.shape for name, tensor in model.named_parameters()} for model in (found, real)]
             assert shapes[0] == shapes[1]
             assert all(tensor.device == torch.device("meta") for tensor in found.parameters())
+
+    @pytest.mark.parametrize(
+        ("size", "text"),
+        [(512, "0.5 KiB"), (2**20, "1 MiB"), (1023 * 2**20, "1023 MiB"), (7 * 2**29, "3.5 GiB"), (2**45, "32768 GiB")],
+    )
+    def test_sizes(self, size, text):
+        assert info._size(size) == text
 
     def test_unknown_preset(self):
         with pytest.raises(WaltError, match="unknown preset 'S'; there are tiny, L"):
