@@ -256,11 +256,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             label = [pipeline.label(name) if name in pipeline.classes else None for name in labels] or None
             text = texts if pipeline.text is not None and texts else None
             made = pipeline.generate(label, len(real), text=text, **options)  # type: ignore[arg-type]
-            device = tokenizer.latent_mean.device
-            video = (
-                VideoFeatures(arguments.weights, device=device) if {"fvd", "inception_score"} & set(others) else None
-            )
-            results["samples"] = compare(real, made, others, video=video)
+            results["samples"] = compare(real, made, others, **_networks(arguments, tokenizer, others))
     for name, result in results.items():
         print(f"{name}: {result}")
     if arguments.json is not None:
