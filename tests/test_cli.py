@@ -1,119 +1,80 @@
-"""The command `walt`: help, one-line errors, exit codes, and the demo from one end to the other."""
+"""The command `walt`: help, one-line errors and exit codes. The commands' work is in test_commands.py, test_demo.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
+import re
+import shlex
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
+from command_line import command, fails
 
-from walt import checkpoint
-from walt.checkpoint import load_description, read_tensors
-from walt.cli import main
-from walt.demo import DemoConfig, summary
+from walt import commands
+from walt.cli import main, parser
+from walt.demo import DemoConfig
 from walt.errors import WaltError
-from walt.evaluate import FrameFeatures
-from walt.pipeline import WaltPipeline
-from walt.report import running_mean
-from walt.video import read_video, write_mp4
 
-SMALL = (
-    "--scenarios basic --clips 3 --samples 2 --frames 5 --size 16 --sampling-steps 2 --seed 1"
-    " --tokenizer-steps {tokenizer} --transformer-steps {transformer}"
+COMMANDS = (
+    *("demo", "demo-data", "prepare", "train", "sample", "extend", "upscale", "encode", "decode", "evaluate"),
+    *("info", "doctor"),
 )
 
 
-def command(*arguments: str, **options) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.Popen(
-        [sys.executable, "-m", "walt", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **options,
-    )
-
-
-def demo(out: Path, *extra: str, tokenizer: int = 12, transformer: int = 12) -> list[str]:
-    return ["demo", "--out", str(out), *SMALL.format(tokenizer=tokenizer, transformer=transformer).split(), *extra]
-
-
-@pytest.fixture(scope="module")
-def needs_demo() -> None:
-    """Skip without the packages of the extra "demo"."""
-    for module in ("av", "PIL", "matplotlib", "vizdoom"):
-        pytest.importorskip(module, reason=f"{module} is not installed")
-    try:
-        FrameFeatures()
-    except WaltError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def demo_run(needs_demo, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("demo") / "run"
-    process = command(*demo(out))
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    (out.parent / "output.txt").write_text(output)
-    (out.parent / "errors.txt").write_text(errors)
-    return out
-
-
-def fails(capsys, *arguments: object) -> str:
-    """Run in this process; exit code 2 and exactly one line on stderr, which is returned."""
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "error: " in line]
-    assert code == 2, captured.err
-    assert len(lines) == 1
-    assert "Traceback" not in captured.err
-    assert captured.out == ""
-    return lines[0]
+def help_of(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
 
 
 class TestHelp:
-    @pytest.mark.parametrize("name", ["demo", "train", "sample", "evaluate", "info"])
-    def test_every_command_shows_an_example(self, name, capsys):
-        with pytest.raises(SystemExit) as stop:
-            main([name, "--help"])
-        assert stop.value.code == 0
-        assert f"example:  walt {name}" in capsys.readouterr().out
+    def test_top_lists_every_command(self, capsys):
+        text = help_of(capsys)
+        assert tuple(re.findall(r"^    ([a-z-]+)\b", text, re.MULTILINE)) == COMMANDS
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_examples_are_commands(self, name, capsys):
+        """Every example parses, and would run the command whose help it is in."""
+        text = help_of(capsys, name)
+        examples = text[text.index("example:  ") + len("example:  ") :].splitlines()
+        assert examples
+        for line in examples:
+            words = shlex.split(line)
+            start = words.index("walt") + 1
+            assert " ".join(words[:start]) in ("walt", "torchrun --nproc-per-node 2 -m walt")
+            arguments = parser().parse_args(words[start:])
+            assert arguments.command == name
+            assert callable(arguments.run)
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_every_option_is_explained(self, name, capsys):
+        help_of(capsys, name)
+        choices = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+        for action in choices[name]._actions:
+            assert action.help, f"{name} {action.dest}"
+
+    def test_defaults_are_told_as_numbers(self, capsys):
+        for name in COMMANDS:
+            assert "%(" not in help_of(capsys, name)
 
     def test_demo_options_cover_the_settings(self, capsys):
-        with pytest.raises(SystemExit):
-            main(["demo", "--help"])
-        text = capsys.readouterr().out
+        text = help_of(capsys, "demo")
         assert f"default: {DemoConfig().minutes}" in text
         for option in ("--minutes", "--seed", "--tokenizer-steps", "--transformer-steps", "--scenarios"):
             assert option in text
 
 
 class TestInfo:
-    def test_large(self, capsys):
+    def test_of_a_preset(self, capsys):
         assert main(["info", "L"]) == 0
         text = capsys.readouterr().out
+        assert text.startswith("L\n")
         assert "313.2 M" in text
-        assert "5 x 16 x 16" in text
-        assert "17 x 128 x 128" in text
-        # 24 layers of d = 1024 on 1280 tokens: 24 d^2 N for each layer, and the windows' scores.
-        windows = 4 * 1024 * (12 * 5 * 256**2 + 12 * 4 * 320**2)
-        assert f"{24 * 1280 * 24 * 1024**2 / 1e9 + windows / 1e9:.0f}" in text.replace(".", " ")
 
-    def test_all(self, capsys):
-        assert main(["info", "--all"]) == 0
-        text = capsys.readouterr().out
-        assert {"tiny", "L", "XL"} <= set(text.splitlines())
+    def test_all(self, capsys, monkeypatch):
+        monkeypatch.setattr(commands, "table", lambda batch: f"the table for {batch}")  # takes seconds: test_info.py
+        assert main(["info", "--all", "--batch", "3"]) == 0
+        assert capsys.readouterr().out == "the table for 3\n"
 
     def test_unknown(self, capsys):
         assert "unknown preset 'S'; there are tiny, L" in fails(capsys, "info", "S")
@@ -125,56 +86,53 @@ class TestBadInput:
         assert "--steps: 'many' is not a whole number" in fails(capsys, "sample", "--from", "x", "--steps", "many")
         assert "--minutes: -1 must be above 0" in fails(capsys, "demo", "--minutes", "-1")
         assert "--num: 0 must be at least 1" in fails(capsys, "sample", "--from", "x", "--num", "0")
+        assert "--seed: -1 must not be negative" in fails(capsys, "sample", "--from", "x", "--seed", "-1")
+        assert "--size: 'big' is not a whole number" in fails(capsys, "prepare", "--data", "x", "--size", "big")
         assert "required: --from" in fails(capsys, "sample")
 
-    def test_sixteen_frames(self, capsys, tmp_path):
+    def test_sizes_of_the_demo(self, capsys, tmp_path):
         line = fails(capsys, "demo", "--out", tmp_path / "out", "--frames", "16")
         assert "16" in line
         assert "1 + 4k" in line
-        assert not (tmp_path / "out").exists()
-        line = fails(capsys, "train", "tokenizer", "--data", tmp_path, "--out", tmp_path / "out", "--frames", "16")
-        assert "1 + 4k" in line
-        assert not (tmp_path / "out").exists()
-
-    def test_size(self, capsys, tmp_path):
         assert "height: got 60" in fails(capsys, "demo", "--out", tmp_path / "out", "--size", "60")
-
-    def test_unknown_scenario(self, capsys, tmp_path):
-        line = fails(capsys, "demo", "--out", tmp_path / "out", "--scenarios", "chess")
-        assert "unknown scenario 'chess'; there are basic" in line
+        assert "unknown scenario 'chess'; there are basic" in fails(
+            capsys, "demo", "--out", tmp_path / "out", "--scenarios", "chess"
+        )
         assert not (tmp_path / "out").exists()
 
-    def test_missing_folders(self, capsys, tmp_path):
-        assert "no such folder: " in fails(capsys, "sample", "--from", tmp_path / "nowhere")
-        assert "no such checkpoint: " in fails(capsys, "sample", "--from", tmp_path)
-        arguments = ("train", "tokenizer", "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
-        assert "no such folder: " in fails(capsys, *arguments)
-        arguments = ("train", "base", "--data", tmp_path, "--out", tmp_path / "out")
-        assert "no such checkpoint: " in fails(capsys, *arguments)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_text_file_named_mp4(self, capsys, tmp_path):
-        pytest.importorskip("av", reason="PyAV is not installed")
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "letter.mp4").write_text("Dear reader,\n" * 50)
-        line = fails(capsys, "train", "tokenizer", "--data", tmp_path / "data", "--out", tmp_path / "out")
-        assert "letter.mp4 is not a video" in line
-        assert not (tmp_path / "out").exists()
-
-    def test_broken_checkpoint_config(self, capsys, tmp_path):
-        (tmp_path / "tokenizer").mkdir()
-        (tmp_path / "tokenizer" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-        line = fails(capsys, "sample", "--from", tmp_path, "--out", tmp_path / "x.mp4")
-        assert "config.json is not a checkpoint of walt" in line
-
-    def test_out_is_a_file(self, needs_demo, capsys, tmp_path):
-        (tmp_path / "out").write_text("")
-        assert "is a file, not a folder" in fails(capsys, "demo", "--out", tmp_path / "out")
-
-    def test_missing_package(self, capsys, tmp_path, monkeypatch):
+    def test_a_package_of_no_extra(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-        assert "efficientnet_lite_pytorch cannot be imported" in fails(capsys, "demo", "--out", tmp_path / "out")
+        line = fails(capsys, "demo", "--out", tmp_path / "out")
+        assert "efficientnet_lite_pytorch cannot be imported" in line
+        assert line.endswith("install it with: pip install --no-deps efficientnet-lite-pytorch==0.1.0")
         assert not (tmp_path / "out").exists()
+
+    def test_a_package_of_an_extra(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        line = fails(capsys, "sample", "--from", "hub:someone/something")
+        assert 'install it with: pip install "walt-kernels[hub]"' in line
+
+    def test_long_messages_are_one_line(self, capsys, monkeypatch):
+        def broken(_):
+            raise WaltError("first\n   second\n\nthird")
+
+        monkeypatch.setattr(commands, "info", broken)
+        assert fails(capsys, "info").endswith("error: first second third")
+
+    def test_a_closed_pipe_is_no_error(self, capsys, monkeypatch):
+        def closed(_):
+            raise BrokenPipeError
+
+        monkeypatch.setattr(commands, "info", closed)
+        assert main(["info"]) == 0
+
+    def test_interrupted(self, capsys, monkeypatch):
+        def interrupt(_):
+            raise KeyboardInterrupt("halfway")
+
+        monkeypatch.setattr(commands, "prepare", interrupt)
+        assert main(["prepare", "--data", "x", "--out", "y"]) == 130
+        assert "interrupted: halfway; run the same command again to go on" in capsys.readouterr().err
 
 
 def test_no_traceback_from_the_real_process(tmp_path):
@@ -183,151 +141,3 @@ def test_no_traceback_from_the_real_process(tmp_path):
     assert process.returncode == 2
     assert output == ""
     assert errors == f"walt: error: no such folder: {tmp_path / 'nowhere'}\n"
-
-
-class TestDemo:
-    def test_writes_everything(self, demo_run):
-        expected = {
-            "samples.mp4",
-            "samples.gif",
-            "reconstructions.mp4",
-            "reconstructions.gif",
-            "images.png",
-            "losses.png",
-            "report.html",
-            "metrics.json",
-            "tokenizer",
-            "tokenizer.jsonl",
-            "transformer",
-            "transformer.jsonl",
-        }
-        assert {path.name for path in demo_run.iterdir()} == expected
-
-    def test_videos_decode_to_whole_clips(self, demo_run):
-        # Two classes: a row of two clips at 3x, and pairs of original and reconstruction at 2x.
-        assert read_video(demo_run / "samples.mp4").shape == (5, 3 * 16 + 4, 2 * (3 * 16 + 2) + 2, 3)
-        assert read_video(demo_run / "reconstructions.mp4").shape == (5, 2 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2, 3)
-
-    def test_metrics_and_report_agree_with_what_was_printed(self, demo_run):
-        metrics = json.loads((demo_run / "metrics.json").read_text())
-        assert metrics["classes"] == ["basic", "big_buck_bunny"]
-        assert metrics["steps"]["tokenizer"]["done"] == metrics["steps"]["transformer"]["done"] == 12
-        assert metrics["clips"] == {"train": 6, "held out": 4}
-        assert metrics["frechet_clips"] == 4
-        assert metrics["frechet_frames"] == 20
-        frechet = metrics["frechet"]
-        assert frechet.keys() == {"trained", "untrained", "reconstructions", "real training clips"}
-        assert metrics["frechet_ratio"] == pytest.approx(frechet["untrained"]["frames"] / frechet["trained"]["frames"])
-        assert 5 < metrics["psnr"] < 50
-        assert np.mean(list(metrics["psnr_by_class"].values())) == pytest.approx(metrics["psnr"])
-        printed = (demo_run.parent / "output.txt").read_text()
-        report = (demo_run / "report.html").read_text()
-        assert printed.splitlines() == list(summary(metrics, demo_run))
-        for text in (f"{metrics['psnr']:.2f} dB", f"{frechet['trained']['frames']:.1f}", metrics["frechet_features"]):
-            assert text in printed
-            assert text in report
-        assert report.count("data:image/gif;base64,") == 2
-        assert report.count("data:image/png;base64,") == 2
-        assert "http" not in report.replace("https://vizdoom.cs.put.edu.pl", "")
-
-    def test_shows_progress(self, demo_run):
-        errors = (demo_run.parent / "errors.txt").read_text()
-        for text in ("render", "train tokenizer", "train transformer", "loss=", "step/s", "frames_s="):
-            assert text in errors
-
-    def test_sample_from_it(self, demo_run, tmp_path, capsys):
-        out = tmp_path / "basic.mp4"
-        assert main(["sample", "--from", str(demo_run), "--class", "basic", "--num", "3", "--out", str(out)]) == 0
-        assert read_video(out).shape == (5, 16 + 4, 3 * 18 + 2, 3)
-        assert "3 clips of basic" in capsys.readouterr().out
-        pictures = ["--images", "--num", "2", "--steps", "2", "--out", str(tmp_path / "two.png")]
-        assert main(["sample", "--from", str(demo_run), *pictures]) == 0
-        assert (tmp_path / "two.png").stat().st_size > 100
-
-    def test_bad_samples(self, demo_run, tmp_path, capsys):
-        source = ("sample", "--from", demo_run)
-        assert "unknown class 'chess'; the classes are basic, big_buck_bunny" in fails(
-            capsys, *source, "--class", "chess"
-        )
-        assert "must end in .mp4 or .gif" in fails(capsys, *source, "--out", tmp_path / "x.txt")
-        assert "must end in .png" in fails(capsys, *source, "--images", "--out", tmp_path / "x.mp4")
-        (tmp_path / "file").write_text("")
-        assert "cannot write" in fails(capsys, *source, "--steps", "1", "--out", tmp_path / "file" / "x.gif")
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-    def test_a_second_run_keeps_the_training(self, demo_run, capsys):
-        before = (demo_run / "transformer" / "model.safetensors").read_bytes()
-        metrics = json.loads((demo_run / "metrics.json").read_text())
-        assert main(demo(demo_run)) == 0
-        again = json.loads((demo_run / "metrics.json").read_text())
-        assert (demo_run / "transformer" / "model.safetensors").read_bytes() == before
-        assert again["psnr"] == pytest.approx(metrics["psnr"], abs=0.01)
-        assert again["steps"] == metrics["steps"]
-
-    def test_other_settings_are_refused(self, demo_run, capsys):
-        line = fails(capsys, *demo(demo_run, "--clips", "4"))
-        assert "data.clips is 3 there, 4 here" in line
-
-    def test_full_disk(self, needs_demo, tmp_path, capsys, monkeypatch):
-        def no_space(path, _tensors):
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(checkpoint, "write_tensors", no_space)
-        line = fails(capsys, *demo(tmp_path / "out"))
-        assert f"cannot write {tmp_path / 'out' / 'tokenizer'}: No space left on device" in line
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.jsonl"]
-
-    def test_interrupt_leaves_a_checkpoint_that_a_second_run_resumes(self, needs_demo, tmp_path):
-        out = tmp_path / "run"
-        many = {"tokenizer": 10**6, "transformer": 10**6}  # only the clock can end these stages
-        process = command(*demo(out, "--minutes", "10", **many))
-        deadline = time.monotonic() + 90
-        while not (out / "tokenizer.jsonl").exists() or not (out / "tokenizer.jsonl").read_text():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert f"interrupted: {out / 'tokenizer'} holds a checkpoint at step" in errors
-        assert "Traceback" not in errors
-        _, document = load_description(out / "tokenizer", "tokenizer")
-        assert document["kind"] == "tokenizer"
-        assert read_tensors(out / "tokenizer" / "ema.safetensors")
-        stopped = json.loads((out / "tokenizer" / "state.json").read_text())["step"]
-        assert stopped >= 10
-
-        process = command(*demo(out, "--minutes", "0.01", **many))
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        done = json.loads((out / "metrics.json").read_text())["steps"]
-        assert done["tokenizer"]["done"] > stopped
-        assert done["transformer"]["done"] >= 1
-        assert WaltPipeline.from_pretrained(out).generate("basic", steps=1, progress=False).shape == (1, 5, 16, 16, 3)
-
-
-def test_train_both_stages_on_a_folder(tmp_path, capsys):
-    pytest.importorskip("av", reason="PyAV is not installed")
-    for name in ("up", "down"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        ramp = np.linspace(30, 200, 15).astype(np.uint8)[:: 1 if name == "up" else -1, None, None, None]
-        write_mp4(tmp_path / "data" / name / "clip.mp4", np.broadcast_to(ramp, (15, 16, 16, 3)).copy())
-    out = tmp_path / "out"
-    shared = ["--data", str(tmp_path / "data"), "--out", str(out)]
-    shared += ["--frames", "5", "--size", "16", "--steps", "3", "--batch", "2"]
-    assert main(["train", "tokenizer", *shared]) == 0
-    assert "reconstruction PSNR" in capsys.readouterr().out
-    assert main(["train", "base", *shared]) == 0
-    assert WaltPipeline.from_pretrained(out).classes == ("down", "up")
-    arguments = ["--from", str(out), "--video", str(tmp_path / "data/up/clip.mp4"), "--frames", "13", "--size", "24"]
-    assert main(["evaluate", *arguments]) == 0
-    assert "over 1 clips of 13 frames" in capsys.readouterr().out
-    assert "gives 15 frames from frame 0 on, but 17 are needed" in fails(capsys, "evaluate", *arguments[:4])
-    assert "no such video" in fails(capsys, "evaluate", "--from", out, "--video", tmp_path / "none.mp4")
-    line = fails(capsys, "evaluate", *arguments[:4], "--frames", "14")
-    assert "14 frames" in line
-
-
-def test_running_mean():
-    assert running_mean(np.array([4.0, 2.0, 6.0, 8.0]), 2).tolist() == [4.0, 3.0, 4.0, 7.0]

@@ -132,7 +132,7 @@ def _add_train(group: Any) -> None:
         "          walt train base --data clips --out runs/mine --config base.yaml -s training.lr=3e-4\n"
         "          torchrun --nproc-per-node 2 -m walt train base --data clips --out runs/mine",
     )
-    train.add_argument("stage", choices=("tokenizer", "base", "sr"))
+    train.add_argument("stage", choices=("tokenizer", "base", "sr"), help="in this order")
     train.add_argument("--data", type=Path, required=True, help="folder of videos and images, or a prepared one")
     train.add_argument("--out", type=Path, required=True, help="folder for checkpoints, latents and logs")
     train.add_argument("--config", type=Path, help="YAML file of settings, such as the one that a run leaves in --out")
@@ -146,7 +146,7 @@ def _add_train(group: Any) -> None:
     )
     train.add_argument("--preset", help="sizes of the models (default: tiny, for sr tiny-sr); see walt info --all")
     train.add_argument("--captions", type=Path, help="CSV or JSONL of file, caption (default: one in the folder)")
-    train.add_argument("--level", type=int, choices=(1, 2), default=1, help="of sr: 2 goes on from what 1 makes")
+    train.add_argument("--level", type=int, choices=(1, 2), default=1, help="of sr; 2 goes on from 1 (default: 1)")
     train.add_argument("--steps", type=_positive, metavar="N", help="short for training.steps=N")
     train.add_argument("--batch", type=_positive, metavar="N", help="short for data.batch=N")
     train.add_argument("--frames", type=_positive, metavar="N", help="short for data.frames=N, 1 + 4k")
@@ -217,7 +217,7 @@ def _add_latents(group: Any) -> None:
         group,
         "encode",
         commands.encode,
-        "video or picture to latents, in constant memory",
+        "video or picture to latents",
         "walt encode --from runs/mine --video film.mp4 --out film.safetensors",
     )
     decode = _command(

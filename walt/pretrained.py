@@ -59,7 +59,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, averaged weights if it has them."""
     folder, document = load_description(folder, "tokenizer")
     with user_values(str(folder / "config.json")):
-        model = Tokenizer(TokenizerConfig.from_dict(document.get("config", {})))
+        # Checkpoints from before the field was there are of tokenizers without adaptive norms.
+        model = Tokenizer(TokenizerConfig.from_dict({"adaptive_norm": False, **document.get("config", {})}))
     path = best_weights(folder)
     load_weights(model, read_tensors(path), path)
     return model.eval()

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -53,7 +53,11 @@ class DataConfig(Config):
 
     def __post_init__(self) -> None:
         expect_positive(self, "frames", "height", "width", "stride", "batch")
-        expect(0 <= self.images <= self.batch, "images", self.images, f"0 to batch={self.batch}")
+        good = isinstance(self.images, int) and 0 <= self.images <= self.batch
+        expect(good, "images", self.images, f"an int from 0 to batch={self.batch}")
+        for name in ("flip", "shots"):
+            expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        expect(isinstance(self.text, str), "text", self.text, "the name of a text encoder")
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,34 @@ def load_settings(
     """
     given = _read(file) if file is not None else {}
     name = preset or given.get("preset") or ("tiny-sr" if stage.startswith("sr") else "tiny")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise WaltError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     tokenizer, transformer = PRESETS[name]
     settings = Settings(name, tokenizer, transformer, **_recipe(name, stage))
     settings = _apply(settings, {k: v for k, v in given.items() if k != "preset"}, str(file))
+    # Those of a section together: fields that must fit one another can then change in any order.
+    sections: dict[str, dict[str, Any]] = {}
+    texts: dict[str, list[str]] = {}
     for text in overrides:
-        settings = _apply(settings, _override(text), text)
+        section, field_name, value = _override(text)
+        sections.setdefault(section, {})[field_name] = value
+        texts.setdefault(section, []).append(text)
+    for section, values in sections.items():
+        settings = _apply(settings, {section: values}, " ".join(texts[section]))
+    _check(settings, stage)
     return settings
+
+
+def _check(settings: Settings, stage: str) -> None:
+    """What no section can check alone: clips that the tokenizer takes, and a model for the stage."""
+    data = settings.data
+    with user_values("data"):
+        settings.tokenizer.latent_shape(data.frames, data.height, data.width)
+    if stage != "tokenizer" and settings.transformer.low_resolution != stage.startswith("sr"):
+        raise WaltError(
+            f"transformer.low_resolution is {str(settings.transformer.low_resolution).lower()}, which does not fit the"
+            f" stage {stage}; give it another --preset than {settings.preset} (walt info --all)"
+        )
 
 
 def _recipe(preset: str, stage: str) -> dict[str, Any]:
@@ -138,13 +162,14 @@ def _read(file: Path) -> dict[str, Any]:
     return document
 
 
-def _override(text: str) -> dict[str, Any]:
+def _override(text: str) -> tuple[str, str, Any]:
+    """ "section.field=value" -> section, field, value."""
     path, equals, value = text.partition("=")
     section, dot, name = path.partition(".")
     if not (equals and dot and section and name):
         raise WaltError(f"{text!r} is no override; expected section.field=value, such as training.lr=1e-4")
     try:
-        return {section: {name: yaml.safe_load(value)}}
+        return section, name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise WaltError(f"{text!r}: the value is not YAML") from error
 
@@ -159,17 +184,24 @@ def _apply(settings: Settings, sections: Mapping[str, Any], origin: str) -> Sett
             raise WaltError(f"{origin}: section {name} holds {values!r}, expected fields with values")
         section = getattr(settings, name)
         hints = get_type_hints(type(section))
-        typed = {key: _typed(value, hints.get(key)) for key, value in values.items()}
         with user_values(origin):
+            typed = {key: _typed(f"{name}.{key}", value, hints.get(key)) for key, value in values.items()}
             changed[name] = type(section).from_dict({**section.to_dict(), **typed})
     return dataclasses.replace(settings, **changed)
 
 
-def _typed(value: Any, kind: Any) -> Any:
-    """YAML reads 1e-4 as text and 1 as an int; a field of floats means numbers by both."""
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """The value as a field of this type has it; the section then checks what it may be.
+
+    YAML reads 1e-4 as text and 1 as an int; a float means numbers by both. ValueError where there is no number.
+    """
+    if kind is float:
         try:
-            return float(value)
-        except ValueError:
-            return value
+            return float(value if not isinstance(value, bool) else "")
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}: got {value!r}; expected a number") from None
+    if kind is int:
+        expect(isinstance(value, int) and not isinstance(value, bool), name, value, "a whole number")
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return [_typed(name, item, get_args(kind)[0]) for item in value]
     return value

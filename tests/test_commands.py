@@ -1,0 +1,365 @@
+"""The commands on a small trained model: what they write, and that on bad input they write nothing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import fails
+from safetensors.torch import load_file, save_file
+from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, moving, write_films
+
+from walt import commands
+from walt.cli import main
+from walt.data import shrink, to_model, to_pixels
+from walt.pipeline import WaltPipeline, load_tokenizer
+from walt.video import read_image, read_video, write_mp4, write_png
+
+pytest.importorskip("av", reason="PyAV is not installed")
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return write_films(tmp_path_factory.mktemp("films") / "films")
+
+
+@pytest.fixture(scope="module")
+def model(films, tmp_path_factory):
+    """Classes and first frames, no text; one stage of super-resolution."""
+    out = tmp_path_factory.mktemp("model") / "run"
+    fit("tokenizer", films, out)
+    fit("base", films, out, "transformer.frame_condition=true")
+    fit("sr1", films, out, "data.height=32", "data.width=32", "transformer.patch=2")
+    return out
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def left(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class TestTrain:
+    def shared(self, films, out) -> list[str]:
+        overrides = [word for text in (*TOKENIZER, *TRANSFORMER, *SHORT) for word in ("-s", text)]
+        return ["--data", str(films), "--out", str(out), *overrides]
+
+    def test_both_stages(self, films, tmp_path, capsys):
+        shared = self.shared(films, tmp_path / "run")
+        run("train", "tokenizer", *shared, "--steps", 1, "--batch", 2, "--seed", 5, "-s", "data.images=0")
+        printed = capsys.readouterr().out
+        assert "data: 4 videos with 4 shots and 0 images, 36 frames, 2 classes, 4 captions" in printed
+        assert f"{tmp_path / 'run' / 'tokenizer'}: 2 steps" in printed  # -s counts over the short forms
+        config = tmp_path / "run" / "tokenizer.yaml"
+        assert "seed: 5" in config.read_text()
+        arguments = ["--data", films, "--out", tmp_path / "run", "--config", config, "-s", "training.lr=3e-4"]
+        run("train", "base", *arguments)
+        assert WaltPipeline.from_pretrained(tmp_path / "run").classes == ("down", "up")
+        assert "lr: 0.0003" in (tmp_path / "run" / "transformer.yaml").read_text()
+
+    def test_on_a_prepared_folder(self, films, tmp_path, capsys):
+        run("prepare", "--data", films, "--out", tmp_path / "prepared", "--size", "16x24")
+        assert "4 videos with 4 shots and 0 images, 36 frames, 2 classes, 4 captions" in capsys.readouterr().out
+        run("train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "run"))
+        assert "data-16x16" not in left(tmp_path / "run")
+        capsys.readouterr()
+        line = fails(
+            capsys, "train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "b"), "-s", "data.width=32"
+        )
+        assert "was prepared for 16x24 pixels; 16x32 are wanted" in line
+        line = fails(
+            capsys,
+            *("train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "b")),
+            *("--captions", films / "captions.jsonl"),
+        )
+        assert "is prepared already; give captions to walt prepare" in line
+        assert not (tmp_path / "b").exists()
+
+    def test_bad_input(self, films, tmp_path, capsys):
+        out = tmp_path / "out"
+        for stage, arguments, message in (
+            ("tokenizer", ["--frames", 16], "1 + 4k, the nearest being 13 or 17"),
+            ("tokenizer", ["--size", 60], "height: got 60 pixels; expected a multiple of 8, such as 56 or 64"),
+            ("tokenizer", ["--size", "64x4"], "width: got 4 pixels; expected a multiple of 8, such as 8"),
+            ("tokenizer", ["--preset", "huge"], "unknown preset 'huge'"),
+            ("tokenizer", ["-s", "data.colour=1"], "data.colour=1: DataConfig: got 'colour'"),
+            ("tokenizer", ["--config", tmp_path / "none.yaml"], "cannot read"),
+            ("tokenizer", ["--captions", tmp_path / "none.csv"], "cannot read"),
+            ("base", [], "no such checkpoint: "),
+            ("base", ["--preset", "tiny-sr"], "does not fit the stage base"),
+            ("sr", ["--preset", "tiny"], "does not fit the stage sr1"),
+            ("sr", ["--level", 3], "invalid choice: 3"),
+        ):
+            assert message in fails(capsys, "train", stage, "--data", films, "--out", out, *arguments)
+            assert not out.exists(), (stage, arguments)
+        missing = ("train", "tokenizer", "--data", tmp_path / "nowhere", "--out", out)
+        assert "no such folder: " in fails(capsys, *missing)
+        (tmp_path / "empty").mkdir()
+        assert "holds no video or image" in fails(
+            capsys, "train", "tokenizer", "--data", tmp_path / "empty", "--out", out
+        )
+        assert not out.exists()
+
+    def test_a_letter_named_mp4(self, capsys, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "letter.mp4").write_text("Dear reader,\n" * 50)
+        line = fails(capsys, "train", "tokenizer", "--data", tmp_path / "data", "--out", tmp_path / "out")
+        assert "none of its 1 videos and images can be used" in line
+        assert not list((tmp_path / "out").glob("tokenizer*"))
+
+    def test_out_is_a_file(self, films, capsys, tmp_path):
+        (tmp_path / "out").write_text("")
+        line = fails(capsys, "train", "tokenizer", *self.shared(films, tmp_path / "out"))
+        assert "cannot write" in line
+
+
+class TestSample:
+    def test_classes(self, model, tmp_path, capsys):
+        source = ("sample", "--from", model, "--steps", 1)
+        run(*source, "--out", tmp_path / "each.mp4")
+        assert read_video(tmp_path / "each.mp4").shape == (5, 16 + 4, 2 * 18 + 2, 3)
+        assert "2 clips of down, up" in capsys.readouterr().out
+        run(*source, "--class", "up", "--out", tmp_path / "one.gif")
+        assert "1 clip of up" in capsys.readouterr().out
+        run(*source, "--class", "1", "--num", 2, "--images", "--out", tmp_path / "two.png")
+        assert read_image(tmp_path / "two.png").shape == (16 + 4, 2 * 18 + 2, 3)
+        assert "2 pictures of 1" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("kind", ["film.mp4", "picture.png"])
+    def test_from_first_frames(self, model, tmp_path, kind, monkeypatch):
+        """They reach the pipeline at the model's size: covered by the picture, the middle of it."""
+        picture = moving(0, 1, 48, 96)[0]
+        path = tmp_path / kind
+        if kind == "picture.png":
+            write_png(path, picture)
+        else:
+            write_mp4(path, np.stack([picture] * 5))
+        seen = {}
+        generate = WaltPipeline.generate
+
+        def spy(self, *arguments, **options):
+            seen.update(options)
+            return generate(self, *arguments, **options)
+
+        monkeypatch.setattr(WaltPipeline, "generate", spy)
+        source = ("sample", "--from", model, "--steps", 1, "--out", tmp_path / "a.mp4")
+        run(*source, "--class", "up", "--first-frames", path)
+        assert seen["frames"].shape == (1, 16, 16, 3)
+        expected = shrink(picture[None, :, 24:72], 16, 16)[0].astype(float)
+        error = np.abs(seen["frames"][0] - expected).mean()
+        assert error < (1 if kind == "picture.png" else 10)  # grey levels; the codec shares colours between pixels
+        assert read_video(tmp_path / "a.mp4").shape == (5, 16, 16, 3)
+
+    def test_bad_input(self, model, films, tmp_path, capsys):
+        source = ("sample", "--from", model, "--steps", 1)
+        film, picture = films / "up/0.mp4", tmp_path / "picture.png"
+        write_png(picture, moving(0, 1)[0])
+        for arguments, message in (
+            (["--class", "chess"], "unknown class 'chess'; the classes are down, up"),
+            (["--class", "2"], "unknown class '2'"),
+            (["--text", "a cat"], "text: the model was trained without text"),
+            (["--out", tmp_path / "x.txt"], "must end in .mp4 or .gif"),
+            (["--images"], "must end in .png"),
+            (["--first-frames", tmp_path / "none.mp4"], "no such video"),
+            (["--first-frames", tmp_path / "none.png"], "no such image"),
+            (["--first-frames", picture, "--given", 5], "picture.png is a single picture"),
+            (["--first-frames", film, "--given", 5], "frames: got"),
+            (["--guidance", "0"], "0 must be above 0"),
+            (["--device", "abacus"], "--device abacus: "),
+        ):
+            line = fails(capsys, *source, "--out", tmp_path / "a.mp4", *arguments)
+            assert message in line, line
+        assert "no such folder: " in fails(capsys, "sample", "--from", tmp_path / "nowhere")
+        assert "no such checkpoint: " in fails(capsys, "sample", "--from", tmp_path)
+        (tmp_path / "file").write_text("")
+        assert "cannot write" in fails(capsys, *source, "--out", tmp_path / "file" / "x.gif")
+        assert left(tmp_path) == ["file", "picture.png"]
+
+    def test_foreign_checkpoint(self, capsys, tmp_path):
+        (tmp_path / "tokenizer").mkdir()
+        (tmp_path / "tokenizer" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+        line = fails(capsys, "sample", "--from", tmp_path, "--out", tmp_path / "x.mp4")
+        assert "config.json is not a checkpoint of walt" in line
+
+
+class TestExtendAndUpscale:
+    def clip(self, path, frames: int, size: int = 16):
+        write_mp4(path, moving(1, frames, size, size))
+        return path
+
+    @pytest.mark.parametrize(("frames", "wanted", "made"), [(5, 13, 13), (5, 6, 9), (1, 9, 9), (9, 12, 13)])
+    def test_extend(self, model, tmp_path, capsys, frames, wanted, made):
+        film = self.clip(tmp_path / "film.mp4", frames)
+        arguments = ["--video", film, "--frames", wanted, "--steps", 1, "--out", tmp_path / "long.mp4"]
+        run("extend", "--from", model, *arguments)
+        assert read_video(tmp_path / "long.mp4").shape == (made, 16, 16, 3)
+        assert f"{frames} -> {made} frames" in capsys.readouterr().out
+
+    def test_extend_by_five_frames(self):
+        """The numbers of the paper: 17 -> 29 -> 41 frames."""
+        assert [commands.chunks_for(frames, 17) for frames in (0, 1, 12, 13, 24, 25)] == [0, 1, 1, 2, 2, 3]
+        assert [commands.chunks_for(frames, 5) for frames in (1, 4, 5)] == [1, 1, 2]
+
+    def test_upscale(self, model, tmp_path, capsys):
+        film = self.clip(tmp_path / "film.mp4", 9)
+        run("upscale", "--from", model, "--video", film, "--steps", 1, "--out", tmp_path / "large.mp4")
+        assert read_video(tmp_path / "large.mp4").shape == (9, 32, 32, 3)
+        assert "16x16 -> 32x32 pixels" in capsys.readouterr().out
+
+    def test_bad_input(self, model, films, tmp_path, capsys):
+        film = self.clip(tmp_path / "film.mp4", 5)
+        long = ("extend", "--from", model, "--out", tmp_path / "x.mp4", "--video")
+        assert "--frames 5: " in fails(capsys, *long, film, "--frames", 5)
+        assert "expected uint8 [T, 16, 16, 3]" in fails(capsys, *long, films / "up/0.mp4")
+        assert "no such video" in fails(capsys, *long, tmp_path / "none.mp4")
+        assert "text: the model was trained without text" in fails(capsys, *long, film, "--text", "a cat")
+        large = ("upscale", "--from", model, "--out", tmp_path / "x.mp4", "--video")
+        assert "expected uint8 [T, 16, 16, 3]" in fails(capsys, *large, films / "up/0.mp4")
+        assert "stages: got 2; expected 1 to 1" in fails(capsys, *large, film, "--stages", 2)
+        assert "must end in .mp4 or .gif" in fails(capsys, *large, film, "--out", tmp_path / "x.png")
+        assert left(tmp_path) == ["film.mp4"]
+
+
+class TestLatents:
+    def test_round_trip(self, model, films, tmp_path, capsys):
+        """Through files, what the tokenizer itself gives: exact for latents, and so for pixels before the codec."""
+        tokenizer, film = load_tokenizer(model / "tokenizer"), read_video(films / "up/0.mp4")
+        run("encode", "--from", model, "--video", films / "up/0.mp4", "--out", tmp_path / "a.safetensors")
+        assert "9 frames of 64x64 -> latent [1, 4, 3, 8, 8]" in capsys.readouterr().out
+        latent = load_file(tmp_path / "a.safetensors")["latent"]
+        with torch.inference_mode():
+            torch.testing.assert_close(latent, tokenizer.encode(to_model(film[None])), atol=1e-5, rtol=1e-5)
+            expected = to_pixels(tokenizer.decode(latent))[0]
+        run("decode", "--from", model, "--latents", tmp_path / "a.safetensors", "--out", tmp_path / "b.mp4")
+        write_mp4(tmp_path / "expected.mp4", expected)
+        difference = np.abs(read_video(tmp_path / "b.mp4").astype(int) - read_video(tmp_path / "expected.mp4"))
+        assert difference.max() <= 2  # one grey level of rounding before the codec
+
+    def test_edges_and_last_frames_are_cut(self, model, tmp_path, capsys):
+        write_mp4(tmp_path / "film.mp4", moving(0, 8, 30, 42))
+        run("encode", "--from", model, "--video", tmp_path / "film.mp4", "--out", tmp_path / "a.safetensors")
+        assert "5 frames (of 8: a clip has 1 + 4k) of 24x40 -> latent [1, 4, 2, 3, 5]" in capsys.readouterr().out
+
+    def test_picture_and_tiles(self, model, tmp_path):
+        write_png(tmp_path / "a.png", moving(0, 1, 64, 96)[0])
+        source = ("encode", "--from", model, "--video", tmp_path / "a.png")
+        run(*source, "--out", tmp_path / "whole.safetensors")
+        run(*source, "--out", tmp_path / "tiles.safetensors", "--tile", "32x48")
+        run(*source, "--out", tmp_path / "one.safetensors", "--tile", "64x96")
+        whole, tiles, one = (
+            load_file(tmp_path / f"{name}.safetensors")["latent"] for name in ("whole", "tiles", "one")
+        )
+        assert whole.shape == tiles.shape == (1, 4, 1, 8, 12)
+        assert torch.equal(one, whole)
+        assert not torch.equal(tiles, whole)  # tiles are an approximation
+        run("decode", "--from", model, "--latents", tmp_path / "whole.safetensors", "--out", tmp_path / "b.mp4")
+        assert read_video(tmp_path / "b.mp4").shape == (1, 64, 96, 3)
+
+    def test_bad_input(self, model, tmp_path, capsys):
+        write_mp4(tmp_path / "film.mp4", moving(0, 5))
+        save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+        save_file({"latent": torch.ones(1, 3, 1, 2, 2)}, tmp_path / "three.safetensors")
+        write_png(tmp_path / "small.png", np.zeros((4, 40, 3), np.uint8))
+        (tmp_path / "text.safetensors").write_text("text")
+        before = left(tmp_path)
+        encode = ("encode", "--from", model, "--out", tmp_path / "a.safetensors", "--video")
+        assert "no such video" in fails(capsys, *encode, tmp_path / "none.mp4")
+        assert "4x40 pixels; expected at least 8x8" in fails(capsys, *encode, tmp_path / "small.png")
+        assert "--tile: tile: got (20, 20)" in fails(capsys, *encode, tmp_path / "film.mp4", "--tile", 20)
+        line = fails(capsys, *encode, tmp_path / "film.mp4", "--out", tmp_path / "a.pt")
+        assert "must end in .safetensors" in line
+        nowhere = ("encode", "--from", tmp_path / "nowhere", "--video", "x.mp4", "--out", tmp_path / "a.safetensors")
+        assert "no such folder" in fails(capsys, *nowhere)
+        decode = ("decode", "--from", model, "--out", tmp_path / "a.mp4", "--latents")
+        assert "holds no tensor named latent" in fails(capsys, *decode, tmp_path / "other.safetensors")
+        assert "expected floating point [B, 4, 1+k, h, w]" in fails(capsys, *decode, tmp_path / "three.safetensors")
+        assert "text.safetensors is broken" in fails(capsys, *decode, tmp_path / "text.safetensors")
+        assert "no such file: " in fails(capsys, *decode, tmp_path / "none.safetensors")
+        assert left(tmp_path) == before
+
+
+class Colours:
+    """Mean colours as features, of clips or of frames."""
+
+    def __init__(self, *_, **__) -> None:
+        self.description = "mean colours"
+
+    def __call__(self, clips: np.ndarray) -> np.ndarray:
+        return clips.mean(axis=(1, 2, 3)).astype(np.float64)
+
+
+class TestEvaluate:
+    def test_tokenizer(self, model, films, tmp_path, capsys):
+        arguments = ["--data", films, "--num", 3, "--json", tmp_path / "a.json"]
+        run("evaluate", "--from", model, *arguments, "--frames", 5, "--size", 16)
+        printed = capsys.readouterr().out
+        assert "reconstructions: 3 real clips and 3 compared with them, 5 frames of 16x16 pixels" in printed
+        assert "mean over 3 clips of 10 log10(255^2 / mean squared error)" in printed
+        document = json.loads((tmp_path / "a.json").read_text())
+        assert document.keys() == {"reconstructions"}
+        assert 0 < document["reconstructions"]["values"]["psnr"] < 40
+        assert f"{document['reconstructions']['values']['psnr']:.2f}" in printed
+
+    def test_of_a_film(self, model, films, capsys):
+        arguments = ["--data", films / "up/0.mp4", "--frames", 5, "--size", "16x24", "--metrics", "ssim"]
+        run("evaluate", "--from", model, *arguments)
+        assert "1 real clips and 1 compared with them, 5 frames of 16x24 pixels" in capsys.readouterr().out
+
+    def test_samples(self, model, films, monkeypatch, capsys):
+        monkeypatch.setattr(commands, "VideoFeatures", Colours)
+        seen = {}
+        generate = WaltPipeline.generate
+
+        def spy(self, label, num, **options):
+            seen.update(label=label, num=num, **options)
+            return generate(self, label, num, **options)
+
+        monkeypatch.setattr(WaltPipeline, "generate", spy)
+        arguments = ["--data", films, "--num", 4, "--metrics", "fvd", "psnr", "--steps", 1]
+        run("evaluate", "--from", model, *arguments)
+        printed = capsys.readouterr().out
+        assert "samples: 4 real clips and 4 compared with them, 5 frames of 16x16 pixels" in printed
+        assert "FVD" in printed
+        assert "not comparable with published FVD" in printed
+        assert "reconstructions: 4 real clips" in printed
+        assert seen["label"] == [0, 0, 1, 1]  # the classes of the real clips
+
+    def test_classes_that_the_model_does_not_know(self, model, films, tmp_path, monkeypatch):
+        """Their samples are made without a class."""
+        monkeypatch.setattr(commands, "VideoFeatures", Colours)
+        for name in ("other", "up"):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            write_mp4(tmp_path / "data" / name / "a.mp4", moving(0, 5))
+        arguments = ["--data", tmp_path / "data", "--metrics", "fvd", "--steps", 1]
+        run("evaluate", "--from", model, *arguments, "--json", tmp_path / "a.json")
+        assert json.loads((tmp_path / "a.json").read_text())["samples"]["fake"] == 2
+
+    def test_bad_input(self, model, films, tmp_path, capsys):
+        source = ("evaluate", "--from", model, "--json", tmp_path / "a.json", "--data")
+        for arguments, message in (
+            ([films, "--frames", 14], "got 14 frames; expected 1 + 4k, the nearest being 13 or 17"),
+            ([films, "--frames", 5, "--size", 20], "height: got 20 pixels; expected a multiple of 8, such as 16 or 24"),
+            ([films / "up/0.mp4", "--frames", 13], "0.mp4 has 9 frames; clips of 13 are wanted"),
+            ([films, "--frames", 13, "--size", 16], "holds no clip of 13 frames"),
+            ([films / "captions.jsonl"], "captions.jsonl is not a video"),
+            ([tmp_path / "none"], "no such folder"),
+            ([films, "--metrics", "beauty"], "invalid choice: 'beauty'"),
+            ([films, "--num", 1, "--metrics", "frechet_image_distance", "--steps", 1], "expected at least 2"),
+        ):
+            assert message in fails(capsys, *source, *arguments), arguments
+        assert left(tmp_path) == []
+
+
+class TestDoctorAndData:
+    def test_demo_data_refuses_a_full_folder(self, films, capsys):
+        assert "is there already; name another folder" in fails(capsys, "demo-data", "--out", films)
+
+    def test_prepare(self, films, tmp_path, capsys):
+        assert "no such folder" in fails(capsys, "prepare", "--data", tmp_path / "none", "--out", tmp_path / "a")
+        captions = ("prepare", "--data", films, "--out", tmp_path / "a", "--captions", films / "up/0.mp4")
+        assert "captions must be in a file that ends in .csv or .jsonl" in fails(capsys, *captions)
+        assert left(tmp_path) == []

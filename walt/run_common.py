@@ -1,0 +1,146 @@
+"""What the stages of training share: the run, its data, and how it begins (`walt.runs`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from walt.buckets import Batch, Source
+from walt.cache import INDEX, Cache
+from walt.data import to_model
+from walt.distributed import failing_together, is_main, world
+from walt.errors import WaltError
+from walt.pipeline import ClipShape
+from walt.prepare import prepare
+from walt.settings import Settings
+from walt.training import Trainer
+from walt.video import tile, write_mp4
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage's training: what, with which settings, on what data, where."""
+
+    stage: str  # "tokenizer", "base", "sr1" or "sr2"
+    settings: Settings
+    cache: Cache
+    out: Path
+    device: torch.device
+    new_settings: bool = False  # go on from a checkpoint although it was trained with other settings
+
+    @property
+    def folder(self) -> Path:
+        return self.out / ("transformer" if self.stage == "base" else self.stage)
+
+    @property
+    def clip(self) -> ClipShape:
+        data = self.settings.data
+        rates = self.cache.fps[self.cache.fps > 0]
+        fps = max(1, round(float(np.median(rates)) / data.stride)) if len(rates) else 8
+        return ClipShape(data.frames, data.height, data.width, fps)
+
+    def description(self) -> dict[str, Any]:
+        """What of the data decides the result."""
+        data = {"content": self.cache.fingerprint, **self.settings.data.to_dict()}
+        if self.settings.data.text:
+            data["captions"] = hashlib.sha256(json.dumps(self.cache.caption).encode()).hexdigest()
+        return {"data": data}
+
+
+def once(work: Callable[[], Result], find: Callable[[], Result], what: str) -> Result:
+    """`work()` on the main rank; on the others, when that is done, `find()`."""
+    done: list[Result] = []
+    with failing_together(what):
+        if is_main():
+            done.append(work())
+    return done[0] if done else find()
+
+
+def open_data(data: Path, out: Path, settings: Settings, captions: Path | None = None) -> Cache:
+    """A prepared folder as it is, any other folder after preparing it in `out`, for the size that the settings name."""
+    size = settings.data
+    if (data / INDEX).is_file():
+        if captions is not None:
+            raise WaltError(f"--captions {captions}: {data} is prepared already; give captions to walt prepare")
+        cache = Cache.open(data)
+        if size.height > cache.height or size.width > cache.width:
+            raise WaltError(
+                f"{data} was prepared for {cache.height}x{cache.width} pixels; {size.height}x{size.width} are wanted"
+            )
+        return cache
+    captions = captions_of(data, captions)
+    place = out / f"data-{size.height}x{size.width}"
+    if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+        raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
+    return once(
+        lambda: prepare(data, place, height=size.height, width=size.width, captions=captions, shots=size.shots),
+        lambda: Cache.open(place),
+        str(place),
+    )
+
+
+def captions_of(data: Path, captions: Path | None) -> Path | None:
+    """The file of captions that was named, else captions.jsonl or captions.csv in the folder, if there is one."""
+    if captions is not None:
+        return captions
+    return next((path for path in (data / "captions.jsonl", data / "captions.csv") if path.is_file()), None)
+
+
+def check(run: Run) -> None:
+    """WaltError for a batch that cannot be divided, and for data without what the batches are to hold."""
+    data, parts = run.settings.data, run.settings.training.accumulate * world()
+    if data.batch % parts:
+        below = data.batch // parts * parts
+        nearest = f"{below} or {below + parts}" if below else f"{parts}"
+        raise WaltError(
+            f"data.batch: got {data.batch}; expected a multiple of {parts} (processes x training.accumulate), such as"
+            f" {nearest}"
+        )
+    if data.frames > 1 and not len(run.cache.windows(data.frames, stride=data.stride)):
+        needed = (data.frames - 1) * data.stride + 1
+        raise WaltError(
+            f"{run.cache.folder} holds no clip of {data.frames} frames, for which a shot must have {needed}; give fewer"
+            " --frames, and for pictures alone --frames 1"
+        )
+
+
+def images_of(run: Run) -> int:
+    """Images, or stacks of them, of a batch: all of it where samples have a single frame."""
+    return run.settings.data.batch if run.settings.data.frames == 1 else run.settings.data.images
+
+
+def begin(run: Run, trainer: Trainer[Any]) -> None:
+    """Go on from the run's checkpoint, if there is one, and leave the settings beside it."""
+    trainer.resume(new_settings=run.new_settings)
+    with failing_together(str(run.out)):
+        if is_main():
+            run.settings.save(run.folder.with_suffix(".yaml"))
+
+
+def load(source: Source, rows: Batch) -> Batch:
+    """The tensors of drawn rows, which may be on a GPU."""
+    return source.load({name: value.cpu() if isinstance(value, Tensor) else value for name, value in rows.items()})
+
+
+def some_clips(run: Run, count: int) -> Tensor:
+    """Up to `count` clips spread over the data (images, where there is no clip), float32 [N, 3, T, H, W]."""
+    data = run.settings.data
+    rows, frames = run.cache.windows(data.frames, stride=data.stride), data.frames
+    if not len(rows):
+        rows, frames = run.cache.images(), 1
+    chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    return to_model(run.cache.read(chosen, frames, stride=data.stride, crop=(data.height, data.width)))
+
+
+def write_preview(run: Run, step: int, videos: np.ndarray, columns: int) -> None:
+    write_mp4(run.out / "previews" / f"{run.stage}-{step:07d}.mp4", tile(videos, columns), run.clip.fps)

@@ -1,0 +1,198 @@
+"""The later stages of training: base model and super-resolution (`walt.runs`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from walt.buckets import Batch, Source
+from walt.checkpoint import checkpoint_folder, load_description
+from walt.config import TransformerConfig
+from walt.diffusion import Diffusion
+from walt.errors import WaltError, user_values
+from walt.latents import LatentCache, LatentSource, TextFeatures, encode_cache, encode_captions, fingerprint
+from walt.pipeline import WaltPipeline, load_tokenizer, transformer_description
+from walt.run_common import Run, begin, images_of, load, once, write_preview
+from walt.stages import fitted
+from walt.text import TextEncoder, text_encoder, with_text
+from walt.tokenizer import Tokenizer
+from walt.training import Phase, Trainer
+from walt.transformer import Transformer
+
+PREVIEWS = 4  # samples of a preview
+
+
+def train_transformer(run: Run) -> Trainer[Transformer]:
+    """Second stage and super-resolution: v-prediction on the latents of the tokenizer in the same folder."""
+    settings = run.settings
+    data = settings.data
+    tokenizer = trained_tokenizer(run.out).to(run.device)
+    check_cascade(run)
+    encoder = text_encoder(data.text, settings.transformer.text_length) if data.text else None
+    config = transformer_config(run, tokenizer, encoder)
+    source = latent_source(run, tokenizer, config, encoder)
+    torch.manual_seed(settings.training.seed)
+    transformer, diffusion = Transformer(config).to(run.device), Diffusion(settings.diffusion)
+    shape = (data.batch, config.latent_channels, *config.latent_size)
+
+    def draw(generator: torch.Generator) -> Batch:
+        return {**source.draw(generator), **diffusion.draw(shape, generator)}
+
+    def loss(module: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loaded: dict[str, Any] = {name: tensor.to(run.device) for name, tensor in load(source, rows).items()}
+        draws = {name: rows[name] for name in diffusion.DRAWS}
+        return diffusion.loss(module, loaded.pop("latent"), draws, **loaded), {}
+
+    description = transformer_description(
+        config, settings.diffusion, run.clip, run.cache.classes if config.classes else (), data.text
+    )
+    with user_values("training"):
+        trainer: Trainer[Transformer] = Trainer(
+            [Phase("model", transformer, loss)],
+            draw,
+            settings.training,
+            run.folder,
+            kind="transformer",
+            description={**description, **run.description()},
+            frames_per_step=data.batch * data.frames,
+            preview=transformer_preview(run, tokenizer, diffusion, encoder),
+        )
+    begin(run, trainer)
+    trainer.run()
+    return trainer
+
+
+def trained_tokenizer(out: Path) -> Tokenizer:
+    """The tokenizer of the first stage; WaltError unless that was trained to its end, where it gets its statistics."""
+    tokenizer = load_tokenizer(out / "tokenizer")
+    if bool((tokenizer.latent_std == 1).all()):
+        raise WaltError(
+            f"{out / 'tokenizer'} was not trained to its end (its latents have no statistics yet); run walt train"
+            " tokenizer again, with --new-settings and fewer --steps if it is good enough"
+        )
+    return tokenizer
+
+
+def check_cascade(run: Run) -> None:
+    """WaltError unless a super-resolution stage's clips are twice as large as those of the stage before, if any."""
+    before = {"sr1": "transformer", "sr2": "sr1"}.get(run.stage)
+    if before is None or checkpoint_folder(run.out / before) is None:
+        return
+    clip, data = load_description(run.out / before, "transformer")[1].get("clip", {}), run.settings.data
+    for name, factor in (("frames", 1), ("height", 2), ("width", 2)):
+        size, expected = getattr(data, name), factor * clip.get(name, 0)
+        if size != expected:
+            twice = "twice those" if factor == 2 else "those"
+            raise WaltError(f"data.{name}: got {size}; expected {expected}, {twice} of {run.out / before}")
+
+
+def transformer_config(run: Run, tokenizer: Tokenizer, encoder: TextEncoder | None) -> TransformerConfig:
+    """The preset's configuration in the size of the data, for its classes and the text encoder."""
+    size, config = run.settings.data, run.settings.transformer
+    if config.text_width and encoder is None:
+        raise WaltError("the preset reads text; name an encoder, such as data.text=bytes or data.text=hf:FOLDER")
+    if encoder is not None:
+        config = with_text(config, encoder)
+        if not any(run.cache.caption):
+            raise WaltError(f"data.text={encoder.name}: {run.cache.folder} has no captions; give --captions")
+    classes = len(run.cache.classes) if config.classes else 0
+    return fitted(tokenizer.config, config, (size.frames, size.height, size.width), classes)
+
+
+class _Joined:
+    """What `walt.buckets.Source` asks for, over latents: with what the model's conditions need and nothing else."""
+
+    def __init__(
+        self, latents: LatentSource, low: LatentSource | None, config: TransformerConfig, encoder: TextEncoder | None
+    ) -> None:
+        self.latents, self.low, self.config, self.encoder = latents, low, config, encoder
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        return self.latents.draw(generator)
+
+    def load(self, batch: Batch) -> Batch:
+        """The arguments of `Diffusion.loss`, x0 under the name "latent"."""
+        loaded = self.latents.load(batch)
+        captions = loaded.pop("caption")
+        if not self.config.classes:
+            del loaded["label"]
+        if not self.latents.images:
+            del loaded["image"]
+        if self.encoder is not None and "text" not in loaded:
+            loaded["text"], loaded["text_mask"] = self.encoder.encode(captions)
+        if self.low is not None:
+            loaded["low_resolution"] = self.low.load(batch)["latent"]
+        return loaded
+
+
+def latent_source(run: Run, tokenizer: Tokenizer, config: TransformerConfig, encoder: TextEncoder | None) -> Source:
+    """Latents of the data, encoded once; for super-resolution also those of its clips at half the size."""
+    data = run.settings.data
+    features: TextFeatures | None = None
+    if encoder is not None and encoder.width:
+        frozen = encoder
+        features = once(
+            lambda: encode_captions(run.cache.caption, run.out / "text", frozen.encode, key=frozen.name),
+            lambda: TextFeatures.open(run.out / "text", key=frozen.name),
+            "captions",
+        )
+    condition = "caption" if encoder is not None else "label"
+    sources = [
+        LatentSource(latents(run, tokenizer, half), data.batch, images_of(run), condition=condition, text=features)
+        for half in ((False, True) if config.low_resolution else (False,))
+    ]
+    return _Joined(sources[0], sources[1] if config.low_resolution else None, config, encoder)
+
+
+def latents(run: Run, tokenizer: Tokenizer, half: bool) -> LatentCache:
+    """The latents of the data's clips at its size, or of the same clips at half the height and width."""
+    data = run.settings.data
+
+    def encode(video: Tensor) -> Tensor:
+        if half:
+            video = F.interpolate(video, size=(video.shape[2], data.height // 2, data.width // 2), mode="area")
+        return tokenizer.encode(video.to(run.device))
+
+    folder = run.out / (f"latents-{data.height}x{data.width}" + ("-half" if half else ""))
+    key = fingerprint(tokenizer)
+    return once(
+        lambda: encode_cache(
+            run.cache,
+            folder,
+            encode,
+            key=key,
+            frames=data.frames,
+            height=data.height,
+            width=data.width,
+            stride=data.stride,
+            image_every=4 if images_of(run) else None,
+        ),
+        lambda: LatentCache.open(folder, run.cache, key=key),
+        str(folder),
+    )
+
+
+def transformer_preview(
+    run: Run, tokenizer: Tokenizer, diffusion: Diffusion, encoder: TextEncoder | None
+) -> Callable[[nn.Module, int], None] | None:
+    """previews/base-<step>.mp4: samples of the first classes or captions, the same noise each time."""
+    if run.stage != "base":
+        return None
+    texts = sorted({caption for caption in run.cache.caption if caption})[:PREVIEWS]
+
+    def preview(module: nn.Module, step: int) -> None:
+        assert isinstance(module, Transformer)
+        classes = run.cache.classes if module.config.classes else ()
+        pipeline = WaltPipeline(tokenizer, module, diffusion, clip=run.clip, classes=classes, text=encoder)
+        label = list(range(len(classes)))[:PREVIEWS] if classes else None
+        num = len(label or texts) if (label or encoder is not None) else PREVIEWS
+        text = texts if encoder is not None else None
+        videos = pipeline.generate(label, num, text=text, steps=20, progress=False)
+        write_preview(run, step, videos, columns=num)
+
+    return preview
