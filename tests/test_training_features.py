@@ -16,7 +16,6 @@ from torch import nn
 from walt.checkpoint import read_tensors
 from walt.errors import WaltError
 from walt.logs import RunLog, read_log
-from walt.phases import part_of
 from walt.training import Phase, Trainer, TrainingConfig
 
 
@@ -191,17 +190,6 @@ def test_a_log_is_rewound(tmp_path):
 def test_settings_that_are_refused(name, value, expected):
     with pytest.raises(ValueError, match=rf"{name}: got .*; expected {expected}"):
         TrainingConfig(**{"steps": 5, name: value})
-
-
-def test_parts_of_a_batch():
-    batch = {"x": torch.arange(12).view(6, 2), "image": torch.arange(6) >= 4, "start": 3, "name": "bars"}
-    parts = [part_of(batch, i, 2, torch.device("cpu")) for i in range(2)]
-    assert [part["x"][:, 0].tolist() for part in parts] == [[0, 4, 8], [2, 6, 10]]
-    assert [int(part["image"].sum()) for part in parts] == [1, 1]  # dealt out evenly
-    assert all(part["start"] == 3 and part["name"] == "bars" for part in parts)
-    for bad in ({"x": torch.zeros(6, 2), "y": torch.zeros(4)}, {"x": torch.zeros(5)}, {"x": torch.zeros(0)}, {"n": 1}):
-        with pytest.raises(ValueError, match=r"batch: got tensors of .* rows; expected the same multiple of 2"):
-            part_of(bad, 0, 2, torch.device("cpu"))
 
 
 def trainer_of(tmp_path, phases, config=None, **more) -> Trainer:
