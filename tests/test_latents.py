@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -132,6 +133,20 @@ def test_interrupted_work_goes_on(cache, latents, tmp_path, call):
     for name in ("video.raw", "image.raw"):
         assert (whole.folder / name).read_bytes() == (latents.folder / name).read_bytes()
     assert not (tmp_path / "again.partial").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
+def test_latents_are_on_the_disk_before_the_index(cache, tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def spy(handle):
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    encoded(cache, tmp_path / "l")
+    last = max(i for i, name in enumerate(flushed) if name.startswith(".index"))
+    assert {"video.raw", "image.raw"} <= set(flushed[:last])
 
 
 def test_partial_work_of_other_settings_is_dropped(cache, tmp_path):

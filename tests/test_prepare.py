@@ -195,6 +195,20 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, decoded, torn
     assert not (tmp_path / "cache/journal.jsonl").exists()
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
+def test_frames_are_on_the_disk_before_the_index(folder, tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def spy(handle):
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    make(folder, tmp_path / "cache", workers=2)
+    last = max(i for i, name in enumerate(flushed) if name.startswith(".index"))
+    assert {"frames-0.raw", "frames-1.raw"} <= set(flushed[:last])
+
+
 def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monkeypatch):
     first, _ = make(folder, tmp_path / "cache", workers=1)
     before = content(first)
