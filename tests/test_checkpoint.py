@@ -69,6 +69,13 @@ def test_a_disk_that_is_really_full(tmp_path):
         os.system(f"umount {disk}")
 
 
+@pytest.mark.parametrize("rows", ["[]", "3", '{"x": 1}', '{"x": ["a", 2]}', '{"x": [0, "b"]}', "{"])
+def test_shards_with_foreign_metadata(tmp_path, rows):
+    save_file({"x": torch.zeros(2, 3)}, tmp_path / "a.safetensors", {"rows": rows})
+    with pytest.raises(WaltError, match=r"a\.safetensors is broken"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
 def test_a_kill_between_the_renames_loses_nothing(tmp_path):
     save_checkpoint(tmp_path / "a", "line", {"number": 1}, {})
     (tmp_path / "a").rename(tmp_path / "a.old")  # where a kill can strike: the old one moved, the new one not yet there
