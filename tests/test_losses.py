@@ -77,6 +77,14 @@ def test_r1_is_half_the_squared_gradient() -> None:
         torch.testing.assert_close(r1_penalty(critic, video), expected)
 
 
+def test_r1_is_exact_under_autocast() -> None:
+    torch.manual_seed(0)
+    critic, video = Discriminator(2, (2,)), draw(1, 3, 1, 4, 4)
+    expected = r1_penalty(critic, video)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(r1_penalty(critic, video), expected)
+
+
 @pytest.mark.parametrize("frames", [1, 3])
 def test_r1_reaches_the_discriminator(frames: int) -> None:
     torch.manual_seed(0)
