@@ -123,9 +123,11 @@ def test_interrupted_work_goes_on(cache, latents, tmp_path, call):
     assert not (tmp_path / "again").exists()
     with pytest.raises(WaltError, match="holds nothing encoded"):
         LatentCache.open(tmp_path / "again", cache)
-    for raw in (tmp_path / "again.partial").glob("*.raw"):
-        with raw.open("ab") as file:
-            file.write(b"torn")
+    for raw, rows in (("video.raw", latents.video_rows), ("image.raw", latents.image_rows)):
+        size = (latents.folder / raw).stat().st_size // len(rows)  # of a latent: half a batch
+        if (tmp_path / "again.partial" / raw).exists():
+            with (tmp_path / "again.partial" / raw).open("ab") as file:
+                file.write(b"\1" * (size + 7))
     second = Encoder()
     whole = encoded(cache, tmp_path / "again", second)
     # 1 clip for the shape and 3 batches, then 1 image and 5 batches.

@@ -192,6 +192,27 @@ def test_settings_that_are_refused(name, value, expected):
         TrainingConfig(**{"steps": 5, name: value})
 
 
+def test_a_phase_trains_its_own_module_only(tmp_path):
+    """The second phase's loss would have a gradient for the first one's module."""
+
+    def judged(detached: bool):
+        torch.manual_seed(1)
+        judge = nn.Linear(1, 1)
+
+        def loss(module, rows):
+            made = model(rows["x"])
+            return module(made.detach() if detached else made).square().mean(), {}
+
+        model = Net()
+        phases = [Phase("model", model, regression), Phase("judge", judge, loss)]
+        trainer = Trainer(phases, draw, TrainingConfig(3), tmp_path / str(detached), kind="net", description={})
+        trainer.run()
+        return {**model.state_dict(), **judge.state_dict()}
+
+    a, b = judged(True), judged(False)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def trainer_of(tmp_path, phases, config=None, **more) -> Trainer:
     return Trainer(phases, draw, config or TrainingConfig(2), tmp_path / "a", kind="net", description={}, **more)
 
