@@ -108,10 +108,12 @@ def test_rows_of_the_log(tmp_path):
 
 
 def test_the_norm_in_the_log_is_that_before_clipping(tmp_path):
-    for name, limit in (("free", 0.0), ("clipped", 0.5)):
-        fit(tmp_path / name, 1, clip_norm=limit).run()
-    free, clipped = (read_log(tmp_path / f"{name}.jsonl")[0]["grad_norm"] for name in ("free", "clipped"))
-    assert free == clipped > 0.5
+    for name, limit, parts in (("free", 0.0, 1), ("clipped", 0.5, 1), ("parts", 0.0, 4)):
+        fit(tmp_path / name, 1, clip_norm=limit, accumulate=parts).run()
+    rows = [read_log(tmp_path / f"{name}.jsonl")[0] for name in ("free", "clipped", "parts")]
+    assert rows[0]["grad_norm"] == rows[1]["grad_norm"] > 0.5
+    for column in ("loss", "grad_norm", "error"):  # the parts' means
+        assert rows[2][column] == pytest.approx(rows[0][column], rel=1e-5)
     state = read_tensors(tmp_path / "clipped" / "optimizer.safetensors")
     moments = [tensor for name, tensor in state.items() if name.endswith("exp_avg")]
     norm = torch.cat([moment.flatten() for moment in moments]).norm().item()
