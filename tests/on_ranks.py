@@ -19,8 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 import walt.checkpoint
 from walt.config import TransformerConfig
+from walt.diffusion import Diffusion
 from walt.distributed import barrier, process_group, rank
 from walt.errors import WaltError
+from walt.losses import r1_penalty
 from walt.training import Phase, Trainer, TrainingConfig
 from walt.transformer import Transformer
 
@@ -102,7 +104,7 @@ def adversaries(folder: Path, steps: int = STEPS, **settings) -> Trainer:
     def discriminate(judge, rows):
         real, made = judge(rows["y"]), judge(model(rows["x"]).detach())
         loss = F.softplus(-real).mean() + F.softplus(made).mean() + (made - running.real).square().mean()
-        return loss, {"real": real.mean()}
+        return loss + r1_penalty(judge, rows["y"]), {"real": real.mean()}
 
     model = Net()
     phases = [Phase("model", model, generate), Phase("judge", judge, discriminate, running.follow)]
@@ -123,17 +125,21 @@ TRANSFORMER = TransformerConfig(
 
 
 def denoise(folder: Path, **settings) -> Trainer:
-    """The real transformer. In float64: where a gradient is 0 but for rounding, Adam makes steps of the rounding."""
+    """The real transformer and its loss, with two passes through the model.
+
+    In float64: where a gradient is 0 but for rounding, Adam makes steps of the rounding.
+    """
     torch.manual_seed(1)
+    diffusion = Diffusion()
 
     def draw(generator):
         x = torch.randn(4, 4, 2, 2, 2, generator=generator, dtype=torch.float64)
-        time = torch.randint(1000, (4,), generator=generator)
-        return {"x": x, "time": time, "label": torch.tensor([0, 1, 2, 1]), "image": torch.arange(4) >= 2}
+        rows = {"x": x, "label": torch.tensor([0, 1, 0, 1]), "image": torch.arange(4) >= 2}
+        return {**rows, **diffusion.draw(x.shape, generator)}
 
     def loss(model, rows):
-        out = model(rows["x"], rows["time"], label=rows["label"], image=rows["image"])
-        return (out - rows["x"].roll(1, 1)).square().mean(), {}
+        draws = {name: rows[name] for name in diffusion.DRAWS}
+        return diffusion.loss(model, rows["x"], draws, label=rows["label"], image=rows["image"]), {}
 
     phases = [Phase("model", Transformer(TRANSFORMER).double(), loss)]
     config = TrainingConfig(STEPS, **{"lr": 0.02, "warmup": 2, "log_every": 1, "clip_norm": 0.1, **settings})
@@ -149,7 +155,8 @@ RUNS = {
     "fsdp-parts": (fit, {"weight_decay": 0.1}, {"strategy": "fsdp", "accumulate": 2, "checkpointing": True}),
     "fsdp-adafactor": (fit, {"optimizer": "adafactor", "save_every": 2, "keep": 2}, {"strategy": "fsdp"}),
     "fsdp-no-average": (fit, {"ema_decay": 0.0, "clip_norm": 0.0}, {"strategy": "fsdp"}),
-    "fsdp-transformer": (denoise, {}, {"strategy": "fsdp"}),
+    "ddp-transformer": (denoise, {}, {"checkpointing": True}),
+    "fsdp-transformer": (denoise, {}, {"strategy": "fsdp", "checkpointing": True}),
     "fsdp-transformer-adafactor": (denoise, {"optimizer": "adafactor", "weight_decay": 0.1}, {"strategy": "fsdp"}),
 }
 RESUMED = ("ddp", "fsdp", "fsdp-adafactor")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
 from films import numbers, ramp, write_folder
 
-from walt.buckets import Bucket, Buckets, PixelSource, Prefetcher, Stacks, rank_part
+from walt.buckets import Bucket, Buckets, PixelSource, Stacks
 from walt.data import to_pixels
 from walt.errors import WaltError
+from walt.loading import part_of
 from walt.prepare import prepare
 from walt.video import write_mp4
 
@@ -132,63 +131,11 @@ def test_parts_of_the_ranks_join_to_the_batch(cache, bucket):
     source = Buckets([PixelSource(cache, bucket, flip=True)])
     batch = source.draw(seeded())
     whole = source.load(batch)
-    parts = [source.load(rank_part(batch, rank, 3)) for rank in range(3)]
-    assert all(len(part["video"]) == 2 for part in parts)
-    for name in ("video", "label", "image"):
-        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
-    assert [text for part in parts for text in part["caption"]] == whole["caption"]
-    with pytest.raises(ValueError, match="got 6 samples; expected a multiple of the 4 processes"):
-        rank_part(batch, 0, 4)
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_prefetcher_keeps_order_and_resumes(cache, ahead):
-    source = Buckets([PixelSource(cache, VIDEOS), PixelSource(cache, STACKS)])
-    generator = seeded()
-    plain = [source.load(source.draw(generator)) for _ in range(7)]
-    with Prefetcher(source, seeded(), ahead=ahead) as batches:
-        for expected in plain[:4]:
-            assert equal(next(batches), expected)
-        state = batches.state
-    resumed = torch.Generator()
-    resumed.set_state(state)
-    with Prefetcher(source, resumed, ahead=ahead) as batches:
-        assert torch.equal(batches.state, state)
-        assert all(equal(next(batches), expected) for expected in plain[4:])
-
-
-def test_prefetcher_of_a_part(cache):
-    source = PixelSource(cache, VIDEOS)
-    with Prefetcher(source, seeded(), part=lambda batch: rank_part(batch, 1, 2)) as batches:
-        assert torch.equal(next(batches)["video"], source.load(source.draw(seeded()))["video"][3:])
-
-
-class Numbered:
-    """Batch i takes longer the smaller i is; batch 2 fails."""
-
-    def __init__(self) -> None:
-        self.drawn = 0
-
-    def draw(self, generator):
-        self.drawn += 1
-        return {"number": self.drawn - 1}
-
-    def load(self, batch):
-        time.sleep(0.02 * max(0, 3 - batch["number"]))
-        if batch["number"] == 2:
-            raise WaltError("batch 2 is broken")
-        return batch
-
-
-def test_prefetcher_raises_in_turn():
-    source = Numbered()
-    with Prefetcher(source, seeded(), ahead=4) as batches:
-        assert next(batches)["number"] == 0
-        assert source.drawn == 5
-        assert next(batches)["number"] == 1
-        with pytest.raises(WaltError, match="batch 2 is broken"):
-            next(batches)
-        assert next(batches)["number"] == 3
+    for rank in range(3):
+        part = source.load(part_of(batch, rank, 3))
+        for name in ("video", "label", "image"):
+            assert torch.equal(part[name], whole[name][rank::3])
+        assert part["caption"] == whole["caption"][rank::3]
 
 
 @pytest.mark.parametrize(

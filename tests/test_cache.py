@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from films import noise, numbers, ramp
 
-from walt.cache import Cache
+from walt.cache import Cache, Settings
 from walt.data import cover, shrink
 from walt.errors import WaltError
 from walt.prepare import prepare
@@ -39,6 +40,19 @@ def cache(folder) -> Cache:
 
 def rows(*pairs: tuple[int, int]) -> np.ndarray:
     return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def test_fingerprint_is_of_what_frames_depend_on(cache):
+    def changed(**values) -> str:
+        items = (replace(cache.items[0], **values), *cache.items[1:])
+        return Cache(cache.folder, Settings(16, 16, True), items, cache._shards).fingerprint
+
+    assert changed() == cache.fingerprint
+    for values in ({"label": "x"}, {"caption": "x"}, {"shard": 1}, {"offset": 3}):
+        assert changed(**values) == cache.fingerprint
+    other = [changed(**values) for values in ({"name": "x"}, {"modified": 1}, {"size": 1}, {"height": 17})]
+    assert len({cache.fingerprint, *other}) == 5
+    assert Cache(cache.folder, Settings(16, 16, False), cache.items, cache._shards).fingerprint != cache.fingerprint
 
 
 def test_windows_stay_inside_a_shot(cache):

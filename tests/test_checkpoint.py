@@ -69,6 +69,31 @@ def test_a_disk_that_is_really_full(tmp_path):
         os.system(f"umount {disk}")
 
 
+@pytest.mark.parametrize(("first", "second"), [(0, 4), (2, 3), (1, 2), (3, 2)])
+def test_shards_that_leave_rows_out_or_overlap(tmp_path, first, second):
+    """Two shards of two rows each, of a tensor of 5 rows in all."""
+    for i, row in enumerate((first, second), 1):
+        rows = {"rows": json.dumps({"x": (row, 5)})}
+        save_file({"x": torch.zeros(2, 3)}, tmp_path / f"a-0000{i}-of-00002.safetensors", rows)
+    with pytest.raises(WaltError, match="the shards do not make up 'x'"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
+def test_shards_that_end_early(tmp_path):
+    for i in (0, 1):
+        rows = {"rows": json.dumps({"x": (2 * i, 5)})}
+        save_file({"x": torch.zeros(2, 3)}, tmp_path / f"a-0000{i + 1}-of-00002.safetensors", rows)
+    with pytest.raises(WaltError, match="the shards do not make up 'x'"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("rows", ["[]", "3", '{"x": 1}', '{"x": ["a", 2]}', '{"x": [0, "b"]}', "{"])
+def test_shards_with_foreign_metadata(tmp_path, rows):
+    save_file({"x": torch.zeros(2, 3)}, tmp_path / "a.safetensors", {"rows": rows})
+    with pytest.raises(WaltError, match=r"a\.safetensors is broken"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
 def test_a_kill_between_the_renames_loses_nothing(tmp_path):
     save_checkpoint(tmp_path / "a", "line", {"number": 1}, {})
     (tmp_path / "a").rename(tmp_path / "a.old")  # where a kill can strike: the old one moved, the new one not yet there

@@ -140,3 +140,11 @@ def test_bad_arguments() -> None:
         Discriminator(0)
     with pytest.raises(ValueError, match=r"multipliers: got \(\)"):
         Discriminator(4, ())
+
+
+def test_a_block_halves_the_sum_of_two_variances() -> None:
+    """(shortcut + convolutions) / sqrt 2: with the convolutions switched off, the shortcut of the blurred input."""
+    block, x = DownBlock(2, 3).double(), draw(1, 2, 1, 4, 4, dtype=torch.float64)
+    for parameter in block.conv2.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.testing.assert_close(block(x) * 2**0.5, block.shortcut(blur_pool(x)))

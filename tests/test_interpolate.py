@@ -59,6 +59,16 @@ def test_linear_tables_stay_linear() -> None:
     torch.testing.assert_close(wide.space_table, model.space_table[:, :1].expand(8, 14, -1), rtol=0, atol=1e-12)
 
 
+def test_space_is_bicubic() -> None:
+    """The cubic overshoots on both sides of an edge; a linear one would not."""
+    model = make(TALL)
+    model.space_table.copy_((torch.arange(8) >= 4).double()[None, :, None].expand_as(model.space_table))
+    row = interpolate(model, WIDE).space_table[0, :, 0]
+    assert row.max() > 1.01
+    assert row.min() < -0.01
+    torch.testing.assert_close(row, 1 - row.flip(0), rtol=0, atol=1e-12)
+
+
 def test_windows_of_one_frame_keep_what_is_at_offset_0() -> None:
     model = make(TALL)
     short = interpolate(model, replace(TALL, latent_size=(3, 8, 8), spacetime_window=(1, 4, 4)))

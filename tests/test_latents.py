@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import torch
 from films import write_folder
 from torch import nn
 
-from walt.buckets import rank_part
 from walt.cache import Cache, Settings
 from walt.data import to_model
 from walt.errors import WaltError
 from walt.latents import LatentCache, LatentSource, TextFeatures, encode_cache, encode_captions, fingerprint
+from walt.loading import part_of
 from walt.prepare import prepare
 
 pytest.importorskip("av", reason="PyAV is not installed")
@@ -122,9 +123,11 @@ def test_interrupted_work_goes_on(cache, latents, tmp_path, call):
     assert not (tmp_path / "again").exists()
     with pytest.raises(WaltError, match="holds nothing encoded"):
         LatentCache.open(tmp_path / "again", cache)
-    for raw in (tmp_path / "again.partial").glob("*.raw"):
-        with raw.open("ab") as file:
-            file.write(b"torn")
+    for raw, rows in (("video.raw", latents.video_rows), ("image.raw", latents.image_rows)):
+        size = (latents.folder / raw).stat().st_size // len(rows)  # of a latent: half a batch
+        if (tmp_path / "again.partial" / raw).exists():
+            with (tmp_path / "again.partial" / raw).open("ab") as file:
+                file.write(b"\1" * (size + 7))
     second = Encoder()
     whole = encoded(cache, tmp_path / "again", second)
     # 1 clip for the shape and 3 batches, then 1 image and 5 batches.
@@ -132,6 +135,20 @@ def test_interrupted_work_goes_on(cache, latents, tmp_path, call):
     for name in ("video.raw", "image.raw"):
         assert (whole.folder / name).read_bytes() == (latents.folder / name).read_bytes()
     assert not (tmp_path / "again.partial").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
+def test_latents_are_on_the_disk_before_the_index(cache, tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def spy(handle):
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    encoded(cache, tmp_path / "l")
+    last = max(i for i, name in enumerate(flushed) if name.startswith(".index"))
+    assert {"video.raw", "image.raw"} <= set(flushed[:last])
 
 
 def test_partial_work_of_other_settings_is_dropped(cache, tmp_path):
@@ -215,11 +232,12 @@ def test_joint_batches(cache, latents):
 def test_parts_of_the_ranks_join_to_the_batch(latents):
     source = LatentSource(latents, 6, images=2)
     batch = source.draw(seeded())
-    parts = [source.load(rank_part(batch, rank, 2)) for rank in range(2)]
     whole = source.load(batch)
-    for name in ("latent", "label", "image"):
-        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
-    assert parts[0]["caption"] + parts[1]["caption"] == whole["caption"]
+    for rank in range(2):
+        part = source.load(part_of(batch, rank, 2))
+        for name in ("latent", "label", "image"):
+            assert torch.equal(part[name], whole[name][rank::2])
+        assert part["caption"] == whole["caption"][rank::2]
 
 
 def test_batches_of_one_kind(cache, latents, tmp_path):

@@ -77,6 +77,15 @@ def test_r1_is_half_the_squared_gradient() -> None:
         torch.testing.assert_close(r1_penalty(critic, video), expected)
 
 
+def test_r1_is_exact_under_autocast() -> None:
+    torch.manual_seed(0)
+    critic, video = Discriminator(2, (2,)), draw(1, 3, 1, 4, 4)
+    (gradient,) = torch.autograd.grad(critic(video.requires_grad_()).sum(), video)
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = r1_penalty(critic, video)
+    torch.testing.assert_close(penalty, gradient.square().sum() / 2, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("frames", [1, 3])
 def test_r1_reaches_the_discriminator(frames: int) -> None:
     torch.manual_seed(0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
+import threading
 import weakref
 
 import numpy as np
@@ -193,6 +195,46 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, decoded, torn
     assert cache.fingerprint == whole.fingerprint
     assert (tmp_path / "cache/frames-0.raw").read_bytes() == (tmp_path / "whole/frames-0.raw").read_bytes()
     assert not (tmp_path / "cache/journal.jsonl").exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
+def test_frames_are_on_the_disk_before_the_index(folder, tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def spy(handle):
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    make(folder, tmp_path / "cache", workers=2)
+    last = max(i for i, name in enumerate(flushed) if name.startswith(".index"))
+    assert {"frames-0.raw", "frames-1.raw"} <= set(flushed[:last])
+
+
+def test_frames_that_the_disk_has_lost_are_decoded_again(folder, tmp_path, monkeypatch, decoded):
+    with monkeypatch.context() as patch:
+        patch.setattr(walt.prepare, "write_index", lambda folder, settings, items: items and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(folder, tmp_path / "cache", workers=1)
+    decoded.clear()
+    os.truncate(tmp_path / "cache/frames-0.raw", (tmp_path / "cache/frames-0.raw").stat().st_size // 2)
+    whole, _ = make(folder, tmp_path / "whole", workers=1)
+    cache, _ = make(folder, tmp_path / "cache", workers=1)
+    assert decoded.count("two.mp4") == 2
+    assert all(np.array_equal(a, b) for a, b in zip(content(cache), content(whole), strict=True))
+
+
+def test_one_process_at_a_time(folder, tmp_path):
+    (tmp_path / "cache").mkdir()
+    with (tmp_path / "cache/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process would
+        other = threading.Thread(target=make, args=(folder, tmp_path / "cache"))
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
+    other.join(60)
+    assert len(Cache.open(tmp_path / "cache").items) == len(NAMES)
 
 
 def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monkeypatch):

@@ -104,9 +104,11 @@ def test_a_new_run_does_not_resume(tmp_path):
 
 def test_a_finished_run_stays_finished(tmp_path):
     line_fit(tmp_path / "a", 7).run()
+    seconds = json.loads((tmp_path / "a" / "state.json").read_text())["elapsed"]
     again = line_fit(tmp_path / "a", 7)
     assert again.resume()
     assert again.finished
+    assert again.elapsed == seconds > 0
     again.run()
     assert again.step == 7
 

@@ -16,7 +16,6 @@ from torch import nn
 from walt.checkpoint import read_tensors
 from walt.errors import WaltError
 from walt.logs import RunLog, read_log
-from walt.phases import part_of
 from walt.training import Phase, Trainer, TrainingConfig
 
 
@@ -109,10 +108,12 @@ def test_rows_of_the_log(tmp_path):
 
 
 def test_the_norm_in_the_log_is_that_before_clipping(tmp_path):
-    for name, limit in (("free", 0.0), ("clipped", 0.5)):
-        fit(tmp_path / name, 1, clip_norm=limit).run()
-    free, clipped = (read_log(tmp_path / f"{name}.jsonl")[0]["grad_norm"] for name in ("free", "clipped"))
-    assert free == clipped > 0.5
+    for name, limit, parts in (("free", 0.0, 1), ("clipped", 0.5, 1), ("parts", 0.0, 4)):
+        fit(tmp_path / name, 1, clip_norm=limit, accumulate=parts).run()
+    rows = [read_log(tmp_path / f"{name}.jsonl")[0] for name in ("free", "clipped", "parts")]
+    assert rows[0]["grad_norm"] == rows[1]["grad_norm"] > 0.5
+    for column in ("loss", "grad_norm", "error"):  # the parts' means
+        assert rows[2][column] == pytest.approx(rows[0][column], rel=1e-5)
     state = read_tensors(tmp_path / "clipped" / "optimizer.safetensors")
     moments = [tensor for name, tensor in state.items() if name.endswith("exp_avg")]
     norm = torch.cat([moment.flatten() for moment in moments]).norm().item()
@@ -193,15 +194,25 @@ def test_settings_that_are_refused(name, value, expected):
         TrainingConfig(**{"steps": 5, name: value})
 
 
-def test_parts_of_a_batch():
-    batch = {"x": torch.arange(12).view(6, 2), "image": torch.arange(6) >= 4, "start": 3, "name": "bars"}
-    parts = [part_of(batch, i, 2, torch.device("cpu")) for i in range(2)]
-    assert [part["x"][:, 0].tolist() for part in parts] == [[0, 4, 8], [2, 6, 10]]
-    assert [int(part["image"].sum()) for part in parts] == [1, 1]  # dealt out evenly
-    assert all(part["start"] == 3 and part["name"] == "bars" for part in parts)
-    for bad in ({"x": torch.zeros(6, 2), "y": torch.zeros(4)}, {"x": torch.zeros(5)}, {"x": torch.zeros(0)}, {"n": 1}):
-        with pytest.raises(ValueError, match=r"batch: got tensors of .* rows; expected the same multiple of 2"):
-            part_of(bad, 0, 2, torch.device("cpu"))
+def test_a_phase_trains_its_own_module_only(tmp_path):
+    """The second phase's loss would have a gradient for the first one's module."""
+
+    def judged(detached: bool):
+        torch.manual_seed(1)
+        judge = nn.Linear(1, 1)
+
+        def loss(module, rows):
+            made = model(rows["x"])
+            return module(made.detach() if detached else made).square().mean(), {}
+
+        model = Net()
+        phases = [Phase("model", model, regression), Phase("judge", judge, loss)]
+        trainer = Trainer(phases, draw, TrainingConfig(3), tmp_path / str(detached), kind="net", description={})
+        trainer.run()
+        return {**model.state_dict(), **judge.state_dict()}
+
+    a, b = judged(True), judged(False)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def trainer_of(tmp_path, phases, config=None, **more) -> Trainer:

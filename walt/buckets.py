@@ -1,18 +1,16 @@
 """Batches of the training data. To draw a batch is to choose its rows, to load it is to make its tensors.
 
 The two are apart so that each of several processes can draw the same global batch, from equal generators, and load
-its own rows of it (`rank_part`), and so that batches can be loaded ahead (`Prefetcher`). A bucket is one shape of
+its own rows of it, ahead of their turn (`walt.loading`). A bucket is one shape of
 batches: videos of one resolution and length, or stacks of 1 + t independent images, with t the latent frames that
 follow a video's first (paper, section 3.2). `Buckets` draws each batch from one of several buckets.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,8 +20,7 @@ from walt.cache import Cache
 from walt.config import TIME_FACTOR, check_frames
 from walt.data import to_model
 from walt.errors import WaltError
-
-Batch = dict[str, Any]
+from walt.loading import Batch
 
 CONDITIONS = ("label", "caption")
 
@@ -185,58 +182,3 @@ class Buckets:
     def load(self, batch: Batch) -> Batch:
         """What the chosen source loads, and bucket."""
         return {"bucket": batch["bucket"], **self.sources[batch["bucket"]].load(batch)}
-
-
-def rank_part(batch: Batch, rank: int, ranks: int) -> Batch:
-    """Those rows of a drawn batch that process `rank` of `ranks` loads; the parts join to the batch."""
-    sizes = {len(value) for value in batch.values() if isinstance(value, Tensor)}
-    if len(sizes) != 1 or min(sizes) % ranks:
-        raise ValueError(f"batch: got {min(sizes, default=0)} samples; expected a multiple of the {ranks} processes")
-    part = slice(rank * min(sizes) // ranks, (rank + 1) * min(sizes) // ranks)
-    return {name: value[part] if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-class Prefetcher:
-    """Iterates over loaded batches, in the order drawn; up to `ahead` more are being loaded in threads.
-
-    Batches are drawn ahead of their turn, so `generator` is not to be used by anyone else. `state` is the generator's
-    state after the last batch handed out: a Prefetcher whose generator starts from it goes on with the next batch. An
-    error in loading is raised when the turn of that batch comes.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        generator: torch.Generator,
-        *,
-        part: Callable[[Batch], Batch] | None = None,
-        ahead: int = 2,
-    ) -> None:
-        self.source, self.part, self.ahead = source, part, ahead
-        self.state = generator.get_state()
-        self._generator = generator
-        self._pending: deque[tuple[Tensor, Future[Batch]]] = deque()
-        self._pool = ThreadPoolExecutor(max(1, ahead))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        while len(self._pending) <= self.ahead:
-            batch = self.source.draw(self._generator)
-            batch = batch if self.part is None else self.part(batch)
-            self._pending.append((self._generator.get_state(), self._pool.submit(self.source.load, batch)))
-        state, future = self._pending.popleft()
-        loaded = future.result()
-        self.state = state
-        return loaded
-
-    def close(self) -> None:
-        """Let go of what was loaded ahead. A `with` block does it, too."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

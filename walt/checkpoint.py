@@ -167,7 +167,7 @@ class TensorFiles:
 def _readable(path: Path) -> Any:
     try:
         yield
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise WaltError(f"{path} is broken: {error}") from error
 
 

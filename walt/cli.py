@@ -251,8 +251,8 @@ def _add_evaluate(group: Any) -> None:
         "--metrics", nargs="+", choices=commands.METRICS, default=["psnr", "ssim"], help="(default: psnr ssim)"
     )
     evaluate.add_argument("--num", type=_positive, default=64, metavar="N", help="clips (default: %(default)s)")
-    evaluate.add_argument("--frames", type=_positive, metavar="N", help="1 + 4k (default: the model's, or 17)")
-    evaluate.add_argument("--size", type=_size, metavar="H[xW]", help="in pixels (default: the model's, or 64)")
+    evaluate.add_argument("--frames", type=_positive, metavar="N", help="1 + 4k (default: the model's)")
+    evaluate.add_argument("--size", type=_size, metavar="H[xW]", help="in pixels (default: the model's)")
     evaluate.add_argument("--steps", type=_positive, default=50, metavar="N", help="DDIM steps (default: %(default)s)")
     evaluate.add_argument("--guidance", type=_positive_float, default=1.0, metavar="W", help="(default: none, 1)")
     evaluate.add_argument("--seed", type=_natural, default=0, metavar="N", help="(default: %(default)s)")

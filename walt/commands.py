@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from walt.cache import Cache
-from walt.checkpoint import load_description, read_tensors, write_tensors
+from walt.checkpoint import checkpoint_folder, load_description, read_tensors, write_tensors
 from walt.config import SPACE_FACTOR
 from walt.data import cover, to_model, to_pixels, write_demo_folder
 from walt.distributed import process_group
@@ -242,10 +242,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     others = [name for name in arguments.metrics if name not in paired]
     pipeline = _pipeline(arguments) if others else None
     tokenizer = pipeline.tokenizer if pipeline else _tokenizer(arguments)
-    frames = arguments.frames or (pipeline.clip.frames if pipeline else 17)
-    size = arguments.size or ((pipeline.clip.height, pipeline.clip.width) if pipeline else (64, 64))
+    trained = _trained_on(local_folder(arguments.source))
+    frames, size = arguments.frames or trained[0], arguments.size or trained[1:]
     with user_values("--frames, --size"):
         tokenizer.config.latent_shape(frames, *size)
+    if pipeline is not None and (frames, *size) != trained:
+        raise WaltError(
+            f"--frames {frames}, --size {size[0]}x{size[1]}: samples have {trained[0]} frames of"
+            f" {trained[1]}x{trained[2]} pixels; ask for these, or for psnr and ssim alone"
+        )
     real, labels, texts = _real_clips(arguments, frames, size)
     results = {}
     with user_values("evaluate"):
@@ -261,6 +266,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"{name}: {result}")
     if arguments.json is not None:
         write_json(arguments.json, {name: asdict(result) for name, result in results.items()})
+
+
+def _trained_on(folder: Path) -> tuple[int, int, int]:
+    """Frames, height and width of the clips that the denoiser was trained on, or else the tokenizer."""
+    if checkpoint_folder(folder / "transformer"):
+        clip = load_description(folder / "transformer", "transformer")[1].get("clip", {})
+    else:
+        clip = load_description(folder / "tokenizer", "tokenizer")[1].get("data", {})
+    return clip.get("frames", 17), clip.get("height", 64), clip.get("width", 64)
 
 
 def _networks(arguments: argparse.Namespace, tokenizer: Tokenizer, metrics: list[str]) -> dict[str, Any]:

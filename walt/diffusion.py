@@ -139,6 +139,8 @@ class Diffusion:
                 first = model(x_t, time, **given).to(x_t.dtype)
                 chosen = draws["chosen"].reshape(-1, *[1] * (x0.ndim - 1))
                 given["self_condition"] = torch.where(chosen, self.x0_from_velocity(x_t, first, time), 0)
+            # Before 2.11, PyTorch's autocast gives the pass below the weights that it cast here, without a gradient.
+            torch.clear_autocast_cache()
         v = model(x_t, time, **given)
         return F.mse_loss(v.to(x0.dtype), self.velocity(x0, noise, time))
 

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from walt.errors import WaltError
 
-TIMEOUT = timedelta(hours=1)  # a preview or the encoding of a data set on the main rank may take long
+# The main rank may encode a large data set for days while the others wait; if a rank dies, torchrun ends them all.
+TIMEOUT = timedelta(days=7)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from walt.buckets import Batch, Stacks, conditions, described
 from walt.cache import Cache
 from walt.data import to_model
 from walt.errors import WaltError
-from walt.files import read_json, replacing_folder, settled, write_json
+from walt.files import flush, read_json, replacing_folder, settled, write_json
 
 LATENTS = "walt-latents"
 TEXT = "walt-text"
@@ -168,6 +168,7 @@ def _append(
                 file.write(part.tobytes())
                 file.flush()
                 bar.update(len(part))
+        flush(path)
     except OSError as error:
         raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
     return list(one.shape[1:])

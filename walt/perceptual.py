@@ -42,9 +42,10 @@ class PerceptualLoss(nn.Module):
             got = f"{frames.dtype} {list(frames.shape)}"
             raise ValueError(f"frames: got {got}; expected torch.int64 [{len(output)}, n]")
         output, target = (self._chosen(video.transpose(1, 2), frames) for video in (output, target))
-        with torch.no_grad():
-            expected = _unit_maps(self.network(target))
-        found = _unit_maps(self.network(output))
+        with torch.autocast(output.device.type, enabled=False):  # distances of normalised features need their digits
+            with torch.no_grad():
+                expected = _unit_maps(self.network(target.float()))
+            found = _unit_maps(self.network(output.float()))
         distances = [(a - b).square().sum(1).mean() for a, b in zip(found, expected, strict=True)]
         return torch.stack(distances).sum()
 

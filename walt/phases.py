@@ -1,4 +1,4 @@
-"""What a training step is made of: the phases, each with its loss and optimizer, and the rows of a batch."""
+"""What a training step is made of: the phases, each with its loss and optimizer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from walt.distributed import mean, parallel, rank, synchronizing, whole, world
+from walt.distributed import mean, parallel, synchronizing, whole
+from walt.loading import Batch
 from walt.optimizers import TrainingConfig, make_optimizer
 
-# Tensors share their leading dimension, the rows of the global batch; other values (int, str) go to every row.
-Batch = dict[str, Any]
 Values = Mapping[str, Tensor]
-Draw = Callable[[torch.Generator], Batch]
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Values]]
 
 COLUMNS = frozenset(("step", "loss", "grad_norm", "lr", "frames_s", "seconds"))  # of the log, with a meaning of its own
@@ -70,20 +68,19 @@ class PhaseOptimizer:
         self.wrapped = parallel(loss, phase.module, config.strategy)
         self.optimizer = make_optimizer(config, phase.module.parameters())
 
-    def gradients(self, batch: Batch) -> PhaseResult:
-        """Leave the clipped gradient of the mean loss over the global batch in the parameters."""
+    def gradients(self, parts: Sequence[Batch]) -> PhaseResult:
+        """Leave the clipped gradient of the mean loss over the global batch in the parameters; of it, this rank's parts
+        are given, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        parts = self.config.accumulate
         sums: dict[str, Tensor] = {}
-        for part in range(parts):
-            rows = part_of(batch, rank() * parts + part, world() * parts, self.device)
-            with synchronizing(self.wrapped, part == parts - 1):
+        for number, rows in enumerate(parts, 1):
+            with synchronizing(self.wrapped, number == len(parts)):
                 loss, values = self.wrapped(rows)
-                (loss / parts).backward()
+                (loss / len(parts)).backward()
             if taken := COLUMNS & values.keys():
                 raise ValueError(f"values of phase {self.phase.name!r}: got {sorted(taken)}; expected other names")
             for name, value in {"loss": loss, **values}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double() / parts
+                sums[name] = sums.get(name, 0) + value.detach().double() / len(parts)
         trained = [parameter for parameter in self.phase.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in trained], foreach=True)
         if self.config.clip_norm:
@@ -97,18 +94,6 @@ class PhaseOptimizer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def part_of(batch: Batch, part: int, parts: int, device: torch.device) -> Batch:
-    """Rows `part`, `part` + `parts`, ... of the batch's tensors, on the device: kinds of rows that stand together (the
-    images of a joint batch) are dealt out evenly. ValueError if the parts would not be equal.
-    """
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    counts = {name: len(value) for name, value in tensors.items()}
-    rows = set(counts.values())
-    if len(rows) != 1 or 0 in rows or min(rows) % parts:
-        raise ValueError(f"batch: got tensors of {counts} rows; expected the same multiple of {parts} (ranks x parts)")
-    return {**batch, **{name: value[part::parts].to(device) for name, value in tensors.items()}}
 
 
 @contextlib.contextmanager

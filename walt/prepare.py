@@ -26,6 +26,7 @@ from walt.cache import INDEX, Cache, Item, Settings, read_index, shard_path, wri
 from walt.captions import check_captions, read_captions
 from walt.data import cover
 from walt.errors import WaltError, require
+from walt.files import flush
 from walt.shots import ShotDetector
 from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video, read_image
 
@@ -79,6 +80,8 @@ def prepare(
             say(f"{run.skipped} of {len(files)} files were skipped")
         if not run.items:
             raise WaltError(f"{source}: none of its {len(files)} videos and images can be used")
+        for path in cache.glob("frames-*.raw"):
+            flush(path)
         write_index(cache, settings, [replace(run.items[n], caption=texts.get(n)) for n in files if n in run.items])
         (cache / JOURNAL).unlink(missing_ok=True)
     return Cache.open(cache)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from walt.buckets import Batch, Source
 from walt.cache import INDEX, Cache
 from walt.data import to_model
 from walt.distributed import failing_together, is_main, world
@@ -125,11 +124,6 @@ def begin(run: Run, trainer: Trainer[Any]) -> None:
     with failing_together(str(run.out)):
         if is_main():
             run.settings.save(run.folder.with_suffix(".yaml"))
-
-
-def load(source: Source, rows: Batch) -> Batch:
-    """The tensors of drawn rows, which may be on a GPU."""
-    return source.load({name: value.cpu() if isinstance(value, Tensor) else value for name, value in rows.items()})
 
 
 def some_clips(run: Run, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from walt.errors import user_values
 from walt.losses import LeCam, discriminator_losses, output_losses
 from walt.perceptual import PerceptualLoss, efficientnet_features
 from walt.pipeline import tokenizer_description
-from walt.run_common import Run, begin, images_of, load, some_clips, write_preview
+from walt.run_common import Run, begin, images_of, some_clips, write_preview
 from walt.settings import Settings
 from walt.tokenizer import Tokenizer
 from walt.training import Phase, Trainer
@@ -31,13 +31,16 @@ def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
     torch.manual_seed(settings.training.seed)
     source = pixel_source(run)
     tokenizer = Tokenizer(settings.tokenizer).to(run.device)
-    phases, extra = tokenizer_phases(tokenizer, source, settings, run.device)
+    phases, extra = tokenizer_phases(tokenizer, settings, run.device)
 
     def draw(generator: torch.Generator) -> Batch:
         batch = source.draw(generator)
         frames = torch.rand(settings.data.batch, settings.losses.perceptual_frames, generator=generator)
         penalise = int(torch.randint(settings.losses.r1_every, (1,), generator=generator)) == 0
         return {**batch, "perceptual": frames, "penalise": int(penalise)}
+
+    def load(rows: Batch) -> Batch:
+        return {"video": source.load(rows)["video"], "perceptual": rows["perceptual"], "penalise": rows["penalise"]}
 
     description = {**tokenizer_description(settings.tokenizer), "losses": settings.losses.to_dict()}
     with user_values("training"):
@@ -48,6 +51,7 @@ def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
             run.folder,
             kind="tokenizer",
             description={**description, **run.description()},
+            load=load,
             frames_per_step=settings.data.batch * settings.data.frames,
             extra_modules=extra,
             preview=tokenizer_preview(run),
@@ -74,7 +78,7 @@ def pixel_source(run: Run) -> Source:
 
 
 def tokenizer_phases(
-    tokenizer: Tokenizer, source: Source, settings: Settings, device: torch.device
+    tokenizer: Tokenizer, settings: Settings, device: torch.device
 ) -> tuple[list[Phase], Mapping[str, nn.Module]]:
     """The tokenizer's losses and, with an adversarial one, the discriminator's; and modules with running statistics.
 
@@ -88,7 +92,7 @@ def tokenizer_phases(
 
     def reconstruct(module: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(module, Tokenizer)
-        video = load(source, rows)["video"].to(device)
+        video = rows["video"]
         latent = module.encode(video)
         output = module.decode(latent)
         if adversary is not None:

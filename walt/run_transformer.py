@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from walt.diffusion import Diffusion
 from walt.errors import WaltError, user_values
 from walt.latents import LatentCache, LatentSource, TextFeatures, encode_cache, encode_captions, fingerprint
 from walt.pipeline import WaltPipeline, load_tokenizer, transformer_description
-from walt.run_common import Run, begin, images_of, load, once, write_preview
+from walt.run_common import Run, begin, images_of, once, write_preview
 from walt.stages import fitted
 from walt.text import TextEncoder, text_encoder, with_text
 from walt.tokenizer import Tokenizer
@@ -43,10 +42,13 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
     def draw(generator: torch.Generator) -> Batch:
         return {**source.draw(generator), **diffusion.draw(shape, generator)}
 
+    def load(rows: Batch) -> Batch:
+        return {**{name: rows[name] for name in diffusion.DRAWS}, **source.load(rows)}
+
     def loss(module: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loaded: dict[str, Any] = {name: tensor.to(run.device) for name, tensor in load(source, rows).items()}
         draws = {name: rows[name] for name in diffusion.DRAWS}
-        return diffusion.loss(module, loaded.pop("latent"), draws, **loaded), {}
+        given = {name: value for name, value in rows.items() if name not in draws}
+        return diffusion.loss(module, given.pop("latent"), draws, **given), {}
 
     description = transformer_description(
         config, settings.diffusion, run.clip, run.cache.classes if config.classes else (), data.text
@@ -58,7 +60,8 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
             settings.training,
             run.folder,
             kind="transformer",
-            description={**description, **run.description()},
+            description={**description, **run.description(), "tokenizer": fingerprint(tokenizer)},
+            load=load,
             frames_per_step=data.batch * data.frames,
             preview=transformer_preview(run, tokenizer, diffusion, encoder),
         )
@@ -143,7 +146,13 @@ def latent_source(run: Run, tokenizer: Tokenizer, config: TransformerConfig, enc
         )
     condition = "caption" if encoder is not None else "label"
     sources = [
-        LatentSource(latents(run, tokenizer, half), data.batch, images_of(run), condition=condition, text=features)
+        LatentSource(
+            latents(run, tokenizer, half),
+            data.batch,
+            images_of(run),
+            condition=condition,
+            text=None if half else features,
+        )
         for half in ((False, True) if config.low_resolution else (False,))
     ]
     return _Joined(sources[0], sources[1] if config.low_resolution else None, config, encoder)
@@ -183,16 +192,15 @@ def transformer_preview(
     """previews/base-<step>.mp4: samples of the first classes or captions, the same noise each time."""
     if run.stage != "base":
         return None
-    texts = sorted({caption for caption in run.cache.caption if caption})[:PREVIEWS]
+    texts = sorted({caption for caption in run.cache.caption if caption})
 
     def preview(module: nn.Module, step: int) -> None:
         assert isinstance(module, Transformer)
         classes = run.cache.classes if module.config.classes else ()
         pipeline = WaltPipeline(tokenizer, module, diffusion, clip=run.clip, classes=classes, text=encoder)
-        label = list(range(len(classes)))[:PREVIEWS] if classes else None
-        num = len(label or texts) if (label or encoder is not None) else PREVIEWS
-        text = texts if encoder is not None else None
-        videos = pipeline.generate(label, num, text=text, steps=20, progress=False)
-        write_preview(run, step, videos, columns=num)
+        label = [i % len(classes) for i in range(PREVIEWS)] if classes else None
+        text = [texts[i % len(texts)] for i in range(PREVIEWS)] if encoder is not None else None
+        videos = pipeline.generate(label, PREVIEWS, text=text, steps=20, progress=False)
+        write_preview(run, step, videos, columns=PREVIEWS)
 
     return preview

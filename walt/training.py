@@ -32,9 +32,10 @@ from walt.checkpoint import (
 from walt.distributed import is_main, maximum, world
 from walt.errors import WaltError
 from walt.files import read_json
+from walt.loading import Batch, Draw, Load, Loader
 from walt.logs import RunLog, read_log
 from walt.optimizers import FREE, TrainingConfig, learning_rate
-from walt.phases import Batch, Draw, Loss, Phase, PhaseOptimizer, PhaseResult, frozen
+from walt.phases import Loss, Phase, PhaseOptimizer, PhaseResult, frozen
 from walt.random_state import RandomState
 
 __all__ = [
@@ -60,9 +61,10 @@ class Trainer(Generic[Model]):
     """Trains the phases' modules; the averaged weights follow those of the first.
 
     draw(generator) makes the random numbers and the indices of data of the whole global batch, the same on every rank.
-    Part i of n (n = ranks x config.accumulate) is made of the rows i, i + n, i + 2n, ...; losses get their rows on the
-    device of the first module. All losses of a step see the weights from before it (the phases are simultaneous), so
-    that a step is taken whole or not at all.
+    Part i of n (n = ranks x config.accumulate) is made of the rows i, i + n, i + 2n, ...; load(part) makes of it what
+    losses get, once for all phases, and tensors of that are moved to the device of the first module. Both are called
+    in a thread while the step before runs, and draw from no other generator. All losses of a step see the weights from
+    before it (the phases are simultaneous), so that a step is taken whole or not at all.
 
     All that a run depends on is in its checkpoint (weights, averages, optimizers, step, random generators, the state of
     `extra_modules`), so a run that was interrupted and resumed ends in the same bits as one that was not, on the same
@@ -82,11 +84,12 @@ class Trainer(Generic[Model]):
         *,
         kind: str,
         description: Mapping[str, Any],
+        load: Load | None = None,
         frames_per_step: int = 1,
         extra_modules: Mapping[str, nn.Module] | None = None,
         preview: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
-        self.phases, self.draw, self.config = list(phases), draw, config
+        self.phases, self.draw, self.load, self.config = list(phases), draw, load, config
         self.folder, self.kind, self.description = Path(folder), kind, dict(description)
         self.frames_per_step, self.extra_modules, self.preview = frames_per_step, dict(extra_modules or {}), preview
         self._check()
@@ -149,9 +152,10 @@ class Trainer(Generic[Model]):
             disable=not is_main(),
         )
         started, before = time.monotonic(), self.elapsed
-        with bar, _interrupt_flag() as flag:
+        loader = Loader(self.draw, self.load, self.config.accumulate)
+        with bar, loader, _interrupt_flag() as flag:
             while not self.finished:
-                self._one_step(bar, seconds)
+                self._one_step(bar, loader, seconds)
                 self.elapsed, interrupted = maximum(before + time.monotonic() - started, flag.is_set())
                 out_of_time = seconds is not None and self.elapsed >= seconds
                 self.finished = self.step >= self.config.steps or out_of_time
@@ -166,15 +170,15 @@ class Trainer(Generic[Model]):
         for phase in self.phases:
             phase.module.eval()
 
-    def _one_step(self, bar: tqdm[Any], seconds: float | None) -> None:
+    def _one_step(self, bar: tqdm[Any], loader: Loader, seconds: float | None) -> None:
         config = self.config
         progress = self.step / config.steps
         if seconds is not None:
             progress = max(progress, self.elapsed / seconds)
         rate = learning_rate(config, self.step, min(progress, 1.0))
         random = self.random.get()
-        batch = self.draw(self.random.generator)
-        results = [self._gradients(part, batch) for part in self._parts]
+        parts = [self._on_device(part) for part in loader.take(self.random.generator)]
+        results = [self._gradients(phase, parts) for phase in self._parts]
         for phase, result in zip(self.phases, results, strict=True):
             if broken := result.broken():
                 self.random.set(random)
@@ -197,9 +201,12 @@ class Trainer(Generic[Model]):
                 row |= result.columns(f"{phase.name}_")
             self._log.write({**row, "lr": rate, "frames_s": frames, "seconds": round(self.elapsed, 3)})
 
-    def _gradients(self, part: PhaseOptimizer, batch: Batch) -> PhaseResult:
+    def _on_device(self, part: Batch) -> Batch:
+        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in part.items()}
+
+    def _gradients(self, part: PhaseOptimizer, parts: Sequence[Batch]) -> PhaseResult:
         with frozen([phase.module for phase in self.phases if phase is not part.phase]):
-            return part.gradients(batch)
+            return part.gradients(parts)
 
     def _diverged(self, phase: str, what: str, result: PhaseResult) -> WaltError:
         """Save the last good step and say what went wrong after it."""
