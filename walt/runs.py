@@ -118,13 +118,16 @@ def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
     torch.manual_seed(settings.training.seed)
     source = pixel_source(run)
     tokenizer = Tokenizer(settings.tokenizer).to(run.device)
-    phases, extra = tokenizer_phases(tokenizer, source, settings, run.device)
+    phases, extra = tokenizer_phases(tokenizer, settings, run.device)
 
     def draw(generator: torch.Generator) -> Batch:
         batch = source.draw(generator)
         frames = torch.rand(settings.data.batch, settings.losses.perceptual_frames, generator=generator)
         penalise = int(torch.randint(settings.losses.r1_every, (1,), generator=generator)) == 0
         return {**batch, "perceptual": frames, "penalise": int(penalise)}
+
+    def load(rows: Batch) -> Batch:
+        return {"video": source.load(rows)["video"], "perceptual": rows["perceptual"], "penalise": rows["penalise"]}
 
     description = {**tokenizer_description(settings.tokenizer), "losses": settings.losses.to_dict()}
     trainer: Trainer[Tokenizer] = Trainer(
@@ -134,6 +137,7 @@ def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
         run.folder,
         kind="tokenizer",
         description={**description, **run.description()},
+        load=load,
         frames_per_step=settings.data.batch * settings.data.frames,
         extra_modules=extra,
         preview=tokenizer_preview(run),
@@ -160,7 +164,7 @@ def pixel_source(run: Run) -> Source:
 
 
 def tokenizer_phases(
-    tokenizer: Tokenizer, source: Source, settings: Settings, device: torch.device
+    tokenizer: Tokenizer, settings: Settings, device: torch.device
 ) -> tuple[list[Phase], Mapping[str, nn.Module]]:
     """The tokenizer's losses and, with an adversarial one, the discriminator's; and modules with running statistics.
 
@@ -174,7 +178,7 @@ def tokenizer_phases(
 
     def reconstruct(module: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(module, Tokenizer)
-        video = load(source, rows)["video"].to(device)
+        video = rows["video"]
         latent = module.encode(video)
         output = module.decode(latent)
         if adversary is not None:
@@ -255,10 +259,13 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
     def draw(generator: torch.Generator) -> Batch:
         return {**source.draw(generator), **diffusion.draw(shape, generator)}
 
+    def load(rows: Batch) -> Batch:
+        return {**{name: rows[name] for name in diffusion.DRAWS}, **source.load(rows)}
+
     def loss(module: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loaded: dict[str, Any] = {name: tensor.to(run.device) for name, tensor in load(source, rows).items()}
         draws = {name: rows[name] for name in diffusion.DRAWS}
-        return diffusion.loss(module, loaded.pop("latent"), draws, **loaded), {}
+        given = {name: value for name, value in rows.items() if name not in draws}
+        return diffusion.loss(module, given.pop("latent"), draws, **given), {}
 
     description = transformer_description(
         config, settings.diffusion, run.clip, run.cache.classes if config.classes else (), data.text
@@ -270,6 +277,7 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
         run.folder,
         kind="transformer",
         description={**description, **run.description()},
+        load=load,
         frames_per_step=data.batch * data.frames,
         preview=transformer_preview(run, tokenizer, diffusion, encoder),
     )
@@ -334,7 +342,9 @@ def latent_source(run: Run, tokenizer: Tokenizer, config: TransformerConfig, enc
         )
     condition = "caption" if encoder is not None else "label"
     sources = [
-        LatentSource(latents(run, tokenizer, half), data.batch, data.images, condition=condition, text=features)
+        LatentSource(
+            latents(run, tokenizer, half), data.batch, data.images, condition=condition, text=None if half else features
+        )
         for half in ((False, True) if config.low_resolution else (False,))
     ]
     return _Joined(sources[0], sources[1] if config.low_resolution else None, config, encoder)
@@ -364,11 +374,6 @@ def latents(run: Run, tokenizer: Tokenizer, half: bool) -> LatentCache:
         ),
         name,
     )
-
-
-def load(source: Source, rows: Batch) -> Batch:
-    """The tensors of drawn rows, which may be on a GPU."""
-    return source.load({name: value.cpu() if isinstance(value, Tensor) else value for name, value in rows.items()})
 
 
 def transformer_preview(
