@@ -86,7 +86,7 @@ def fit(
     folder: Path, steps: int = STEPS, *, dropout: float = 0.0, loss=regression, preview=None, **settings
 ) -> Trainer:
     """One phase."""
-    torch.manual_seed(1)
+    torch.manual_seed(1 + rank())  # all start from the weights of rank 0
     config = TrainingConfig(steps, **{"lr": 0.05, "warmup": 3, "log_every": 1, "clip_norm": 0.5, **settings})
     phases = [Phase("model", Net(dropout=dropout), loss)]
     return Trainer(phases, draw, config, folder, kind="net", description={"config": {"width": 5}}, preview=preview)
