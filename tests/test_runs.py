@@ -67,7 +67,7 @@ class TestTheWholeModel:
             assert [row["step"] for row in read_log(model / f"{stage}.jsonl")] == [1, 2]
         assert {"data-16x16", "data-32x32", "data-64x64", "latents-16x16", "latents-64x64-half", "previews"} <= names
         # One clip of each class, side by side, with margins of 2 pixels.
-        assert read_video(model / "previews" / "base-0000002.mp4").shape == (5, 16 + 4, 2 * 18 + 2, 3)
+        assert read_video(model / "previews" / "base-0000002.mp4").shape == (5, 16 + 4, 4 * 18 + 2, 3)
 
     def test_statistics_of_the_latents(self, model, films):
         """Mean 0 and deviation 1 over the clips they were taken from, which are all there are here."""

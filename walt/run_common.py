@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,8 @@ from walt.prepare import prepare
 from walt.settings import Settings
 from walt.training import Trainer
 from walt.video import tile, write_mp4
+
+CLIPS = 4  # at a time, for statistics and previews
 
 Result = TypeVar("Result")
 
@@ -126,14 +128,16 @@ def begin(run: Run, trainer: Trainer[Any]) -> None:
             run.settings.save(run.folder.with_suffix(".yaml"))
 
 
-def some_clips(run: Run, count: int) -> Tensor:
-    """Up to `count` clips spread over the data (images, where there is no clip), float32 [N, 3, T, H, W]."""
+def some_clips(run: Run, count: int) -> Iterator[Tensor]:
+    """Up to `count` clips spread over the data (images, where there is none), CLIPS at a time: float32 [N, 3, T, H, W]."""
     data = run.settings.data
     rows, frames = run.cache.windows(data.frames, stride=data.stride), data.frames
     if not len(rows):
         rows, frames = run.cache.images(), 1
     chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-    return to_model(run.cache.read(chosen, frames, stride=data.stride, crop=(data.height, data.width)))
+    for first in range(0, len(chosen), CLIPS):
+        part = chosen[first : first + CLIPS]
+        yield to_model(run.cache.read(part, frames, stride=data.stride, crop=(data.height, data.width)))
 
 
 def write_preview(run: Run, step: int, videos: np.ndarray, columns: int) -> None:

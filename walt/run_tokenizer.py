@@ -16,13 +16,12 @@ from walt.errors import user_values
 from walt.losses import LeCam, discriminator_losses, output_losses
 from walt.perceptual import PerceptualLoss, efficientnet_features
 from walt.pipeline import tokenizer_description
-from walt.run_common import Run, begin, images_of, some_clips, write_preview
+from walt.run_common import CLIPS, Run, begin, images_of, some_clips, write_preview
 from walt.settings import Settings
 from walt.tokenizer import Tokenizer
 from walt.training import Phase, Trainer
 
 STATISTICS = 128  # clips over which the mean and deviation of the latents are taken
-PREVIEWS = 4  # clips of a preview
 
 
 def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
@@ -124,7 +123,7 @@ def set_statistics(tokenizer: Tokenizer, run: Run) -> None:
     """
     like = tokenizer.latent_mean
     tokenizer.set_latent_statistics(torch.zeros_like(like), torch.ones_like(like))
-    latent = torch.cat([tokenizer.encode(video.to(like)) for video in some_clips(run, STATISTICS).split(4)])
+    latent = torch.cat([tokenizer.encode(video.to(like)) for video in some_clips(run, STATISTICS)])
     tokenizer.set_latent_statistics(latent.mean((0, 2, 3, 4)), latent.std((0, 2, 3, 4)).clamp_min(1e-6))
 
 
@@ -134,7 +133,7 @@ def tokenizer_preview(run: Run) -> Callable[[nn.Module, int], None]:
     @torch.inference_mode()
     def preview(module: nn.Module, step: int) -> None:
         assert isinstance(module, Tokenizer)
-        clips = some_clips(run, PREVIEWS)
+        clips = next(some_clips(run, CLIPS))
         shown = torch.cat([clips, module.decode(module.encode(clips.to(run.device))).cpu()])
         write_preview(run, step, to_pixels(shown), columns=len(clips))
 

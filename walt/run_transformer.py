@@ -138,10 +138,10 @@ def latent_source(run: Run, tokenizer: Tokenizer, config: TransformerConfig, enc
     data = run.settings.data
     features: TextFeatures | None = None
     if encoder is not None and encoder.width:
-        frozen = encoder
+        frozen, key = encoder, f"{encoder.name}, {encoder.length} tokens"
         features = once(
-            lambda: encode_captions(run.cache.caption, run.out / "text", frozen.encode, key=frozen.name),
-            lambda: TextFeatures.open(run.out / "text", key=frozen.name),
+            lambda: encode_captions(run.cache.caption, run.out / "text", frozen.encode, key=key),
+            lambda: TextFeatures.open(run.out / "text", key=key),
             "captions",
         )
     condition = "caption" if encoder is not None else "label"
