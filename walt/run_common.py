@@ -129,7 +129,7 @@ def begin(run: Run, trainer: Trainer[Any]) -> None:
 
 
 def some_clips(run: Run, count: int) -> Iterator[Tensor]:
-    """Up to `count` clips spread over the data (images, where there is none), CLIPS at a time: float32 [N, 3, T, H, W]."""
+    """Up to `count` clips spread over the data (images, if there is none), CLIPS at a time: float32 [N, 3, T, H, W]."""
     data = run.settings.data
     rows, frames = run.cache.windows(data.frames, stride=data.stride), data.frames
     if not len(rows):
