@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 test: lint pytest interpret aot sanitize
 
 pytest: $(VENV)/.test
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 # The Triton kernels on CPU tensors, forward and backward, and the demo's smallest models through them.
 interpret: $(VENV)/.test

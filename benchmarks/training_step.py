@@ -6,7 +6,7 @@ shapes, and no weight is zero, so that every kernel has real work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from walt.config import PRESETS
 from walt.data import Clips
 from walt.diffusion import Diffusion
-from walt.stages import Latents, tokenizer_step, transformer_step
+from walt.stages import Latents, tokenizer_draw, tokenizer_loss, transformer_draw, transformer_loss
 from walt.tokenizer import Tokenizer
-from walt.training import Step, TrainingConfig
+from walt.training import Draw, Loss, TrainingConfig
 from walt.transformer import Transformer
 from walt_kernels import testing, use_backend
 
@@ -27,6 +27,13 @@ from .cases import Case
 from .contender import COMPILED, REFERENCE, Contender, Subject, on_reference
 
 WIDE = f"{REFERENCE} in float32"
+
+Step = Callable[[nn.Module, torch.Generator], Tensor]
+
+
+def step_of(draw: Draw, loss: Loss) -> Step:
+    """The loss of a batch as a trainer draws it."""
+    return lambda model, generator: loss(model, draw(generator))[0]
 
 
 def build(stage: str, batch: int, frames: int, size: int, wide: bool = False) -> tuple[nn.Module, Step]:
@@ -40,7 +47,8 @@ def build(stage: str, batch: int, frames: int, size: int, wide: bool = False) ->
     if stage == "tokenizer tiny":
         video = np.random.default_rng(0).integers(0, 256, (batch, frames, size, size, 3), dtype=np.uint8)
         clips = Clips(video, np.zeros(batch, np.int64), ("random",) * batch, ("random",))
-        model, loss = Tokenizer(tokenizer), tokenizer_step(clips, batch, frames)
+        model = Tokenizer(tokenizer)
+        loss = step_of(tokenizer_draw(clips, batch, frames), tokenizer_loss(clips, frames))
         if wide:  # the step makes pixels in float32
             model.encoder.register_forward_pre_hook(lambda _, arguments: (arguments[0].double(), *arguments[1:]))
     else:
@@ -52,7 +60,9 @@ def build(stage: str, batch: int, frames: int, size: int, wide: bool = False) ->
             torch.randn(batch * frames, channels, size, size).to(kind),
             label.sort().values.repeat_interleave(frames),
         )
-        model, loss = Transformer(transformer), transformer_step(Diffusion(), latents, batch, images)
+        model, diffusion = Transformer(transformer), Diffusion()
+        draw = transformer_draw(diffusion, latents, batch, images)
+        loss = step_of(draw, transformer_loss(diffusion, latents))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

@@ -274,8 +274,8 @@ def test_configuration_round_trip() -> None:
 
 
 def test_only_the_presets_of_full_size_have_adaptive_norms() -> None:
-    adaptive = {name: tokenizer.adaptive_norm for name, (tokenizer, _) in PRESETS.items()}
-    assert adaptive == {"tiny": False, "L": True, "XL": True, "minimal": False}
+    small = {name for name, (tokenizer, _) in PRESETS.items() if not tokenizer.adaptive_norm}
+    assert small == {"tiny", "tiny-text", "tiny-sr", "minimal"}
 
 
 @pytest.mark.parametrize(

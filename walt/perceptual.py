@@ -44,8 +44,8 @@ class PerceptualLoss(nn.Module):
         output, target = (self._chosen(video.transpose(1, 2), frames) for video in (output, target))
         with torch.autocast(output.device.type, enabled=False):  # distances of normalised features need their digits
             with torch.no_grad():
-                expected = _unit_maps(self.network(target.float()))
-            found = _unit_maps(self.network(output.float()))
+                expected = _unit_maps(self.network(_wide(target)))
+            found = _unit_maps(self.network(_wide(output)))
         distances = [(a - b).square().sum(1).mean() for a, b in zip(found, expected, strict=True)]
         return torch.stack(distances).sum()
 
@@ -55,6 +55,10 @@ class PerceptualLoss(nn.Module):
         if frames is not None:
             video = video[torch.arange(len(video), device=video.device)[:, None], frames.to(video.device)]
         return video.flatten(0, 1)
+
+
+def _wide(video: Tensor) -> Tensor:
+    return video.to(torch.promote_types(video.dtype, torch.float32))
 
 
 def _unit_maps(maps: Sequence[Tensor]) -> list[Tensor]:
