@@ -58,7 +58,7 @@ sanitize: $(VENV)/.test
 	WALT_KERNELS_SANITIZE=1 WALT_KERNELS_CUDA=0 WALT_KERNELS_EMULATE_AVX512=$(EMULATE) $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -q -n 2 --dist loadfile -p no:cacheprovider $(foreach op,$(OPS),tests/test_$(op).py) $(SANITIZED)
+	$(BIN)/pytest -q -p no:cacheprovider $(foreach op,$(OPS),tests/test_$(op).py) $(SANITIZED)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
