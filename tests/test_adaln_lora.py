@@ -193,38 +193,6 @@ def test_eps() -> None:
     )
 
 
-# layers, B, D, K, r: the narrow path (r < 16) and the wide one, with whole and partial vectors and tiles
-LORA_SHAPES = (
-    (1, 1, 1, 1, 1),
-    (3, 2, 16, 40, 2),
-    (2, 3, 8, 300, 3),
-    (24, 1, 64, 384, 2),
-    (2, 2, 40, 513, 4),
-    (1, 4, 33, 70, 8),
-    (2, 5, 33, 600, 15),
-    (2, 5, 33, 600, 16),
-    (3, 7, 17, 1030, 37),
-    (2, 8, 128, 768, 64),
-)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", LORA_SHAPES, ids=str)
-def test_lora_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    layers, _, D, K, r = shape
-    for scale in (1.0, 4.0, 16.0):
-        inputs = lora_inputs(*shape, dtype, scale)
-        testing.check_op(wk.adaln_lora, reference.adaln_lora, inputs, backward=False, rows=D + r)
-        testing.check_op(wk.adaln_lora, reference.adaln_lora, inputs, rows=K + layers * r)
-
-
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_lora_layouts(layout: str) -> None:
-    inputs = {n: testing.embed(t, layout) for n, t in lora_inputs(3, 2, 24, 72, 4, torch.float32).items()}
-    testing.check_op(wk.adaln_lora, reference.adaln_lora, inputs, rows=72)
-    assert wk.adaln_lora(**inputs).is_contiguous()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_every_isa_level(dtype: torch.dtype) -> None:
     info = _native.C.build_info()
@@ -280,27 +248,6 @@ def test_against_numpy() -> None:
     np.testing.assert_allclose(modulated.detach(), h, rtol=1e-9, atol=1e-12)
 
 
-def test_lora_against_numpy() -> None:
-    rng = np.random.default_rng(0)
-    for r in (3, 20):
-        layers, B, D, K = 3, 2, 11, 26
-        shapes = ((B, D), (B, K), (layers, r, D), (layers, K, r), (layers, B, K))
-        cond, base, down, up, grad = (rng.standard_normal(s) for s in shapes)
-        leaves = [torch.from_numpy(v).requires_grad_() for v in (cond, base, down, up)]
-        out = wk.adaln_lora(*leaves)
-        np.testing.assert_allclose(
-            out.detach(), base + np.einsum("lkr,lrd,bd->lbk", up, down, cond), rtol=1e-11, atol=1e-12
-        )
-        expected = (
-            np.einsum("lbk,lkr,lrd->bd", grad, up, down),
-            grad.sum(0),
-            np.einsum("lbk,lkr,bd->lrd", grad, up, cond),
-            np.einsum("lbk,lrd,bd->lkr", grad, down, cond),
-        )
-        for value, truth in zip(torch.autograd.grad(out, leaves, torch.from_numpy(grad)), expected, strict=True):
-            np.testing.assert_allclose(value, truth, rtol=1e-10, atol=1e-11)
-
-
 # ---- exact properties -----------------------------------------------------------------------------------------------
 
 
@@ -312,14 +259,6 @@ def test_zero_gate_is_the_residual_bitwise(dtype: torch.dtype) -> None:
     assert torch.equal(x_new, inputs["x"])
     assert torch.equal(h, wk.adaln_modulate(inputs["x"], inputs["shift"], inputs["scale"]))
     assert torch.equal(wk.adaln_residual(inputs["x"], inputs["branch"], inputs["gate"]), inputs["x"])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("r", [2, 32])
-def test_zero_lora_is_the_base_bitwise(dtype: torch.dtype, r: int) -> None:
-    inputs = lora_inputs(3, 2, 24, 50, r, dtype)
-    inputs["up"] = torch.zeros_like(inputs["up"])
-    assert torch.equal(wk.adaln_lora(**inputs), inputs["base"].expand(3, 2, 50))
 
 
 def test_one_row_per_token_equals_shared_rows() -> None:
@@ -415,11 +354,6 @@ def test_gradcheck(name: str) -> None:
         assert torch.autograd.gradcheck(getattr(wk, name), tuple(inputs.values()))
 
 
-@pytest.mark.parametrize("r", [2, 17])
-def test_lora_gradcheck(r: int) -> None:
-    assert torch.autograd.gradcheck(wk.adaln_lora, tuple(lora_inputs(2, 2, 3, 4, r, torch.float64).values()))
-
-
 @pytest.mark.parametrize("name", MODULATED)
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 def test_opcheck(name: str, layout: str) -> None:
@@ -427,12 +361,6 @@ def test_opcheck(name: str, layout: str) -> None:
     for dtype, form in ((torch.float32, "frame"), (torch.bfloat16, "sample_chunk")):
         inputs = inputs_of(name, (2, 6, 5, 3), dtype, form=form, layout=layout)
         torch.library.opcheck(getattr(torch.ops.walt_kernels, name).default, (*inputs.values(), *eps, "cpu"))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-def test_lora_opcheck(layout: str) -> None:
-    inputs = {n: testing.embed(t, layout) for n, t in lora_inputs(2, 2, 3, 5, 2, torch.float32).items()}
-    torch.library.opcheck(torch.ops.walt_kernels.adaln_lora.default, (*inputs.values(), "cpu"))
 
 
 def test_compile_without_recompiling() -> None:
@@ -490,15 +418,6 @@ def test_empty(shape: tuple[int, int, int, int]) -> None:
             assert not grad.any()  # sums over no tokens are zero, not memory left unwritten
 
 
-def test_lora_empty() -> None:
-    out, *grads = run(wk.adaln_lora, lora_inputs(2, 0, 8, 10, 2, torch.float32))
-    assert out.shape == (2, 0, 10)
-    assert all(not grad.any() for grad in grads)  # no sample, no gradient
-    out, *grads = run(wk.adaln_lora, lora_inputs(0, 2, 8, 10, 2, torch.float32))
-    assert out.shape == (0, 2, 10)
-    assert all(not grad.any() for grad in grads)
-
-
 def test_autocast_keeps_the_dtype_of_x() -> None:
     inputs = inputs_of("adaln_residual_modulate", (2, 12, 21, 3), torch.float32)
     expected = wk.adaln_residual_modulate(**inputs)
@@ -520,82 +439,3 @@ def test_autocast_keeps_the_dtype_of_x() -> None:
     widened = {n: v.float() for n, v in lora.items()}
     assert torch.equal(out, wk.adaln_lora(**widened))
     torch.testing.assert_close(out, again)
-
-
-# ---- bad arguments --------------------------------------------------------------------------------------------------
-
-X, ROW = torch.zeros(2, 6, 8), torch.zeros(2, 8)
-COND, BASE, DOWN, UP = torch.zeros(2, 8), torch.zeros(2, 24), torch.zeros(3, 4, 8), torch.zeros(3, 24, 4)
-LORA = {"cond": COND, "base": BASE, "down": DOWN, "up": UP}
-META = torch.zeros(2, 8, device="meta")
-BAD = {
-    "adaln_modulate": (
-        ({"x": [1.0]}, TypeError, "x is a list, expected a tensor [B, N, D]"),
-        ({"x": torch.zeros(2, 8)}, ValueError, "x has shape [2, 8], expected [B, N, D]"),
-        ({"x": torch.zeros(2, 6, 0)}, ValueError, "x has shape [2, 6, 0], expected [B, N, D] with D of at least 1"),
-        ({"x": X.int()}, TypeError, "x has dtype torch.int32, expected one of torch.float32"),
-        ({"shift": None}, TypeError, "shift is a NoneType, expected a tensor [B, D] = [2, 8] or [B, F, D]"),
-        ({"shift": ROW.long()}, TypeError, "shift has dtype torch.int64, expected torch.float32 as x"),
-        ({"scale": torch.zeros(3, 8)}, ValueError, "scale has shape [3, 8], expected [B, D] = [2, 8]"),
-        ({"scale": torch.zeros(2, 4, 8)}, ValueError, "with F dividing N = 6"),
-        ({"scale": torch.zeros(2, 0, 8)}, ValueError, "scale has shape [2, 0, 8]"),
-        ({"scale": torch.zeros(2, 3, 4)}, ValueError, "scale has shape [2, 3, 4]"),
-        ({"scale": torch.zeros(8)}, ValueError, "scale has shape [8]"),
-        ({"shift": ROW.double()}, TypeError, "shift has dtype torch.float64, expected torch.float32 as x"),
-        (
-            {"x": X.half(), "shift": ROW.bfloat16()},
-            TypeError,
-            "shift has dtype torch.bfloat16, expected torch.float16 or",
-        ),
-        (
-            {"x": X.half(), "shift": ROW.half()},
-            TypeError,
-            "scale has dtype torch.float32, expected torch.float16 as shift",
-        ),
-        ({"shift": META}, ValueError, "shift is on meta, expected cpu as x"),
-        ({"eps": 0.0}, ValueError, "eps is 0.0, expected a positive number"),
-        ({"eps": float("nan")}, ValueError, "eps is nan, expected a positive number"),
-        ({"eps": "small"}, TypeError, "eps is a str, expected a number"),
-    ),
-    "adaln_residual": (
-        ({"branch": torch.zeros(2, 5, 8)}, ValueError, "branch has shape [2, 5, 8], expected [2, 6, 8] as x"),
-        ({"branch": X.half()}, TypeError, "branch has dtype torch.float16, expected torch.float32 as x"),
-        ({"branch": X.to("meta")}, ValueError, "branch is on meta, expected cpu as x"),
-        ({"gate": torch.zeros(2, 7)}, ValueError, "gate has shape [2, 7], expected [B, D] = [2, 8]"),
-    ),
-    "adaln_residual_modulate": (
-        ({"branch": 1.0}, TypeError, "branch is a float, expected a tensor [B, N, D]"),
-        ({"gate": torch.zeros(2, 4, 8)}, ValueError, "gate has shape [2, 4, 8]"),
-        ({"eps": -1e-6}, ValueError, "eps is -1e-06, expected a positive number"),
-    ),
-    "adaln_lora": (
-        ({"cond": 3}, TypeError, "cond is a int, expected a tensor [B, D]"),
-        ({"cond": X}, ValueError, "cond has shape [2, 6, 8], expected [B, D]"),
-        ({"base": torch.zeros(3, 24)}, ValueError, "base has shape [3, 24], expected [B, K] with B = 2 as in cond"),
-        ({"down": torch.zeros(3, 4, 9)}, ValueError, "down has shape [3, 4, 9], expected [layers, r, D] with D = 8"),
-        ({"up": torch.zeros(3, 24, 5)}, ValueError, "up has shape [3, 24, 5], expected [layers, K, r] = [3, 24, 4]"),
-        ({"up": UP.half()}, TypeError, "up has dtype torch.float16, expected torch.float32 as cond"),
-        ({"base": BASE.to("meta")}, ValueError, "base is on meta, expected cpu as cond"),
-    ),
-}
-BAD_CALLS = [(name, *case) for name, cases in BAD.items() for case in cases]
-
-
-@pytest.mark.parametrize(("name", "change", "error", "text"), BAD_CALLS, ids=[case[-1] for case in BAD_CALLS])
-def test_bad_arguments(
-    name: str, change: dict[str, Any], error: type[Exception], text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name == "adaln_lora":
-        inputs: dict[str, Any] = dict(LORA)
-    else:
-        tokens, modulation = MODULATED[name]
-        inputs = dict.fromkeys(tokens, X) | dict.fromkeys(modulation, ROW)
-
-    def allocated(*args: Any, **kwargs: Any) -> Tensor:
-        raise AssertionError("an output was allocated before the arguments were checked")
-
-    monkeypatch.setattr(torch, "empty", allocated)
-    with pytest.raises(error) as caught:
-        getattr(wk, name)(**(inputs | change))
-    assert text in str(caught.value)
-    assert "\n" not in str(caught.value)
