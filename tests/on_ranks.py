@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import walt.checkpoint
 from walt.config import TransformerConfig
 from walt.diffusion import Diffusion
-from walt.distributed import barrier, process_group, rank
+from walt.distributed import maximum, process_group, rank
 from walt.errors import WaltError
 from walt.losses import r1_penalty
 from walt.training import Phase, Trainer, TrainingConfig
@@ -195,7 +195,7 @@ def on_ranks(out: Path) -> dict:
     fit(out / "dropout", **settings).run()
     if rank() == 0:
         shutil.copytree(step_two(out / "dropout"), out / "dropout-resumed")
-    barrier()
+    maximum(0.0)  # waits until every rank is here
     resumed = fit(out / "dropout-resumed", **settings)
     torch.manual_seed(99)
     resumed.resume()

@@ -17,6 +17,7 @@ from walt import run_tokenizer, run_transformer
 from walt.buckets import Batch
 from walt.data import to_model
 from walt.errors import WaltError
+from walt.latents import fingerprint
 from walt.logs import read_log
 from walt.pipeline import WaltPipeline, load_tokenizer
 from walt.runs import open_data, train
@@ -273,9 +274,11 @@ def test_features_of_captions_are_computed_once(model, films, tmp_path, monkeypa
     trainer = fit("base", films, tmp_path, "data.text=lengths", "transformer.classes=0")
     assert trainer.model.config.text_width == 3
     assert sorted(calls) == ["", "stripes go down", "stripes go up"]
+    coder = load_tokenizer(model / "tokenizer")
     source = run_transformer.latent_source(
         make("base", films, tmp_path, "data.text=lengths"),
-        load_tokenizer(model / "tokenizer"),
+        coder,
+        fingerprint(coder),
         trainer.model.config,
         Lengths(),
     )

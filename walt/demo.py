@@ -17,6 +17,7 @@ from walt.data import Clips, balanced, demo_clips
 from walt.errors import WaltError
 from walt.evaluate import FEATURES, FrameFeatures, Projection, clip_distances, psnr
 from walt.files import write_json
+from walt.info import count
 from walt.pipeline import ClipShape, WaltPipeline
 from walt.simulator import SCENARIOS
 from walt.stages import decode, encode, fitted, new_transformer, prepare_latents, train_tokenizer, train_transformer
@@ -202,10 +203,6 @@ class Demo:
             for name, rows in projected.items()
         }
         return distances, dimensions
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def summary(metrics: dict[str, Any], out: Path) -> Sequence[str]:

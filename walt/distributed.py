@@ -63,11 +63,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    maximum(0.0)
-
-
 def _device() -> torch.device:
     """Where a tensor must be for the backend to send it."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

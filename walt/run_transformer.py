@@ -34,7 +34,8 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
     check_cascade(run)
     encoder = text_encoder(data.text, settings.transformer.text_length) if data.text else None
     config = transformer_config(run, tokenizer, encoder)
-    source = latent_source(run, tokenizer, config, encoder)
+    key = fingerprint(tokenizer)
+    source = latent_source(run, tokenizer, key, config, encoder)
     torch.manual_seed(settings.training.seed)
     transformer, diffusion = Transformer(config).to(run.device), Diffusion(settings.diffusion)
     shape = (data.batch, config.latent_channels, *config.latent_size)
@@ -60,7 +61,7 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
             settings.training,
             run.folder,
             kind="transformer",
-            description={**description, **run.description(), "tokenizer": fingerprint(tokenizer)},
+            description={**description, **run.description(), "tokenizer": key},
             load=load,
             frames_per_step=data.batch * data.frames,
             preview=transformer_preview(run, tokenizer, diffusion, encoder),
@@ -133,21 +134,26 @@ class _Joined:
         return loaded
 
 
-def latent_source(run: Run, tokenizer: Tokenizer, config: TransformerConfig, encoder: TextEncoder | None) -> Source:
-    """Latents of the data, encoded once; for super-resolution also those of its clips at half the size."""
+def latent_source(
+    run: Run, tokenizer: Tokenizer, key: str, config: TransformerConfig, encoder: TextEncoder | None
+) -> Source:
+    """Latents of the data, encoded once; for super-resolution also those of its clips at half the size.
+
+    key: the tokenizer's fingerprint.
+    """
     data = run.settings.data
     features: TextFeatures | None = None
     if encoder is not None and encoder.width:
-        frozen, key = encoder, f"{encoder.name}, {encoder.length} tokens"
+        frozen, text_key = encoder, f"{encoder.name}, {encoder.length} tokens"
         features = once(
-            lambda: encode_captions(run.cache.caption, run.out / "text", frozen.encode, key=key),
-            lambda: TextFeatures.open(run.out / "text", key=key),
+            lambda: encode_captions(run.cache.caption, run.out / "text", frozen.encode, key=text_key),
+            lambda: TextFeatures.open(run.out / "text", key=text_key),
             "captions",
         )
     condition = "caption" if encoder is not None else "label"
     sources = [
         LatentSource(
-            latents(run, tokenizer, half),
+            latents(run, tokenizer, key, half),
             data.batch,
             images_of(run),
             condition=condition,
@@ -158,7 +164,7 @@ def latent_source(run: Run, tokenizer: Tokenizer, config: TransformerConfig, enc
     return _Joined(sources[0], sources[1] if config.low_resolution else None, config, encoder)
 
 
-def latents(run: Run, tokenizer: Tokenizer, half: bool) -> LatentCache:
+def latents(run: Run, tokenizer: Tokenizer, key: str, half: bool) -> LatentCache:
     """The latents of the data's clips at its size, or of the same clips at half the height and width."""
     data = run.settings.data
 
@@ -168,7 +174,6 @@ def latents(run: Run, tokenizer: Tokenizer, half: bool) -> LatentCache:
         return tokenizer.encode(video.to(run.device))
 
     folder = run.out / (f"latents-{data.height}x{data.width}" + ("-half" if half else ""))
-    key = fingerprint(tokenizer)
     return once(
         lambda: encode_cache(
             run.cache,
