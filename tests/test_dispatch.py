@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import walt_kernels as wk
 from walt_kernels import _dispatch, _native
@@ -87,7 +90,7 @@ def test_explain_on_cuda_tensors_without_a_gpu(op: str) -> None:
 def test_what_explain_says_is_what_runs(op: str, backend_of_forward: list[str]) -> None:
     call(op)
     assert backend_of_forward == ["cpu"]
-    assert _dispatch._forced is None
+    assert _dispatch._setting.forced is None
 
 
 @needs_native
@@ -106,7 +109,7 @@ def test_use_backend_forces_and_restores(op: str, backend_of_forward: list[str])
     torch.testing.assert_close(forced, natural, rtol=1e-4, atol=1e-4)
     with pytest.raises(KeyError), wk.use_backend("reference"):
         raise KeyError("an error inside the block")
-    assert _dispatch._forced is None
+    assert _dispatch._setting.forced is None
 
 
 @needs_native
@@ -239,3 +242,68 @@ def test_one_thread_pool_and_it_is_torchs() -> None:
     # torch's own copy lies in torch/lib, or in torch.libs where its wheel was repaired
     assert used.startswith((folder + os.sep + "lib" + os.sep, folder + ".libs" + os.sep)), used
     assert set(loaded) == {used}
+
+
+@needs_native
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(("forward", "backward"), [("reference", "cpu"), ("cpu", "reference"), ("reference", None)])
+def test_a_checkpoint_runs_again_on_the_backend_of_its_first_run(
+    forward: str, backward: str | None, use_reentrant: bool, backend_of_forward: list[str]
+) -> None:
+    """Whatever is forced when backward is called, and in whatever thread it runs, as it does for a GPU."""
+    module = wk.nn.WindowAttention(16, 2, (1, 2, 2))
+    x = torch.randn(1, 2, 4, 4, 16, requires_grad=True)
+    with wk.use_backend(forward):
+        out = checkpoint(module, x, use_reentrant=use_reentrant)
+    first_run = list(backend_of_forward)
+
+    def run_backward() -> None:
+        with wk.use_backend(backward) if backward else contextlib.nullcontext():
+            out.sum().backward()
+
+    thread = threading.Thread(target=run_backward)
+    thread.start()
+    thread.join()
+    assert backend_of_forward == first_run * 2
+    assert x.grad is not None
+
+
+@needs_native
+def test_a_checkpoint_keeps_the_default_too(backend_of_forward: list[str]) -> None:
+    module = wk.nn.CausalConv3d(4, 4, 3)
+    out = checkpoint(module, torch.randn(1, 4, 2, 4, 4, requires_grad=True), use_reentrant=False)
+    with wk.use_backend("reference"):
+        out.sum().backward()
+    assert backend_of_forward == ["cpu", "cpu"]
+
+
+@needs_native
+def test_a_block_inside_of_a_checkpoint_has_the_last_word(backend_of_forward: list[str]) -> None:
+    module = wk.nn.CausalConv3d(4, 4, 3)
+
+    def layer(x: Tensor) -> Tensor:
+        with wk.use_backend("cpu"):
+            return module(x)
+
+    with wk.use_backend("reference"):
+        out = checkpoint(layer, torch.randn(1, 4, 2, 4, 4, requires_grad=True), use_reentrant=False)
+    out.sum().backward()
+    assert backend_of_forward == ["cpu", "cpu"]
+
+
+@needs_native
+def test_use_backend_is_the_threads(backend_of_forward: list[str]) -> None:
+    forced, done = threading.Event(), threading.Event()
+
+    def elsewhere() -> None:
+        with wk.use_backend("reference"):
+            forced.set()
+            done.wait()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    forced.wait()
+    call("causal_conv3d")
+    done.set()
+    thread.join()
+    assert backend_of_forward == ["cpu"]

@@ -204,6 +204,16 @@ def test_only_where_it_is_forced(stand_in: StandIn) -> None:
     assert stand_in.calls == []
 
 
+def test_refuses_what_flash_attn_would_answer_with_zero(stand_in: StandIn) -> None:
+    inputs = sample()
+    reason = "flash-attn has a backward pass only"
+    with pytest.raises(RuntimeError, match=reason):
+        torch.func.jvp(lambda q: by_flash(**{**inputs, "q": q}), (inputs["q"],), (inputs["q"],))
+    with pytest.raises(RuntimeError, match=reason):
+        torch.func.grad(lambda q: by_flash(**{**inputs, "q": q}).sum())(inputs["q"])
+    assert stand_in.calls == []
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

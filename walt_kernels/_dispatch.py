@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from . import _checkpoint
 
 BACKENDS = ("cuda", "flash", "triton", "cpu", "reference")
 
@@ -46,11 +49,19 @@ class Op:
 
 
 _ops: dict[str, Op] = {}
-_forced: str | None = os.environ.get("WALT_KERNELS_BACKEND") or None
 _warned: set[str] = set()
 
-if _forced is not None and _forced not in BACKENDS:
-    raise ValueError(f"WALT_KERNELS_BACKEND is {_forced!r}, expected one of {', '.join(BACKENDS)}")
+
+class _Setting(threading.local):
+    """The backend that is forced in this thread. (torch.compile reads no contextvars.)"""
+
+    forced: str | None = os.environ.get("WALT_KERNELS_BACKEND") or None
+
+
+_setting = _Setting()
+
+if _setting.forced is not None and _setting.forced not in BACKENDS:
+    raise ValueError(f"WALT_KERNELS_BACKEND is {_setting.forced!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def register(name: str, prepare: Callable[..., dict[str, Any]], backends: list[Backend]) -> None:
@@ -83,11 +94,12 @@ def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
 
 def select(op: str, inputs: Mapping[str, Any]) -> str:
     """The backend that runs ``op`` on validated ``inputs``: the forced one, else the first with no reason not to."""
-    if _forced is not None:
-        reason = backend(op, _forced).unsupported(**inputs)
+    forced = _setting.forced
+    if forced is not None:
+        reason = backend(op, forced).unsupported(**inputs)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {_forced!r} was forced and cannot run: {reason}")
-        return _forced
+            raise RuntimeError(f"{op}: backend {forced!r} was forced and cannot run: {reason}")
+        return forced
     for candidate in _ops[op].backends:
         if candidate.opt_in is None and candidate.unsupported(**inputs) is None:
             if candidate.name == "reference" and not torch.compiler.is_compiling():
@@ -121,13 +133,33 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
 def use_backend(name: str) -> Iterator[None]:
     """Forces every op called inside the block onto one backend; one that cannot run raises its reason.
 
-    The setting is the process's, not the thread's. Backward passes run on the backend of their forward pass.
+    The setting is the thread's. Backward passes run on the backend of their forward pass, and so does what
+    ``torch.utils.checkpoint`` runs again in a backward pass.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"name is {name!r}, expected one of {', '.join(BACKENDS)}")
-    previous, _forced = _forced, name
+    with _forcing(name):
+        yield
+
+
+@contextlib.contextmanager
+def _forcing(name: str | None) -> Iterator[None]:
+    previous, _setting.forced = _setting.forced, name
     try:
         yield
     finally:
-        _forced = previous
+        _setting.forced = previous
+
+
+def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under the setting of this moment, in whatever thread it is called."""
+    forced = _setting.forced
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        with _forcing(forced):
+            return function(*args, **kwargs)
+
+    return bound
+
+
+_checkpoint.keep_setting(_bound)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import Backend, backend, register
-from .._library import define
+from .._library import composed_tangent, define
 from . import cuda, native, reference
 
 _ops = torch.ops.walt_kernels
@@ -90,6 +90,7 @@ define(
     fake=lambda x, shift, scale, eps, backend: (native.like(x), *native.statistics(x)),
     setup_context=_modulate_setup,
     backward=_modulate_backward,
+    tangent=composed_tangent(reference.adaln_modulate, outputs=3),
 )
 
 define(
@@ -128,6 +129,7 @@ define(
     fake=lambda x, branch, gate, backend: native.like(x),
     setup_context=_residual_setup,
     backward=_residual_backward,
+    tangent=composed_tangent(reference.adaln_residual, outputs=1),
 )
 
 define(
@@ -174,6 +176,7 @@ define(
     fake=lambda x, branch, gate, shift, scale, eps, backend: (native.like(x), native.like(x), *native.statistics(x)),
     setup_context=_residual_modulate_setup,
     backward=_residual_modulate_backward,
+    tangent=composed_tangent(reference.adaln_residual_modulate, outputs=4),
 )
 
 define(
@@ -215,6 +218,7 @@ define(
     fake=lambda cond, base, down, up, backend: (native.lora_output(base, down), native.hidden_like(cond, down)),
     setup_context=_lora_setup,
     backward=_lora_backward,
+    tangent=composed_tangent(reference.adaln_lora, outputs=2),
 )
 
 define(

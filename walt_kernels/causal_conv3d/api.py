@@ -224,7 +224,7 @@ def causal_conv3d(
 
     Returns:
         [B, C_out, ceil(T / st), H', W'] in x's dtype, channels_last_3d where x is. Products are summed in float32
-        (float64 for float64). Differentiable once in x, weight, bias and history.
+        (float64 for float64). Differentiable once in x, weight, bias and history, in reverse and in forward mode.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the text names it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import Backend, backend, register
-from .._library import define
+from .._library import Tangents, define
 from . import native, reference
 from .layout import gradients_like, output_like
 
@@ -66,6 +67,24 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *nothing[4:]
 
 
+def _tangent(arguments: Sequence[Any], tangents: Tangents) -> tuple[Tensor]:
+    """The convolution is linear in x with its history, and in weight with bias."""
+    x, weight, _, history, *options = arguments
+    of_x, of_weight, of_bias, of_history = tangents[:4]
+    convolve = torch.ops.walt_kernels.causal_conv3d
+    terms = []
+    if of_x is not None or of_history is not None:
+        past = None if history is None else _or_zeros(of_history, history)
+        terms.append(convolve(_or_zeros(of_x, x), weight, None, past, *options))
+    if of_weight is not None or of_bias is not None:
+        terms.append(convolve(x, _or_zeros(of_weight, weight), of_bias, history, *options))
+    return (terms[0] if len(terms) == 1 else terms[0] + terms[1],)
+
+
+def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
+    return torch.zeros_like(primal) if tangent is None else tangent
+
+
 define(
     "causal_conv3d",
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, {OPTIONS}) -> Tensor",
@@ -73,6 +92,7 @@ define(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    tangent=_tangent,
 )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import transformed
 from .reference import Part, axis_parts, merge, partition
 
 OPT_IN = "no row in benchmarks/results/ shows it to be faster yet, so only where it is forced"
@@ -84,6 +85,8 @@ def unsupported(q: Tensor, **inputs: Any) -> str | None:
         return f"flash-attn computes in bfloat16 and float16; q is {q.dtype}"
     if q.shape[-1] % 8:
         return f"flash-attn needs a multiple of 8 as dim, got {q.shape[-1]}"
+    if transformed():
+        return "flash-attn has a backward pass only: no forward mode, no torch.func"
     module, reason = find(q.device, torch.compiler.is_compiling())
     return None if module else reason
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import Backend, backend, register
-from .._library import define
+from .._library import composed_tangent, define
 from . import flash, native, reference
 
 ARGUMENTS = (
@@ -81,6 +81,7 @@ define(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    tangent=composed_tangent(lambda *inputs: reference.window_attention(**dict(zip(NAMES, inputs, strict=True))), 2),
 )
 
 

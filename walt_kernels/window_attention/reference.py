@@ -10,7 +10,7 @@ Part = tuple[int, int, int]
 
 
 def axis_parts(size: int, window: int) -> list[Part]:
-    full, rest = divmod(size, window)
+    full, rest = size // window, size % window  # divmod knows no symbolic sizes
     parts = [(0, full, window)] if full else []
     return [*parts, (full * window, 1, rest)] if rest else parts
 
