@@ -196,6 +196,22 @@ def test_gradient_of_the_whole_is_the_slope() -> None:
     torch.testing.assert_close((slope * direction).sum(), (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-10)
 
 
+def test_tangent_is_the_slope_and_torch_func_gives_the_gradient() -> None:
+    tokenizer = make(replace(SMALL, adaptive_norm=True), dtype=torch.float64)
+    x, step = (draw(1, 3, 5, 16, 16, seed=i, dtype=torch.float64) for i in range(2))
+
+    def there_and_back(x: Tensor) -> Tensor:
+        return tokenizer.decode(tokenizer.encode(x))
+
+    tangent = torch.func.jvp(there_and_back, (x,), (step,))[1]
+    slope = (there_and_back(x + 1e-6 * step) - there_and_back(x - 1e-6 * step)) / 2e-6
+    torch.testing.assert_close(tangent, slope, rtol=1e-5, atol=1e-7)
+    gradient = torch.func.grad(lambda x: there_and_back(x).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    there_and_back(leaf).square().sum().backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+
+
 def test_autocast_costs_no_more_than_its_rounding() -> None:
     tokenizer = make()
     video = draw(1, 3, 5, 16, 16)

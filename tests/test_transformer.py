@@ -199,6 +199,17 @@ def test_gradient_is_the_slope() -> None:
 # Joint batches
 
 
+def test_tangent_is_the_slope() -> None:
+    """Forward mode, by which consistency and flow-map models train."""
+    model, given = make(EVERYTHING), inputs(config=EVERYTHING)
+    z = given.pop("z_t")
+    step = draw(*z.shape, seed=9)
+    value, tangent = torch.func.jvp(lambda z: model(z, **given), (z,), (step,))
+    close(value, model(z, **given))
+    slope = (model(z + 1e-5 * step, **given) - model(z - 1e-5 * step, **given)) / 2e-5
+    torch.testing.assert_close(tangent, slope, rtol=1e-6, atol=1e-7)
+
+
 def test_images_of_a_stack_do_not_see_one_another() -> None:
     model, batch = make(), inputs()
     image = torch.tensor([True, False])

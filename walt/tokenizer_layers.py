@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -115,7 +116,18 @@ def _frame(x: Tensor, sample: int, time: int) -> Tensor:
 
 def _by_frame(x: Tensor) -> bool:
     """Whether frames are computed one by one, so that their number cannot change their bits (see _FrameNorm)."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether forward mode or torch.func is at work, which want other derivatives than _FrameNorm's backward."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _frames(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B * T, C, H, W], in the layout that PyTorch can differentiate group_norm in."""
+    frames = x.transpose(1, 2).flatten(0, 1)
+    return frames.contiguous() if _transformed() else frames
 
 
 def _group_norm(frame: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,8 +148,7 @@ class FrameNormSwish(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if _by_frame(x):
             return _FrameNorm.apply(x, self.weight[None], self.bias[None], self.groups, self.eps, True)
-        frames = x.transpose(1, 2).flatten(0, 1)
-        y = F.silu(F.group_norm(frames, self.groups, self.weight, self.bias, self.eps))
+        y = F.silu(F.group_norm(_frames(x), self.groups, self.weight, self.bias, self.eps))
         return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
@@ -164,7 +175,7 @@ class AdaptiveNorm(nn.Module):
         scale, shift = modulation.flatten(0, 1).chunk(2, dim=-1)  # [B * T, C] each
         if _by_frame(x):
             return _FrameNorm.apply(x, 1 + scale, shift, self.groups, self.eps, False)
-        frames = F.group_norm(x.transpose(1, 2).flatten(0, 1), self.groups, eps=self.eps)
+        frames = F.group_norm(_frames(x), self.groups, eps=self.eps)
         y = frames * (1 + scale[..., None, None]) + shift[..., None, None]
         return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
