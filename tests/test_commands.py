@@ -81,7 +81,7 @@ class TestTrain:
         assert not (tmp_path / "b").exists()
 
     def test_what_is_passed_over_is_told(self, films, tmp_path, capsys):
-        """When the folder is prepared, trained on (prepared or not) and compared with; what is too short for a clip, too."""
+        """When the folder is prepared, trained on, and compared with; what is too short for a clip, too."""
         data = shutil.copytree(films, tmp_path / "data")
         write_mp4(data / "up" / "short.mp4", moving(0, 4))
         (data / "up" / "notes.txt").write_text("")

@@ -33,7 +33,7 @@ NAMES = (
     "'\"\\",
     "é\n",
 )
-NAMES += ("caf\udce9",)  # bytes that are no UTF-8
+NAMES += ("caf\udce9", "x" * 251)  # bytes that are no UTF-8; as long as names may be
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from walt.errors import WaltError
 from walt.latents import fingerprint
 from walt.logs import read_log
 from walt.pipeline import WaltPipeline, load_tokenizer
+from walt.run_common import describe_changes
 from walt.runs import open_data, train
 from walt.settings import load_settings
 from walt.video import read_video, write_png
@@ -163,6 +164,12 @@ class TestRefused:
         (out / "tokenizer.files.json").unlink()
         with pytest.raises(WaltError, match=r"was trained on other data than .*data-16x16 holds; give the same data"):
             fit("tokenizer", data, out)
+
+    def test_other_preparation(self):
+        here = {"prepared": "shots on", "file": {"a": "1"}, "caption": {}}
+        assert describe_changes(here, here) == "the same files, read in another way"
+        there = {**here, "prepared": "shots off"}
+        assert describe_changes(there, here) == "prepared with shots off there, shots on here"
 
     def test_other_captions(self, model, films, tmp_path):
         captions = tmp_path / "captions.jsonl"

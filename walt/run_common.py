@@ -150,7 +150,7 @@ def files_of(run: Run) -> dict[str, Any]:
     items = {normal(item.name): item for item in run.cache.items}
     return {
         "prepared": str(run.cache.settings),
-        "file": {name: item.content for name, item in items.items()},
+        "file": {name: item.digest for name, item in items.items()},
         "caption": {name: item.caption for name, item in items.items() if run.settings.data.text},
     }
 
@@ -173,19 +173,24 @@ def check_same_data(run: Run, kind: str) -> None:
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Of two results of `files_of`: "2 files more: c.mp4, d.mp4; 1 file changed: a.mp4"."""
-    changes = []
+    old, new = before.get("file", {}), now["file"]
+    old_text, new_text = before.get("caption", {}), now["caption"]
+    named = {
+        ("file", "more"): new.keys() - old.keys(),
+        ("file", "fewer"): old.keys() - new.keys(),
+        ("file", "changed"): {name for name in old.keys() & new.keys() if old[name] != new[name]},
+        ("caption", "changed"): {
+            name for name in old_text.keys() & new_text.keys() if old_text[name] != new_text[name]
+        },
+    }
+    changes = [
+        f"{len(names)} {noun}{'s' * (len(names) > 1)} {how}: {some(names)}"
+        for (noun, how), names in named.items()
+        if names
+    ]
     if before.get("prepared") != now["prepared"]:
         changes.append(f"prepared with {before.get('prepared')} there, {now['prepared']} here")
-    for what in ("file", "caption"):
-        old, new = before.get(what, {}), now[what]
-        both = old.keys() & new.keys()
-        named = {"more": new.keys() - both, "fewer": old.keys() - both}
-        named = named if what == "file" else {}  # captions come and go with their files
-        named["changed"] = {name for name in both if old[name] != new[name]}
-        changes += [
-            f"{len(names)} {what}{'s'[: len(names) > 1]} {how}: {some(names)}" for how, names in named.items() if names
-        ]
-    return "; ".join(changes)
+    return "; ".join(changes) or "the same files, read in another way"
 
 
 def some_clips(run: Run, count: int) -> Iterator[Tensor]:
