@@ -48,9 +48,9 @@ def test_fingerprint_is_of_what_frames_depend_on(cache):
         return Cache(cache.folder, Settings(16, 16, True), items, cache._shards).fingerprint
 
     assert changed() == cache.fingerprint
-    for values in ({"label": "x"}, {"caption": "x"}, {"shard": 1}, {"offset": 3}):
+    for values in ({"label": "x"}, {"caption": "x"}, {"shard": 1}, {"offset": 3}, {"modified": 1}, {"changed": 1}):
         assert changed(**values) == cache.fingerprint
-    other = [changed(**values) for values in ({"name": "x"}, {"modified": 1}, {"size": 1}, {"height": 17})]
+    other = [changed(**values) for values in ({"name": "x"}, {"digest": "x"}, {"size": 1}, {"height": 17})]
     assert len({cache.fingerprint, *other}) == 5
     assert Cache(cache.folder, Settings(16, 16, False), cache.items, cache._shards).fingerprint != cache.fingerprint
 
@@ -67,6 +67,16 @@ def test_windows_stay_inside_a_shot(cache):
     )
     assert cache.windows(13).shape == (0, 2)
     assert cache.windows(13).dtype == np.int64
+
+
+def test_too_short(cache):
+    assert not cache.too_short(2)
+    assert cache.too_short(3).names == {"shot of fewer than 3 frames": ["c.mp4 from 4 to 5"]}
+    assert cache.too_short(3, stride=2).names == {
+        "shot of fewer than 5 frames": ["c.mp4 from 0 to 3", "c.mp4 from 4 to 5"]
+    }
+    assert cache.too_short(6).names == {"no shot of 6 frames": ["c.mp4"]}
+    assert cache.too_short(13).names == {"no shot of 13 frames": ["b.mp4", "c.mp4"]}
 
 
 def test_images(cache):
@@ -147,7 +157,7 @@ def edited(folder, item=None, **values) -> str:
     ("values", "message"),
     [
         ({"format": "recipes"}, "is not the index of a cache of walt"),
-        ({"version": 9}, "has version 9; this walt reads version 1"),
+        ({"version": 9}, "has version 9; this walt reads version 2"),
         ({"height": None}, "is broken: 'height'"),
         ({"width": "16"}, "is broken: it covers 16 x '16' pixels"),
         ({"shots": "yes"}, "is broken: shots is 'yes'"),
@@ -160,6 +170,7 @@ def edited(folder, item=None, **values) -> str:
         ({"item": {"shots": [[0, 13]]}}, "the entry of 'b.mp4' is malformed"),
         ({"item": {"shots": [0, 12]}}, "an entry is malformed"),
         ({"item": {"kind": "song"}}, "the entry of 'b.mp4' is malformed"),
+        ({"item": {"digest": None}}, "the entry of 'b.mp4' is malformed"),
         ({"item": {"shard": 1.5}}, "the entry of 'b.mp4' is malformed"),
         ({"item": {"mood": "good"}}, "an entry is malformed .*mood"),
         ({"item": {"shard": 77}}, r"frames-77\.raw is broken: it holds 0 bytes"),

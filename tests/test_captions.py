@@ -56,6 +56,28 @@ def test_missing_file(tmp_path):
         read_captions(tmp_path / "nowhere.csv")
 
 
+def test_names_are_compared_in_one_form(tmp_path):
+    (tmp_path / "c.csv").write_text("file,caption\ncafe\u0301/a.mp4,x\n b\\ c.mp4 ,y\n", encoding="utf-8")
+    assert read_captions(tmp_path / "c.csv") == {"caf\xe9/a.mp4": "x", "b/ c.mp4": "y"}
+    (tmp_path / "c.csv").write_text("file,caption\ncafe\u0301,x\ncaf\xe9,y\n", encoding="utf-8")
+    with pytest.raises(WaltError, match="line 3: caf\xe9 has a caption already"):
+        read_captions(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize(
+    ("caption", "file"),
+    [("A b.MP4", "a\xa0b.mp4"), ("it's.mp4", "it\u2019s.mp4"), ("a-b.mp4", "a\u2013b.mp4"), ("a.mp4", "a\u200b.mp4")],
+)
+def test_names_that_look_alike_are_told_apart(caption, file):
+    difference = f"{caption!a} is not {file!a}"
+    with pytest.raises(WaltError, match="none of the 1 captions names a file") as error:
+        check_captions({caption}, {file, "other.mp4"}, print)
+    assert difference in str(error.value)
+    lines: list[str] = []
+    check_captions({caption, "c"}, {file, "c"}, lines.append)
+    assert lines[2:] == [difference]
+
+
 def test_what_has_no_partner_is_listed():
     lines: list[str] = []
     check_captions({"a", "b"}, {"a", "b"}, lines.append)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,27 @@ class TestTrain:
         )
         assert "is prepared already; give captions to walt prepare" in line
         assert not (tmp_path / "b").exists()
+
+    def test_what_is_passed_over_is_told(self, films, tmp_path, capsys):
+        """When the folder is prepared, trained on, and compared with; what is too short for a clip, too."""
+        data = shutil.copytree(films, tmp_path / "data")
+        write_mp4(data / "up" / "short.mp4", moving(0, 4))
+        (data / "up" / "notes.txt").write_text("")
+        other, short = (
+            "passed over, unknown ending: 1 (up/notes.txt)",
+            "passed over, no shot of 5 frames: 1 (up/short.mp4)",
+        )
+        run("prepare", "--data", data, "--out", tmp_path / "prepared", "--size", 16)
+        printed = capsys.readouterr().err.splitlines()
+        assert (printed.count(other), printed.count(short)) == (1, 0)
+        for source in (data, tmp_path / "prepared"):
+            out = tmp_path / f"run-{source.name}"
+            run("train", "tokenizer", *self.shared(source, out), "-s", "training.steps=1")
+            printed = capsys.readouterr().err.splitlines()
+            assert (printed.count(other), printed.count(short)) == (1, 1)
+        run("evaluate", "--from", tmp_path / "run-data", "--data", tmp_path / "prepared", "--frames", 5, "--size", 16)
+        printed = capsys.readouterr().err.splitlines()
+        assert (printed.count(other), printed.count(short)) == (1, 1)
 
     def test_bad_input(self, films, tmp_path, capsys):
         out = tmp_path / "out"

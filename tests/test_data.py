@@ -208,6 +208,16 @@ def test_folder_holds_out_the_end_of_each_video(tmp_path):
     assert test.video[0].min() > train.video[:3].max()  # the ramp rises: later frames are brighter
 
 
+def test_folder_with_links_and_leavings(tmp_path, capsys):
+    pytest.importorskip("av", reason="PyAV is not installed")
+    for name in ("clips/cats/one.mp4", "s/.ipynb_checkpoints/one-checkpoint.mp4"):
+        write_mp4(tmp_path / name, np.zeros((5, 16, 16, 3), np.uint8))
+    (tmp_path / "s/cats").symlink_to("../clips/cats")
+    train, _ = folder_clips(tmp_path / "s", frames=5, size=16, progress=False)
+    assert (train.classes, train.source) == (("cats",), ("cats/one.mp4/frames-0-4",))
+    assert "passed over, hidden or left by other software: 1 (.ipynb_checkpoints)\n" in capsys.readouterr().err
+
+
 def test_folder_errors(tmp_path):
     with pytest.raises(WaltError, match="no such folder"):
         folder_clips(tmp_path / "nowhere")

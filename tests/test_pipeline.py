@@ -75,6 +75,15 @@ def build(**changes) -> WaltPipeline:
     return WaltPipeline(parts.pop("tokenizer"), parts.pop("transformer"), parts.pop("diffusion"), **parts)
 
 
+def test_names_of_classes_are_compared_in_one_form():
+    """macOS takes accents apart."""
+    for apart, typed in (("cafe\u0301", "caf\xe9"), ("caf\xe9", "cafe\u0301"), ("cafe\u0301", "cafe\u0301")):
+        pipeline = build(classes=("bar", apart), upscalers=[])
+        assert (pipeline.label(typed), pipeline.classes) == (1, ("bar", "caf\xe9"))
+    with pytest.raises(WaltError, match=r"unknown class 'Bar '; the classes are bar, café \('Bar ' is not 'bar'\)"):
+        pipeline.label("Bar ")
+
+
 @pytest.fixture(scope="module")
 def pipeline() -> WaltPipeline:
     return build()

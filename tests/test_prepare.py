@@ -1,10 +1,11 @@
-"""walt.prepare: what comes into a cache, what is skipped and said, and how an interrupted or repeated run goes on."""
+"""walt.prepare: what comes into a cache, what is passed over, and how an interrupted or repeated run goes on."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import shutil
 import sys
 import threading
 import weakref
@@ -80,7 +81,7 @@ def test_workers_do_not_change_the_content(folder, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(content(one), content(three), strict=True))
 
 
-def test_what_cannot_be_read_is_skipped_and_counted(folder, tmp_path):
+def test_what_cannot_be_read_is_passed_over_and_counted(folder, tmp_path):
     (folder / "cats/broken.mp4").write_bytes(b"This is a text.\n" * 100)
     (folder / "cats/empty.mp4").write_bytes(b"")
     (folder / "cats/one.txt").write_text("not looked at")
@@ -89,11 +90,14 @@ def test_what_cannot_be_read_is_skipped_and_counted(folder, tmp_path):
     (folder / "dogs/cut.png").write_bytes(whole[: len(whole) // 2])
     cache, lines = make(folder, tmp_path / "cache")
     assert [item.name for item in cache.items] == NAMES
-    assert lines[-1] == "3 of 9 files were skipped"
-    skipped = sorted(lines[:-1])
-    assert len(skipped) == 3
-    for line, name in zip(skipped, ("cats/broken.mp4", "cats/empty.mp4", "dogs/cut.png"), strict=True):
-        assert line.startswith(f"skipped: {folder / name} ")
+    assert sorted(lines) == [
+        "passed over, empty: 1 (cats/empty.mp4)",
+        "passed over, hidden or left by other software: 1 (cats/._one.mp4)",
+        "passed over, not a video that can be decoded: Invalid data found when processing input: 1 (cats/broken.mp4)",
+        "passed over, not an image that can be decoded: image file is truncated: 1 (dogs/cut.png)",
+        "passed over, unknown ending: 1 (cats/one.txt)",
+    ]
+    assert sorted(Cache.open(tmp_path / "cache").passed_over.lines()) == sorted(lines)
     assert numbers(content(cache)[1]).tolist() == list(range(12))
 
 
@@ -106,7 +110,7 @@ def test_a_video_that_breaks_off_leaves_nothing(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(walt.prepare, "iterate_video", iterate)
     cache, lines = make(folder, tmp_path / "cache", workers=1)
-    assert lines == [f"skipped: {folder / 'cats/one.mp4'} breaks off", "1 of 6 files were skipped"]
+    assert lines == ["passed over, breaks off: 1 (cats/one.mp4)"]
     assert [item.name for item in cache.items] == [name for name in NAMES if name != "cats/one.mp4"]
     assert (tmp_path / "cache/frames-0.raw").stat().st_size == sum(
         16 * 24 * 7 * 3 if i == 3 else 21 * 16 * 3 for i in range(5)
@@ -165,6 +169,62 @@ def test_a_second_run_decodes_what_changed(folder, tmp_path, decoded):
     assert [item.name for item in changed.items] == [name for name in NAMES if name != "cats/one.mp4"]
     assert numbers(content(changed)[3]).tolist() == list(range(9))
     assert changed.fingerprint != first.fingerprint
+
+
+def test_the_same_bytes_are_the_same_data(folder, tmp_path, decoded):
+    """Whenever they were written, wherever they came from."""
+    first, _ = make(folder, tmp_path / "cache")
+    decoded.clear()
+    os.utime(folder / "cats/one.mp4", (1, 1))
+    shutil.copy(folder / "dogs/two.mp4", tmp_path / "copy")
+    (tmp_path / "copy").replace(folder / "dogs/two.mp4")
+    again, _ = make(folder, tmp_path / "cache")
+    assert (decoded, again.fingerprint) == ([], first.fingerprint)
+    for path, newer in zip((folder / "cats/one.mp4", folder / "dogs/two.mp4"), again.items[1::3], strict=True):
+        assert newer.modified == path.stat().st_mtime_ns
+    shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)
+    assert make(tmp_path / "moved", tmp_path / "other")[0].fingerprint == first.fingerprint
+
+
+def test_other_bytes_are_other_data(folder, tmp_path, decoded):
+    """Though neither the size of the file nor its time tells."""
+    first, _ = make(folder, tmp_path / "cache")
+    decoded.clear()
+    path, whole = folder / "cats/one.mp4", (folder / "cats/one.mp4").read_bytes()
+    times = path.stat()
+    path.write_bytes(whole.replace(b"Lavf", b"Love"))  # the name of the software, which no frame depends on
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed, _ = make(folder, tmp_path / "cache")
+    assert decoded == ["one.mp4"]
+    assert changed.items[1].size == first.items[1].size
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_names_written_by_macos(folder, tmp_path, decoded):
+    """Which takes accents apart: the same names, whoever wrote them."""
+    apart, whole = "cafe\u0301", "caf\xe9"
+    (folder / "dogs").rename(folder / apart)
+    table = tmp_path / "captions.csv"
+    table.write_text(f"file,caption\n{whole}/two.mp4,a dog\n", encoding="utf-8")
+    cache, lines = make(folder, tmp_path / "cache", captions=table)
+    assert cache.classes == (whole, "cats")
+    assert [item.caption for item in cache.items if item.name == f"{apart}/two.mp4"] == ["a dog"]
+    assert [line.split(":")[0] for line in lines] == ["5 files without a caption"]
+    decoded.clear()
+    (folder / apart).rename(folder / whole)
+    again, _ = make(folder, tmp_path / "cache", captions=table)
+    assert (decoded, again.fingerprint, again.classes) == ([], cache.fingerprint, cache.classes)
+    assert again.caption == cache.caption
+
+
+def test_two_files_of_one_name_to_the_eye(tmp_path, decoded):
+    for value, name in enumerate(("cafe\u0301.mp4", "caf\xe9.mp4")):
+        write_mp4(tmp_path / "source" / name, ramp(3 + value))
+    cache, _ = make(tmp_path / "source", tmp_path / "cache")
+    assert [item.frames for item in cache.items] == [3, 4]
+    decoded.clear()
+    again, _ = make(tmp_path / "source", tmp_path / "cache")
+    assert (decoded, again.items) == ([], cache.items)
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"name": "dogs/two.mp4", "kind": "vid', b"{}\n[]\n3\n"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from walt.errors import WaltError
 from walt.latents import fingerprint
 from walt.logs import read_log
 from walt.pipeline import WaltPipeline, load_tokenizer
+from walt.run_common import describe_changes
 from walt.runs import open_data, train
 from walt.settings import load_settings
 from walt.video import read_video, write_png
@@ -145,8 +147,29 @@ class TestRefused:
         (other / "up" / "1.mp4").unlink()
         cache = open_data(other, tmp_path / "cache", load_settings("base", overrides=["data.height=16"]))
         run = make("tokenizer", films, model)
-        with pytest.raises(WaltError, match=r"data.content is "):
+        with pytest.raises(WaltError, match=r"tokenizer was trained on other data than .*1 file fewer: up/1.mp4"):
             train(replace(run, cache=cache))
+
+    def test_what_changed(self, films, tmp_path):
+        """Other times are no change; other bytes, more and fewer files are told by name."""
+        data, out = shutil.copytree(films, tmp_path / "data", copy_function=shutil.copyfile), tmp_path / "out"
+        fit("tokenizer", data, out)
+        os.utime(data / "up/0.mp4", (1, 1))
+        assert fit("tokenizer", data, out).step == 2
+        for i in range(2):
+            shutil.copy(data / "up/0.mp4", data / f"more-{i}.mp4")
+        shutil.copy(data / "up/0.mp4", data / "up/1.mp4")
+        with pytest.raises(WaltError, match=r"2 files more: more-0.mp4, more-1.mp4; 1 file changed: up/1.mp4.; give"):
+            fit("tokenizer", data, out)
+        (out / "tokenizer.files.json").unlink()
+        with pytest.raises(WaltError, match=r"was trained on other data than .*data-16x16 holds; give the same data"):
+            fit("tokenizer", data, out)
+
+    def test_other_preparation(self):
+        here = {"prepared": "shots on", "file": {"a": "1"}, "caption": {}}
+        assert describe_changes(here, here) == "the same files, read in another way"
+        there = {**here, "prepared": "shots off"}
+        assert describe_changes(there, here) == "prepared with shots off there, shots on here"
 
     def test_other_captions(self, model, films, tmp_path):
         captions = tmp_path / "captions.jsonl"
@@ -154,7 +177,8 @@ class TestRefused:
         run = make("base", films, model, "data.text=bytes", "transformer.frame_condition=true")
         try:
             cache = open_data(films, model, run.settings, captions)
-            with pytest.raises(WaltError, match=r"data.captions is "):
+            changed = "4 captions changed: down/0.mp4, down/1.mp4, up/0.mp4, up/1.mp4"
+            with pytest.raises(WaltError, match=f"transformer was trained on other data than .*{changed}"):
                 train(replace(run, cache=cache))
         finally:
             make("base", films, model)  # the folder's own captions again

@@ -121,6 +121,21 @@ def test_not_an_image(tmp_path, content):
         read_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_animated_image(tmp_path, suffix):
+    frames = [image.fromarray(picture) for picture in moving_square(3)]
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(WaltError, match=rf"a\{suffix} is animated; make it a video, such as an \.mp4 or a \.gif"):
+        read_image(tmp_path / f"a{suffix}")
+
+
+def test_photograph_with_a_preview(tmp_path):
+    """Cameras write both into one .jpg, which is no animation."""
+    first, second = (image.fromarray(picture) for picture in moving_square(2))
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    assert psnr(read_image(tmp_path / "a.jpg")[None], moving_square(1))[0] > 25
+
+
 def test_image_that_claims_to_be_huge(tmp_path, monkeypatch):
     write_png(tmp_path / "a.png", moving_square()[0])
     monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 100)

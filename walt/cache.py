@@ -19,10 +19,13 @@ import numpy as np
 from walt.data import shrink
 from walt.errors import WaltError
 from walt.files import read_json, write_json
+from walt.folders import PassedOver
+from walt.names import normal
 
 FORMAT = "walt-cache"
-VERSION = 1
+VERSION = 2
 INDEX = "index.json"
+PASSED_OVER = "passed-over.json"  # names of what the folder holds beside the items, by reason
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,32 @@ class Item:
     shots: tuple[tuple[int, int], ...]  # first frame and one past the last
     shard: int  # number of its .raw file
     offset: int  # bytes
+    digest: str  # SHA-256 of the source file
     size: int  # of the source file, bytes
     modified: int  # when the source file was, nanoseconds
+    changed: int  # the same for the file or what is known of it, such as its name
 
     @property
     def end(self) -> int:
         """Where its frames end in the shard, bytes."""
         return self.offset + self.frames * self.height * self.width * 3
 
+    @property
+    def content(self) -> str:
+        """A hash of all that its frames depend on, beside the settings: not of name, label and caption, nor of where in
+        the shards they lie, nor of when the source file was written."""
+        outside = ("name", "label", "caption", "shard", "offset", "modified", "changed")
+        return _hash({key: value for key, value in vars(self).items() if key not in outside})
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Item:
         """An item from its JSON form; ValueError where a field is missing, unknown or not possible."""
         try:
             item = cls(**{**values, "shots": tuple((first, stop) for first, stop in values["shots"])})
-            counts = (item.height, item.width, item.frames, item.shard, item.offset, item.size, item.modified)
-            whole = all(type(number) is int for number in (*counts, *sum(item.shots, ())))
-            texts = isinstance(item.name, str) and item.kind in ("video", "image")
+            counts = (item.height, item.width, item.frames, item.shard, item.offset)
+            state = (item.size, item.modified, item.changed)
+            whole = all(type(number) is int for number in (*counts, *state, *sum(item.shots, ())))
+            texts = isinstance(item.name, str) and isinstance(item.digest, str) and item.kind in ("video", "image")
             optional = all(text is None or isinstance(text, str) for text in (item.label, item.caption))
             edges = [0, *(stop for _, stop in item.shots)]
             joined = edges[-1] == item.frames and all(a == s[0] < s[1] for a, s in zip(edges, item.shots, strict=False))
@@ -77,6 +90,10 @@ class Item:
         if not (whole and texts and optional and joined and sizes and isinstance(item.fps, (int, float))):
             raise ValueError(f"the entry of {item.name!r} is malformed")
         return item
+
+
+def _hash(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -123,11 +140,14 @@ class Cache:
         self.label = np.array([number.get(item.label or "", len(self.classes)) for item in items], np.int64)
         self.caption = tuple(item.caption for item in items)
         self.fps = np.array([item.fps for item in items])
-        # What frames depend on; not labels and captions, and not where in the shards they lie.
-        outside = ("label", "caption", "shard", "offset")
-        content = [{k: v for k, v in vars(item).items() if k not in outside} for item in items]
-        described = json.dumps([vars(settings), content], sort_keys=True)
-        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+        self.settings = settings
+        self.fingerprint = _hash([vars(settings), [(normal(item.name), item.content) for item in items]])
+
+    @property
+    def passed_over(self) -> PassedOver:
+        """What the source folder held beside the items, when it was prepared."""
+        path = self.folder / PASSED_OVER
+        return PassedOver(read_json(path) if path.is_file() else {})
 
     @classmethod
     def open(cls, folder: str | Path) -> Cache:
@@ -167,6 +187,18 @@ class Cache:
             for first, stop in item.shots
         ]
         return _rows(rows)
+
+    def too_short(self, frames: int, *, stride: int = 1) -> PassedOver:
+        """Videos and shots that are too short for such a clip."""
+        needed, passed = (frames - 1) * stride + 1, PassedOver()
+        for item in self.items:
+            short = [(first, stop) for first, stop in item.shots if stop - first < needed and item.kind == "video"]
+            if len(short) == len(item.shots):
+                passed.add(f"no shot of {needed} frames", item.name)
+            else:
+                for first, stop in short:
+                    passed.add(f"shot of fewer than {needed} frames", f"{item.name} from {first} to {stop - 1}")
+        return passed
 
     def images(self, every: int | None = None) -> np.ndarray:
         """Rows of all images, and of every `every`-th frame of the videos (None: of none): [M, 2]."""

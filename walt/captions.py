@@ -6,16 +6,17 @@ import csv
 import io
 import json
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from walt.errors import WaltError
+from walt.names import look_alike, normal_path, some
 
 LISTED = 5  # names in a message
 
 
 def read_captions(path: str | Path) -> dict[str, str]:
-    """{file, relative to the folder, with "/": caption}; UTF-8, with or without a byte order mark.
+    """{file, relative to the folder, by `walt.names.normal_path`: caption}; UTF-8, with or without a byte order mark.
 
     CSV has a header that names the columns "file" and "caption"; a line of JSONL is {"file": ..., "caption": ...}.
     Others are allowed and ignored. WaltError names the line of a malformed row and of a file's second caption.
@@ -35,7 +36,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
         for name, value in (("file", file), ("caption", caption)):
             if not isinstance(value, str) or not value.strip():
                 raise WaltError(f"{path}, line {line}: {name} is {value!r}, expected a text")
-        name = str(PurePosixPath(file.strip().replace("\\", "/")))
+        name = normal_path(file)
         if name in captions:
             raise WaltError(f"{path}, line {line}: {name} has a caption already")
         captions[name] = caption.strip()
@@ -73,18 +74,19 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, Any, Any]]:
 
 
 def check_captions(captions: Collection[str], files: Collection[str], say: Callable[[str], None]) -> None:
-    """Name the captions without files and the files without captions; WaltError if no caption has its file."""
+    """Name the captions without files and the files without captions; WaltError if no caption has its file.
+
+    Both by `walt.names.normal_path`.
+    """
     known, found = set(captions), set(files)
+    alike = look_alike(known - found, found - known)
     if not known & found:
         raise WaltError(
-            f"none of the {len(known)} captions names a file of the folder: they name {_some(known)};"
-            f" it holds {_some(found)}"
+            f"none of the {len(known)} captions names a file of the folder: they name {some(known, LISTED)};"
+            f" it holds {some(found, LISTED)}{alike and f' ({alike})'}"
         )
     for what, names in (("captions without a file", known - found), ("files without a caption", found - known)):
         if names:
-            say(f"{len(names)} {what}: {_some(names)}")
-
-
-def _some(names: Collection[str]) -> str:
-    shown = sorted(names)[:LISTED]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+            say(f"{len(names)} {what}: {some(names, LISTED)}")
+    if alike:
+        say(alike)

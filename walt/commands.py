@@ -26,6 +26,7 @@ from walt.info import describe, table
 from walt.pipeline import OVERLAP, WaltPipeline, load_tokenizer
 from walt.prepare import prepare as prepare_folder
 from walt.pretrained import local_folder
+from walt.run_common import tell
 from walt.runs import Run, captions_of, open_data
 from walt.runs import train as train_stage
 from walt.settings import load_settings
@@ -305,6 +306,7 @@ def _real_clips(
     rows = cache.windows(frames, hop=frames)
     if not len(rows):
         raise WaltError(f"{arguments.data} holds no clip of {frames} frames")
+    tell(cache.too_short(frames))
     rows = rows[np.linspace(0, len(rows) - 1, min(arguments.num, len(rows))).astype(int)]
     items = [cache.items[index] for index, _ in rows]
     return cache.read(rows, frames, crop=size), [i.label or "" for i in items], [i.caption or "" for i in items]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from walt.errors import WaltError, require
 from walt.files import replacing_folder
+from walt.folders import find_files, to_stderr
 from walt.simulator import ACTIONS, CAPTIONED, open_game, render_episode
 from walt.video import VIDEO_SUFFIXES, read_video, write_mp4
 
@@ -140,9 +141,10 @@ def folder_clips(
     The name of the folder a video lies in is its class. A video that gives a single clip is used for training only.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise WaltError(f"no such folder: {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    names, passed = find_files(folder, VIDEO_SUFFIXES)
+    for line in passed.lines():
+        to_stderr(line)
+    paths = [folder / name for name in names]
     if not paths:
         raise WaltError(f"{folder} holds no video (looked for {', '.join(VIDEO_SUFFIXES)})")
     train: list[Clips] = []

@@ -17,7 +17,7 @@ from walt.errors import WaltError
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of path (same suffix); on success it takes path's place, on failure it is removed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")  # no longer than a name may be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

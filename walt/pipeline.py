@@ -15,6 +15,7 @@ from walt.checkpoint import checkpoint_folder, save_checkpoint
 from walt.data import to_model, to_pixels
 from walt.diffusion import Diffusion, sample_noise
 from walt.errors import WaltError, user_values
+from walt.names import look_alike, normal
 from walt.pretrained import (
     ClipShape,
     Stage,
@@ -75,7 +76,7 @@ class WaltPipeline:
         upscalers: Sequence[Stage] = (),
     ) -> None:
         self.tokenizer, self.transformer = tokenizer.eval(), transformer.eval()
-        self.diffusion, self.clip, self.classes = diffusion, clip, tuple(classes)
+        self.diffusion, self.clip, self.classes = diffusion, clip, tuple(map(normal, classes))
         self.text, self.upscalers = text, tuple(upscalers)
         for stage in upscalers:
             stage.transformer.eval()
@@ -139,12 +140,13 @@ class WaltPipeline:
         """A class name or number -> its number; None for a model without classes or for no class."""
         if name is None:
             return None
-        if isinstance(name, str) and name in self.classes:
-            return self.classes.index(name)
+        if isinstance(name, str) and normal(name) in self.classes:
+            return self.classes.index(normal(name))
         if str(name).isdecimal() and int(name) < len(self.classes):
             return int(name)
         known = ", ".join(self.classes) or "none: the model was trained without classes"
-        raise WaltError(f"unknown class {name!r}; the classes are {known}")
+        alike = look_alike([str(name)], self.classes)
+        raise WaltError(f"unknown class {name!r}; the classes are {known}{alike and f' ({alike})'}")
 
     def generate(
         self,

@@ -2,31 +2,33 @@
 
 Threads append to one .raw file each, and note every finished file in a journal. The index is written last, so a
 cache is readable or not there; a run that was killed goes on after the last finished file, and a later run decodes
-only what is new or has changed. Frames of files that have gone stay in the .raw files until the cache is deleted.
+only what is new or has other bytes. Frames of files that have gone stay in the .raw files until the cache is deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from walt.cache import INDEX, Cache, Item, Settings, read_index, shard_path, write_index
+from walt.cache import INDEX, PASSED_OVER, Cache, Item, Settings, read_index, shard_path, write_index
 from walt.captions import check_captions, read_captions
 from walt.data import cover
 from walt.errors import WaltError, require
-from walt.files import flush
+from walt.files import flush, write_json
+from walt.folders import PassedOver, find_files, to_stderr
+from walt.names import normal, normal_path
 from walt.shots import ShotDetector
 from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video, read_image
 
@@ -34,10 +36,6 @@ JOURNAL = "journal.jsonl"
 WORKERS = 4
 
 Say = Callable[[str], None]
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
 
 
 def prepare(
@@ -50,14 +48,15 @@ def prepare(
     shots: bool = True,
     workers: int | None = None,
     progress: bool = True,
-    say: Say = _say,
+    say: Say = to_stderr,
 ) -> Cache:
     """Decode every video and image under `source` into the folder `cache`, so that frames cover height x width.
 
-    The folder that a file lies in is its class. With `shots`, clips will not span a cut (`walt.shots`). A file that
-    cannot be decoded is skipped: `say` gets a line for each, a count at the end, and the names that `captions` (a CSV
-    or JSONL file, `walt.captions`) and the folder do not share. Hidden files are passed over. Of several processes
-    that prepare one cache, one does and the others wait.
+    The folder that a file lies in is its class. With `shots`, clips will not span a cut (`walt.shots`). `say` gets a
+    line for each reason why something is passed over (`walt.folders`, and what cannot be decoded), with a count and ten
+    names, of which `cache` has all in passed-over.json; and the names that `captions` (a CSV or JSONL file,
+    `walt.captions`) and the folder do not share. Of several processes that prepare one cache, one does and the others
+    wait.
 
     WaltError if nothing can be used, if the cache was made with other settings, or if the disk is full.
     """
@@ -66,37 +65,38 @@ def prepare(
     for module in ("av", "PIL.Image"):
         require(module, "video")
     source, cache = Path(source), Path(cache)
-    files = _find(source)
+    files, passed = _find(source, [cache] if captions is None else [cache, Path(captions)], say)
     texts = {} if captions is None else read_captions(captions)
     if captions is not None:
-        check_captions(texts, files, say)
+        check_captions(texts, {normal_path(name) for name in files}, say)
     settings = Settings(height, width, shots)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
     with _locked(cache):
         known = _known(cache, settings)
-        run = _Run(source, cache, settings, files, known, progress, say)
+        run = _Run(source, cache, settings, files, known, passed, progress)
         run.decode(workers)
-        if run.skipped:
-            say(f"{run.skipped} of {len(files)} files were skipped")
+        for line in passed.lines():
+            say(line)
         if not run.items:
             raise WaltError(f"{source}: none of its {len(files)} videos and images can be used")
         for path in cache.glob("frames-*.raw"):
             flush(path)
-        write_index(cache, settings, [replace(run.items[n], caption=texts.get(n)) for n in files if n in run.items])
+        write_json(cache / PASSED_OVER, passed.names)
+        items = [run.items[name] for name in files if name in run.items]
+        write_index(cache, settings, [replace(item, caption=texts.get(normal_path(item.name))) for item in items])
         (cache / JOURNAL).unlink(missing_ok=True)
     return Cache.open(cache)
 
 
-def _find(source: Path) -> list[str]:
-    """Names of the videos and images, relative to source, sorted."""
-    if not source.is_dir():
-        raise WaltError(f"no such folder: {source}")
+def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], PassedOver]:
+    """Names of the videos and images, and what is passed over."""
     suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
-    paths = (path for path in source.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    names = sorted(path.relative_to(source).as_posix() for path in paths if not path.name.startswith("."))
+    names, passed = find_files(source, suffixes, ignore)
     if not names:
+        for line in passed.lines():
+            say(line)
         raise WaltError(f"{source} holds no video or image (looked for {', '.join(suffixes)})")
-    return names
+    return names, passed
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def _known(cache: Path, settings: Settings) -> dict[str, Item]:
     decoded = [item for item in decoded if item.end <= sizes.get(shard_path(cache, item.shard), 0)]
     for path in sizes:
         os.truncate(path, max((item.end for item in decoded if shard_path(cache, item.shard) == path), default=0))
-    return {item.name: item for item in decoded}
+    return {normal(item.name): item for item in decoded} | {item.name: item for item in decoded}
 
 
 class _Run:
@@ -144,20 +144,15 @@ class _Run:
         settings: Settings,
         files: list[str],
         known: dict[str, Item],
+        passed: PassedOver,
         progress: bool,
-        say: Say,
     ) -> None:
-        self.source, self.cache, self.settings, self.say = source, cache, settings, say
+        self.source, self.cache, self.settings, self.known, self.passed = source, cache, settings, known, passed
         self.items: dict[str, Item] = {}
-        self.skipped = 0
         self._todo: SimpleQueue[str] = SimpleQueue()
         for name in files:
-            item = known.get(name)
-            if item is not None and (item.size, item.modified) == _state(source / name):
-                self.items[name] = item
-            else:
-                self._todo.put(name)
-        self._done, self._total = len(self.items), len(files)
+            self._todo.put(name)
+        self._done, self._total = 0, len(files)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._bar = tqdm(desc="prepare", unit="frame", disable=not progress)
@@ -180,34 +175,52 @@ class _Run:
                     return
                 start = frames.tell()
                 try:
-                    item = self._append(name, shard, frames)
+                    item = self._item(name, shard, frames)
                 except WaltError as error:
                     frames.truncate(start)
                     frames.seek(start)
-                    if not self._stop.is_set():
-                        self._note(None, f"skipped: {error}")
+                    if self._stop.is_set():
+                        return
+                    with self._lock:
+                        self.passed.add(_reason(error, self.source / name), name)
                 else:
                     frames.flush()
-                    self._note(item, json.dumps(vars(item)), journal)
+                    self._note(item, journal)
+                with self._lock:
+                    self._done += 1
+                    done = f"{self._done} of {self._total} files, {len(self.passed)} passed over"
+                    self._bar.set_postfix_str(done, refresh=False)
 
-    def _note(self, item: Item | None, line: str, journal: IO[str] | None = None) -> None:
-        """A file is done with, and in the cache unless item is None."""
+    def _note(self, item: Item, journal: IO[str]) -> None:
+        """A file is in the cache."""
         with self._lock:
-            self._done += 1
-            self._bar.set_postfix_str(f"{self._done} of {self._total} files", refresh=False)
-            if item is None or journal is None:
-                self.skipped += 1
-                self.say(line)
-            else:
-                self.items[item.name] = item
-                journal.write(line + "\n")
+            self.items[item.name] = item
+            if item is not self.known.get(item.name):
+                journal.write(json.dumps(vars(item)) + "\n")
                 journal.flush()
 
-    def _append(self, name: str, shard: int, frames: IO[bytes]) -> Item:
-        """Decode one file to the end of the shard. WaltError if it cannot be; OSError is of the writing."""
+    def _item(self, name: str, shard: int, frames: IO[bytes]) -> Item:
+        """The entry of one file: the known one if the file has the same bytes, else of what is decoded here.
+
+        WaltError if the file cannot be read; OSError is of the writing.
+        """
+        path = self.source / name
+        state = _state(path)
+        if not state["size"]:
+            raise WaltError(f"{path} is empty")
+        known = self.known.get(name, self.known.get(normal(name)))
+        renewed = None if known is None else replace(known, name=name, **state)
+        if known is not None and renewed == known:
+            return known
+        digest = _digest(path)
+        if renewed is not None and renewed.digest == digest:
+            return renewed
+        return self._append(name, shard, frames, digest=digest, **state)
+
+    def _append(self, name: str, shard: int, frames: IO[bytes], **file: Any) -> Item:
+        """Decode one file to the end of the shard."""
         path = self.source / name
         offset = frames.tell()
-        size, modified = _state(path)
         is_image = path.suffix.lower() in IMAGE_SUFFIXES
         detector = ShotDetector()
         count, rows, columns = 0, 0, 0
@@ -227,7 +240,7 @@ class _Run:
         return Item(
             name=name,
             kind="image" if is_image else "video",
-            label=path.parent.name if "/" in name else None,
+            label=normal(path.parent.name) if "/" in name else None,
             caption=None,
             fps=0.0 if is_image else frame_rate(path),
             height=rows,
@@ -236,15 +249,33 @@ class _Run:
             shots=detector.shots() if self.settings.shots else ((0, count),),
             shard=shard,
             offset=offset,
-            size=size,
-            modified=modified,
+            **file,
         )
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """Size and time of change of a source file."""
-    try:
+def _state(path: Path) -> dict[str, Any]:
+    """What of an item tells cheaply that its file has the same bytes: a change of them moves the last number."""
+    with _reading(path):
         status = path.stat()
+    return {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with _reading(path), path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
-    return status.st_size, status.st_mtime_ns
+        raise WaltError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _reason(error: WaltError, path: Path) -> str:
+    """The error without the name of the file, which is the same for all files that it befalls."""
+    return str(error).replace(str(path), "").strip(" :").removeprefix("is ")

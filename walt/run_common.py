@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from walt.cache import INDEX, Cache
+from walt.checkpoint import checkpoint_folder, load_description
 from walt.data import to_model
 from walt.distributed import failing_together, is_main, world
 from walt.errors import WaltError
+from walt.files import read_json, write_json
+from walt.folders import PassedOver, to_stderr
+from walt.names import normal, some
 from walt.pipeline import ClipShape
 from walt.prepare import prepare
 from walt.settings import Settings
@@ -24,6 +28,7 @@ from walt.training import Trainer
 from walt.video import tile, write_mp4
 
 CLIPS = 4  # at a time, for statistics and previews
+FILES = ".files.json"  # ending of a stage's list of its data
 
 Result = TypeVar("Result")
 
@@ -78,6 +83,7 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
             raise WaltError(
                 f"{data} was prepared for {cache.height}x{cache.width} pixels; {size.height}x{size.width} are wanted"
             )
+        tell(cache.passed_over)
         return cache
     captions = captions_of(data, captions)
     place = out / f"data-{size.height}x{size.width}"
@@ -90,6 +96,12 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
     )
 
 
+def tell(passed: PassedOver) -> None:
+    """Print what is passed over, once for all ranks."""
+    for line in passed.lines() if is_main() else ():
+        to_stderr(line)
+
+
 def captions_of(data: Path, captions: Path | None) -> Path | None:
     """The file of captions that was named, else captions.jsonl or captions.csv in the folder, if there is one."""
     if captions is not None:
@@ -98,7 +110,8 @@ def captions_of(data: Path, captions: Path | None) -> Path | None:
 
 
 def check(run: Run) -> None:
-    """WaltError for a batch that cannot be divided, and for data without what the batches are to hold."""
+    """WaltError for a batch that cannot be divided, and for data without what the batches are to hold; a line for what
+    of the data is too short for them."""
     data, parts = run.settings.data, run.settings.training.accumulate * world()
     if data.batch % parts:
         below = data.batch // parts * parts
@@ -113,6 +126,8 @@ def check(run: Run) -> None:
             f"{run.cache.folder} holds no clip of {data.frames} frames, for which a shot must have {needed}; give fewer"
             " --frames, and for pictures alone --frames 1"
         )
+    if images_of(run) < data.batch:
+        tell(run.cache.too_short(data.frames, stride=data.stride))
 
 
 def images_of(run: Run) -> int:
@@ -122,10 +137,60 @@ def images_of(run: Run) -> int:
 
 def begin(run: Run, trainer: Trainer[Any]) -> None:
     """Go on from the run's checkpoint, if there is one, and leave the settings beside it."""
+    check_same_data(run, trainer.kind)
     trainer.resume(new_settings=run.new_settings)
     with failing_together(str(run.out)):
         if is_main():
             run.settings.save(run.folder.with_suffix(".yaml"))
+            write_json(run.folder.with_suffix(FILES), files_of(run))
+
+
+def files_of(run: Run) -> dict[str, Any]:
+    """What `Run.description` has of the data as hashes, file by file, to tell what changed."""
+    items = {normal(item.name): item for item in run.cache.items}
+    return {
+        "prepared": str(run.cache.settings),
+        "file": {name: item.digest for name, item in items.items()},
+        "caption": {name: item.caption for name, item in items.items() if run.settings.data.text},
+    }
+
+
+def check_same_data(run: Run, kind: str) -> None:
+    """WaltError that says what changed, if the run's checkpoint was trained on other data."""
+    folder = checkpoint_folder(run.folder)
+    if folder is None:
+        return
+    before, now = load_description(folder, kind)[1].get("data", {}), run.description()["data"]
+    if all(before.get(key) == now[key] for key in ("content", "captions") if key in before and key in now):
+        return
+    path = run.folder.with_suffix(FILES)
+    changes = describe_changes(read_json(path), files_of(run)) if path.is_file() else ""
+    raise WaltError(
+        f"{folder} was trained on other data than {run.cache.folder} holds{changes and f' ({changes})'}; give the same"
+        " data, or another --out"
+    )
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Of two results of `files_of`: "2 files more: c.mp4, d.mp4; 1 file changed: a.mp4"."""
+    old, new = before.get("file", {}), now["file"]
+    old_text, new_text = before.get("caption", {}), now["caption"]
+    named = {
+        ("file", "more"): new.keys() - old.keys(),
+        ("file", "fewer"): old.keys() - new.keys(),
+        ("file", "changed"): {name for name in old.keys() & new.keys() if old[name] != new[name]},
+        ("caption", "changed"): {
+            name for name in old_text.keys() & new_text.keys() if old_text[name] != new_text[name]
+        },
+    }
+    changes = [
+        f"{len(names)} {noun}{'s' * (len(names) > 1)} {how}: {some(names)}"
+        for (noun, how), names in named.items()
+        if names
+    ]
+    if before.get("prepared") != now["prepared"]:
+        changes.append(f"prepared with {before.get('prepared')} there, {now['prepared']} here")
+    return "; ".join(changes) or "the same files, read in another way"
 
 
 def some_clips(run: Run, count: int) -> Iterator[Tensor]:

@@ -69,8 +69,12 @@ def frame_rate(path: str | Path) -> float:
 
 @contextlib.contextmanager
 def _open_stream(av: ModuleType, path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream. Names in it that are no UTF-8 do no harm."""
-    with av.open(str(path), metadata_errors="ignore") as container:
+    """The container and its first video stream. Names in it that are no UTF-8 do no harm.
+
+    FFmpeg gets an open file and no name, which it might take for a URL, and may open no other file that this one names.
+    """
+    options = {"protocol_whitelist": "none"}
+    with path.open("rb") as file, av.open(file, metadata_errors="ignore", options=options) as container:
         if not container.streams.video:
             raise WaltError(f"{path} has no video stream")
         yield container, container.streams.video[0]
@@ -84,7 +88,11 @@ def read_image(path: str | Path) -> np.ndarray:
         raise WaltError(f"no such image: {path}")
     try:
         with image.open(path) as picture:
+            if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a photograph with its preview
+                raise WaltError(f"{path} is animated; make it a video, such as an .mp4 or a .gif")
             return np.array(ops.exif_transpose(picture).convert("RGB"))
+    except WaltError:
+        raise
     except Exception as error:  # on broken files, Pillow's formats raise what they like
         raise WaltError(f"{path} is not an image that can be decoded: {error}") from error
 
@@ -97,7 +105,8 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: int = 12) -> None:
     video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with replacing(path) as temporary:
         try:
-            with av.open(str(temporary), "w") as container:
+            # An open file, since FFmpeg would take some names for URLs.
+            with temporary.open("wb") as file, av.open(file, "w", format="mp4") as container:
                 stream = container.add_stream("libx264", rate=fps)
                 stream.height, stream.width = video.shape[1:3]
                 stream.pix_fmt = "yuv420p"
