@@ -149,23 +149,35 @@ def upscale(arguments: argparse.Namespace) -> None:
 
 
 def _pipeline(arguments: argparse.Namespace) -> WaltPipeline:
-    return WaltPipeline.from_pretrained(arguments.source).to(_device(arguments))
+    device = _device(arguments)  # first: the model may be a download
+    return WaltPipeline.from_pretrained(arguments.source).to(device)
 
 
 def _tokenizer(arguments: argparse.Namespace) -> Tokenizer:
-    folder = local_folder(arguments.source)
+    device, folder = _device(arguments), local_folder(arguments.source)
     if not folder.is_dir():
         raise WaltError(f"no such folder: {folder}")
-    return load_tokenizer(folder / "tokenizer").to(_device(arguments))
+    return load_tokenizer(folder / "tokenizer").to(device)
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with user_values("--device"):
-        try:
-            return torch.empty(0, device=name).device
-        except RuntimeError as error:
-            raise WaltError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    """The device that was asked for, after a number was written there and read back."""
+    name = arguments.device
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        number = torch.zeros(1, device=name)
+        number.item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # which of them is the backend's choice
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise WaltError(f"--device {name}: {reason}; there is {', '.join(_devices())}") from error
+    return number.device
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    return ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
