@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from walt.cache import INDEX, Cache, Item, Settings, read_index, shard_path, write_index
 from walt.captions import check_captions, read_captions
 from walt.data import cover
-from walt.errors import WaltError, require
+from walt.errors import WaltError, require, say
 from walt.files import flush
 from walt.shots import ShotDetector
 from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video, read_image
@@ -34,10 +33,6 @@ JOURNAL = "journal.jsonl"
 WORKERS = 4
 
 Say = Callable[[str], None]
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
 
 
 def prepare(
@@ -50,7 +45,7 @@ def prepare(
     shots: bool = True,
     workers: int | None = None,
     progress: bool = True,
-    say: Say = _say,
+    say: Say = say,
 ) -> Cache:
     """Decode every video and image under `source` into the folder `cache`, so that frames cover height x width.
 
