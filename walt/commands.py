@@ -26,7 +26,7 @@ from walt.info import describe, table
 from walt.pipeline import OVERLAP, WaltPipeline, load_tokenizer
 from walt.prepare import prepare as prepare_folder
 from walt.pretrained import local_folder
-from walt.runs import Run, captions_of, open_data
+from walt.runs import Run, alone, captions_of, open_data
 from walt.runs import train as train_stage
 from walt.settings import load_settings
 from walt.tiling import decode_tiled, encode_tiled
@@ -87,7 +87,7 @@ def train(arguments: argparse.Namespace) -> None:
     settings = load_settings(stage, preset=a.preset, file=a.config, overrides=[*overrides, *a.overrides])
     if stage != "tokenizer":
         load_description(a.out / "tokenizer", "tokenizer")  # before the data is prepared, which may take long
-    with process_group() as device:
+    with process_group() as device, alone(a.out):
         cache = open_data(a.data, a.out, settings, a.captions)
         print(f"data: {_contents(cache)}")
         trainer = train_stage(Run(stage, settings, cache, a.out, device, a.new_settings))

@@ -8,11 +8,10 @@ only what is new or has changed. Frames of files that have gone stay in the .raw
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from walt.cache import INDEX, Cache, Item, Settings, read_index, shard_path, wri
 from walt.captions import check_captions, read_captions
 from walt.data import cover
 from walt.errors import WaltError, require, say
-from walt.files import flush
+from walt.files import flush, writing
+from walt.locks import locked
 from walt.shots import ShotDetector
 from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video, read_image
 
@@ -67,7 +67,7 @@ def prepare(
         check_captions(texts, files, say)
     settings = Settings(height, width, shots)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
-    with _locked(cache):
+    with locked(cache, wait=True, say=say), writing(cache):
         known = _known(cache, settings)
         run = _Run(source, cache, settings, files, known, progress, say)
         run.decode(workers)
@@ -92,18 +92,6 @@ def _find(source: Path) -> list[str]:
     if not names:
         raise WaltError(f"{source} holds no video or image (looked for {', '.join(suffixes)})")
     return names
-
-
-@contextlib.contextmanager
-def _locked(cache: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone. The system opens the lock when the process ends."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (cache / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise WaltError(f"cannot write {cache}: {error.strerror or error}") from error
 
 
 def _known(cache: Path, settings: Settings) -> dict[str, Item]:

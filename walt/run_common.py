@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from walt.cache import INDEX, Cache
 from walt.data import to_model
 from walt.distributed import failing_together, is_main, world
 from walt.errors import WaltError
+from walt.locks import locked
 from walt.pipeline import ClipShape
 from walt.prepare import prepare
 from walt.settings import Settings
@@ -56,6 +58,16 @@ class Run:
         if self.settings.data.text:
             data["captions"] = hashlib.sha256(json.dumps(self.cache.caption).encode()).hexdigest()
         return {"data": data}
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """The run's folder `locked` by the main rank, for all ranks."""
+    with contextlib.ExitStack() as held:
+        with failing_together(f"cannot write {out}"):
+            if is_main():
+                held.enter_context(locked(out))
+        yield
 
 
 def once(work: Callable[[], Result], find: Callable[[], Result], what: str) -> Result:
