@@ -154,7 +154,8 @@ def _append(
     path: Path, rows: np.ndarray, batch: int, latents: Callable[[np.ndarray], np.ndarray], desc: str, progress: bool
 ) -> list[int]:
     """Append the latents of those rows that the file does not hold yet -> the shape of one."""
-    path.touch()
+    with writing(path):
+        path.touch()
     if not len(rows):
         return []
     one = latents(rows[:1])
