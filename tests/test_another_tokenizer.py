@@ -138,6 +138,22 @@ def test_an_earlier_stage_of_another_tokenizer_is_told(model, films, capsys):
     assert f"{model / 'transformer'} was trained on the latents of another tokenizer" in capsys.readouterr().err
 
 
+def test_latents_of_another_tokenizer(model, films, tmp_path, capsys):
+    """Those of walt encode say whose they are; others are decoded as before."""
+    source, latents = ("--from", str(model)), tmp_path / "a.safetensors"
+    decode = ("decode", *source, "--out", str(tmp_path / "a.mp4"), "--latents")
+    assert main(["encode", *source, "--video", str(films / "up/0.mp4"), "--out", str(latents)]) == 0
+    assert main([*decode, str(latents)]) == 0
+    save_file({"latent": load_file(latents)["latent"]}, tmp_path / "foreign.safetensors")
+    fit("tokenizer", films, model, "training.steps=3", new_settings=True)
+    capsys.readouterr()
+    assert fails(capsys, *decode, latents).endswith(
+        f"{latents} holds latents of another tokenizer than {model}; encode the video again, or name"
+        " the model that it was encoded with"
+    )
+    assert main([*decode, str(tmp_path / "foreign.safetensors")]) == 0
+
+
 def test_exported_models_know_their_tokenizer_too(model, tmp_path):
     pipeline = WaltPipeline.from_pretrained(model)
     pipeline.tokenizer.half()  # a copy in 16 bits is read back as it was written

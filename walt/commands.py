@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from walt.cache import Cache
-from walt.checkpoint import checkpoint_folder, load_description, read_tensors, write_tensors
+from walt.checkpoint import TensorFiles, checkpoint_folder, load_description, write_tensors
 from walt.config import SPACE_FACTOR
 from walt.data import cover, to_model, to_pixels, write_demo_folder
 from walt.distributed import process_group
@@ -23,6 +23,7 @@ from walt.evaluate import FrameFeatures, VideoFeatures
 from walt.evaluate import evaluate as compare
 from walt.files import replacing, write_json
 from walt.info import describe, table
+from walt.latents import fingerprint
 from walt.pipeline import OVERLAP, WaltPipeline, load_tokenizer
 from walt.prepare import prepare as prepare_folder
 from walt.pretrained import local_folder
@@ -223,7 +224,7 @@ def encode(arguments: argparse.Namespace) -> None:
     with user_values("--tile"):
         latent = encode_tiled(tokenizer, pixels, **_tiles(arguments))
     with replacing(arguments.out) as temporary:
-        write_tensors(temporary, {"latent": latent.cpu()})
+        write_tensors(temporary, {"latent": latent.cpu()}, {"tokenizer": fingerprint(tokenizer)})
     cut = "" if frames == len(video) else f" (of {len(video)}: a clip has 1 + 4k)"
     print(f"{arguments.out}: {frames} frames{cut} of {height}x{width} -> latent {list(latent.shape)}")
 
@@ -233,9 +234,16 @@ def decode(arguments: argparse.Namespace) -> None:
     tokenizer = _tokenizer(arguments)
     if not arguments.latents.is_file():
         raise WaltError(f"no such file: {arguments.latents}")
-    latent = read_tensors(arguments.latents).get("latent")
-    if latent is None:
+    files = TensorFiles(arguments.latents)
+    if "latent" not in files.shapes:
         raise WaltError(f"{arguments.latents} holds no tensor named latent; expected what walt encode writes")
+    key = fingerprint(tokenizer)
+    if files.metadata.get("tokenizer", key) != key:
+        raise WaltError(
+            f"{arguments.latents} holds latents of another tokenizer than {arguments.source}; encode the video again, or"
+            " name the model that it was encoded with"
+        )
+    latent = files.read("latent")
     with user_values(str(arguments.latents)):
         video = decode_tiled(tokenizer, latent.to(tokenizer.latent_mean), **_tiles(arguments))
     write_video(arguments.out, to_pixels(video.cpu())[0])
