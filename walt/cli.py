@@ -15,6 +15,7 @@ from walt.config import PRESETS
 from walt.demo import Demo, DemoConfig, summary
 from walt.errors import WaltError
 from walt.simulator import SCENARIOS
+from walt.terminal import errors_in_one_line, flush_output, give_up_output, one_line
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -34,23 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     arguments = parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
-    try:
-        run(arguments)
-    except WaltError as error:
-        print(f"walt: error: {_one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt as interruption:
-        what = f": {interruption}" if str(interruption) else ""
-        again = "; run the same command again to go on" if arguments.command in ("demo", "prepare", "train") else ""
-        print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return 0
+    with errors_in_one_line():
+        try:
+            run(arguments)
+            flush_output()
+        except BrokenPipeError:
+            give_up_output()
+        except (WaltError, OSError) as error:
+            print(f"walt: error: {one_line(error)}", file=sys.stderr)
+            return BAD_INPUT
+        except KeyboardInterrupt as interruption:
+            what = f": {interruption}" if str(interruption) else ""
+            again = "; run the same command again to go on" if arguments.command in ("demo", "prepare", "train") else ""
+            print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
+            return INTERRUPTED
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from walt.cache import Cache
-from walt.checkpoint import checkpoint_folder, load_description, read_tensors, write_tensors
+from walt.checkpoint import TensorFiles, checkpoint_folder, load_description, write_tensors
 from walt.config import SPACE_FACTOR
 from walt.data import cover, to_model, to_pixels, write_demo_folder
 from walt.distributed import process_group
@@ -23,11 +23,12 @@ from walt.evaluate import FrameFeatures, VideoFeatures
 from walt.evaluate import evaluate as compare
 from walt.files import replacing, write_json
 from walt.info import describe, table
+from walt.latents import fingerprint
 from walt.pipeline import OVERLAP, WaltPipeline, load_tokenizer
 from walt.prepare import prepare as prepare_folder
 from walt.pretrained import local_folder
 from walt.run_common import tell
-from walt.runs import Run, captions_of, open_data
+from walt.runs import Run, alone, captions_of, open_data
 from walt.runs import train as train_stage
 from walt.settings import load_settings
 from walt.tiling import decode_tiled, encode_tiled
@@ -88,7 +89,7 @@ def train(arguments: argparse.Namespace) -> None:
     settings = load_settings(stage, preset=a.preset, file=a.config, overrides=[*overrides, *a.overrides])
     if stage != "tokenizer":
         load_description(a.out / "tokenizer", "tokenizer")  # before the data is prepared, which may take long
-    with process_group() as device:
+    with process_group() as device, alone(a.out):
         cache = open_data(a.data, a.out, settings, a.captions)
         print(f"data: {_contents(cache)}")
         trainer = train_stage(Run(stage, settings, cache, a.out, device, a.new_settings))
@@ -150,23 +151,35 @@ def upscale(arguments: argparse.Namespace) -> None:
 
 
 def _pipeline(arguments: argparse.Namespace) -> WaltPipeline:
-    return WaltPipeline.from_pretrained(arguments.source).to(_device(arguments))
+    device = _device(arguments)  # first: the model may be a download
+    return WaltPipeline.from_pretrained(arguments.source).to(device)
 
 
 def _tokenizer(arguments: argparse.Namespace) -> Tokenizer:
-    folder = local_folder(arguments.source)
+    device, folder = _device(arguments), local_folder(arguments.source)
     if not folder.is_dir():
         raise WaltError(f"no such folder: {folder}")
-    return load_tokenizer(folder / "tokenizer").to(_device(arguments))
+    return load_tokenizer(folder / "tokenizer").to(device)
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with user_values("--device"):
-        try:
-            return torch.empty(0, device=name).device
-        except RuntimeError as error:
-            raise WaltError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    """The device that was asked for, after a number was written there and read back."""
+    name = arguments.device
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        number = torch.zeros(1, device=name)
+        number.item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # which of them is the backend's choice
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise WaltError(f"--device {name}: {reason}; there is {', '.join(_devices())}") from error
+    return number.device
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    return ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -212,7 +225,7 @@ def encode(arguments: argparse.Namespace) -> None:
     with user_values("--tile"):
         latent = encode_tiled(tokenizer, pixels, **_tiles(arguments))
     with replacing(arguments.out) as temporary:
-        write_tensors(temporary, {"latent": latent.cpu()})
+        write_tensors(temporary, {"latent": latent.cpu()}, {"tokenizer": fingerprint(tokenizer)})
     cut = "" if frames == len(video) else f" (of {len(video)}: a clip has 1 + 4k)"
     print(f"{arguments.out}: {frames} frames{cut} of {height}x{width} -> latent {list(latent.shape)}")
 
@@ -222,9 +235,16 @@ def decode(arguments: argparse.Namespace) -> None:
     tokenizer = _tokenizer(arguments)
     if not arguments.latents.is_file():
         raise WaltError(f"no such file: {arguments.latents}")
-    latent = read_tensors(arguments.latents).get("latent")
-    if latent is None:
+    files = TensorFiles(arguments.latents)
+    if "latent" not in files.shapes:
         raise WaltError(f"{arguments.latents} holds no tensor named latent; expected what walt encode writes")
+    key = fingerprint(tokenizer)
+    if files.metadata.get("tokenizer", key) != key:
+        raise WaltError(
+            f"{arguments.latents} holds latents of another tokenizer than {arguments.source};"
+            " encode the video again, or name the model that it was encoded with"
+        )
+    latent = files.read("latent")
     with user_values(str(arguments.latents)):
         video = decode_tiled(tokenizer, latent.to(tokenizer.latent_mean), **_tiles(arguments))
     write_video(arguments.out, to_pixels(video.cpu())[0])

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from walt.errors import WaltError, require
+from walt.errors import WaltError, require, say
 from walt.files import replacing_folder
-from walt.folders import find_files, to_stderr
+from walt.folders import find_files
 from walt.simulator import ACTIONS, CAPTIONED, open_game, render_episode
 from walt.video import VIDEO_SUFFIXES, read_video, write_mp4
 
@@ -143,7 +143,7 @@ def folder_clips(
     folder = Path(folder)
     names, passed = find_files(folder, VIDEO_SUFFIXES)
     for line in passed.lines():
-        to_stderr(line)
+        say(line)
     paths = [folder / name for name in names]
     if not paths:
         raise WaltError(f"{folder} holds no video (looked for {', '.join(VIDEO_SUFFIXES)})")

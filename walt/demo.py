@@ -18,6 +18,7 @@ from walt.errors import WaltError
 from walt.evaluate import FEATURES, FrameFeatures, Projection, clip_distances, psnr
 from walt.files import write_json
 from walt.info import count
+from walt.locks import locked
 from walt.pipeline import ClipShape, WaltPipeline
 from walt.simulator import SCENARIOS
 from walt.stages import decode, encode, fitted, new_transformer, prepare_latents, train_tokenizer, train_transformer
@@ -76,6 +77,10 @@ class Demo:
         if self.out.exists() and not self.out.is_dir():
             raise WaltError(f"--out {self.out} is a file, not a folder")
         features = FrameFeatures()  # fails now, not after ten minutes, if a package is missing
+        with locked(self.out):
+            return self._run(features)
+
+    def _run(self, features: FrameFeatures) -> dict[str, Any]:
         train, test = self._timed("data", self._data)
         tokenizer, first = self._timed("tokenizer", self._tokenizer, train)
         reconstruction = self._timed("reconstruction", self._reconstruct, tokenizer, test)

@@ -31,11 +31,20 @@ def process_group() -> Iterator[torch.device]:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     if gpu:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise WaltError(
+                f"--nproc-per-node: process {device.index + 1} of this machine has no GPU; there are {count}"
+            )
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1":
         yield device
         return
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+    try:
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        raise WaltError(f"WORLD_SIZE={processes}: {error}; start the processes with torchrun") from error
     try:
         with contextlib.ExitStack() as stack:
             if not is_main():

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Iterator
 from types import ModuleType
+
+from tqdm import tqdm
 
 
 class WaltError(Exception):
     """A wrong file, value or environment that the user can put right. The CLI prints it and exits with code 2."""
+
+
+def say(line: str) -> None:
+    """A line on stderr that is no error, clear of progress bars."""
+    tqdm.write(line, file=sys.stderr)
 
 
 # Packages that no extra brings, since their own dependencies are not wanted (old, or only their files are used).

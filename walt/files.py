@@ -14,18 +14,26 @@ from walt.errors import WaltError
 
 
 @contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """An OSError within becomes a WaltError that names the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of path (same suffix); on success it takes path's place, on failure it is removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")  # no longer than a name may be
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        flush(temporary)
-        temporary.replace(path)
-        flush(path.parent)
-    except OSError as error:
-        raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -40,23 +48,22 @@ def replacing_folder(path: str | Path, retired: Path | None = None) -> Iterator[
     path = Path(path)
     temporary, old = staging(path), _old(path)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            flush(file)
-        flush(temporary)
-        if path.exists():
+        with writing(path):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                flush(file)
+            flush(temporary)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            temporary.rename(path)
+            flush(path.parent)
+            if retired is not None and old.exists():
+                shutil.rmtree(retired, ignore_errors=True)
+                old.rename(retired)
             shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        temporary.rename(path)
-        flush(path.parent)
-        if retired is not None and old.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-            old.rename(retired)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

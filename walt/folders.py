@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 from walt.errors import WaltError
 from walt.names import LISTED, normal, some
@@ -38,11 +35,6 @@ class PassedOver:
             reasons[LISTED - 1 :] = [(f"{len(reasons) - LISTED + 1} other reasons", rest)]
         for reason, names in reasons:
             yield f"passed over, {reason}: {len(names)} ({some(names)})"
-
-
-def to_stderr(line: str) -> None:
-    """Print beside a progress bar."""
-    tqdm.write(line, file=sys.stderr)
 
 
 def find_files(source: Path, suffixes: Collection[str], ignore: Collection[Path] = ()) -> tuple[list[str], PassedOver]:

@@ -23,7 +23,7 @@ from walt.buckets import Batch, Stacks, conditions, described
 from walt.cache import Cache
 from walt.data import to_model
 from walt.errors import WaltError
-from walt.files import flush, read_json, replacing_folder, settled, write_json
+from walt.files import flush, read_json, replacing_folder, settled, write_json, writing
 
 LATENTS = "walt-latents"
 TEXT = "walt-text"
@@ -154,13 +154,14 @@ def _append(
     path: Path, rows: np.ndarray, batch: int, latents: Callable[[np.ndarray], np.ndarray], desc: str, progress: bool
 ) -> list[int]:
     """Append the latents of those rows that the file does not hold yet -> the shape of one."""
-    path.touch()
+    with writing(path):
+        path.touch()
     if not len(rows):
         return []
     one = latents(rows[:1])
     # Whole batches only, so that the batches, and with them the bits, are those of a run that was not interrupted.
     done = min(path.stat().st_size // one.nbytes, len(rows)) // batch * batch
-    try:
+    with writing(path):
         os.truncate(path, done * one.nbytes)
         with path.open("ab") as file, tqdm(total=len(rows), initial=done, desc=desc, disable=not progress) as bar:
             for start in range(done, len(rows), batch):
@@ -169,8 +170,6 @@ def _append(
                 file.flush()
                 bar.update(len(part))
         flush(path)
-    except OSError as error:
-        raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
     return list(one.shape[1:])
 
 
@@ -341,8 +340,6 @@ def _holds(folder: Path, kind: str, plan: dict[str, Any]) -> bool:
 
 def _replace(partial: Path, folder: Path) -> None:
     """Give the complete folder its name. A kill on the way leaves it complete under the first name."""
-    try:
+    with writing(folder):
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except OSError as error:
-        raise WaltError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -15,6 +15,7 @@ from walt.checkpoint import checkpoint_folder, save_checkpoint
 from walt.data import to_model, to_pixels
 from walt.diffusion import Diffusion, sample_noise
 from walt.errors import WaltError, user_values
+from walt.latents import fingerprint
 from walt.names import look_alike, normal
 from walt.pretrained import (
     ClipShape,
@@ -23,6 +24,7 @@ from walt.pretrained import (
     load_stage,
     load_tokenizer,
     local_folder,
+    of_another_tokenizer,
     tokenizer_description,
     transformer_description,
 )
@@ -98,7 +100,8 @@ class WaltPipeline:
 
         folder: a folder, or "hub:<owner>/<name>" for one on the Hugging Face hub, which is downloaded once.
         text: the text encoder, if it is to be another than the checkpoint names (such as the same one elsewhere).
-        Raises WaltError for a missing, broken or foreign folder, and names what does not fit together.
+        Raises WaltError for a missing, broken or foreign folder, and names what does not fit together, such as a
+        denoiser that was trained with another tokenizer.
         """
         folder = local_folder(folder)
         if not folder.is_dir():
@@ -113,7 +116,7 @@ class WaltPipeline:
         if text is None and name:
             text = text_encoder(name, base.transformer.config.text_length)
         with user_values(str(folder)):
-            return cls(
+            pipeline = cls(
                 tokenizer,
                 base.transformer,
                 base.diffusion,
@@ -122,6 +125,9 @@ class WaltPipeline:
                 text=text,
                 upscalers=upscalers,
             )
+        for message in of_another_tokenizer(folder, fingerprint(tokenizer)):
+            raise WaltError(message)
+        return pipeline
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what from_pretrained reads: safetensors and config.json, without any training state."""
@@ -129,12 +135,14 @@ class WaltPipeline:
         text = self.text.name if self.text is not None else ""
         description = tokenizer_description(self.tokenizer.config)
         save_checkpoint(folder / "tokenizer", "tokenizer", description, {"model": self.tokenizer.state_dict()})
+        key = fingerprint(load_tokenizer(folder / "tokenizer"))  # as it is read back, in float32
         for name, stage in zip(("transformer", "sr1", "sr2"), (self.base, *self.upscalers), strict=False):
             config = stage.transformer.config
             description = transformer_description(
                 config, stage.diffusion.config, stage.clip, self.classes, text if config.text_width else ""
             )
-            save_checkpoint(folder / name, "transformer", description, {"model": stage.transformer.state_dict()})
+            tensors = {"model": stage.transformer.state_dict()}
+            save_checkpoint(folder / name, "transformer", {**description, "tokenizer": key}, tensors)
 
     def label(self, name: str | int | None) -> int | None:
         """A class name or number -> its number; None for a model without classes or for no class."""

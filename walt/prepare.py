@@ -8,7 +8,6 @@ only what is new or has other bytes. Frames of files that have gone stay in the 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -25,9 +24,10 @@ from tqdm import tqdm
 from walt.cache import INDEX, PASSED_OVER, Cache, Item, Settings, read_index, shard_path, write_index
 from walt.captions import check_captions, read_captions
 from walt.data import cover
-from walt.errors import WaltError, require
-from walt.files import flush, write_json
-from walt.folders import PassedOver, find_files, to_stderr
+from walt.errors import WaltError, require, say
+from walt.files import flush, write_json, writing
+from walt.folders import PassedOver, find_files
+from walt.locks import locked
 from walt.names import normal, normal_path
 from walt.shots import ShotDetector
 from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video, read_image
@@ -48,7 +48,7 @@ def prepare(
     shots: bool = True,
     workers: int | None = None,
     progress: bool = True,
-    say: Say = to_stderr,
+    say: Say = say,
 ) -> Cache:
     """Decode every video and image under `source` into the folder `cache`, so that frames cover height x width.
 
@@ -71,7 +71,7 @@ def prepare(
         check_captions(texts, {normal_path(name) for name in files}, say)
     settings = Settings(height, width, shots)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
-    with _locked(cache):
+    with locked(cache, wait=True, say=say), writing(cache):
         known = _known(cache, settings)
         run = _Run(source, cache, settings, files, known, passed, progress)
         run.decode(workers)
@@ -97,18 +97,6 @@ def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], 
             say(line)
         raise WaltError(f"{source} holds no video or image (looked for {', '.join(suffixes)})")
     return names, passed
-
-
-@contextlib.contextmanager
-def _locked(cache: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone. The system opens the lock when the process ends."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (cache / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise WaltError(f"cannot write {cache}: {error.strerror or error}") from error
 
 
 def _known(cache: Path, settings: Settings) -> dict[str, Item]:

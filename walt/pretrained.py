@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from walt.checkpoint import best_weights, load_description, load_weights, read_tensors
+from walt.checkpoint import best_weights, checkpoint_folder, load_description, load_weights, read_tensors
 from walt.config import DiffusionConfig, TokenizerConfig, TransformerConfig
 from walt.diffusion import Diffusion
 from walt.errors import WaltError, require, user_values
@@ -17,6 +17,7 @@ from walt.tokenizer import Tokenizer
 from walt.transformer import Transformer
 
 HUB = "hub:"
+DENOISERS = {"transformer": "base", "sr1": "sr", "sr2": "sr --level 2"}  # their folders, and what trains them
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,20 @@ def load_stage(folder: str | Path) -> tuple[Stage, dict[str, Any]]:
     path = best_weights(folder)
     load_weights(transformer, read_tensors(path), path)
     return Stage(transformer.eval(), diffusion, clip), document
+
+
+def of_another_tokenizer(folder: Path, key: str, names: Iterable[str] = DENOISERS) -> Iterator[str]:
+    """A sentence for each denoiser in the folder that was trained with another tokenizer than that of fingerprint
+    `key`, which it holds. Checkpoints that name none are passed over."""
+    for name in names:
+        if checkpoint_folder(folder / name) is None:
+            continue
+        _, document = load_description(folder / name, "transformer")
+        if (document.get("tokenizer") or key) != key:
+            yield (
+                f"{folder / name} was trained on the latents of another tokenizer than {folder / 'tokenizer'} holds;"
+                f" remove it and train it again (walt train {DENOISERS[name]}), or put its tokenizer back"
+            )
 
 
 def check_fit(tokenizer: Tokenizer, stages: Sequence[Stage], text: TextEncoder | None) -> None:

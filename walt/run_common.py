@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,10 @@ from walt.cache import INDEX, Cache
 from walt.checkpoint import checkpoint_folder, load_description
 from walt.data import to_model
 from walt.distributed import failing_together, is_main, world
-from walt.errors import WaltError
+from walt.errors import WaltError, say
 from walt.files import read_json, write_json
-from walt.folders import PassedOver, to_stderr
+from walt.folders import PassedOver
+from walt.locks import locked
 from walt.names import normal, some
 from walt.pipeline import ClipShape
 from walt.prepare import prepare
@@ -63,6 +65,16 @@ class Run:
         return {"data": data}
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """The run's folder `locked` by the main rank, for all ranks."""
+    with contextlib.ExitStack() as held:
+        with failing_together(f"cannot write {out}"):
+            if is_main():
+                held.enter_context(locked(out))
+        yield
+
+
 def once(work: Callable[[], Result], find: Callable[[], Result], what: str) -> Result:
     """`work()` on the main rank; on the others, when that is done, `find()`."""
     done: list[Result] = []
@@ -99,7 +111,7 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
 def tell(passed: PassedOver) -> None:
     """Print what is passed over, once for all ranks."""
     for line in passed.lines() if is_main() else ():
-        to_stderr(line)
+        say(line)
 
 
 def captions_of(data: Path, captions: Path | None) -> Path | None:

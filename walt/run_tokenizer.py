@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from walt.buckets import Batch, Bucket, Buckets, PixelSource, Source
+from walt.checkpoint import checkpoint_folder
 from walt.data import to_pixels
 from walt.discriminator import Discriminator
-from walt.errors import user_values
+from walt.distributed import is_main
+from walt.errors import say, user_values
 from walt.losses import LeCam, discriminator_losses, output_losses
 from walt.perceptual import PerceptualLoss, efficientnet_features
 from walt.pipeline import tokenizer_description
+from walt.pretrained import DENOISERS
 from walt.run_common import CLIPS, Run, begin, images_of, some_clips, write_preview
 from walt.settings import Settings
 from walt.stages import STATISTICS, set_statistics
@@ -57,6 +60,10 @@ def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
     begin(run, trainer)
     averaged = trainer.averaged
     if not trainer.finished or bool((averaged.latent_std == 1).all()):
+        for name, stage in DENOISERS.items() if is_main() else ():
+            if checkpoint_folder(run.out / name) is not None:
+                where = run.out / name
+                say(f"{where} was trained on this tokenizer's latents; afterwards, train it again (walt train {stage})")
         trainer.run()
         averaged = trainer.averaged
         set_statistics(averaged, some_clips(run, STATISTICS))

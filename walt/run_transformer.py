@@ -13,9 +13,11 @@ from walt.buckets import Batch, Source
 from walt.checkpoint import checkpoint_folder, load_description
 from walt.config import TransformerConfig
 from walt.diffusion import Diffusion
-from walt.errors import WaltError, user_values
+from walt.distributed import is_main
+from walt.errors import WaltError, say, user_values
 from walt.latents import LatentCache, LatentSource, TextFeatures, encode_cache, encode_captions, fingerprint
 from walt.pipeline import WaltPipeline, load_tokenizer, transformer_description
+from walt.pretrained import of_another_tokenizer
 from walt.run_common import Run, begin, images_of, once, write_preview
 from walt.stages import fitted
 from walt.text import TextEncoder, text_encoder, with_text
@@ -31,10 +33,11 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
     settings = run.settings
     data = settings.data
     tokenizer = trained_tokenizer(run.out).to(run.device)
+    key = fingerprint(tokenizer)
+    check_tokenizer(run, key)
     check_cascade(run)
     encoder = text_encoder(data.text, settings.transformer.text_length) if data.text else None
     config = transformer_config(run, tokenizer, encoder)
-    key = fingerprint(tokenizer)
     source = latent_source(run, tokenizer, key, config, encoder)
     torch.manual_seed(settings.training.seed)
     transformer, diffusion = Transformer(config).to(run.device), Diffusion(settings.diffusion)
@@ -80,6 +83,18 @@ def trained_tokenizer(out: Path) -> Tokenizer:
             " tokenizer again, with --new-settings and fewer --steps if it is good enough"
         )
     return tokenizer
+
+
+def check_tokenizer(run: Run, key: str) -> None:
+    """WaltError if the stage's checkpoint was trained with another tokenizer; a line for every other stage's.
+
+    It comes before the latents, which would be encoded anew. Other stages may be trained again later.
+    """
+    for message in of_another_tokenizer(run.out, key, [run.folder.name]):
+        raise WaltError(message)
+    if is_main():
+        for message in of_another_tokenizer(run.out, key):
+            say(message)
 
 
 def check_cascade(run: Run) -> None:

@@ -16,6 +16,7 @@ from walt.config import DiffusionConfig, TokenizerConfig, TokenizerLossConfig, T
 from walt.data import Clips, to_model, to_pixels
 from walt.diffusion import Diffusion
 from walt.errors import user_values
+from walt.latents import fingerprint
 from walt.losses import decorrelation_loss, reconstruction_loss
 from walt.pipeline import ClipShape, tokenizer_description, transformer_description
 from walt.tokenizer import Tokenizer
@@ -58,12 +59,16 @@ def tokenizer_loss(clips: Clips, frames: int) -> Loss:
 
 @dataclass(frozen=True)
 class Latents:
-    """What the second stage trains on, normalised: video [N, c, 1+t, h, w], image [M, c, h, w] sorted by label."""
+    """What the second stage trains on, normalised: video [N, c, 1+t, h, w], image [M, c, h, w] sorted by label.
+
+    tokenizer: the fingerprint of that which made them.
+    """
 
     video: Tensor
     video_label: Tensor
     image: Tensor
     image_label: Tensor
+    tokenizer: str = ""
 
 
 @torch.inference_mode()
@@ -100,7 +105,8 @@ def prepare_latents(tokenizer: Tokenizer, clips: Clips) -> Latents:
     image_label = label.repeat_interleave(frames.shape[1])
     order = image_label.argsort(stable=True)
     image = encode(tokenizer, frames.reshape(-1, 1, *frames.shape[2:]), batch=64, desc="encode images")[:, :, 0]
-    return Latents(encode(tokenizer, clips.video, desc="encode clips"), label, image[order], image_label[order])
+    video, key = encode(tokenizer, clips.video, desc="encode clips"), fingerprint(tokenizer)
+    return Latents(video, label, image[order], image_label[order], key)
 
 
 def transformer_draw(diffusion: Diffusion, latents: Latents, batch: int, images: int) -> Draw:
@@ -189,7 +195,7 @@ def train_transformer(
         training,
         folder,
         kind="transformer",
-        description={**description, "data": dict(data)},
+        description={**description, "data": dict(data), "tokenizer": latents.tokenizer},
         frames_per_step=batch * clip.frames,
     )
     trainer.resume()

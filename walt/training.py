@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -29,8 +29,8 @@ from walt.checkpoint import (
     read_tensors,
     save_together,
 )
-from walt.distributed import is_main, maximum, world
-from walt.errors import WaltError
+from walt.distributed import failing_together, is_main, maximum, world
+from walt.errors import WaltError, say
 from walt.files import read_json
 from walt.loading import Batch, Draw, Load, Loader
 from walt.logs import RunLog, read_log
@@ -73,6 +73,9 @@ class Trainer(Generic[Model]):
 
     A run has diverged when a loss or a gradient norm is not finite: it stops with a WaltError, and with a checkpoint of
     the step before. preview(averaged module, step) is called on the main rank every config.preview_every steps.
+
+    A disk that is full stops no run: what the log, a preview or a checkpoint in between cannot write is told, and the
+    last good checkpoint stays. Only the last checkpoint must be written, or WaltError.
     """
 
     def __init__(
@@ -139,8 +142,9 @@ class Trainer(Generic[Model]):
         With `seconds` the cosine follows whichever is further on, steps or time, so that a slow machine, too, ends with
         a small learning rate. Ctrl-C finishes the running step, saves and raises Interrupted.
         """
-        if self._log is not None:
-            self._log.rewind(self.step)
+        with failing_together(str(self.log_path)):
+            if self._log is not None:
+                self._log.rewind(self.step)
         for phase in self.phases:
             phase.module.train()
         bar = tqdm(
@@ -153,20 +157,19 @@ class Trainer(Generic[Model]):
         )
         started, before = time.monotonic(), self.elapsed
         loader = Loader(self.draw, self.load, self.config.accumulate)
-        with bar, loader, _interrupt_flag() as flag:
+        log = nullcontext() if self._log is None else closing(self._log)
+        with log, bar, loader, _interrupt_flag() as flag:
             while not self.finished:
                 self._one_step(bar, loader, seconds)
                 self.elapsed, interrupted = maximum(before + time.monotonic() - started, flag.is_set())
                 out_of_time = seconds is not None and self.elapsed >= seconds
                 self.finished = self.step >= self.config.steps or out_of_time
                 if interrupted or self.finished or self.step % self.config.save_every == 0:
-                    self.save()
+                    self._save_or_keep(last=bool(interrupted or self.finished))
                 if interrupted and not self.finished:
                     raise Interrupted(f"{self.folder} holds a checkpoint at step {self.step} of {self.config.steps}")
                 if self.config.preview_every and self.step % self.config.preview_every == 0:
                     self._preview()
-        if self._log is not None:
-            self._log.close()
         for phase in self.phases:
             phase.module.eval()
 
@@ -216,8 +219,11 @@ class Trainer(Generic[Model]):
             message += f" (its last finite loss was {self._last[phase]:.6g}, at step {self.step})"
         if self.step == 0:
             return WaltError(f"{message}; lower the learning rate")
-        if self._saved != self.step:
-            self.save()
+        try:
+            if self._saved != self.step:
+                self._save_or_keep(last=True)
+        except WaltError as error:
+            return WaltError(f"{message}; {error}")
         return WaltError(f"{message}; {self.folder} holds step {self.step}, to go on from with a lower learning rate")
 
     def _preview(self) -> None:
@@ -227,7 +233,10 @@ class Trainer(Generic[Model]):
         averaged, random = self.averaged, self.random.get()
         if is_main():
             training = averaged.training
-            self.preview(averaged.eval(), self.step)
+            try:
+                self.preview(averaged.eval(), self.step)
+            except WaltError as error:
+                say(f"{error}; training goes on")
             averaged.train(training)
         self.random.set(random)
 
@@ -275,6 +284,17 @@ class Trainer(Generic[Model]):
         if is_main():
             for old in sorted(self.folder.parent.glob(f"{self.folder.name}.step*"))[: -(self.config.keep - 1) or None]:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _save_or_keep(self, last: bool) -> None:
+        """`save`; where that fails, the checkpoint before stays: told and, for the last one, WaltError on all ranks."""
+        try:
+            self.save()
+        except WaltError as error:
+            kept = "it holds no checkpoint yet" if self._saved is None else f"it still holds step {self._saved}"
+            if last:
+                raise WaltError(f"{error}; {kept}") from error
+            if is_main():
+                say(f"{error}; {kept}, and training goes on")
 
     def resume(self, *, new_settings: bool = False) -> bool:
         """Go on from the last complete checkpoint in the folder, if there is one. Every rank must call this.

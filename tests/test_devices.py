@@ -1,0 +1,90 @@
+"""Devices that are not there: one line that names the option and what there is, before any file is read or written."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from command_line import fails
+
+from walt.cli import parser
+from walt.distributed import process_group
+from walt.errors import WaltError
+
+# Every command with --device, and what else it must be given.
+COMMANDS = {
+    "sample": (),
+    "extend": ("--video", "film.mp4"),
+    "upscale": ("--video", "film.mp4"),
+    "encode": ("--video", "film.mp4", "--out", "a.safetensors"),
+    "decode": ("--latents", "a.safetensors", "--out", "a.mp4"),
+    "evaluate": ("--data", "clips"),
+}
+
+
+def test_the_commands_with_devices():
+    choices = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    assert {name for name, command in choices.items() if "--device" in command.format_help()} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_every_command(command, tmp_path, capsys):
+    line = fails(capsys, command, "--from", tmp_path, *COMMANDS[command], "--device", "cuda")
+    assert "--device cuda: " in line
+    assert line.endswith("; there is cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:99", ""),
+        ("cuda:-1", "Invalid device string: 'cuda:-1'"),
+        ("mps", ""),
+        ("xpu", ""),
+        ("hpu", ""),
+        ("tpu", "Expected one of cpu, cuda"),
+        ("meta", "Tensor.item() cannot be called on meta tensors"),
+        ("mkldnn", ""),
+        ("0", "Invalid device string: '0'"),
+        ("", "Device string must not be empty"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:'mkldnn' is no longer used")
+def test_every_device(device, message, tmp_path, capsys):
+    line = fails(capsys, "sample", "--from", tmp_path, "--device", device)
+    assert f"--device {device}: {message}" in line
+    assert "; there is cpu" in line
+    assert len(line) < 400
+
+
+def environment(monkeypatch, **values: object) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port, **values}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_torchrun_without_gpus(monkeypatch):
+    environment(monkeypatch, LOCAL_RANK=3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with process_group() as device:
+        assert device == torch.device("cpu")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    environment(monkeypatch, LOCAL_RANK=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(WaltError, match=r"--nproc-per-node: process 3 of this machine has no GPU; there are 2"):
+        process_group().__enter__()
+
+
+def test_ranks_without_torchrun(monkeypatch):
+    environment(monkeypatch, WORLD_SIZE=2)
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(WaltError, match=r"WORLD_SIZE=2: .*MASTER_ADDR.*; start the processes with torchrun"):
+        process_group().__enter__()

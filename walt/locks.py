@@ -1,0 +1,70 @@
+"""One process at a time in a folder, by a lock that the system opens when its process ends, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from walt import errors
+from walt.errors import WaltError
+from walt.files import writing
+
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, *, wait: bool = False, say: Callable[[str], None] = errors.say) -> Iterator[None]:
+    """The folder, made if need be, for the caller alone. While another has it: WaltError or, with `wait`, a line.
+
+    The lock is flock(2) of `folder`/lock, whose text names process and host. On network file systems it holds between
+    machines where they pass it on: NFS does unless mounted with nolock or local_lock, Lustre with -o flock. Where there
+    are no locks at all, a line says so, and the work goes on.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    with writing(folder):
+        file = _take(folder, wait, say)
+    try:
+        yield
+    finally:
+        with file, contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+            if made:
+                folder.rmdir()  # if nothing came of it
+
+
+def _take(folder: Path, wait: bool, say: Callable[[str], None]) -> IO[bytes]:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("ab+", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(200).decode(errors="replace") or "another process"
+            if not wait:
+                file.close()
+                message = f"{folder} is in use by {owner}; wait until it ends, or name another folder"
+                raise WaltError(message) from None
+            say(f"waiting for {owner}, which is at work in {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            say(f"{folder} has no locks ({error.strerror}); see to it that no other process writes there")
+        if _is_at(folder / LOCK, file):
+            with contextlib.suppress(OSError):  # on a full disk it is a lock all the same
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether it is this file that others find there: who had it may have removed it since."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
