@@ -147,7 +147,7 @@ def edited(folder, item=None, **values) -> str:
     ("values", "message"),
     [
         ({"format": "recipes"}, "is not the index of a cache of walt"),
-        ({"version": 9}, "has version 9; this walt reads version 1"),
+        ({"version": 9}, "has version 9; this walt reads version 2"),
         ({"height": None}, "is broken: 'height'"),
         ({"width": "16"}, "is broken: it covers 16 x '16' pixels"),
         ({"shots": "yes"}, "is broken: shots is 'yes'"),

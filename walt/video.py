@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,26 +34,18 @@ def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
     Raises WaltError if the file is missing, is no video, changes its size on the way, or has pixels more than OBLONG
     times as wide as high or the other way.
     """
-    av = require("av", "video")
-    path = Path(path)
-    if not path.is_file():
-        raise WaltError(f"no such video: {path}")
     shape = None
-    try:
-        with _open_stream(av, path) as (container, stream):
-            pixel = stream.sample_aspect_ratio or Fraction(1)
-            if not 1 <= OBLONG * pixel <= OBLONG**2:
-                raise WaltError(f"{path} has pixels {pixel} as wide as high; expected at most {OBLONG} to 1")
-            frames = container.decode(stream)
-            for index, frame in enumerate(resample(_timed(frames, stream), fps) if fps else frames):
-                picture = _picture(frame, pixel)
-                shape = picture.shape if shape is None else shape
-                if picture.shape != shape:
-                    raise WaltError(f"{path} changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
-                yield picture
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
+    with _open_stream(path) as (container, stream):
+        pixel = stream.sample_aspect_ratio or Fraction(1)
+        if not 1 <= OBLONG * pixel <= OBLONG**2:
+            raise WaltError(f"{path} has pixels {pixel} as wide as high; expected at most {OBLONG} to 1")
+        frames = container.decode(stream)
+        for index, frame in enumerate(resample(_timed(frames, stream), fps) if fps else frames):
+            picture = _picture(frame, pixel)
+            shape = picture.shape if shape is None else shape
+            if picture.shape != shape:
+                raise WaltError(f"{path} changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
+            yield picture
 
 
 def _picture(frame: Any, pixel: Fraction) -> np.ndarray:
@@ -137,22 +128,36 @@ def read_video(path: str | Path, *, start: int = 0, frames: int | None = None) -
 
 def frame_rate(path: str | Path) -> float:
     """Frames a second, on average; 0 if the file does not say."""
-    av = require("av", "video")
-    try:
-        with _open_stream(av, Path(path)) as (_, stream):
-            return float(stream.average_rate or 0)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
+    with _open_stream(path) as (_, stream):
+        return float(stream.average_rate or 0)
+
+
+def has_variable_rate(path: str | Path) -> bool:
+    """Whether more than one in twenty of the distances between frames is off the usual one by half of it or more.
+
+    By the time stamps of what is coded; nothing is decoded.
+    """
+    with _open_stream(path) as (container, stream):
+        stamps = [packet.dts if packet.pts is None else packet.pts for packet in container.demux(stream)]
+    steps = np.diff(np.sort([stamp for stamp in stamps if stamp is not None]))
+    usual = np.median(steps) if len(steps) else 0
+    return bool((np.abs(steps - usual) >= usual / 2).mean() > 0.05) if usual else False
 
 
 @contextlib.contextmanager
-def _open_stream(av: ModuleType, path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream. Names in it that are no UTF-8 do no harm."""
-    with av.open(str(path), metadata_errors="ignore") as container:
-        if not container.streams.video:
-            raise WaltError(f"{path} has no video stream")
-        yield container, container.streams.video[0]
+def _open_stream(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream. What goes wrong while they are read is a WaltError."""
+    av = require("av", "video")
+    if not Path(path).is_file():
+        raise WaltError(f"no such video: {path}")
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:  # names in it that are no UTF-8 do no harm
+            if not container.streams.video:
+                raise WaltError(f"{path} has no video stream")
+            yield container, container.streams.video[0]
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
 
 
 def read_image(path: str | Path) -> np.ndarray:
