@@ -11,7 +11,7 @@ import pytest
 from films import noise
 
 from walt.errors import WaltError
-from walt.video import iterate_video, read_video, write_mp4
+from walt.video import _upright, iterate_video, read_video, write_mp4
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -163,6 +163,20 @@ def test_a_matrix_between_is_the_nearest(tmp_path, film):
     cosine, sine = np.cos(np.radians(80)), np.sin(np.radians(80))
     (tmp_path / "a.mp4").write_bytes(with_header(film.read_bytes(), matrix=(cosine, sine, -sine, cosine)))
     assert np.array_equal(read_video(tmp_path / "a.mp4"), np.rot90(read_video(film), -1, axes=(1, 2)))
+
+
+def test_side_data_that_pyav_does_not_know():
+    """Is not the end of a film; it is turned, at least."""
+
+    class Frame:
+        rotation = -90
+
+        @property
+        def side_data(self):
+            raise ValueError("31 is not a valid Type")
+
+    picture = noise(1, seed=1)[0]
+    assert np.array_equal(_upright(Frame(), picture), np.rot90(picture, -1))
 
 
 def write_pixels(path, pixel: Fraction, height: int = 32, width: int = 48, codec: str = "libx264"):

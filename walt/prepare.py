@@ -120,7 +120,9 @@ def _tell_rates(items: Iterable[Item], say: Say) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return f"{len(names)} films, {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+    return (
+        f"{len(names)} film{'s' * (len(names) > 1)}, {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+    )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from walt.files import replacing
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OBLONG = 16  # times as wide as high, or the other way, at most: of a pixel here, of a stored frame in `walt.data.cover`
-BT709, UNSPECIFIED, RESERVED, BT601 = 1, 2, 3, 6  # colour matrices as H.273 numbers them; so does primaries and curves
+BT709, UNSPECIFIED, RESERVED, BT601 = 1, 2, 3, 6  # colour matrices, primaries and curves as H.273 has them
 LIMITED = 1  # range of a colour: 16 to 235
 
 Frame = TypeVar("Frame")
