@@ -180,7 +180,12 @@ class TestSample:
         source = ("sample", "--from", model, "--steps", 1)
         film, picture = films / "up/0.mp4", tmp_path / "picture.png"
         write_png(picture, moving(0, 1)[0])
+        write_png(tmp_path / "strip.png", np.zeros((1, 4000, 3), np.uint8))
         for arguments, message in (
+            (
+                ["--first-frames", tmp_path / "strip.png"],
+                "strip.png: a frame of 1x4000 pixels would be 16x64000 to cover",
+            ),
             (["--class", "chess"], "unknown class 'chess'; the classes are down, up"),
             (["--class", "2"], "unknown class '2'"),
             (["--text", "a cat"], "text: the model was trained without text"),
@@ -199,7 +204,7 @@ class TestSample:
         assert "no such checkpoint: " in fails(capsys, "sample", "--from", tmp_path)
         (tmp_path / "file").write_text("")
         assert "cannot write" in fails(capsys, *source, "--out", tmp_path / "file" / "x.gif")
-        assert left(tmp_path) == ["file", "picture.png"]
+        assert left(tmp_path) == ["file", "picture.png", "strip.png"]
 
     def test_foreign_checkpoint(self, capsys, tmp_path):
         (tmp_path / "tokenizer").mkdir()
@@ -331,6 +336,15 @@ class TestEvaluate:
         run("evaluate", "--from", model, *arguments)
         assert "1 real clips and 1 compared with them, 5 frames of 16x24 pixels" in capsys.readouterr().out
 
+    def test_at_the_rate_of_training(self, films, tmp_path, capsys):
+        """Of 9 frames at 8 a second every second one is left."""
+        fit("tokenizer", films, tmp_path / "run", "data.fps=4", "training.steps=1")
+        for data in (films, films / "up/0.mp4"):
+            run("evaluate", "--from", tmp_path / "run", "--data", data, "--frames", 5, "--size", 16)
+            assert "5 frames of 16x16 pixels" in capsys.readouterr().out
+            line = fails(capsys, "evaluate", "--from", tmp_path / "run", "--data", data, "--frames", 9, "--size", 16)
+            assert "holds no clip of 9" in line or "has 5 frames; clips of 9 are wanted" in line
+
     def test_samples(self, model, films, monkeypatch, capsys):
         monkeypatch.setattr(commands, "VideoFeatures", Colours)
         seen = {}
@@ -384,4 +398,14 @@ class TestDoctorAndData:
         assert "no such folder" in fails(capsys, "prepare", "--data", tmp_path / "none", "--out", tmp_path / "a")
         captions = ("prepare", "--data", films, "--out", tmp_path / "a", "--captions", films / "up/0.mp4")
         assert "captions must be in a file that ends in .csv or .jsonl" in fails(capsys, *captions)
+        assert "--fps: 0 must be above 0" in fails(capsys, "prepare", "--data", films, "--out", "x", "--fps", 0)
         assert left(tmp_path) == []
+
+    def test_frame_rate(self, films, tmp_path, capsys):
+        run("prepare", "--data", films, "--out", tmp_path / "four", "--size", 16, "--fps", 4)
+        assert "4 videos with 4 shots and 0 images, 20 frames" in capsys.readouterr().out
+        shared = ("tokenizer", *TestTrain().shared(tmp_path / "four", tmp_path / "run"))
+        run("train", *shared, "--fps", 4)
+        capsys.readouterr()
+        assert "fps: 4.0" in (tmp_path / "run" / "tokenizer.yaml").read_text()
+        assert "was prepared at 4 frames a second; 8 a second are wanted" in fails(capsys, "train", *shared, "--fps", 8)

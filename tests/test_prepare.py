@@ -18,7 +18,7 @@ import walt.prepare
 from walt.cache import Cache
 from walt.errors import WaltError
 from walt.prepare import prepare
-from walt.video import frame_rate, iterate_video, write_mp4
+from walt.video import frame_rate, iterate_video, write_mp4, write_png
 
 pytest.importorskip("av", reason="PyAV is not installed")
 pytest.importorskip("PIL", reason="Pillow is not installed")
@@ -27,9 +27,11 @@ NAMES = ["cats/c.png", "cats/one.mp4", "dogs/a.png", "dogs/b.png", "dogs/two.mp4
 
 
 def make(source, cache, **options) -> tuple[Cache, list[str]]:
+    """The cache, and the lines that were said but for that of the two films' frame rates (`test_frame_rates`)."""
     lines: list[str] = []
     options = {"height": 16, "width": 16, "progress": False, "workers": 2, **options}
-    return prepare(source, cache, say=lines.append, **options), lines
+    made = prepare(source, cache, say=lines.append, **options)
+    return made, [line for line in lines if not line.startswith("frames a second differ")]
 
 
 def content(cache: Cache) -> list[np.ndarray]:
@@ -46,9 +48,9 @@ def decoded(monkeypatch) -> list[str]:
     """The names of the videos that are decoded."""
     names: list[str] = []
 
-    def iterate(path):
+    def iterate(path, *rate):
         names.append(path.name)
-        return iterate_video(path)
+        return iterate_video(path, *rate)
 
     monkeypatch.setattr(walt.prepare, "iterate_video", iterate)
     return names
@@ -101,9 +103,22 @@ def test_what_cannot_be_read_is_passed_over_and_counted(folder, tmp_path):
     assert numbers(content(cache)[1]).tolist() == list(range(12))
 
 
+def test_strips_are_skipped_and_not_blown_up(folder, tmp_path):
+    write_png(folder / "dogs/strip.png", np.zeros((1, 4000, 3), np.uint8))
+    write_mp4(folder / "cats/strip.mp4", np.zeros((3, 1024, 32, 3), np.uint8))
+    cache, lines = make(folder, tmp_path / "cache")
+    assert [item.name for item in cache.items] == NAMES
+    film, picture, count = [*sorted(lines[:-1]), lines[-1]]
+    assert film.startswith(f"skipped: {folder / 'cats/strip.mp4'}: a frame of 1024x32 pixels would be 512x16 to cover")
+    assert picture.startswith(
+        f"skipped: {folder / 'dogs/strip.png'}: a frame of 1x4000 pixels would be 16x64000 to cover"
+    )
+    assert count == "2 of 8 files were skipped"
+
+
 def test_a_video_that_breaks_off_leaves_nothing(folder, tmp_path, monkeypatch):
-    def iterate(path):
-        for index, picture in enumerate(iterate_video(path)):
+    def iterate(path, *rate):
+        for index, picture in enumerate(iterate_video(path, *rate)):
             if path.name == "one.mp4" and index == 5:
                 raise WaltError(f"{path} breaks off")
             yield picture
@@ -233,8 +248,8 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, decoded, torn
     decoded.clear()
     spy = walt.prepare.iterate_video
 
-    def interrupted(path):
-        for index, picture in enumerate(spy(path)):
+    def interrupted(path, *rate):
+        for index, picture in enumerate(spy(path, *rate)):
             if path.name == "two.mp4" and index == 3:
                 raise KeyboardInterrupt
             yield picture
@@ -306,7 +321,7 @@ def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monk
     (tmp_path / "cache/frames-1.raw").write_bytes(bytes(first.items[5].end - first.items[5].offset))
     write_mp4(folder / "new.mp4", ramp(5))
 
-    def interrupted(path):
+    def interrupted(path, *rate):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(walt.prepare, "iterate_video", interrupted)
@@ -357,7 +372,7 @@ def test_films_are_not_held_in_memory(folder, tmp_path, monkeypatch):
     class Frame(np.ndarray):
         pass
 
-    def iterate(path):
+    def iterate(path, *rate):
         nonlocal most
         for index in range(60):
             frame = np.full((32, 48, 3), index, np.uint8).view(Frame)

@@ -30,14 +30,17 @@ PASSED_OVER = "passed-over.json"  # names of what the folder holds beside the it
 
 @dataclass(frozen=True)
 class Settings:
-    """What all items of a cache share: the size that their frames cover, and whether films were split at their cuts."""
+    """What all items of a cache share: the size that their frames cover, whether films were split at their cuts, and
+    the frames a second at which they were taken (0: every frame)."""
 
     height: int
     width: int
     shots: bool
+    fps: float = 0.0
 
     def __str__(self) -> str:
-        return f"height {self.height}, width {self.width}, shots {'on' if self.shots else 'off'}"
+        rate = f", {self.fps:g} frames a second" if self.fps else ""
+        return f"height {self.height}, width {self.width}, shots {'on' if self.shots else 'off'}{rate}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Item:
     kind: str  # "video" or "image"
     label: str | None  # the folder it lies in; None in the source folder itself
     caption: str | None
-    fps: float  # 0 for images, and where the file does not say
+    fps: float  # on average; 0 for images, and where the file does not say
+    variable: bool  # its frames do not come at an even rate
     height: int
     width: int
     frames: int
@@ -81,6 +85,7 @@ class Item:
             state = (item.size, item.modified, item.changed)
             whole = all(type(number) is int for number in (*counts, *state, *sum(item.shots, ())))
             texts = isinstance(item.name, str) and isinstance(item.digest, str) and item.kind in ("video", "image")
+            whole = whole and type(item.variable) is bool
             optional = all(text is None or isinstance(text, str) for text in (item.label, item.caption))
             edges = [0, *(stop for _, stop in item.shots)]
             joined = edges[-1] == item.frames and all(a == s[0] < s[1] for a, s in zip(edges, item.shots, strict=False))
@@ -113,13 +118,17 @@ def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
     if document.get("format") != FORMAT:
         raise WaltError(f'{path} is not the index of a cache of walt (its "format" is {document.get("format")!r})')
     if document.get("version") != VERSION:
-        raise WaltError(f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}")
+        raise WaltError(
+            f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}: prepare another"
+        )
     try:
         settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})
         if any(type(size) is not int or size < 1 for size in (settings.height, settings.width)):
             raise ValueError(f"it covers {settings.height!r} x {settings.width!r} pixels")
         if type(settings.shots) is not bool:
             raise ValueError(f"shots is {settings.shots!r}")
+        if not isinstance(settings.fps, (int, float)) or settings.fps < 0:
+            raise ValueError(f"fps is {settings.fps!r}")
         return settings, tuple(Item.from_dict(values) for values in document["items"])
     except (KeyError, TypeError, ValueError) as error:
         raise WaltError(f"{path} is broken: {error}") from error
@@ -131,7 +140,7 @@ class Cache:
     def __init__(
         self, folder: Path, settings: Settings, items: tuple[Item, ...], shards: Mapping[int, np.ndarray]
     ) -> None:
-        self.folder, self.items = folder, items
+        self.folder, self.settings, self.items = folder, settings, items
         self.height, self.width = settings.height, settings.width
         self._shards = shards
         self.classes = tuple(sorted({item.label for item in items if item.label is not None}))

@@ -120,6 +120,13 @@ def _add_data(group: Any) -> None:
     prepare.add_argument("--data", type=Path, required=True, help="folder of videos and images; subfolders are classes")
     prepare.add_argument("--out", type=Path, required=True, help="folder of the prepared data; made again, it goes on")
     prepare.add_argument("--size", type=_size, default=(64, 64), metavar="H[xW]", help="in pixels (default: 64)")
+    prepare.add_argument(
+        "--fps",
+        type=_positive_float,
+        default=0.0,
+        metavar="N",
+        help="take films at N frames a second (default: every frame)",
+    )
     prepare.add_argument("--captions", type=Path, help="CSV or JSONL of file, caption (default: one in the folder)")
     prepare.add_argument("--no-shots", action="store_true", help="let clips run across cuts")
 
@@ -153,6 +160,7 @@ def _add_train(group: Any) -> None:
     train.add_argument("--batch", type=_positive, metavar="N", help="short for data.batch=N")
     train.add_argument("--frames", type=_positive, metavar="N", help="short for data.frames=N, 1 + 4k")
     train.add_argument("--size", type=_size, metavar="H[xW]", help="short for data.height=H data.width=W")
+    train.add_argument("--fps", type=_positive_float, metavar="N", help="short for data.fps=N, frames a second")
     train.add_argument("--lr", type=_positive_float, metavar="X", help="short for training.lr=X")
     train.add_argument("--seed", type=_natural, metavar="N", help="short for training.seed=N")
     train.add_argument(

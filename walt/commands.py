@@ -64,6 +64,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         width=width,
         captions=captions_of(arguments.data, arguments.captions),
         shots=not arguments.no_shots,
+        fps=arguments.fps,
     )
     print(f"{arguments.out}: {_contents(cache)}")
 
@@ -82,7 +83,7 @@ def train(arguments: argparse.Namespace) -> None:
     a = arguments
     stage = f"sr{a.level}" if a.stage == "sr" else a.stage
     short = {"training.steps": a.steps, "training.lr": a.lr, "training.seed": a.seed}
-    short |= {"data.batch": a.batch, "data.frames": a.frames}
+    short |= {"data.batch": a.batch, "data.frames": a.frames, "data.fps": a.fps}
     if a.size is not None:
         short |= {"data.height": a.size[0], "data.width": a.size[1]}
     overrides = [f"{name}={value}" for name, value in short.items() if value is not None]
@@ -194,7 +195,8 @@ def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
             raise WaltError(f"--given {count}: {path} is a single picture")
     else:
         frames = read_video(path, frames=count)
-    return _fit(frames, height, width)
+    with user_values(str(path)):
+        return _fit(frames, height, width)
 
 
 def _fit(video: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -263,7 +265,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     others = [name for name in arguments.metrics if name not in paired]
     pipeline = _pipeline(arguments) if others else None
     tokenizer = pipeline.tokenizer if pipeline else _tokenizer(arguments)
-    trained = _trained_on(local_folder(arguments.source))
+    trained, fps = _trained_on(local_folder(arguments.source))
     frames, size = arguments.frames or trained[0], arguments.size or trained[1:]
     with user_values("--frames, --size"):
         tokenizer.config.latent_shape(frames, *size)
@@ -272,7 +274,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"--frames {frames}, --size {size[0]}x{size[1]}: samples have {trained[0]} frames of"
             f" {trained[1]}x{trained[2]} pixels; ask for these, or for psnr and ssim alone"
         )
-    real, labels, texts = _real_clips(arguments, frames, size)
+    real, labels, texts = _real_clips(arguments, frames, size, fps)
     results = {}
     with user_values("evaluate"):
         if paired:
@@ -289,13 +291,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, {name: asdict(result) for name, result in results.items()})
 
 
-def _trained_on(folder: Path) -> tuple[int, int, int]:
-    """Frames, height and width of the clips that the denoiser was trained on, or else the tokenizer."""
-    if checkpoint_folder(folder / "transformer"):
-        clip = load_description(folder / "transformer", "transformer")[1].get("clip", {})
-    else:
-        clip = load_description(folder / "tokenizer", "tokenizer")[1].get("data", {})
-    return clip.get("frames", 17), clip.get("height", 64), clip.get("width", 64)
+def _trained_on(folder: Path) -> tuple[tuple[int, int, int], float]:
+    """Frames, height and width of the clips that the denoiser was trained on, or else the tokenizer; and data.fps."""
+    kind = "transformer" if checkpoint_folder(folder / "transformer") else "tokenizer"
+    description = load_description(folder / kind, kind)[1]
+    data = description.get("data", {})
+    clip = description.get("clip", data)
+    return (clip.get("frames", 17), clip.get("height", 64), clip.get("width", 64)), data.get("fps", 0.0)
 
 
 def _networks(arguments: argparse.Namespace, tokenizer: Tokenizer, metrics: list[str]) -> dict[str, Any]:
@@ -310,18 +312,20 @@ def _networks(arguments: argparse.Namespace, tokenizer: Tokenizer, metrics: list
 
 
 def _real_clips(
-    arguments: argparse.Namespace, frames: int, size: tuple[int, int]
+    arguments: argparse.Namespace, frames: int, size: tuple[int, int], fps: float
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """Clips spread over the data, with their classes and captions."""
+    """Clips spread over the data at the rate of training, with their classes and captions."""
     if arguments.data.is_file():
         if arguments.data.suffix.lower() not in VIDEO_SUFFIXES:
             raise WaltError(f"{arguments.data} is not a video; expected one of {', '.join(VIDEO_SUFFIXES)}")
-        film = np.stack([_fit(frame[None], *size)[0] for frame in iterate_video(arguments.data)])
+        with user_values(str(arguments.data)):
+            film = np.stack([_fit(frame[None], *size)[0] for frame in iterate_video(arguments.data, fps)])
         starts = range(0, len(film) - frames + 1, frames)
         if not starts:
             raise WaltError(f"{arguments.data} has {len(film)} frames; clips of {frames} are wanted")
         return np.stack([film[start : start + frames] for start in starts][: arguments.num]), [], []
-    settings = load_settings("base", overrides=[f"data.height={size[0]}", f"data.width={size[1]}"])
+    overrides = [f"data.height={size[0]}", f"data.width={size[1]}", f"data.fps={fps}"]
+    settings = load_settings("base", overrides=overrides)
     cache = open_data(arguments.data, local_folder(arguments.source) / "evaluation", settings)
     rows = cache.windows(frames, hop=frames)
     if not len(rows):

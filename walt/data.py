@@ -18,7 +18,7 @@ from walt.errors import WaltError, require, say
 from walt.files import replacing_folder
 from walt.folders import find_files
 from walt.simulator import ACTIONS, CAPTIONED, open_game, render_episode
-from walt.video import VIDEO_SUFFIXES, read_video, write_mp4
+from walt.video import OBLONG, VIDEO_SUFFIXES, read_video, write_mp4
 
 FILM = "big_buck_bunny"
 DEMO_FPS = 18  # of the simulator's 35 tics a second, every second one is a frame
@@ -64,10 +64,14 @@ def cover(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """A frame uint8 [H, W, 3] at the smallest size of its aspect ratio, rounded, that covers height x width.
 
     Area average (to within one grey level) where that is smaller than the frame, bilinear where it is larger.
+    Raises ValueError for a frame so oblong that all of it would have more than OBLONG times height x width pixels.
     """
     image: Any = require("PIL.Image", "video")  # several times faster than `shrink` on large frames
     scale = max(height / picture.shape[0], width / picture.shape[1])
     rows, columns = max(height, round(picture.shape[0] * scale)), max(width, round(picture.shape[1] * scale))
+    if rows * columns > OBLONG * height * width:
+        came = f"a frame of {picture.shape[0]}x{picture.shape[1]} pixels"
+        raise ValueError(f"{came} would be {rows}x{columns} to cover {height}x{width}; crop it, or leave it out")
     method = image.Resampling.BOX if scale <= 1 else image.Resampling.BILINEAR
     return np.array(image.fromarray(picture).resize((columns, rows), method))
 

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
@@ -24,13 +25,13 @@ from tqdm import tqdm
 from walt.cache import INDEX, PASSED_OVER, Cache, Item, Settings, read_index, shard_path, write_index
 from walt.captions import check_captions, read_captions
 from walt.data import cover
-from walt.errors import WaltError, require, say
+from walt.errors import WaltError, require, say, user_values
 from walt.files import flush, write_json, writing
 from walt.folders import PassedOver, find_files
 from walt.locks import locked
-from walt.names import normal, normal_path
+from walt.names import normal, normal_path, some
 from walt.shots import ShotDetector
-from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video, read_image
+from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, has_variable_rate, iterate_video, read_image
 
 JOURNAL = "journal.jsonl"
 WORKERS = 4
@@ -46,22 +47,26 @@ def prepare(
     width: int,
     captions: str | Path | None = None,
     shots: bool = True,
+    fps: float = 0.0,
     workers: int | None = None,
     progress: bool = True,
     say: Say = say,
 ) -> Cache:
     """Decode every video and image under `source` into the folder `cache`, so that frames cover height x width.
 
-    The folder that a file lies in is its class. With `shots`, clips will not span a cut (`walt.shots`). `say` gets a
-    line for each reason why something is passed over (`walt.folders`, and what cannot be decoded), with a count and ten
-    names, of which `cache` has all in passed-over.json; and the names that `captions` (a CSV or JSONL file,
-    `walt.captions`) and the folder do not share. Of several processes that prepare one cache, one does and the others
-    wait.
+    The folder that a file lies in is its class. With `shots`, clips will not span a cut (`walt.shots`). With `fps`,
+    films are taken at that rate by their time stamps; else frame by frame, and `say` names rates that differ. `say`
+    also gets a line for each reason why something is passed over (`walt.folders`, and what cannot be decoded), with a
+    count and ten names, of which `cache` has all in passed-over.json; and the names that `captions` (a CSV or JSONL
+    file, `walt.captions`) and the folder do not share. Of several processes that prepare one cache, one does and the
+    others wait.
 
     WaltError if nothing can be used, if the cache was made with other settings, or if the disk is full.
     """
     if height < 1 or width < 1:
         raise ValueError(f"height, width: got {height}, {width}; expected ints >= 1")
+    if not 0 <= fps < inf:
+        raise ValueError(f"fps: got {fps}; expected frames a second, or 0 for every frame")
     for module in ("av", "PIL.Image"):
         require(module, "video")
     source, cache = Path(source), Path(cache)
@@ -69,7 +74,7 @@ def prepare(
     texts = {} if captions is None else read_captions(captions)
     if captions is not None:
         check_captions(texts, {normal_path(name) for name in files}, say)
-    settings = Settings(height, width, shots)
+    settings = Settings(height, width, shots, fps)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
     with locked(cache, wait=True, say=say), writing(cache):
         known = _known(cache, settings)
@@ -79,6 +84,7 @@ def prepare(
             say(line)
         if not run.items:
             raise WaltError(f"{source}: none of its {len(files)} videos and images can be used")
+        _tell_rates(run.items.values(), say)
         for path in cache.glob("frames-*.raw"):
             flush(path)
         write_json(cache / PASSED_OVER, passed.names)
@@ -97,6 +103,19 @@ def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], 
             say(line)
         raise WaltError(f"{source} holds no video or image (looked for {', '.join(suffixes)})")
     return names, passed
+
+
+def _tell_rates(items: Iterable[Item], say: Say) -> None:
+    """A line with the films of each frame rate, if there are several or a film's varies. Within 1% they are one."""
+    rates: dict[str, list[str]] = {}
+    last, known = -1.0, ""
+    for item in sorted((item for item in items if item.kind == "video"), key=lambda item: (item.fps, item.name)):
+        if item.fps > 1.01 * last:
+            last, known = item.fps, f"{item.fps:.4g}" if item.fps else "unknown"
+        rates.setdefault("variable" if item.variable else known, []).append(item.name)
+    if len(rates) > 1 or "variable" in rates:
+        films = "; ".join(f"{rate}: {len(names)} ({some(names)})" for rate, names in rates.items())
+        say(f"frames a second differ, and clips take frame after frame (--fps N takes them by time): {films}")
 
 
 def _known(cache: Path, settings: Settings) -> dict[str, Item]:
@@ -212,8 +231,10 @@ class _Run:
         is_image = path.suffix.lower() in IMAGE_SUFFIXES
         detector = ShotDetector()
         count, rows, columns = 0, 0, 0
-        for picture in [read_image(path)] if is_image else iterate_video(path):
-            picture = cover(picture, self.settings.height, self.settings.width)
+        rate = self.settings.fps
+        for picture in [read_image(path)] if is_image else iterate_video(path, rate):
+            with user_values(str(path)):
+                picture = cover(picture, self.settings.height, self.settings.width)
             rows, columns = picture.shape[:2]
             frames.write(picture.tobytes())
             if self.settings.shots:
@@ -230,7 +251,8 @@ class _Run:
             kind="image" if is_image else "video",
             label=normal(path.parent.name) if "/" in name else None,
             caption=None,
-            fps=0.0 if is_image else frame_rate(path),
+            fps=0.0 if is_image else rate or frame_rate(path),
+            variable=not is_image and not rate and has_variable_rate(path),
             height=rows,
             width=columns,
             frames=count,

@@ -95,14 +95,21 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
             raise WaltError(
                 f"{data} was prepared for {cache.height}x{cache.width} pixels; {size.height}x{size.width} are wanted"
             )
+        if size.fps not in (0, cache.settings.fps):
+            rate = f"at {cache.settings.fps:g} frames a second" if cache.settings.fps else "with every frame"
+            raise WaltError(
+                f"{data} was prepared {rate}; {size.fps:g} a second are wanted: prepare it with --fps {size.fps:g}"
+            )
         tell(cache.passed_over)
         return cache
     captions = captions_of(data, captions)
-    place = out / f"data-{size.height}x{size.width}"
+    place = out / f"data-{size.height}x{size.width}{f'-{size.fps:g}fps' if size.fps else ''}"
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
         raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
     return once(
-        lambda: prepare(data, place, height=size.height, width=size.width, captions=captions, shots=size.shots),
+        lambda: prepare(
+            data, place, height=size.height, width=size.width, captions=captions, shots=size.shots, fps=size.fps
+        ),
         lambda: Cache.open(place),
         str(place),
     )

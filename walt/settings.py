@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -45,6 +46,7 @@ class DataConfig(Config):
     height: int = 64
     width: int = 64
     stride: int = 1  # every stride-th frame of a film
+    fps: float = 0.0  # films are taken at this rate by their time stamps; 0: every frame
     batch: int = 4
     images: int = 1  # of the batch: stacks of 1+t images; for the tokenizer the share of steps with single images
     flip: bool = False  # mirror half of the clips
@@ -53,6 +55,8 @@ class DataConfig(Config):
 
     def __post_init__(self) -> None:
         expect_positive(self, "frames", "height", "width", "stride", "batch")
+        number = isinstance(self.fps, (int, float)) and not isinstance(self.fps, bool)
+        expect(number and 0 <= self.fps < inf, "fps", self.fps, "frames a second, or 0 for every frame")
         good = isinstance(self.images, int) and 0 <= self.images <= self.batch
         expect(good, "images", self.images, f"an int from 0 to batch={self.batch}")
         for name in ("flip", "shots"):

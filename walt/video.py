@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,31 +16,101 @@ from walt.files import replacing
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OBLONG = 16  # times as wide as high, or the other way, at most: of a pixel here, of a stored frame in `walt.data.cover`
+BT709, UNSPECIFIED, RESERVED, BT601 = 1, 2, 3, 6  # colour matrices, primaries and curves as H.273 has them
+LIMITED = 1  # range of a colour: 16 to 235
+
+Frame = TypeVar("Frame")
 
 
-def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
-    """The frames of a video one by one, uint8 [H, W, 3], the way up a player shows them. None is kept.
+def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
+    """The frames of a video one by one, uint8 [H, W, 3], as a player shows them. None is kept.
 
-    Raises WaltError if the file is missing, is no video, or changes its size on the way.
+    Colours: by the matrix and range that the file names; where it names no matrix, BT.709 for high definition and
+    BT.601 below. Primaries and transfer curve are left as they are. Transparent parts lie over white.
+    Geometry: pixels that are not square become so in width, then the display matrix turns and mirrors.
+    Time: every frame, or with `fps` those of `resample`.
+
+    Raises WaltError if the file is missing, is no video, changes its size on the way, or has pixels more than OBLONG
+    times as wide as high or the other way.
     """
-    av = require("av", "video")
-    path = Path(path)
-    if not path.is_file():
-        raise WaltError(f"no such video: {path}")
     shape = None
+    with _open_stream(path) as (container, stream):
+        pixel = stream.sample_aspect_ratio or Fraction(1)
+        if not 1 <= OBLONG * pixel <= OBLONG**2:
+            raise WaltError(f"{path} has pixels {pixel} as wide as high; expected at most {OBLONG} to 1")
+        frames = container.decode(stream)
+        for index, frame in enumerate(resample(_timed(frames, stream), fps) if fps else frames):
+            picture = _picture(frame, pixel)
+            shape = picture.shape if shape is None else shape
+            if picture.shape != shape:
+                raise WaltError(f"{path} changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
+            yield picture
+
+
+def _picture(frame: Any, pixel: Fraction) -> np.ndarray:
+    """A decoded frame as uint8 [H, W, 3]: its colours, square pixels, and the way up (see `iterate_video`)."""
+    if frame.colorspace in (UNSPECIFIED, RESERVED) and not frame.format.is_rgb:
+        frame.colorspace = BT709 if frame.width >= 1280 or frame.height > 576 else BT601  # as players guess
+    # With them, libswscale would convert to other primaries, and refuses the numbers that it does not know.
+    frame.color_primaries = frame.color_trc = UNSPECIFIED
+    alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    width = max(1, round(frame.width * pixel))
+    picture = frame.reformat(width=width, format="rgba" if alpha else "rgb24").to_ndarray()
+    return _upright(frame, _over_white(picture) if alpha else picture)
+
+
+def _upright(frame: Any, picture: np.ndarray) -> np.ndarray:
+    """Turned and mirrored: the display matrix sends a pixel at (x, y) to (a x + c y, b x + d y)."""
     try:
-        with _open_stream(av, path) as (container, _):
-            for index, frame in enumerate(container.decode(video=0)):
-                picture = frame.to_ndarray(format="rgb24")
-                # A telephone held upright writes lying frames and a rotation (known to PyAV from version 14 on).
-                picture = np.rot90(picture, round(getattr(frame, "rotation", 0) / 90))
-                shape = picture.shape if shape is None else shape
-                if picture.shape != shape:
-                    raise WaltError(f"{path} changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
-                yield picture
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV 18 and older, for a film with side data of a kind that it does not know
+        return np.rot90(picture, round(frame.rotation / 90))
+    if matrix is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _over_white(picture: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 4], RGB and alpha -> uint8 [H, W, 3]."""
+    colour, alpha = picture[..., :3].astype(np.uint16), picture[..., 3:].astype(np.uint16)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _timed(frames: Iterable[Any], stream: Any) -> Iterator[tuple[Fraction, Fraction, Any]]:
+    """Frames with their first and last moment in seconds.
+
+    A time stamp that is missing, or not later than the one before, counts as one frame later.
+    """
+    usual = 1 / Fraction(stream.average_rate or 25)
+    last = None
+    for frame in frames:
+        stamp = frame.dts if frame.pts is None else frame.pts
+        time = Fraction(0) if stamp is None else stamp * stream.time_base
+        last = time if last is None or time > last else last + usual
+        yield last, last + ((frame.duration or 0) * stream.time_base or usual), frame
+
+
+def resample(frames: Iterable[tuple[Fraction, Fraction, Frame]], fps: float) -> Iterator[Frame]:
+    """Of frames with the first and last moment of each, those of an even rate: frame k is the one that begins nearest
+    to k / fps seconds after the first, of two the earlier. So many as the film's length, rounded, has room for.
+    """
+    step = 1 / Fraction(fps)
+    shown: tuple[Fraction, Fraction, Frame] | None = None
+    begin = instant = Fraction(0)
+    for current in frames:
+        if shown is None:
+            begin = instant = current[0]
+        while shown is not None and 2 * instant <= shown[0] + current[0]:
+            yield shown[2]
+            instant += step
+        shown = current
+    while shown is not None and (instant == begin or instant + step / 2 <= shown[1]):
+        yield shown[2]
+        instant += step
 
 
 def read_video(path: str | Path, *, start: int = 0, frames: int | None = None) -> np.ndarray:
@@ -58,30 +128,49 @@ def read_video(path: str | Path, *, start: int = 0, frames: int | None = None) -
 
 def frame_rate(path: str | Path) -> float:
     """Frames a second, on average; 0 if the file does not say."""
+    with _open_stream(path) as (_, stream):
+        return float(stream.average_rate or 0)
+
+
+def has_variable_rate(path: str | Path) -> bool:
+    """Whether more than one in twenty of the distances between frames is off the usual one by half of it or more.
+
+    By the time stamps of what is coded; nothing is decoded.
+    """
+    with _open_stream(path) as (container, stream):
+        stamps = [packet.dts if packet.pts is None else packet.pts for packet in container.demux(stream)]
+    steps = np.diff(np.sort([stamp for stamp in stamps if stamp is not None]))
+    usual = np.median(steps) if len(steps) else 0
+    return bool((np.abs(steps - usual) >= usual / 2).mean() > 0.05) if usual else False
+
+
+@contextlib.contextmanager
+def _open_stream(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream. What goes wrong while they are read is a WaltError.
+
+    FFmpeg gets an open file and no name, which it might take for a URL, and may open no other file that this one names.
+    """
     av = require("av", "video")
+    if not Path(path).is_file():
+        raise WaltError(f"no such video: {path}")
     try:
-        with _open_stream(av, Path(path)) as (_, stream):
-            return float(stream.average_rate or 0)
+        # Names in it that are no UTF-8 do no harm.
+        options = {"metadata_errors": "ignore", "options": {"protocol_whitelist": "none"}}
+        with Path(path).open("rb") as file, av.open(file, **options) as container:
+            if not container.streams.video:
+                raise WaltError(f"{path} has no video stream")
+            yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
 
 
-@contextlib.contextmanager
-def _open_stream(av: ModuleType, path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream. Names in it that are no UTF-8 do no harm.
-
-    FFmpeg gets an open file and no name, which it might take for a URL, and may open no other file that this one names.
-    """
-    options = {"protocol_whitelist": "none"}
-    with path.open("rb") as file, av.open(file, metadata_errors="ignore", options=options) as container:
-        if not container.streams.video:
-            raise WaltError(f"{path} has no video stream")
-        yield container, container.streams.video[0]
-
-
 def read_image(path: str | Path) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], turned the way up its EXIF orientation says. Transparency is dropped."""
+    """A picture as uint8 [H, W, 3], turned and mirrored as its EXIF orientation says, transparent parts over white.
+
+    Raises WaltError if the file is missing, is no picture, or has 32 bits a channel (Pillow's modes I and F), of which
+    nothing says what white is.
+    """
     image: Any = require("PIL.Image", "video")
     ops: Any = require("PIL.ImageOps", "video")
     if not Path(path).is_file():
@@ -90,11 +179,27 @@ def read_image(path: str | Path) -> np.ndarray:
         with image.open(path) as picture:
             if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a photograph with its preview
                 raise WaltError(f"{path} is animated; make it a video, such as an .mp4 or a .gif")
-            return np.array(ops.exif_transpose(picture).convert("RGB"))
+            # Pillow before 11 opens 16 bits of a PNG or PGM as 32.
+            deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+            return _eight_bit(ops.exif_transpose(picture), deep)
     except WaltError:
         raise
     except Exception as error:  # on broken files, Pillow's formats raise what they like
         raise WaltError(f"{path} is not an image that can be decoded: {error}") from error
+
+
+def _eight_bit(picture: Any, deep: bool) -> np.ndarray:
+    """A picture of Pillow's, of any mode, as uint8 [H, W, 3]. `deep`: it is grey of 16 bits."""
+    if deep:  # Pillow's own conversion takes all above 255 for white
+        grey = np.rint(np.asarray(picture) / 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its mode is {picture.mode}, 32 bits of no known scale; expected 8 or 16 bits a channel")
+    if picture.mode == "La":  # alpha multiplied in, which Pillow takes out on the way to LA alone
+        picture = picture.convert("LA")
+    if picture.has_transparency_data:
+        return _over_white(np.array(picture.convert("RGBA")))
+    return np.array(picture.convert("RGB"))
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: int = 12) -> None:
@@ -111,8 +216,13 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: int = 12) -> None:
                 stream.height, stream.width = video.shape[1:3]
                 stream.pix_fmt = "yuv420p"
                 stream.options = {"crf": "14"}
+                coder = stream.codec_context
+                coder.colorspace = coder.color_primaries = coder.color_trc = BT709
+                coder.color_range = LIMITED
                 for picture in video:
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))))
+                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))
+                    frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                    container.mux(stream.encode(frame))
                 container.mux(stream.encode())
         except av.error.FFmpegError as error:
             raise WaltError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,223 @@
+"""Films of mixed and variable frame rates: --fps takes them by their time stamps; without it, a mix is told."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from films import numbers, ramp, write_folder
+
+from walt.cache import Cache
+from walt.errors import WaltError
+from walt.prepare import prepare
+from walt.runs import open_data
+from walt.settings import load_settings
+from walt.video import _timed, has_variable_rate, iterate_video, resample, write_mp4
+
+av = pytest.importorskip("av", reason="PyAV is not installed")
+
+NTSC = Fraction(30000, 1001)
+
+
+def write_timed(path, times, *, codec="libx264", unit=Fraction(1, 90000), options=None, first=10, step=6):
+    """A ramp whose frame i is shown from times[i] on, in seconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=24, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = unit
+        for time, picture in zip(times, ramp(len(times), first=first, step=step), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts, frame.time_base = round(time / unit), unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def taken(path, fps: float, **spread) -> list[int]:
+    """The numbers of the frames that are taken."""
+    return numbers(np.stack(list(iterate_video(path, fps))), **spread).tolist()
+
+
+def nearest(times, fps: float, length: float) -> list[int]:
+    """By the definition: of each instant until the end, rounded; of two as near, the earlier."""
+    instants = [times[0] + k / Fraction(fps) for k in range(max(1, int(length * fps + Fraction(1, 2))))]
+    return [min(range(len(times)), key=lambda i: (abs(times[i] - instant), i)) for instant in instants]
+
+
+@pytest.mark.parametrize("fps", [12, 24, 8, 48, 10, 23.976, 1, 0.1])
+def test_an_even_film(tmp_path, fps):
+    write_mp4(tmp_path / "a.mp4", ramp(24), fps=24)
+    times = [Fraction(i, 24) for i in range(24)]
+    assert taken(tmp_path / "a.mp4", fps) == nearest(times, fps, 1)
+    if fps in (12, 24, 8):
+        assert taken(tmp_path / "a.mp4", fps) == list(range(0, 24, round(24 / fps)))
+
+
+UNEVEN = [Fraction(i, 24) for i in (0, 1, 2, 3, 4, 7, 12, 13, 14, 29, 30, 31)]
+
+
+@pytest.mark.parametrize("start", [0, 3, 1000])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.webm"])
+def test_a_film_of_variable_rate(tmp_path, name, start):
+    times = [start + time for time in UNEVEN]
+    write_timed(tmp_path / name, times, codec="libvpx" if name == "a.webm" else "libx264")
+    made = taken(tmp_path / name, 24)
+    expected = nearest(times, 24, Fraction(32, 24))
+    assert made[: len(expected)] == expected
+    assert set(made[len(expected) :]) <= {11}  # how long the last frame is shown, not every container tells
+    assert has_variable_rate(tmp_path / name)
+    assert numbers(np.stack(list(iterate_video(tmp_path / name)))).tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_frames_in_another_order_than_coded(tmp_path, name):
+    options = {"bf": "2", "qmin": "1", "qmax": "2"}
+    write_timed(tmp_path / name, UNEVEN, codec="mpeg4", unit=Fraction(1, 24), options=options)
+    with av.open(str(tmp_path / name)) as container:
+        stamps = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
+    assert stamps != sorted(stamps)
+    assert taken(tmp_path / name, 24)[:32] == nearest(UNEVEN, 24, Fraction(32, 24))
+    assert has_variable_rate(tmp_path / name)
+
+
+def test_no_time_stamps(tmp_path):
+    """A bare stream has none, and 25 frames a second by convention."""
+    with av.open(str(tmp_path / "a.h264"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for picture in ramp(24):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    path = (tmp_path / "a.h264").rename(tmp_path / "a.mp4")
+    with av.open(str(path)) as container:
+        assert {frame.pts for frame in container.decode(video=0)} == {None}
+    assert taken(path, 12.5) == list(range(0, 24, 2))
+    assert taken(path, 25) == list(range(24))
+    assert not has_variable_rate(path)
+
+
+def test_some_time_stamps_missing_or_wrong():
+    stream = SimpleNamespace(time_base=Fraction(1, 100), average_rate=Fraction(10))
+    stamps = [(None, None), (10, 3), (None, 20), (None, None), (35, 30), (35, 40), (7, None), (60, None)]
+    frames = [SimpleNamespace(pts=pts, dts=dts, duration=0) for pts, dts in stamps]
+    frames[4].duration = 4
+    times = [(float(begin), float(end)) for begin, end, _ in _timed(frames, stream)]
+    assert [begin for begin, _ in times] == [0, 0.1, 0.2, 0.3, 0.35, 0.45, 0.55, 0.6]
+    assert [round(end - begin, 9) for begin, end in times] == [0.1, 0.1, 0.1, 0.1, 0.04, 0.1, 0.1, 0.1]
+
+
+def test_time_stamps_that_begin_again(tmp_path):
+    """Two films in one stream: the second goes on where the first ended."""
+    for name, first in (("a.ts", 10), ("b.ts", 10 + 6 * 12)):
+        write_timed(tmp_path / name, [i / 24 for i in range(12)], first=first)
+    (tmp_path / "ab.mpg").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
+    every = numbers(np.stack(list(iterate_video(tmp_path / "ab.mpg")))).tolist()
+    made = taken(tmp_path / "ab.mpg", 24)
+    assert len(every) >= 22
+    assert abs(len(made) - len(every)) <= 2
+    assert set(made) == set(every)
+
+
+def test_a_rate_of_ntsc(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=NTSC)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for picture in ramp(40, step=5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    for fps in (30, float(NTSC), 29.97):
+        assert taken(tmp_path / "a.mp4", fps, step=5) == list(range(40))
+    assert taken(tmp_path / "a.mp4", 15, step=5) == nearest([i / NTSC for i in range(40)], 15, 40 / NTSC)
+
+
+def test_milliseconds_round_no_frame_away(tmp_path):
+    """Matroska and WebM round 1/30 s to 33 and 34 ms."""
+    write_timed(tmp_path / "a.mkv", [i / 30 for i in range(40)], unit=Fraction(1, 1000), step=5)
+    assert taken(tmp_path / "a.mkv", 30, step=5) == list(range(40))
+    assert not has_variable_rate(tmp_path / "a.mkv")
+
+
+def test_resample():
+    def film(*times, last=1):
+        ends = [*times[1:], times[-1] + last] if times else []
+        return [(Fraction(a), Fraction(b), i) for i, (a, b) in enumerate(zip(times, ends, strict=True))]
+
+    assert list(resample(film(), 10)) == []
+    assert list(resample(film(5), 1)) == [0]
+    assert list(resample(film(5), 0.01)) == [0]  # at least one
+    assert list(resample(film(5), 3)) == [0, 0, 0]
+    assert list(resample(film(0, 2, 4, last=2), 1)) == [0, 0, 1, 1, 2, 2]  # of two as near, the earlier
+    assert list(resample(film(0, 10, 11), 1)) == [0] * 6 + [1] * 5 + [2]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Films of 12, 25, 24 and 23.976 frames a second, one of variable rate, and images."""
+    folder = write_folder(tmp_path / "films")
+    write_mp4(folder / "cats/24.mp4", ramp(24), fps=24)
+    write_mp4(folder / "dogs/24.mp4", ramp(24), fps=Fraction(24000, 1001))
+    write_timed(folder / "dogs/uneven.mp4", UNEVEN)
+    return folder
+
+
+def made(folder, out, **options) -> tuple[Cache, list[str]]:
+    lines: list[str] = []
+    return prepare(folder, out, height=16, width=16, progress=False, say=lines.append, **options), lines
+
+
+def test_a_mix_is_told(mixed, tmp_path):
+    lines = made(mixed, tmp_path / "cache")[1]
+    assert lines == [
+        "frames a second differ, and clips take frame after frame (--fps N takes them by time):"
+        " variable: 1 film, dogs/uneven.mp4; 12: 1 film, cats/one.mp4; 23.98: 2 films, dogs/24.mp4, cats/24.mp4;"
+        " 25: 1 film, dogs/two.mp4"
+    ]
+    assert made(mixed, tmp_path / "cache")[1] == lines  # by what is known of the films, too
+    for name in ("dogs/uneven.mp4", "cats/one.mp4", "dogs/two.mp4"):
+        (mixed / name).unlink()
+    assert made(mixed, tmp_path / "cache")[1] == []
+    write_timed(mixed / "cats/uneven.mp4", UNEVEN)
+    for i in range(11):
+        (mixed / f"cats/like-{i:02}.mp4").write_bytes((mixed / "cats/uneven.mp4").read_bytes())
+    (line,) = made(mixed, tmp_path / "cache")[1]
+    assert "variable: 12 films, cats/like-00.mp4, " in line
+    assert "cats/like-09.mp4, ...; 23.98: 2 films" in line
+
+
+def test_one_rate_for_all(mixed, tmp_path):
+    cache, lines = made(mixed, tmp_path / "cache", fps=12)
+    assert lines == []
+    films = {item.name: item for item in cache.items if item.kind == "video"}
+    assert {(item.fps, item.variable) for item in films.values()} == {(12, False)}
+    frames = {"cats/24.mp4": 12, "cats/one.mp4": 12, "dogs/24.mp4": 12, "dogs/two.mp4": 3, "dogs/uneven.mp4": 16}
+    assert {name: item.frames for name, item in films.items()} == frames
+    index = [item.name for item in cache.items].index("dogs/24.mp4")
+    assert numbers(cache.read(np.array([[index, 0]]), 12)[0]).tolist() == list(range(0, 24, 2))
+    with pytest.raises(
+        WaltError, match=r"with height 16, width 16, shots on, 12 frames a second, not with height 16, "
+    ):
+        made(mixed, tmp_path / "cache")
+    with pytest.raises(ValueError, match="fps: got -1; expected frames a second, or 0 for every frame"):
+        made(mixed, tmp_path / "cache", fps=-1)
+
+
+def test_the_rate_of_training(mixed, tmp_path):
+    size = ["data.height=16", "data.width=16"]
+    wanted = load_settings("base", overrides=[*size, "data.fps=6"])
+    assert open_data(mixed, tmp_path / "run", wanted).fps.max() == 6
+    assert (tmp_path / "run/data-16x16-6fps").is_dir()
+    made(mixed, tmp_path / "every")
+    made(mixed, tmp_path / "six", fps=6)
+    assert open_data(tmp_path / "six", tmp_path / "run", wanted).fps.max() == 6
+    assert open_data(tmp_path / "six", tmp_path / "run", load_settings("base", overrides=size)).fps.max() == 6
+    with pytest.raises(
+        WaltError, match="was prepared with every frame; 6 a second are wanted: prepare it with --fps 6"
+    ):
+        open_data(tmp_path / "every", tmp_path / "run", wanted)
+    other = load_settings("base", overrides=[*size, "data.fps=29.97"])
+    with pytest.raises(WaltError, match=r"was prepared at 6 frames a second; 29\.97 a second are wanted"):
+        open_data(tmp_path / "six", tmp_path / "run", other)
+    for bad in ("-1", "true", "fast"):
+        with pytest.raises(WaltError, match=r"fps"):
+            load_settings("base", overrides=[f"data.fps={bad}"])
