@@ -240,8 +240,8 @@ def decode(arguments: argparse.Namespace) -> None:
     key = fingerprint(tokenizer)
     if files.metadata.get("tokenizer", key) != key:
         raise WaltError(
-            f"{arguments.latents} holds latents of another tokenizer than {arguments.source}; encode the video again, or"
-            " name the model that it was encoded with"
+            f"{arguments.latents} holds latents of another tokenizer than {arguments.source}; encode the video"
+            " again, or name the model that it was encoded with"
         )
     latent = files.read("latent")
     with user_values(str(arguments.latents)):
