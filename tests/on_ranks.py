@@ -230,7 +230,14 @@ def on_ranks(out: Path) -> dict:
         trainer.save()
     except WaltError as error:
         said["full"] = str(error)
-    walt.checkpoint.write_tensors = write
+
+    def healed(model, rows):
+        if trainers[-1].step == 2:
+            walt.checkpoint.write_tensors = write
+        return regression(model, rows)
+
+    trainers.append(fit(out / "outlived", loss=healed, strategy="fsdp", save_every=1))
+    trainers[-1].run()
     print("one line")
     return said
 

@@ -184,7 +184,7 @@ class TestSample:
         for arguments, message in (
             (
                 ["--first-frames", tmp_path / "strip.png"],
-                "strip.png: a frame of 1x4000 pixels would be 16x64000 to cover",
+                "strip.png: so oblong that it would be over 16 times 16x16 to cover that",
             ),
             (["--class", "chess"], "unknown class 'chess'; the classes are down, up"),
             (["--class", "2"], "unknown class '2'"),

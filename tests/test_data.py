@@ -83,9 +83,7 @@ def test_cover_is_the_mean_of_blocks_at_its_own_aspect():
 @pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (3, 100), (64, 64 * 17)])
 def test_cover_of_a_strip_stays_small(shape):
     picture = np.zeros((*shape, 3), np.uint8)
-    with pytest.raises(
-        ValueError, match=rf"a frame of {shape[0]}x{shape[1]} pixels would be \d+x\d+ to cover 64x64; crop"
-    ):
+    with pytest.raises(ValueError, match="so oblong that it would be over 16 times 64x64 to cover that; crop"):
         cover(picture, 64, 64)
     least = cover(np.zeros((10, 160, 3), np.uint8), 64, 64)
     assert least.shape == (64, 16 * 64, 3)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_ranks import RESUMED, RUNS, fit, step_two
+from on_ranks import RESUMED, RUNS, STEPS, fit, step_two
 from safetensors.torch import load_file
 from torch import distributed
 
@@ -186,6 +186,8 @@ def test_a_failure_on_one_rank_stops_all(two):
     assert state["step"] == 2
     assert read_tensors(out / "preview" / "model.safetensors")  # the old one
     assert not list(out.glob(".*"))
+    # A checkpoint in between that one of them cannot write stops neither.
+    assert json.loads((out / "outlived" / "state.json").read_text())["step"] == STEPS
 
 
 def test_only_the_main_rank_prints(two):

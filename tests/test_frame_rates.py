@@ -170,8 +170,8 @@ def test_a_mix_is_told(mixed, tmp_path):
     lines = made(mixed, tmp_path / "cache")[1]
     assert lines == [
         "frames a second differ, and clips take frame after frame (--fps N takes them by time):"
-        " variable: 1 film, dogs/uneven.mp4; 12: 1 film, cats/one.mp4; 23.98: 2 films, dogs/24.mp4, cats/24.mp4;"
-        " 25: 1 film, dogs/two.mp4"
+        " variable: 1 (dogs/uneven.mp4); 12: 1 (cats/one.mp4); 23.98: 2 (cats/24.mp4, dogs/24.mp4);"
+        " 25: 1 (dogs/two.mp4)"
     ]
     assert made(mixed, tmp_path / "cache")[1] == lines  # by what is known of the films, too
     for name in ("dogs/uneven.mp4", "cats/one.mp4", "dogs/two.mp4"):

@@ -70,8 +70,7 @@ def cover(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     scale = max(height / picture.shape[0], width / picture.shape[1])
     rows, columns = max(height, round(picture.shape[0] * scale)), max(width, round(picture.shape[1] * scale))
     if rows * columns > OBLONG * height * width:
-        came = f"a frame of {picture.shape[0]}x{picture.shape[1]} pixels"
-        raise ValueError(f"{came} would be {rows}x{columns} to cover {height}x{width}; crop it, or leave it out")
+        raise ValueError(f"so oblong that it would be over {OBLONG} times {height}x{width} to cover that; crop it")
     method = image.Resampling.BOX if scale <= 1 else image.Resampling.BILINEAR
     return np.array(image.fromarray(picture).resize((columns, rows), method))
 

@@ -293,8 +293,7 @@ class Trainer(Generic[Model]):
             kept = "it holds no checkpoint yet" if self._saved is None else f"it still holds step {self._saved}"
             if last:
                 raise WaltError(f"{error}; {kept}") from error
-            if is_main():
-                say(f"{error}; {kept}, and training goes on")
+            say(f"{error}; {kept}, and training goes on")  # every rank, since one of them knows the reason
 
     def resume(self, *, new_settings: bool = False) -> bool:
         """Go on from the last complete checkpoint in the folder, if there is one. Every rank must call this.
