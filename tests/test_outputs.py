@@ -87,7 +87,6 @@ class TestRate:
         source = ("sample", "--from", model, "--steps", 1, "--class", "up", "--out", tmp_path / "b.mp4")
         first = ("--first-frames", film(tmp_path / "a.mp4", 24))
         for more, expected in (
-            ((), 8),
             (("--first-frames", tmp_path / "a.png"), 8),
             (first, 8),
             ((*first, "--given", 5), 24),
@@ -250,26 +249,27 @@ class TestBeforeTheWork:
 
 class TestAfterTheWork:
     @pytest.mark.parametrize(
-        "error", [WaltError("cannot write a.mp4: No space left"), MemoryError(), ValueError("codec")]
+        ("command", "error"),
+        [
+            ("sample", WaltError("cannot write a.mp4: No space left")),
+            ("extend", MemoryError()),
+            ("upscale", ValueError("the codec's")),
+        ],
     )
-    @pytest.mark.parametrize("command", ["sample", "extend", "upscale"])
     def test_samples_are_kept(self, model, tmp_path, capsys, monkeypatch, command, error):
-        made = {}
-        method = {"sample": "generate"}.get(command, command)
-        real = getattr(WaltPipeline, method)
-        monkeypatch.setattr(WaltPipeline, method, lambda *a, **o: made.setdefault("video", real(*a, **o)))
+        made = moving(0, 13, 16, 16)
+        monkeypatch.setattr(WaltPipeline, {"sample": "generate"}.get(command, command), lambda *_, **__: made[None])
 
         def broken(*_, **__):
             raise error
 
         monkeypatch.setattr(commands, "write_video", broken)
-        video = () if command == "sample" else ("--video", film(tmp_path / "film.mp4", 8))
-        more = ("--frames", 13) if command == "extend" else ()
+        video = ("--class", "up") if command == "sample" else ("--video", film(tmp_path / "film.mp4", 8))
         out = tmp_path / "a.mp4"
-        line = fails(capsys, command, "--from", model, "--steps", 1, *video, *more, "--out", out)
+        line = fails(capsys, command, "--from", model, *video, "--out", out)
         assert f"cannot write {'a.mp4' if isinstance(error, WaltError) else out}: " in line
-        assert line.endswith(f"; the samples, uint8 {list(made['video'].shape)}, are kept in {out}.npy")
-        assert np.array_equal(np.load(f"{out}.npy"), made["video"])
+        assert line.endswith(f"; the samples, uint8 [1, 13, 16, 16, 3], are kept in {out}.npy")
+        assert np.array_equal(np.load(f"{out}.npy"), made[None])
         assert not out.exists()
 
     def test_where_there_is_room(self, tmp_path, monkeypatch):

@@ -164,7 +164,8 @@ class WaltPipeline:
     ) -> np.ndarray:
         """Sample videos uint8 [num, T, H, W, 3], or with images=True independent pictures uint8 [num, H, W, 3].
 
-        label, text: one for all, or a sequence with one for each sample.
+        label, text: one for all, or a sequence with one for each sample. An empty text is no text; what of a text is
+            longer than the encoder reads is not seen (WaltWarning).
         frames: the first 1 or 5 frames, uint8 [1 or 5, H, W, 3] for all, or [num, 1 or 5, H, W, 3].
         options: the fields of `Sampling`.
         """
@@ -333,6 +334,9 @@ class WaltPipeline:
         sentences = [(text or "").strip() for text in texts]
         if self.text is not None and config.text_width and any(sentences):
             with user_values("text"):
+                "".join(
+                    sentences
+                ).encode()  # UnicodeEncodeError for what is no Unicode, in terms clearer than encoders'
                 tokens, mask = self.text.encode(sentences)
             distinct = sorted({*sentences} - {""})
             warn_of_cuts("sentences", [repr(shorten(text, 60)) for text in distinct], distinct, self.text)
