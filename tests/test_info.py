@@ -72,7 +72,7 @@ class TestText:
         assert f"{windows / 1e9:.2f} G" in lines["attention windows"]
 
     def test_conditions_and_batch(self, quick):
-        assert "text of 64 tokens, first frames" in describe("tiny-text")
+        assert "text of 256 tokens, first frames" in describe("tiny-text")
         text = describe("tiny-sr", 3)
         assert "conditions       a low resolution\n" in text
         assert "9 MiB of activations for a batch of 3" in text

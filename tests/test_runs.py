@@ -17,7 +17,7 @@ from torch import nn
 from walt import run_tokenizer, run_transformer
 from walt.buckets import Batch
 from walt.data import to_model
-from walt.errors import WaltError
+from walt.errors import WaltError, WaltWarning
 from walt.latents import fingerprint
 from walt.logs import read_log
 from walt.pipeline import WaltPipeline, load_tokenizer
@@ -286,16 +286,20 @@ def test_features_of_captions_are_computed_once(model, films, tmp_path, monkeypa
     calls: list[str] = []
 
     class Lengths:
-        name, length, width, vocabulary = "lengths", 4, 3, 0
+        name, length, width, vocabulary, unit = "lengths", 4, 3, 0, "letters"
 
         def encode(self, texts):
             calls.extend(texts)
             mask = torch.tensor([[bool(text)] * 4 for text in texts])
             return torch.tensor([[[float(len(text))] * 3] * 4 for text in texts]), mask
 
+        def count(self, texts):
+            return [len(text) for text in texts]
+
     monkeypatch.setattr(run_transformer, "text_encoder", lambda name, length: Lengths())
     (tmp_path / "tokenizer").symlink_to(model / "tokenizer")
-    trainer = fit("base", films, tmp_path, "data.text=lengths", "transformer.classes=0")
+    with pytest.warns(WaltWarning, match="4 of 4 captions are longer than the 4 letters that .* 'lengths' reads"):
+        trainer = fit("base", films, tmp_path, "data.text=lengths", "transformer.classes=0")
     assert trainer.model.config.text_width == 3
     assert sorted(calls) == ["", "stripes go down", "stripes go up"]
     coder = load_tokenizer(model / "tokenizer")

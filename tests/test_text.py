@@ -32,6 +32,22 @@ def test_bytes() -> None:
     assert (tokens[~mask] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "length", "read"),
+    [
+        ("é" * 5, 7, "é" * 3),  # 2 bytes each: 7 would end in the middle of the fourth
+        ("ab🎈c", 5, "ab"),
+        ("ab🎈c", 6, "ab🎈"),
+        ("日本語", 2, ""),
+        ("one\ntwo\0three", 9, "one\ntwo\0t"),
+    ],
+)
+def test_bytes_are_not_cut_inside_a_character(text: str, length: int, read: str) -> None:
+    tokens, mask = ByteEncoder(length).encode([text])
+    assert bytes(tokens[0][mask[0]].tolist()).decode() == read
+    assert ByteEncoder(length).count([text, "", "  "]) == [len(text.encode()), 0, 0]
+
+
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory) -> Path:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -58,6 +74,7 @@ def test_t5_folder(t5_folder: Path) -> None:
     torch.testing.assert_close(alone[0], tokens[0], rtol=0, atol=1e-5)
     other, _ = encoder.encode(["turning right"])
     assert (other[0, 0] - tokens[0, 0]).abs().max() > 1e-3  # contextual from the first byte on
+    assert encoder.count(TEXTS) == [13, 1, len(TEXTS[2]) + 1]
 
 
 def test_features_are_trained_on(t5_folder: Path) -> None:
@@ -82,6 +99,22 @@ def test_bert_folder(tmp_path: Path) -> None:
     tokens, mask = HuggingFaceEncoder(tmp_path, 6).encode(["turning left", "left"])
     assert tokens.shape == (2, 6, 16)
     assert mask.sum(1).tolist() == [4, 3]
+
+
+def test_length_is_what_the_model_has_positions_for(tmp_path: Path) -> None:
+    """As of CLIP's text model, which has 77; an index past them is an error deep inside it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "go"]))
+    transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    config = transformers.BertConfig(
+        **{"vocab_size": 5, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 8, "max_position_embeddings": 9},
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    encoder = HuggingFaceEncoder(tmp_path)
+    assert encoder.length == with_text(SMALL, encoder).text_length == 9
+    assert encoder.encode(["go " * 20])[0].shape == (1, 9, 16)
+    assert encoder.count(["go " * 20, "go"]) == [22, 3]
 
 
 def test_minilm_means_what_it_says() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Collection, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from walt.errors import WaltError
+from walt.errors import WaltError, WaltWarning
 from walt.names import look_alike, normal_path, some
+from walt.text import TextEncoder
 
 LISTED = 5  # names in a message
 
@@ -39,6 +41,10 @@ def read_captions(path: str | Path) -> dict[str, str]:
         name = normal_path(file)
         if name in captions:
             raise WaltError(f"{path}, line {line}: {name} has a caption already")
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise WaltError(f"{path}, line {line}: caption is {caption!r}, which is no Unicode text") from error
         captions[name] = caption.strip()
     if not captions:
         raise WaltError(f"{path} holds no caption")
@@ -90,3 +96,13 @@ def check_captions(captions: Collection[str], files: Collection[str], say: Calla
             say(f"{len(names)} {what}: {some(names, LISTED)}")
     if alike:
         say(alike)
+
+
+def warn_of_cuts(what: str, names: Sequence[str], texts: Sequence[str], encoder: TextEncoder) -> None:
+    """WaltWarning that counts the texts which the encoder cuts, if there are any, and lists the names of some."""
+    cut = [name for name, count in zip(names, encoder.count(texts), strict=True) if count > encoder.length]
+    if cut:
+        are = "is" if len(cut) == 1 else "are"
+        limit = f"the {encoder.length} {encoder.unit} that the text encoder {encoder.name!r} reads"
+        line = f"{len(cut)} of {len(texts)} {what} {are} longer than {limit} (transformer.text_length), and {are} cut"
+        warnings.warn(WaltWarning(f"{line}: {some(cut, LISTED)}"), stacklevel=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 from walt import commands
 from walt.config import PRESETS
 from walt.demo import Demo, DemoConfig, summary
-from walt.errors import WaltError
+from walt.errors import WaltError, WaltWarning
 from walt.simulator import SCENARIOS
 from walt.terminal import errors_in_one_line, flush_output, give_up_output, one_line
 
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     arguments = parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
-    with errors_in_one_line():
+    with errors_in_one_line(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         try:
             run(arguments)
             flush_output()
@@ -50,6 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
             return INTERRUPTED
     return 0
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Ours as a line like an error's, others as Python does."""
+    ours = issubclass(category, WaltWarning)
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(f"walt: warning: {one_line(message)}\n" if ours else text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -168,10 +179,13 @@ def _add_train(group: Any) -> None:
     )
 
 
-def _add_sampling(command: argparse.ArgumentParser, out: str) -> None:
+def _add_sampling(command: argparse.ArgumentParser, out: str, rate: str = "the video's") -> None:
     command.add_argument("--from", dest="source", required=True, help="folder of a trained model, or hub:OWNER/NAME")
-    command.add_argument("--class", dest="label", help="name or number")
-    command.add_argument("--text", help="a sentence, for models with text")
+    again = "; given again, a clip of each" if command.prog.endswith("sample") else ""
+    command.add_argument("--class", dest="label", action="append", help=f"name or number{again}")
+    command.add_argument(
+        "--text", action="append", help=f'a sentence, for models with text; "" is no text and no class{again}'
+    )
     command.add_argument("--guidance", type=_positive_float, default=1.0, metavar="W", help="(default: none, 1)")
     command.add_argument(
         "--guidance-power", type=_positive_float, metavar="S", help="raise it from 1 to W on a power-cosine schedule"
@@ -181,6 +195,13 @@ def _add_sampling(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--batch", type=_positive, default=16, metavar="N", help="at a time (default: %(default)s)")
     command.add_argument("--device", default=None, help="such as cuda (default: a GPU if there is one)")
     command.add_argument("--out", type=Path, default=None, help=out)
+    _add_rate(command, rate)
+
+
+def _add_rate(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--fps", type=_rate, metavar="X", help=f"frames a second, such as 24 or 30000/1001 (default: {default})"
+    )
 
 
 def _add_sample(group: Any) -> None:
@@ -191,7 +212,8 @@ def _add_sample(group: Any) -> None:
         "sample clips or pictures: of a class, of a sentence, from first frames",
         "walt sample --from runs/mine --class basic --num 4 --out basic.mp4",
     )
-    _add_sampling(sample, ".mp4, .gif, or .png for pictures (default: samples.mp4)")
+    rate = "the training data's; with --given 5, the video's"
+    _add_sampling(sample, ".mp4, .gif, or .png for pictures (default: samples.mp4)", rate)
     sample.add_argument("--first-frames", type=Path, metavar="FILE", help="picture, or video to take them from")
     sample.add_argument("--given", type=int, choices=(1, 5), default=1, help="frames of it (default: %(default)s)")
     sample.add_argument("--num", type=_positive, metavar="N", help="samples (default: one, or one of each class)")
@@ -245,6 +267,7 @@ def _add_latents(group: Any) -> None:
     encode.add_argument("--out", type=Path, required=True, help=".safetensors")
     decode.add_argument("--latents", type=Path, required=True, help="what walt encode wrote")
     decode.add_argument("--out", type=Path, required=True, help=".mp4 or .gif")
+    _add_rate(decode, "the encoded video's")
 
 
 def _add_evaluate(group: Any) -> None:
@@ -326,6 +349,15 @@ def _positive_float(text: str) -> float:
     value = _number(text, float, "a number")
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def _rate(text: str) -> float:
+    """ "24", "23.976" or "24000/1001"."""
+    frames, _, seconds = text.partition("/")
+    value = _positive_float(frames) / _positive_float(seconds or "1")
+    if not 0.001 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0.001 to 1000")
     return value
 
 

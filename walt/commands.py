@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,24 +22,31 @@ from walt.errors import WaltError, user_values
 from walt.evaluate import METRICS as METRIC_NAMES
 from walt.evaluate import FrameFeatures, VideoFeatures
 from walt.evaluate import evaluate as compare
-from walt.files import replacing, write_json
+from walt.files import check_writable, replacing, write_json
 from walt.info import describe, table
 from walt.latents import fingerprint
 from walt.pipeline import OVERLAP, WaltPipeline, load_tokenizer
 from walt.prepare import prepare as prepare_folder
 from walt.pretrained import local_folder
 from walt.run_common import tell
-from walt.runs import Run, alone, captions_of, open_data
+from walt.runs import Run, alone, captions_of, open_data, warn_of_cut_captions
 from walt.runs import train as train_stage
 from walt.settings import load_settings
+from walt.text import ByteEncoder
 from walt.tiling import decode_tiled, encode_tiled
 from walt.tokenizer import Tokenizer
 from walt.video import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
+    check_output,
+    check_rate,
+    check_size,
+    frame_rate,
     iterate_video,
+    keeping,
     read_image,
     read_video,
+    sheet_size,
     tile,
     write_png,
     write_video,
@@ -67,6 +75,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         fps=arguments.fps,
     )
     print(f"{arguments.out}: {_contents(cache)}")
+    warn_of_cut_captions(cache, ByteEncoder())
 
 
 def _contents(cache: Cache) -> str:
@@ -100,30 +109,49 @@ def train(arguments: argparse.Namespace) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     a = arguments
     out: Path = a.out or Path("samples.png" if a.images else "samples.mp4")
-    _check_suffix(out, (".png",) if a.images else (".mp4", ".gif"))
+    check_output(out, (".png",) if a.images else (".mp4", ".gif"))
     pipeline = _pipeline(a)
-    frames = None
+    clip, frames, fps = pipeline.clip, None, a.fps or pipeline.clip.fps
     if a.first_frames is not None:
-        frames = _first_frames(a.first_frames, a.given, pipeline.clip.height, pipeline.clip.width)
-    label: Any = a.label
-    num = a.num or 1
-    if a.label is None and a.text is None and pipeline.classes:
-        num = a.num or len(pipeline.classes)
-        label = [i % len(pipeline.classes) for i in range(num)]
-    made = pipeline.generate(label, num, text=a.text, frames=frames, images=a.images, **_sampling(a))
-    if a.images:
-        write_png(out, tile(made[:, None], columns=min(8, num))[0])
-    else:
-        write_video(out, tile(made, columns=min(4, num)) if num > 1 else made[0], pipeline.clip.fps)
-    what = a.text or a.label or (", ".join(pipeline.classes[:num]) if pipeline.classes else "no class")
+        frames = _first_frames(a.first_frames, a.given, clip.height, clip.width)
+        if a.given > 1:  # they have a rate, which a single frame has not
+            fps = _rate(a, a.first_frames, clip.fps)
+    labels, texts = a.label or [], a.text or []
+    if not labels and not texts:
+        labels = list(pipeline.classes)
+    num = a.num or max(len(labels), len(texts), 1)
+    columns = min(num, max(8 if a.images else 4, math.isqrt(num - 1) + 1))
+    if num > 1 or a.images:
+        check_size(out, *sheet_size(num, columns, clip.height, clip.width))
+    label, text = _in_turn(labels, num), _in_turn(texts, num)
+    made = pipeline.generate(label, num, text=text, frames=frames, images=a.images, **_sampling(a))
+    with keeping(made, out):
+        if a.images:
+            write_png(out, tile(made[:, None], columns)[0])
+        else:
+            write_video(out, tile(made, columns) if num > 1 else made[0], fps)
+    given = [*labels[:num], *(" ".join(sentence.split()) or "no text" for sentence in texts[:num])]
     kind = ("picture" if a.images else "clip") + "s" * (num > 1)
-    print(f"{out}: {num} {kind} of {what}")
+    print(f"{out}: {num} {kind} of {', '.join(given) or 'no class'}")
+
+
+def _in_turn(values: list[str], num: int) -> list[str] | None:
+    """`num` of them, from the first again after the last."""
+    return [values[i % len(values)] for i in range(num)] if values else None
+
+
+def _rate(arguments: argparse.Namespace, video: Path, default: float) -> float:
+    """Frames a second of what is made from a video: those asked for, or else the video's."""
+    fps = float(arguments.fps or frame_rate(video) or default)
+    check_rate(fps)
+    return fps
 
 
 def extend(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("extended.mp4")
-    _check_suffix(out, (".mp4", ".gif"))
+    check_output(out)
     pipeline, video = _pipeline(arguments), read_video(arguments.video)
+    fps = _rate(arguments, arguments.video, pipeline.clip.fps)
     missing = arguments.frames - len(video)
     if missing <= 0:
         raise WaltError(f"--frames {arguments.frames}: {arguments.video} has {len(video)} already")
@@ -131,8 +159,9 @@ def extend(arguments: argparse.Namespace) -> None:
         raise WaltError(f"{arguments.source} makes pictures, which cannot be extended")
     chunks = chunks_for(missing, pipeline.clip.frames)
     longer = pipeline.extend(video, chunks, label=arguments.label, text=arguments.text, **_sampling(arguments))
-    write_video(out, longer, pipeline.clip.fps)
-    print(f"{out}: {len(video)} -> {len(longer)} frames")
+    with keeping(longer, out):
+        write_video(out, longer, fps)
+    print(f"{out}: {len(video)} -> {len(longer)} frames, {fps:g} a second")
 
 
 def chunks_for(missing: int, clip: int) -> int:
@@ -142,12 +171,17 @@ def chunks_for(missing: int, clip: int) -> int:
 
 def upscale(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("upscaled.mp4")
-    _check_suffix(out, (".mp4", ".gif"))
+    check_output(out)
     pipeline, video = _pipeline(arguments), read_video(arguments.video)
+    fps = _rate(arguments, arguments.video, pipeline.clip.fps)
+    stages = len(pipeline.upscalers)
+    scale = 2 ** min(arguments.stages or stages, stages)
+    check_size(out, scale * video.shape[1], scale * video.shape[2])
     larger = pipeline.upscale(
         video, stages=arguments.stages, label=arguments.label, text=arguments.text, **_sampling(arguments)
     )
-    write_video(out, larger, pipeline.clip.fps)
+    with keeping(larger, out):
+        write_video(out, larger, fps)
     print(f"{out}: {video.shape[2]}x{video.shape[1]} -> {larger.shape[2]}x{larger.shape[1]} pixels")
 
 
@@ -206,18 +240,13 @@ def _fit(video: np.ndarray, height: int, width: int) -> np.ndarray:
     return frames[:, top : top + height, left : left + width]
 
 
-def _check_suffix(out: Path, allowed: tuple[str, ...]) -> None:
-    if out.suffix.lower() not in allowed:
-        raise WaltError(f"cannot write {out}: the name must end in {' or '.join(allowed)}")
-
-
 def encode(arguments: argparse.Namespace) -> None:
-    _check_suffix(arguments.out, (".safetensors",))
+    check_output(arguments.out, (".safetensors",))
     tokenizer = _tokenizer(arguments)
     if arguments.video.suffix.lower() in IMAGE_SUFFIXES:
-        video = read_image(arguments.video)[None]
+        video, fps = read_image(arguments.video)[None], 0.0
     else:
-        video = read_video(arguments.video)
+        video, fps = read_video(arguments.video), frame_rate(arguments.video)
     factor = tokenizer.config.time_factor
     frames = 1 + (len(video) - 1) // factor * factor
     height, width = (side // SPACE_FACTOR * SPACE_FACTOR for side in video.shape[1:3])
@@ -227,13 +256,14 @@ def encode(arguments: argparse.Namespace) -> None:
     with user_values("--tile"):
         latent = encode_tiled(tokenizer, pixels, **_tiles(arguments))
     with replacing(arguments.out) as temporary:
-        write_tensors(temporary, {"latent": latent.cpu()}, {"tokenizer": fingerprint(tokenizer)})
+        metadata = {"tokenizer": fingerprint(tokenizer)} | ({"fps": str(fps)} if fps else {})
+        write_tensors(temporary, {"latent": latent.cpu()}, metadata)
     cut = "" if frames == len(video) else f" (of {len(video)}: a clip has 1 + 4k)"
     print(f"{arguments.out}: {frames} frames{cut} of {height}x{width} -> latent {list(latent.shape)}")
 
 
 def decode(arguments: argparse.Namespace) -> None:
-    _check_suffix(arguments.out, (".mp4", ".gif"))
+    check_output(arguments.out)
     tokenizer = _tokenizer(arguments)
     if not arguments.latents.is_file():
         raise WaltError(f"no such file: {arguments.latents}")
@@ -246,11 +276,20 @@ def decode(arguments: argparse.Namespace) -> None:
             f"{arguments.latents} holds latents of another tokenizer than {arguments.source};"
             " encode the video again, or name the model that it was encoded with"
         )
-    latent = files.read("latent")
     with user_values(str(arguments.latents)):
-        video = decode_tiled(tokenizer, latent.to(tokenizer.latent_mean), **_tiles(arguments))
-    write_video(arguments.out, to_pixels(video.cpu())[0])
-    print(f"{arguments.out}: {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]}")
+        # Pictures have no rate, nor have files from before it was written.
+        fps = (
+            arguments.fps
+            or float(files.metadata.get("fps", 0))
+            or _clip(local_folder(arguments.source))[0]["fps"]
+            or 12
+        )
+        latent = files.read("latent").to(tokenizer.latent_mean)
+        check_rate(fps)
+        check_size(arguments.out, *(SPACE_FACTOR * side for side in latent.shape[-2:]))
+        video = decode_tiled(tokenizer, latent, **_tiles(arguments))
+    write_video(arguments.out, to_pixels(video.cpu())[0], fps)
+    print(f"{arguments.out}: {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]}, {fps:g} a second")
 
 
 def _tiles(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -261,11 +300,14 @@ def _tiles(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Reconstructions of the real clips for PSNR and SSIM, samples of their classes for the other metrics."""
+    if arguments.json is not None:
+        check_writable(arguments.json)
     paired = [name for name in arguments.metrics if name in ("psnr", "ssim")]
     others = [name for name in arguments.metrics if name not in paired]
     pipeline = _pipeline(arguments) if others else None
     tokenizer = pipeline.tokenizer if pipeline else _tokenizer(arguments)
-    trained, fps = _trained_on(local_folder(arguments.source))
+    clip, fps = _clip(local_folder(arguments.source))
+    trained = (clip["frames"], clip["height"], clip["width"])
     frames, size = arguments.frames or trained[0], arguments.size or trained[1:]
     with user_values("--frames, --size"):
         tokenizer.config.latent_shape(frames, *size)
@@ -291,13 +333,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, {name: asdict(result) for name, result in results.items()})
 
 
-def _trained_on(folder: Path) -> tuple[tuple[int, int, int], float]:
-    """Frames, height and width of the clips that the denoiser was trained on, or else the tokenizer; and data.fps."""
+def _clip(folder: Path) -> tuple[dict[str, Any], float]:
+    """Frames, height, width and fps of the clips that the denoiser was trained on, or else the tokenizer; data.fps."""
     kind = "transformer" if checkpoint_folder(folder / "transformer") else "tokenizer"
     description = load_description(folder / kind, kind)[1]
     data = description.get("data", {})
-    clip = description.get("clip", data)
-    return (clip.get("frames", 17), clip.get("height", 64), clip.get("width", 64)), data.get("fps", 0.0)
+    return {"frames": 17, "height": 64, "width": 64, "fps": 0, **description.get("clip", data)}, data.get("fps", 0.0)
 
 
 def _networks(arguments: argparse.Namespace, tokenizer: Tokenizer, metrics: list[str]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class TransformerConfig(Config):
     adaln_rank: int = 2
     classes: int = 0  # 0: no labels
     text_width: int = 0  # of a text token; 0: no text
-    text_length: int = 64  # text tokens at most; ours, the paper has no number
+    text_length: int = 256  # text tokens at most; ours, the paper has no number
     text_vocabulary: int = 0  # 0: text comes as features; else as token ids, with an embedding of the model's own
     cross_attention: str = "spatial"  # or "all"
     self_condition: bool = True

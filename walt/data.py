@@ -21,7 +21,7 @@ from walt.simulator import ACTIONS, CAPTIONED, open_game, render_episode
 from walt.video import OBLONG, VIDEO_SUFFIXES, read_video, write_mp4
 
 FILM = "big_buck_bunny"
-DEMO_FPS = 18  # of the simulator's 35 tics a second, every second one is a frame
+DEMO_FPS = 17.5  # of the simulator's 35 tics a second, every second one is a frame
 
 
 @dataclass(frozen=True)

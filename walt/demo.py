@@ -13,7 +13,7 @@ import torch
 
 from walt import report
 from walt.config import PRESETS
-from walt.data import Clips, balanced, demo_clips
+from walt.data import DEMO_FPS, Clips, balanced, demo_clips
 from walt.errors import WaltError
 from walt.evaluate import FEATURES, FrameFeatures, Projection, clip_distances, psnr
 from walt.files import write_json
@@ -26,7 +26,6 @@ from walt.tokenizer import Tokenizer
 from walt.training import Trainer, TrainingConfig
 from walt.transformer import Transformer
 
-FPS = 12
 FEATURE_FRAMES_PER_SECOND = 200  # on two cores, rounded down
 
 
@@ -70,7 +69,8 @@ class Demo:
         self.transformer_config = fitted(
             self.tokenizer_config, transformer, (config.frames, config.size, config.size), classes
         )
-        self.clip = ClipShape(config.frames, config.size, config.size, FPS)
+        self.clip = ClipShape(config.frames, config.size, config.size, DEMO_FPS)
+        report.check_media(self.out, classes, config.size)
 
     def run(self) -> dict[str, Any]:
         torch.manual_seed(self.config.seed)
@@ -110,7 +110,7 @@ class Demo:
         }
         one = balanced(test, 1)
         report.write_media(
-            self.out, test.video[one], reconstruction[one], samples[:: self.config.samples], pictures, FPS
+            self.out, test.video[one], reconstruction[one], samples[:: self.config.samples], pictures, DEMO_FPS
         )
         report.write_curves(self.out)
         write_json(self.out / "metrics.json", metrics)

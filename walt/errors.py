@@ -15,6 +15,10 @@ class WaltError(Exception):
     """A wrong file, value or environment that the user can put right. The CLI prints it and exits with code 2."""
 
 
+class WaltWarning(UserWarning):
+    """Something that will not be as the user may think, but can go on. The CLI prints it as one line."""
+
+
 def say(line: str) -> None:
     """A line on stderr that is no error, clear of progress bars."""
     tqdm.write(line, file=sys.stderr)

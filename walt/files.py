@@ -26,7 +26,7 @@ def writing(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of path (same suffix); on success it takes path's place, on failure it is removed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")  # no longer than a name may be
+    temporary = _temporary(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +37,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(path: str | Path) -> None:
+    """WaltError if `replacing` cannot put a file at path: to be found out before the work whose result goes there."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise WaltError(f"cannot write {path}: it is a folder")
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        trial = _temporary(folder / path.name)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")  # no longer than a name may be
 
 
 @contextlib.contextmanager

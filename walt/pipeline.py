@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from walt.captions import warn_of_cuts
 from walt.checkpoint import checkpoint_folder, save_checkpoint
 from walt.data import to_model, to_pixels
 from walt.diffusion import Diffusion, sample_noise
@@ -114,7 +116,11 @@ class WaltPipeline:
         upscalers = [load_stage(folder / name)[0] for name in found]
         name = document.get("text", "")
         if text is None and name:
-            text = text_encoder(name, base.transformer.config.text_length)
+            try:
+                text = text_encoder(name, base.transformer.config.text_length)
+            except WaltError as error:
+                place = folder / "transformer" / "config.json"
+                raise WaltError(f'{error} (the model\'s text encoder, by "text" in {place})') from error
         with user_values(str(folder)):
             pipeline = cls(
                 tokenizer,
@@ -168,7 +174,8 @@ class WaltPipeline:
     ) -> np.ndarray:
         """Sample videos uint8 [num, T, H, W, 3], or with images=True independent pictures uint8 [num, H, W, 3].
 
-        label, text: one for all, or a sequence with one for each sample.
+        label, text: one for all, or a sequence with one for each sample. An empty text is no text; what of a text is
+            longer than the encoder reads is not seen (WaltWarning).
         frames: the first 1 or 5 frames, uint8 [1 or 5, H, W, 3] for all, or [num, 1 or 5, H, W, 3].
         options: the fields of `Sampling`.
         """
@@ -332,10 +339,19 @@ class WaltPipeline:
         if config.classes and any(number is not None for number in numbers):
             given["label"] = torch.tensor([config.classes if number is None else number for number in numbers])
         texts = _each("texts", text, num)
-        if any(texts) and self.text is None:
+        if self.text is None and any(text is not None for text in texts):
             raise WaltError("text: the model was trained without text")
-        if self.text is not None and config.text_width and any(texts):
-            given["text"], given["text_mask"] = self.text.encode([text or "" for text in texts])
+        sentences = [(text or "").strip() for text in texts]
+        if self.text is not None and config.text_width and any(sentences):
+            with user_values("text"):
+                "".join(
+                    sentences
+                ).encode()  # UnicodeEncodeError for what is no Unicode, in terms clearer than encoders'
+                tokens, mask = self.text.encode(sentences)
+            distinct = sorted({*sentences} - {""})
+            warn_of_cuts("sentences", [repr(shorten(text, 60)) for text in distinct], distinct, self.text)
+            used = mask.any(dim=0)  # padding after the longest sentence costs time and changes nothing
+            given["text"], given["text_mask"] = tokens[:, used], mask[:, used]
         return given
 
     def _known(self, frames: np.ndarray, num: int, shape: Sequence[int], batch: int) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     "XL": (TokenizerConfig(), TransformerConfig(layers=28, width=1152, classes=101)),
     "tiny-text": (
         _TINY_TOKENIZER,
-        replace(_TINY, classes=0, text_width=64, text_length=64, text_vocabulary=256, frame_condition=True),
+        replace(_TINY, classes=0, text_width=64, text_vocabulary=256, frame_condition=True),
     ),
     "tiny-sr": (_TINY_TOKENIZER, replace(_TINY, latent_size=(5, 16, 16), classes=0, low_resolution=True)),
     # Frame prediction on Kinetics-600, and ImageNet at 256x256 with the image tokenizer's widths; there the second kind

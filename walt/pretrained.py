@@ -27,7 +27,7 @@ class ClipShape:
     frames: int
     height: int
     width: int
-    fps: int
+    fps: float
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 from walt.errors import require
 from walt.files import replacing
 from walt.training import read_log
-from walt.video import tile, write_gif, write_mp4, write_png
+from walt.video import check_size, sheet_size, tile, write_gif, write_mp4, write_png
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -23,7 +23,7 @@ img { max-width: 100%; image-rendering: pixelated; } .note { color: #555; font-s
 
 
 def write_media(
-    out: Path, original: np.ndarray, reconstruction: np.ndarray, samples: np.ndarray, pictures: np.ndarray, fps: int
+    out: Path, original: np.ndarray, reconstruction: np.ndarray, samples: np.ndarray, pictures: np.ndarray, fps: float
 ) -> None:
     """samples.mp4/.gif (one clip a class), reconstructions.mp4/.gif (originals above, output below), images.png."""
     sampled = tile(samples, columns=min(4, len(samples)), scale=3)
@@ -32,6 +32,12 @@ def write_media(
         write_mp4(out / f"{name}.mp4", video, fps)
         write_gif(out / f"{name}.gif", video, fps)
     write_png(out / "images.png", tile(pictures[:, None], columns=min(16, len(pictures)), scale=1)[0])
+
+
+def check_media(out: Path, classes: int, size: int) -> None:
+    """WaltError, before anything is trained, if videos of that many classes would be larger than a video can be."""
+    check_size(out / "samples.mp4", *sheet_size(classes, min(4, classes), 3 * size, 3 * size))
+    check_size(out / "reconstructions.mp4", *sheet_size(2 * classes, classes, 2 * size, 2 * size))
 
 
 def write_curves(out: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from walt.cache import INDEX, Cache
+from walt.captions import warn_of_cuts
 from walt.checkpoint import checkpoint_folder, load_description
 from walt.data import to_model
 from walt.distributed import failing_together, is_main, world
@@ -26,6 +27,7 @@ from walt.names import normal, some
 from walt.pipeline import ClipShape
 from walt.prepare import prepare
 from walt.settings import Settings
+from walt.text import TextEncoder
 from walt.training import Trainer
 from walt.video import tile, write_mp4
 
@@ -54,7 +56,7 @@ class Run:
     def clip(self) -> ClipShape:
         data = self.settings.data
         rates = self.cache.fps[self.cache.fps > 0]
-        fps = max(1, round(float(np.median(rates)) / data.stride)) if len(rates) else 8
+        fps = float(np.median(rates)) / data.stride if len(rates) else 8
         return ClipShape(data.frames, data.height, data.width, fps)
 
     def description(self) -> dict[str, Any]:
@@ -126,6 +128,13 @@ def captions_of(data: Path, captions: Path | None) -> Path | None:
     if captions is not None:
         return captions
     return next((path for path in (data / "captions.jsonl", data / "captions.csv") if path.is_file()), None)
+
+
+def warn_of_cut_captions(cache: Cache, encoder: TextEncoder) -> None:
+    """WaltWarning on the main rank if the encoder cuts some of the captions."""
+    if is_main():
+        captions = {item.name: item.caption for item in cache.items if item.caption}
+        warn_of_cuts("captions", list(captions), list(captions.values()), encoder)
 
 
 def check(run: Run) -> None:

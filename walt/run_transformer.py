@@ -18,7 +18,7 @@ from walt.errors import WaltError, say, user_values
 from walt.latents import LatentCache, LatentSource, TextFeatures, encode_cache, encode_captions, fingerprint
 from walt.pipeline import WaltPipeline, load_tokenizer, transformer_description
 from walt.pretrained import of_another_tokenizer
-from walt.run_common import Run, begin, images_of, once, write_preview
+from walt.run_common import Run, begin, images_of, once, warn_of_cut_captions, write_preview
 from walt.stages import fitted
 from walt.text import TextEncoder, text_encoder, with_text
 from walt.tokenizer import Tokenizer
@@ -38,6 +38,8 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
     check_cascade(run)
     encoder = text_encoder(data.text, settings.transformer.text_length) if data.text else None
     config = transformer_config(run, tokenizer, encoder)
+    if encoder is not None:
+        warn_of_cut_captions(run.cache, encoder)
     source = latent_source(run, tokenizer, key, config, encoder)
     torch.manual_seed(settings.training.seed)
     transformer, diffusion = Transformer(config).to(run.device), Diffusion(settings.diffusion)
@@ -130,6 +132,9 @@ class _Joined:
         self, latents: LatentSource, low: LatentSource | None, config: TransformerConfig, encoder: TextEncoder | None
     ) -> None:
         self.latents, self.low, self.config, self.encoder = latents, low, config, encoder
+        captions = [caption for caption in latents.latents.cache.caption if caption]
+        # As with `TextFeatures`, texts are as long as the longest caption of all: the rest of them would be padding.
+        self.longest = max(encoder.count(captions), default=1) if encoder is not None and encoder.vocabulary else 0
 
     def draw(self, generator: torch.Generator) -> Batch:
         return self.latents.draw(generator)
@@ -143,7 +148,8 @@ class _Joined:
         if not self.latents.images:
             del loaded["image"]
         if self.encoder is not None and "text" not in loaded:
-            loaded["text"], loaded["text_mask"] = self.encoder.encode(captions)
+            text, mask = self.encoder.encode(captions)
+            loaded["text"], loaded["text_mask"] = text[:, : self.longest], mask[:, : self.longest]
         if self.low is not None:
             loaded["low_resolution"] = self.low.load(batch)["latent"]
         return loaded

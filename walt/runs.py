@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from walt.run_common import Run, alone, captions_of, check, open_data
+from walt.run_common import Run, alone, captions_of, check, open_data, warn_of_cut_captions
 from walt.run_tokenizer import train_tokenizer
 from walt.run_transformer import train_transformer
 from walt.training import Trainer
 
-__all__ = ["Run", "alone", "captions_of", "open_data", "train"]
+__all__ = ["Run", "alone", "captions_of", "open_data", "train", "warn_of_cut_captions"]
 
 
 def train(run: Run) -> Trainer[Any]:

