@@ -182,7 +182,7 @@ def test_a_mix_is_told(mixed, tmp_path):
         (mixed / f"cats/like-{i:02}.mp4").write_bytes((mixed / "cats/uneven.mp4").read_bytes())
     (line,) = made(mixed, tmp_path / "cache")[1]
     assert "variable: 12 (cats/like-00.mp4, " in line
-    assert "cats/like-09.mp4 and 2 more; 23.98: 2 films" in line
+    assert "cats/like-09.mp4 and 2 more); 23.98: 2 (" in line
 
 
 def test_one_rate_for_all(mixed, tmp_path):
