@@ -261,7 +261,8 @@ def noise_schedule(config: DiffusionConfig) -> Tensor:
     Zero terminal SNR (Lin et al. 2023): sqrt(gamma) is shifted so that its last value is 0 and scaled so that its
     first is what it was.
     """
-    betas = torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64)
+    # On the CPU also under `torch.device("meta")`, from which it could not be had back.
+    betas = torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64, device="cpu")
     gamma = (1 - betas).cumprod(0)
     if config.zero_terminal_snr:
         root = gamma.sqrt()

@@ -24,10 +24,12 @@ __all__ = ["AdaLNLoRA", "CausalConv3d", "WindowAttention", "reset_children"]
 def reset_children(module: nn.Module) -> None:
     """Give all that is inside a module the values that it started from, by `reset_parameters`, in order.
 
-    In this package and in `walt` every module that has parameters or buffers of its own, or sets those of its children,
-    has `reset_parameters(recurse=True)`. It does what the constructor does, and draws as many random numbers in the
-    same order: children first, then what is the module's own. So after `torch.device("meta")` and `to_empty` a module
-    is as if it had been made on its device.
+    Every module of this package and of `walt` that has parameters or buffers of its own has `reset_parameters`. It does
+    what the constructor does and draws the same random numbers: first those of the modules inside, unless it is told
+    recurse=False, then its own. So a module made under `torch.device("meta")` is after `to_empty` and
+    `reset_parameters` as if it had been made where it is. (A module of another origin that has the method is taken to
+    reset all that is inside it.) Who calls the method of every module has to begin with the
+    innermost, as `Module.apply` does.
     """
     for child in module.children():
         reset = getattr(child, "reset_parameters", None)
