@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from walt_kernels.values import plain
+
 __all__ = ["Discriminator", "blur_pool"]
 
 TAPS = (1.0, 3.0, 3.0, 1.0)
@@ -72,6 +74,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int = 128, multipliers: Sequence[int] = (2, 4, 4, 4, 4)) -> None:
         super().__init__()
+        channels, multipliers = plain(channels), plain(multipliers)
         for name, values in (("channels", [channels]), ("multipliers", multipliers)):
             if not values or any(value < 1 for value in values):
                 raise ValueError(f"{name}: got {values!r}; expected integers of at least 1")

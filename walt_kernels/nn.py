@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from .adaln_lora import adaln_lora
 from .causal_conv3d import causal_conv3d
-from .causal_conv3d.api import SPACE_PADDING, TIME_PADDING, Padding, choice, is_int, resolve_padding, triple
-from .values import plain
+from .causal_conv3d.api import SPACE_PADDING, TIME_PADDING, Padding, choice, resolve_padding, triple
+from .values import is_int, plain
 from .window_attention import window_attention
 
 __all__ = ["AdaLNLoRA", "CausalConv3d", "WindowAttention", "reset_children"]

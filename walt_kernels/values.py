@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def is_int(value: Any) -> bool:
+    """Whether it is an integer of Python or a symbolic size; a bool is none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def plain(value: Any) -> Any:
     """Integers of any kind, NumPy's numbers, arrays and integer tensors as Python's numbers and lists.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._dispatch import select
 from .._library import autocast
-from ..values import plain
+from ..values import is_int, plain
 from . import op, reference
 from .layout import memory_format
 
@@ -22,10 +22,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PADDINGS = (
     "'same', an int, (ph, pw) or ((top, bottom), (left, right)) of the frame; time is always padded in front, by itself"
 )
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def triple(name: str, value: Any) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import torch
 
 from .._dispatch import select
 from .._library import autocast
-from ..values import plain
+from ..values import is_int, plain
 from . import flash, op, reference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -194,7 +194,7 @@ def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...],
 def _check_window(window: Any) -> tuple[int, int, int]:
     window = plain(window)
     is_sequence = isinstance(window, Sequence) and not isinstance(window, str)
-    if not is_sequence or not all(isinstance(s, int) and not isinstance(s, bool) for s in window):
+    if not is_sequence or not all(map(is_int, window)):
         raise TypeError(f"window is {window!r}, expected three integers (t, h, w)")
     if len(window) != 3 or min(window) < 1:
         raise ValueError(f"window is {tuple(window)}, expected three positive integers (t, h, w)")
