@@ -173,8 +173,9 @@ def wanted_cuda() -> str:
     return wanted
 
 
-def choose_cuda(wanted: str, compiler: list[str]) -> Cuda | str:
+def choose_cuda(compiler: list[str]) -> Cuda | str:
     """What WALT_KERNELS_CUDA asks for, or why there are no CUDA kernels; an error where it asks for what cannot be."""
+    wanted = wanted_cuda()
     if wanted == "0":
         return "WALT_KERNELS_CUDA=0"
     try:
@@ -196,7 +197,7 @@ class BuildNative(build_ext):
                 raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA=1, but {problem}")
             print(f"walt_kernels: {problem}; installing without native CPU kernels (PyTorch reference only)")
             return
-        cuda = choose_cuda(wanted, compiler)
+        cuda = choose_cuda(compiler)
         import ninja
 
         x86 = platform.machine() in ("x86_64", "AMD64")
