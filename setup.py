@@ -1,8 +1,8 @@
 """Builds walt_kernels._C, the native kernels, with ninja and without torch.
 
 Every csrc/<op>/*.cpp is compiled once per instruction-set level; the module picks one at load. Without a C++ compiler
-the package still installs, with the PyTorch reference kernels only. With nvcc, csrc/<op>/*.cu joins the same module,
-which imports without a GPU and without a driver all the same.
+or Python's headers the package still installs, with the PyTorch reference kernels only. With nvcc, csrc/<op>/*.cu joins
+the same module, which imports without a GPU and without a driver all the same.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
 UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 (the AVX-512 level as plain code that AVX2 can run, for
@@ -59,15 +59,35 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def compiles(compiler: list[str], flags: list[str]) -> bool:
+def compiles(compiler: list[str], flags: list[str], include: str = "cstdint") -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <cstdint>\nint main() { return 0; }\n")
+        source.write_text(f"#include <{include}>\nint main() {{ return 0; }}\n")
         command = [*compiler, "-std=c++17", *flags, str(source), "-o", str(Path(folder, "probe"))]
         try:
             return subprocess.run(command, capture_output=True).returncode == 0
         except OSError:
             return False
+
+
+def native_problem(compiler: list[str] | None) -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if compiler is None:
+        return "no C++ compiler found"
+    if not compiles(compiler, []):
+        return f"{shlex.join(compiler)} does not compile C++17"
+    headers = sysconfig.get_path("include")
+    if not compiles(compiler, [f"-I{headers}"], "Python.h"):
+        return f"{shlex.join(compiler)} finds no Python.h in {headers} (package python3-dev, on Fedora python3-devel)"
+    return None
+
+
+def max_jobs() -> list[str]:
+    """What MAX_JOBS asks ninja for."""
+    wanted = os.environ.get("MAX_JOBS", "").strip()
+    if wanted and not (wanted.isdecimal() and int(wanted) >= 1):
+        raise SystemExit(f"walt_kernels: MAX_JOBS is {wanted!r}, expected a whole number of at least 1, or nothing")
+    return ["-j", wanted] if wanted else []
 
 
 @dataclass
@@ -120,7 +140,10 @@ def find_cuda(compiler: list[str]) -> Cuda:
     command = [nvcc, *(["-ccbin", compiler[0]] if len(compiler) == 1 else [])]
 
     def ask(*words: str) -> str:
-        done = subprocess.run([*command, *words], capture_output=True, text=True)
+        try:
+            done = subprocess.run([*command, *words], capture_output=True, text=True)
+        except OSError as error:
+            raise ValueError(f"{nvcc} does not work: {error.strerror or error}") from error
         if done.returncode != 0:
             raise ValueError(f"{nvcc} does not work:\n{done.stdout}{done.stderr}".rstrip())
         return done.stdout + done.stderr
@@ -133,20 +156,28 @@ def find_cuda(compiler: list[str]) -> Cuda:
         source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
         ask("-std=c++17", "-c", str(source), "-o", str(Path(folder, "probe.o")))
         plan = ask("-dryrun", str(Path(folder, "probe.o")), "-o", str(Path(folder, "probe")))
-    folders = [word for word in shlex.split(plan.split("LIBRARIES=", 1)[1].splitlines()[0]) if word.startswith("-L")]
+    libraries = re.search(r"LIBRARIES=(.*)", plan)
+    if libraries is None:
+        raise ValueError(f"{nvcc} does not say what it would link")
+    folders = [word for word in shlex.split(libraries[1]) if word.startswith("-L")]
     # Our own copy of the runtime, and hidden: it must not stand in for the one that torch loads, nor that one for it.
     return Cuda(
         command, architectures, [*folders, "-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
     )
 
 
+def wanted_cuda() -> str:
+    wanted = os.environ.get("WALT_KERNELS_CUDA", "auto")
+    if wanted not in ("auto", "1", "0"):
+        raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA is {wanted!r}, expected auto, 1 or 0")
+    return wanted
+
+
 def choose_cuda(compiler: list[str]) -> Cuda | str:
     """What WALT_KERNELS_CUDA asks for, or why there are no CUDA kernels; an error where it asks for what cannot be."""
-    wanted = os.environ.get("WALT_KERNELS_CUDA", "auto")
+    wanted = wanted_cuda()
     if wanted == "0":
         return "WALT_KERNELS_CUDA=0"
-    if wanted not in ("auto", "1"):
-        raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA is {wanted!r}, expected auto, 1 or 0")
     try:
         return find_cuda(compiler)
     except ValueError as error:
@@ -159,10 +190,10 @@ class BuildNative(build_ext):
     """Writes a ninja file and runs it: parallel, incremental, and with flags per object, which distutils cannot do."""
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = find_compiler()
-        if compiler is None or not compiles(compiler, []):
-            problem = "no C++ compiler found" if compiler is None else f"{shlex.join(compiler)} does not compile C++17"
-            if os.environ.get("WALT_KERNELS_CUDA") == "1":
+        wanted, jobs, compiler = wanted_cuda(), max_jobs(), find_compiler()
+        problem = native_problem(compiler)
+        if problem is not None:
+            if wanted == "1":
                 raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA=1, but {problem}")
             print(f"walt_kernels: {problem}; installing without native CPU kernels (PyTorch reference only)")
             return
@@ -179,8 +210,8 @@ class BuildNative(build_ext):
         (folder / "build.ninja").write_text(
             ninja_file(compiler, levels, openmp, cuda if isinstance(cuda, Cuda) else None, output)
         )
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs], check=True)
+        if subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs]).returncode != 0:
+            raise SystemExit("walt_kernels: the native kernels do not compile here, see the errors above")
         summary = ", ".join(levels) + (" with OpenMP" if openmp else " without OpenMP")
         gpu = ", ".join(cuda.architectures) if isinstance(cuda, Cuda) else f"none ({cuda})"
         print(f"walt_kernels: built native CPU kernels for {summary}; CUDA: {gpu}")
@@ -195,7 +226,7 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: 
     link = ["-shared", *openmp, *(["-fsanitize=address,undefined"] if sanitize else [])]
     link += cuda.libraries if cuda else []
     common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *WARN, *openmp, f"-I{ROOT / 'csrc'}"]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     python = [
         "-O1",  # nothing in it is hot, and pybind11 is slow to optimise
         f"-I{pybind11.get_include()}",

@@ -76,6 +76,122 @@ def test_wheel_builds_without_torch_and_holds_the_packages(
     assert tops == {"walt", "walt_kernels"}
 
 
+def set_up(source: Path, tmp_path: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    return subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture
+def touching(tmp_path: Path) -> Path:
+    """A compiler that only makes the files it is asked for, so that a build takes no time. It knows no OpenMP."""
+    text = """#!/bin/sh
+for word; do
+    case $last in -o | -MF) : > "$word" ;; esac
+    if [ "$word" = -fopenmp ]; then exit 1; fi
+    last=$word
+done
+"""
+    return script(tmp_path / "touching-c++", text)
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_without_the_headers_of_python_it_installs_and_names_the_package(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "sitecustomize.py").write_text(
+        "import sysconfig\n"
+        "get = sysconfig.get_path\n"
+        "sysconfig.get_path = lambda name, *more, **options: (\n"
+        "    '/no/such/include' if name == 'include' else get(name, *more, **options)\n"
+        ")\n"
+    )
+    result = set_up(source, tmp_path, {"PYTHONPATH": str(tmp_path / "blocked"), "CXX": "c++"})
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("walt_kernels:")]
+    assert line == (
+        "walt_kernels: c++ finds no Python.h in /no/such/include (package python3-dev, on Fedora python3-devel); "
+        "installing without native CPU kernels (PyTorch reference only)"
+    )
+    assert "error" not in result.stdout + result.stderr
+    assert not list(tmp_path.rglob("*.o"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "without OpenMP; CUDA: none (nvcc was not found (CUDACXX=no-such-nvcc))"),
+        ({"MAX_JOBS": "2"}, "built native CPU kernels for baseline"),
+        ({"MAX_JOBS": ""}, "built native CPU kernels for baseline"),
+        ({"WALT_KERNELS_CUDA": "0"}, "CUDA: none (WALT_KERNELS_CUDA=0)"),
+        ({"CUDACXX": "true"}, "true knows none of the architectures 80, 90a, 100)"),
+    ],
+    ids=["defaults", "two jobs", "no jobs", "no cuda", "foreign nvcc"],
+)
+def test_what_was_built_is_one_line(
+    source: Path, tmp_path: Path, touching: Path, environment: dict[str, str], message: str
+) -> None:
+    result = set_up(source, tmp_path, {"CXX": str(touching), "CUDACXX": "no-such-nvcc", **environment})
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("walt_kernels:")]
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("#!/no/such/shell\n", "does not work: No such file or directory"),
+        ("", "does not work: Exec format error"),
+        ("#!/bin/sh\necho compute_80\n", "does not say what it would link"),
+    ],
+    ids=["no interpreter", "empty", "another program"],
+)
+def test_a_broken_nvcc_is_told(source: Path, tmp_path: Path, touching: Path, text: str, message: str) -> None:
+    nvcc = script(tmp_path / "nvcc", text)
+    environment = {"CXX": str(touching), "CUDACXX": str(nvcc)}
+    result = set_up(source, tmp_path, environment)
+    assert result.returncode == 0, result.stderr
+    assert f"CUDA: none ({nvcc} {message})" in result.stdout
+    result = set_up(source, tmp_path, {**environment, "WALT_KERNELS_CUDA": "1"})
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1] == f"walt_kernels: WALT_KERNELS_CUDA=1, but {nvcc} {message}"
+
+
+WRONG = [
+    ({"MAX_JOBS": "auto"}, "MAX_JOBS is 'auto', expected a whole number of at least 1, or nothing"),
+    ({"MAX_JOBS": "0"}, "MAX_JOBS is '0', expected a whole number of at least 1, or nothing"),
+    ({"MAX_JOBS": "-3"}, "MAX_JOBS is '-3', expected a whole number of at least 1, or nothing"),
+    ({"MAX_JOBS": "1.5"}, "MAX_JOBS is '1.5', expected a whole number of at least 1, or nothing"),
+    ({"CXX": "no-such-compiler", "WALT_KERNELS_CUDA": "yes"}, "WALT_KERNELS_CUDA is 'yes', expected auto, 1 or 0"),
+]
+
+
+@pytest.mark.parametrize(("environment", "message"), WRONG, ids=lambda value: str(value)[:30])
+def test_a_wrong_setting_is_one_line(source: Path, tmp_path: Path, environment: dict[str, str], message: str) -> None:
+    result = set_up(source, tmp_path, environment)
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1] == f"walt_kernels: {message}"
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("*.o"))  # told before anything is compiled
+
+
+def test_a_compiler_that_fails_on_the_way_is_no_traceback(source: Path, tmp_path: Path, touching: Path) -> None:
+    compiler = script(
+        tmp_path / "failing-c++",
+        f'#!/bin/sh\ncase "$*" in *forward.cpp*) echo internal error; exit 1 ;; esac\nexec {touching} "$@"\n',
+    )
+    result = set_up(source, tmp_path, {"CXX": str(compiler), "CUDACXX": "no-such-nvcc"})
+    assert result.returncode != 0
+    assert "internal error" in result.stdout
+    assert (
+        result.stderr.splitlines()[-1] == "walt_kernels: the native kernels do not compile here, see the errors above"
+    )
+    assert "Traceback" not in result.stderr
+
+
 def test_wheel_without_a_compiler_installs_and_says_so(
     source: Path, tmp_path: Path, without_torch: dict[str, str]
 ) -> None:
@@ -104,9 +220,7 @@ def test_wheel_without_a_compiler_installs_and_says_so(
 def test_cuda_that_cannot_be_built_is_an_error(
     source: Path, tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
-    env = {**os.environ, **environment}
-    result = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True)
+    result = set_up(source, tmp_path, environment)
     assert result.returncode != 0
     assert message in result.stderr
     assert not list(tmp_path.rglob("*.o"))  # told before anything is compiled

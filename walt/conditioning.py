@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from walt_kernels.nn import CausalConv3d
+from walt_kernels.nn import CausalConv3d, reset_children
 
 __all__ = ["ClassEmbedding", "TextEmbedding", "TimeEmbedding", "Upscale", "frame_condition", "frame_mask"]
 
@@ -43,6 +43,9 @@ class ClassEmbedding(nn.Module):
         super().__init__()
         self.classes = classes
         self.table = nn.Parameter(torch.empty(classes + 1, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.table, std=0.02)
 
     def forward(self, label: Tensor) -> Tensor:
@@ -66,14 +69,19 @@ class TextEmbedding(nn.Module):
         self.text_width, self.length, self.vocabulary = text_width, length, vocabulary
         self.project = nn.Linear(text_width, width)
         self.null = nn.Parameter(torch.empty(text_width))
-        nn.init.normal_(self.null)
         self.table: nn.Parameter | None = None
         self.positions: nn.Parameter | None = None
         if vocabulary:
             self.table = nn.Parameter(torch.empty(vocabulary, text_width))
             self.positions = nn.Parameter(torch.empty(length, text_width))
-            nn.init.normal_(self.table)
-            nn.init.normal_(self.positions)
+        self.reset_parameters(recurse=False)
+
+    def reset_parameters(self, *, recurse: bool = True) -> None:
+        if recurse:
+            reset_children(self)
+        for table in (self.null, self.table, self.positions):
+            if table is not None:
+                nn.init.normal_(table)
 
     def nothing(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tokens and mask of `batch` samples without text."""

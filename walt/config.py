@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from walt_kernels.values import is_int, plain
+
 __all__ = ["PRESETS", "DiffusionConfig", "TokenizerConfig", "TokenizerLossConfig", "TransformerConfig"]
 
 Self = TypeVar("Self", bound="Config")
@@ -26,20 +28,37 @@ def expect(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}: got {value!r}; expected {expected}")
 
 
+def whole(name: str, value: Any) -> int:
+    """Python's int of an integer of any kind (NumPy's, a tensor); ValueError for anything else, a bool or float too."""
+    number = plain(value)
+    expect(is_int(number), name, value, "an int")
+    return number
+
+
+def plain_fields(config: Any) -> None:
+    """Numbers of NumPy and of tensors in a frozen dataclass become Python's, which JSON has; lists become tuples."""
+    for field in dataclasses.fields(config):
+        value = plain(getattr(config, field.name))
+        object.__setattr__(config, field.name, tuple(value) if isinstance(value, list) else value)
+
+
 def expect_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        expect(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, value, "an int >= 1")
+        expect(is_int(value) and value >= 1, name, value, "an int >= 1")
 
 
 def expect_ints(config: object, name: str, length: int) -> None:
     value = getattr(config, name)
-    good = isinstance(value, tuple) and len(value) == length and all(isinstance(n, int) and n >= 1 for n in value)
+    good = isinstance(value, tuple) and len(value) == length and all(is_int(n) and n >= 1 for n in value)
     expect(good, name, value, f"{length} ints >= 1")
 
 
 class Config:
-    """What the configurations share: `to_dict` and `from_dict`."""
+    """What the configurations share: `to_dict` and `from_dict`, and integers of any kind as Python's."""
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values (tuples become lists)."""
@@ -53,7 +72,7 @@ class Config:
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         expect(not unknown, cls.__name__, ", ".join(map(str, unknown)), f"only the fields {', '.join(sorted(known))}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -75,11 +94,12 @@ class TokenizerConfig(Config):
     kind: str = "video"  # or "image", which `inflate` can turn into a "video" one
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         expect(self.kind in ("video", "image"), "kind", self.kind, "video or image")
         expect(isinstance(self.adaptive_norm, bool), "adaptive_norm", self.adaptive_norm, "True or False")
         expect_positive(self, "channels", "blocks", "latent_channels", "groups")
         expect_ints(self, "multipliers", len(TRANSITIONS) + 1)
-        good = isinstance(self.middle_blocks, int) and self.middle_blocks >= 0
+        good = is_int(self.middle_blocks) and self.middle_blocks >= 0
         expect(good, "middle_blocks", self.middle_blocks, "an int >= 0")
         widths = [self.channels * multiplier for multiplier in self.multipliers]
         good = all(width % self.groups == 0 for width in widths)
@@ -140,6 +160,7 @@ class TokenizerLossConfig(Config):
     lecam_decay: float = 0.999
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("reconstruction", "absolute", "perceptual", "adversarial", "decorrelation", "r1", "lecam"):
             value = getattr(self, name)
             good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
@@ -181,6 +202,7 @@ class TransformerConfig(Config):
     time_features: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         expect_positive(self, "layers", "width", "heads", "mlp_ratio", "latent_channels", "patch", "adaln_rank")
         expect_positive(self, "time_features")
         for name in ("latent_size", "spatial_window", "spacetime_window"):
@@ -193,7 +215,7 @@ class TransformerConfig(Config):
         expect(self.adaln in ("lora", "separate"), "adaln", self.adaln, "lora or separate")
         for name in ("classes", "text_width", "text_vocabulary"):
             value = getattr(self, name)
-            expect(isinstance(value, int) and value >= 0, name, value, "an int >= 0")
+            expect(is_int(value) and value >= 0, name, value, "an int >= 0")
         expect_positive(self, "text_length")
         for name in ("qk_norm", "bias_tables", "self_condition", "frame_condition", "low_resolution"):
             expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
@@ -299,7 +321,8 @@ class DiffusionConfig(Config):
     low_resolution_noise: float = 0.3  # noise on a low-resolution latent: up to this fraction of the steps
 
     def __post_init__(self) -> None:
-        expect(isinstance(self.steps, int) and self.steps >= 2, "steps", self.steps, "an int >= 2")
+        super().__post_init__()
+        expect(is_int(self.steps) and self.steps >= 2, "steps", self.steps, "an int >= 2")
         for name in ("beta_start", "beta_end"):
             expect(0 < getattr(self, name) < 1, name, getattr(self, name), "a number between 0 and 1")
         for name in ("self_condition_probability", "drop_probability", "frame_probability", "low_resolution_noise"):

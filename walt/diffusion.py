@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from walt.conditioning import frame_mask
-from walt.config import DiffusionConfig, TransformerConfig
+from walt.config import DiffusionConfig, TransformerConfig, whole
 
 __all__ = ["Diffusion", "sample_noise"]
 
@@ -146,7 +146,7 @@ class Diffusion:
 
     def timesteps(self, steps: int) -> list[int]:
         """The training steps that DDIM visits, noisiest first: "trailing" spacing, which begins at the last one."""
-        total = self.config.steps
+        total, steps = self.config.steps, whole("steps", steps)
         if not 1 <= steps <= total:
             raise ValueError(f"steps: got {steps}; expected 1 to {total}, the number of training steps")
         return [round(total - i * total / steps) - 1 for i in range(steps)]
@@ -246,6 +246,7 @@ def sample_noise(seed: int, keys: Sequence[Sequence[int]], shape: Sequence[int])
 
     A key is a sample's number and what else sets one noise apart from another, such as the chunk of a long video.
     """
+    seed = whole("seed", seed)
     if seed < 0:
         raise ValueError(f"seed: got {seed}; expected an int >= 0")
     noise = []
@@ -261,7 +262,8 @@ def noise_schedule(config: DiffusionConfig) -> Tensor:
     Zero terminal SNR (Lin et al. 2023): sqrt(gamma) is shifted so that its last value is 0 and scaled so that its
     first is what it was.
     """
-    betas = torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64)
+    # On the CPU also under `torch.device("meta")`, from which it could not be had back.
+    betas = torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64, device="cpu")
     gamma = (1 - betas).cumprod(0)
     if config.zero_terminal_snr:
         root = gamma.sqrt()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from walt_kernels.values import plain
+
 __all__ = ["Discriminator", "blur_pool"]
 
 TAPS = (1.0, 3.0, 3.0, 1.0)
@@ -33,15 +35,27 @@ def blur_pool(x: Tensor) -> Tensor:
     return y[:, 0].unflatten(0, x.shape[:2])
 
 
+class Conv(nn.Conv3d):
+    """Convolution that keeps the size, and at first the variance through a leaky ReLU after it (of slope 1: none)."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: int = 3, *, slope: float = SLOPE, bias: bool = True):
+        self.slope = slope  # first: super().__init__ resets the parameters
+        super().__init__(channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, a=self.slope)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class DownBlock(nn.Module):
     """(blur(x) through a 1x1x1 convolution + convolutions around a blur) / sqrt 2, at half the resolution."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1 = _conv(channels, channels)
-        self.conv2 = _conv(channels, out_channels)
-        self.shortcut = nn.Conv3d(channels, out_channels, 1, bias=False)
-        nn.init.kaiming_normal_(self.shortcut.weight, nonlinearity="linear")
+        self.conv1 = Conv(channels, channels)
+        self.conv2 = Conv(channels, out_channels)
+        self.shortcut = Conv(channels, out_channels, 1, slope=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = blur_pool(F.leaky_relu(self.conv1(x), SLOPE))
@@ -60,13 +74,14 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int = 128, multipliers: Sequence[int] = (2, 4, 4, 4, 4)) -> None:
         super().__init__()
+        channels, multipliers = plain(channels), plain(multipliers)
         for name, values in (("channels", [channels]), ("multipliers", multipliers)):
             if not values or any(value < 1 for value in values):
                 raise ValueError(f"{name}: got {values!r}; expected integers of at least 1")
         widths = [channels, *(channels * multiplier for multiplier in multipliers)]
-        self.first = _conv(3, channels)
+        self.first = Conv(3, channels)
         self.blocks = nn.ModuleList(DownBlock(a, b) for a, b in pairwise(widths))
-        self.last = _conv(widths[-1], widths[-1])
+        self.last = Conv(widths[-1], widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -80,12 +95,3 @@ class Discriminator(nn.Module):
         x = F.leaky_relu(self.last(x), SLOPE)
         logits = self.logit(x.mean(dim=(2, 3, 4))).squeeze(1)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _conv(channels: int, out_channels: int) -> nn.Conv3d:
-    """3x3x3 convolution that keeps the size, and at first the variance through the leaky ReLU after it."""
-    conv = nn.Conv3d(channels, out_channels, 3, padding=1)
-    nn.init.kaiming_normal_(conv.weight, a=SLOPE)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
-    return conv

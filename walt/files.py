@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from walt.errors import WaltError
+from walt_kernels.values import plain
 
 
 @contextlib.contextmanager
@@ -116,7 +117,7 @@ def flush(path: Path) -> None:
 
 def write_json(path: str | Path, document: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
+        temporary.write_text(json.dumps(document, indent=2, default=plain) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -94,8 +94,13 @@ class LeCam(nn.Module):
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("anchor_real", torch.zeros(()))
-        self.register_buffer("anchor_fake", torch.zeros(()))
+        self.register_buffer("anchor_real", torch.empty(()))
+        self.register_buffer("anchor_fake", torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.anchor_real)
+        nn.init.zeros_(self.anchor_fake)
 
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """The penalty for logits [B] each."""

@@ -13,6 +13,7 @@ from torch import nn
 from walt.adafactor import ShardedAdafactor
 from walt.config import Config
 from walt.distributed import is_sharded
+from walt_kernels.values import is_int
 
 CHOICES = {
     "schedule": ("cosine", "constant"),
@@ -58,11 +59,12 @@ class TrainingConfig(Config):
     tensorboard: bool | None = None  # None: if it is installed
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in COUNTS.items():
             value = getattr(self, name)
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            good = is_int(value) and value >= least
             self._expect(good, name, f"an int >= {least}")
-        self._expect(isinstance(self.seed, int), "seed", "an int")
+        self._expect(is_int(self.seed), "seed", "an int")
         for name, choices in CHOICES.items():
             self._expect(getattr(self, name) in choices, name, " or ".join(map(str, choices)))
         for name in ("compile", "checkpointing"):

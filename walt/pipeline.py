@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from walt.captions import warn_of_cuts
 from walt.checkpoint import checkpoint_folder, save_checkpoint
+from walt.config import whole
 from walt.data import to_model, to_pixels
 from walt.diffusion import Diffusion, sample_noise
 from walt.errors import WaltError, user_values
@@ -34,6 +35,7 @@ from walt.sampling import Options, Sampling, clip_starts, join_clips, sample_bat
 from walt.text import TextEncoder, text_encoder
 from walt.tokenizer import Tokenizer
 from walt.transformer import Transformer
+from walt_kernels.values import plain
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -152,6 +154,7 @@ class WaltPipeline:
 
     def label(self, name: str | int | None) -> int | None:
         """A class name or number -> its number; None for a model without classes or for no class."""
+        name = plain(name)
         if name is None:
             return None
         if isinstance(name, str) and normal(name) in self.classes:
@@ -194,6 +197,8 @@ class WaltPipeline:
         **options: Unpack[Options],
     ) -> Tensor:
         """`generate` before decoding: float32 [num, c, t, h, w] (t = 1 for images), which `upscale` takes."""
+        with user_values("generate"):
+            num = whole("num", num)
         return self._generate(label, num, text, frames, images, Sampling(**options), ())
 
     def extend(
@@ -212,6 +217,8 @@ class WaltPipeline:
         """
         sampling = Sampling(**options)
         videos = self._videos("video", video)
+        with user_values("extend"):
+            chunks = whole("chunks", chunks)
         if chunks < 1:
             raise WaltError(f"chunks: got {chunks}; expected at least 1")
         for chunk in range(chunks):
@@ -239,7 +246,8 @@ class WaltPipeline:
         label, text and options are those of `generate`; a stage gets those of label and text that it takes.
         """
         sampling = Sampling(**options)
-        wanted = len(self.upscalers) if stages is None else stages
+        with user_values("upscale"):
+            wanted = len(self.upscalers) if stages is None else whole("stages", stages)
         if not self.upscalers:
             raise WaltError("upscale: the pipeline has no super-resolution stages (sr1, sr2 beside its transformer)")
         if not 1 <= wanted <= len(self.upscalers):
@@ -270,6 +278,8 @@ class WaltPipeline:
     def decode(self, latent: Tensor, *, batch: int = 16) -> np.ndarray:
         """Latents [num, c, t, h, w] -> uint8 [num, T, H, W, 3]. Large frames one sample and latent frame at a time."""
         like = self.tokenizer.latent_mean
+        with user_values("decode"):
+            batch = whole("batch", batch)
         large = latent.shape[3] * latent.shape[4] > LARGE
         videos = []
         for part in latent.to(like).split(1 if large else batch):
@@ -339,14 +349,14 @@ class WaltPipeline:
         if config.classes and any(number is not None for number in numbers):
             given["label"] = torch.tensor([config.classes if number is None else number for number in numbers])
         texts = _each("texts", text, num)
+        if not all(text is None or isinstance(text, str) for text in texts):
+            raise WaltError(f"text: got {text!r}; expected a sentence, or one for each sample")
         if self.text is None and any(text is not None for text in texts):
             raise WaltError("text: the model was trained without text")
         sentences = [(text or "").strip() for text in texts]
         if self.text is not None and config.text_width and any(sentences):
             with user_values("text"):
-                "".join(
-                    sentences
-                ).encode()  # UnicodeEncodeError for what is no Unicode, in terms clearer than encoders'
+                "".join(sentences).encode()  # an error for what is no Unicode, clearer than the encoders'
                 tokens, mask = self.text.encode(sentences)
             distinct = sorted({*sentences} - {""})
             warn_of_cuts("sentences", [repr(shorten(text, 60)) for text in distinct], distinct, self.text)
@@ -386,7 +396,9 @@ class WaltPipeline:
 
 
 def _each(what: str, value: Any, num: int) -> list[Any]:
-    values = [value] * num if value is None or isinstance(value, str | int) else list(value)
+    value = plain(value)
+    many = isinstance(value, Iterable) and not isinstance(value, str | Tensor)  # a tensor with fractions is no label
+    values = list(value) if many else [value] * num
     if len(values) != num or num < 1:
         raise WaltError(f"{len(values)} {what} for num={num} samples; give one, or one for each sample")
     return values

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from walt.checkpoint import best_weights, checkpoint_folder, load_description, load_weights, read_tensors
-from walt.config import DiffusionConfig, TokenizerConfig, TransformerConfig
+from walt.config import DiffusionConfig, TokenizerConfig, TransformerConfig, plain_fields
 from walt.diffusion import Diffusion
 from walt.errors import WaltError, require, user_values
 from walt.text import TextEncoder, check_text
@@ -28,6 +28,9 @@ class ClipShape:
     height: int
     width: int
     fps: float
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from walt.config import check_frames
+from walt.config import check_frames, whole
 from walt.diffusion import sample_noise
 from walt.errors import WaltError, user_values
 from walt.pretrained import Stage
@@ -50,6 +50,9 @@ class Sampling:
     preview: Preview | None = None
 
     def __post_init__(self) -> None:
+        with user_values("sample"):
+            for name in ("steps", "seed", "batch"):
+                object.__setattr__(self, name, whole(name, getattr(self, name)))
         if self.batch < 1:
             raise WaltError(f"batch: got {self.batch}; expected at least 1")
 

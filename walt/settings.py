@@ -24,6 +24,7 @@ from walt.config import (
 from walt.errors import WaltError, user_values
 from walt.files import replacing
 from walt.training import TrainingConfig
+from walt_kernels.values import is_int
 
 # Steps, batch, learning rate, optimizer and whether there is an average: table 8 of the paper, and for the presets that
 # it gives in epochs (imagenet-L, k600-L) that number of samples. The decay of the average is ours.
@@ -54,10 +55,11 @@ class DataConfig(Config):
     text: str = ""  # the text encoder: bytes, minilm or hf:FOLDER; "" for none
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         expect_positive(self, "frames", "height", "width", "stride", "batch")
         number = isinstance(self.fps, (int, float)) and not isinstance(self.fps, bool)
         expect(number and 0 <= self.fps < inf, "fps", self.fps, "frames a second, or 0 for every frame")
-        good = isinstance(self.images, int) and 0 <= self.images <= self.batch
+        good = is_int(self.images) and 0 <= self.images <= self.batch
         expect(good, "images", self.images, f"an int from 0 to batch={self.batch}")
         for name in ("flip", "shots"):
             expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
@@ -205,7 +207,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         except (TypeError, ValueError):
             raise ValueError(f"{name}: got {value!r}; expected a number") from None
     if kind is int:
-        expect(isinstance(value, int) and not isinstance(value, bool), name, value, "a whole number")
+        expect(is_int(value), name, value, "a whole number")
     if get_origin(kind) is tuple and isinstance(value, list):
         return [_typed(name, item, get_args(kind)[0]) for item in value]
     return value

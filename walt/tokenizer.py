@@ -31,7 +31,7 @@ from walt.tokenizer_layers import (
     causal_conv,
     convolve,
 )
-from walt_kernels.nn import CausalConv3d
+from walt_kernels.nn import CausalConv3d, reset_children
 
 __all__ = ["Tokenizer"]
 
@@ -63,18 +63,19 @@ class _Coder(nn.Module):
 def make_encoder(config: TokenizerConfig) -> nn.Module:
     """Pixels [B, 3, 1+4k, H, W] -> latent [B, c, 1+k, H/8, W/8]."""
     widths = [config.channels * multiplier for multiplier in config.multipliers]
+    first = causal_conv(3, widths[0], 3, config)
     layers = _blocks(widths[0], widths[0], config.blocks, config)
     for (before, after), factor in zip(pairwise(widths), config.transitions, strict=True):
         layers += [Downsample(before, factor, config), *_blocks(before, after, config.blocks, config)]
     layers += _blocks(widths[-1], widths[-1], config.middle_blocks, config)
     norm = FrameNormSwish(widths[-1], config.groups)
-    first, last = causal_conv(3, widths[0], 3, config), causal_conv(widths[-1], config.latent_channels, 1, config)
-    return _Coder(first, layers, norm, last)
+    return _Coder(first, layers, norm, causal_conv(widths[-1], config.latent_channels, 1, config))
 
 
 def make_decoder(config: TokenizerConfig) -> nn.Module:
     """Latent [B, c, 1+k, h, w] -> pixels [B, 3, 1+4k, 8h, 8w]."""
     widths = [config.channels * multiplier for multiplier in config.multipliers][::-1]
+    first = causal_conv(config.latent_channels, widths[0], 3, config)
     layers = _norms(widths[0], 1, config)
     layers += _blocks(widths[0], widths[0], config.middle_blocks + config.blocks, config)
     frames = 1  # per latent frame
@@ -83,8 +84,7 @@ def make_decoder(config: TokenizerConfig) -> nn.Module:
         layers += [Upsample(before, factor, config), *_norms(before, frames, config)]
         layers += _blocks(before, after, config.blocks, config)
     norm = FrameNormSwish(widths[-1], config.groups)
-    first, last = causal_conv(config.latent_channels, widths[0], 3, config), causal_conv(widths[-1], 3, 3, config)
-    return _Coder(first, layers, norm, last)
+    return _Coder(first, layers, norm, causal_conv(widths[-1], 3, 3, config))
 
 
 def _alike(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -113,8 +113,16 @@ class Tokenizer(nn.Module):
         self.config = config
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config)
-        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        self.register_buffer("latent_mean", torch.empty(config.latent_channels))
+        self.register_buffer("latent_std", torch.empty(config.latent_channels))
+        self.reset_parameters(recurse=False)
+
+    def reset_parameters(self, *, recurse: bool = True) -> None:
+        """Everything as in a new tokenizer, latent statistics (0, 1) included; with recurse=False these alone."""
+        if recurse:
+            reset_children(self)
+        nn.init.zeros_(self.latent_mean)
+        nn.init.ones_(self.latent_std)
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Mean and standard deviation [c] of the encoder's raw output over training data; (0, 1) until set."""

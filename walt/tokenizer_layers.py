@@ -142,8 +142,13 @@ class FrameNormSwish(nn.Module):
     def __init__(self, channels: int, groups: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if _by_frame(x):
@@ -164,8 +169,13 @@ class AdaptiveNorm(nn.Module):
     def __init__(self, channels: int, frames: int, config: TokenizerConfig, eps: float = 1e-6) -> None:
         super().__init__()
         self.frames, self.groups, self.eps = frames, config.groups, eps
-        self.weight = nn.Parameter(torch.zeros(2 * channels, config.latent_channels))
-        self.bias = nn.Parameter(torch.zeros(2 * channels))
+        self.weight = nn.Parameter(torch.empty(2 * channels, config.latent_channels))
+        self.bias = nn.Parameter(torch.empty(2 * channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
         """x [B, C, T, H, W] and the latent [B, c, t, h, w] that it comes from, of a whole video or a stream's chunk."""
@@ -190,6 +200,14 @@ class AdaptiveNorm(nn.Module):
         return rows.to(self.weight.dtype).unflatten(0, (latent.shape[0], latent.shape[2]))
 
 
+class ZeroConv3d(CausalConv3d):
+    """A causal convolution that is zero at first."""
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1x1 shortcut where the channels change.
 
@@ -201,9 +219,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = FrameNormSwish(channels, config.groups)
         self.conv1 = causal_conv(channels, out_channels, 3, config)
         self.norm2 = FrameNormSwish(out_channels, config.groups)
-        self.conv2 = causal_conv(out_channels, out_channels, 3, config)
-        for parameter in self.conv2.parameters():
-            nn.init.zeros_(parameter)
+        self.conv2 = causal_conv(out_channels, out_channels, 3, config, kind=ZeroConv3d)
         self.shortcut = causal_conv(channels, out_channels, 1, config) if channels != out_channels else None
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
@@ -257,8 +273,10 @@ def depth_to_space(x: Tensor, factor: tuple[int, int, int]) -> Tensor:
     return y.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
-def causal_conv(channels: int, out_channels: int, kernel: int, config: TokenizerConfig) -> CausalConv3d:
+def causal_conv(
+    channels: int, out_channels: int, kernel: int, config: TokenizerConfig, kind: type[CausalConv3d] = CausalConv3d
+) -> CausalConv3d:
     """Convolution of `kernel` taps along each axis, padded as configured; of one tap in time for images."""
     taps = (kernel if config.kind == "video" else 1, kernel, kernel)
     time, space = config.time_padding, config.space_padding
-    return CausalConv3d(channels, out_channels, taps, time_padding=time, space_padding=space)
+    return kind(channels, out_channels, taps, time_padding=time, space_padding=space)

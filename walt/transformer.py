@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from walt.conditioning import ClassEmbedding, TextEmbedding, TimeEmbedding, Upscale, frame_condition
 from walt.config import TransformerConfig
 from walt_kernels import adaln_modulate, adaln_residual_modulate, window_attention
-from walt_kernels.nn import AdaLNLoRA, WindowAttention
+from walt_kernels.nn import AdaLNLoRA, WindowAttention, reset_children
 
 __all__ = ["Transformer"]
 
@@ -50,8 +50,16 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.q_norm = nn.Parameter(torch.ones(width // heads)) if qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(width // heads)) if qk_norm else None
+        self.q_norm = nn.Parameter(torch.empty(width // heads)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(width // heads)) if qk_norm else None
+        self.reset_parameters(recurse=False)
+
+    def reset_parameters(self, *, recurse: bool = True) -> None:
+        if recurse:
+            reset_children(self)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                nn.init.ones_(norm)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, H, W, width], context tokens [B, L, width] and mask [B, L] -> [B, T, H, W, width]."""
@@ -163,10 +171,15 @@ class Transformer(nn.Module):
         self.layers = cast(Sequence[Layer], layers)  # what type checkers cannot know of a ModuleList
         self.final_modulation = nn.Linear(width, 2 * width)
         self.project_out = nn.Linear(width, config.latent_channels * pixels)
-        self.reset_parameters()
+        self.reset_parameters(recurse=False)
 
-    def reset_parameters(self) -> None:
-        """Xavier for the linear layers, normal(0.02) for the tables, zeros for modulations and the last projection."""
+    def reset_parameters(self, *, recurse: bool = True) -> None:
+        """Xavier for the linear layers, normal(0.02) for the tables, zeros for modulations and the last projection.
+
+        With recurse=False what is neither is left as it is: norms, bias tables, LoRA, embeddings of classes and text.
+        """
+        if recurse:
+            reset_children(self)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -5,7 +5,6 @@ Parameters only; what is computed, and which backend computes it, is the busines
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,57 +14,98 @@ from torch.nn import functional as F
 
 from .adaln_lora import adaln_lora
 from .causal_conv3d import causal_conv3d
-from .causal_conv3d.api import Padding, triple
+from .causal_conv3d.api import SPACE_PADDING, TIME_PADDING, Padding, choice, resolve_padding, triple
+from .values import is_int, plain
 from .window_attention import window_attention
 
-__all__ = ["AdaLNLoRA", "CausalConv3d", "WindowAttention"]
+__all__ = ["AdaLNLoRA", "CausalConv3d", "WindowAttention", "reset_children"]
 
 
-class CausalConv3d(nn.Module):
+def reset_children(module: nn.Module) -> None:
+    """Give all that is inside a module the values that it started from, by `reset_parameters`, in order.
+
+    Every module of this package and of `walt` that has parameters or buffers of its own has `reset_parameters`. It does
+    what the constructor does and draws the same random numbers: first those of the modules inside, unless it is told
+    recurse=False, then its own. So a module made under `torch.device("meta")` is after `to_empty` and
+    `reset_parameters` as if it had been made where it is. (A module of another origin that has the method is taken to
+    reset all that is inside it.) Who calls the method of every module has to begin with the
+    innermost, as `Module.apply` does.
+    """
+    for child in module.children():
+        reset = getattr(child, "reset_parameters", None)
+        if reset is None:
+            reset_children(child)
+        else:
+            reset()
+
+
+def _positive(name: str, value: Any) -> int:
+    value = plain(value)
+    if not is_int(value):
+        raise TypeError(f"{name}: got {value!r}; expected a positive int")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}; expected a positive int")
+    return value
+
+
+class CausalConv3d(nn.Conv3d):
     """3D convolution that looks at the present and the past, never at the future.
 
-    `weight` [out_channels, in_channels / groups, kt, kh, kw] and `bias` [out_channels] have the names, shapes and
-    initial distribution of `torch.nn.Conv3d`, so a state dict of the one loads into the other.
-    The arguments are those of `walt_kernels.causal_conv3d`.
+    An `nn.Conv3d` with its arguments in its order, its names, shapes and distribution of `weight` [out_channels,
+    in_channels / groups, kt, kh, kw] and `bias` [out_channels]: a state dict of the one loads into the other, and what
+    asks for convolutions (adapters, initialisers, pruning) finds it. What differs:
+
+    - padding is of the frame: "same" (also with a stride), an int, (ph, pw) or ((top, bottom), (left, right)). Time is
+      always padded in front, by `time_span` frames: zeros, or with time_padding="first_frame" copies of frame 0.
+    - padding_mode is "zeros", "replicate" or "reflect"; `space_padding`, the name that `walt_kernels.causal_conv3d`
+      has for it, is the same.
+    - A call may have a history. A layer that runs beside this one on the same input (as an adapter's first one) needs
+      the same `time_padding`, and must be given the history, too.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the text names it.
     """
+
+    padding: Any  # as it was given
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: int | Sequence[int],
-        *,
         stride: int | Sequence[int] = 1,
-        dilation: int | Sequence[int] = 1,
         padding: Padding = "same",
-        time_padding: str = "zeros",
-        space_padding: str = "zeros",
+        dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        time_padding: str = "zeros",
+        space_padding: str | None = None,
     ) -> None:
-        super().__init__()
+        in_channels, out_channels = _positive("in_channels", in_channels), _positive("out_channels", out_channels)
+        groups = _positive("groups", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1 or groups < 1 or channels % groups:
+            if channels % groups:
                 raise ValueError(f"{name}: got {channels} with groups={groups}; expected a positive multiple of groups")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = triple("kernel_size", kernel_size)
-        self.stride = triple("stride", stride)
-        self.dilation = triple("dilation", dilation)
-        self.padding, self.time_padding, self.space_padding = padding, time_padding, space_padding
-        self.weight = nn.Parameter(
-            torch.empty(out_channels, in_channels // groups, *self.kernel_size, device=device, dtype=dtype)
-        )
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
+        if space_padding is not None:
+            if padding_mode not in ("zeros", space_padding):
+                raise ValueError(f"padding_mode is {padding_mode!r}, expected {space_padding!r} as space_padding")
+            padding_mode = space_padding
+        mode: Any = choice("padding_mode (space_padding)", padding_mode, SPACE_PADDING)
+        size = triple("kernel_size", kernel_size)
+        stride, dilation = triple("stride", stride), triple("dilation", dilation)
+        padding = plain(padding)
+        resolve_padding(padding, size[1:], size[1:], stride[1:], dilation[1:])  # raises for what is no padding
+        # torch pads nothing: the op does.
+        super().__init__(in_channels, out_channels, size, stride, 0, dilation, groups, bias, mode, device, dtype)
+        self.padding, self.time_padding = padding, choice("time_padding", time_padding, TIME_PADDING)
 
-    def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(fan_in), as `nn.Conv3d` does."""
-        bound = 1 / math.sqrt(self.weight[0].numel())
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+    @property
+    def space_padding(self) -> str:
+        return self.padding_mode
 
     @property
     def time_span(self) -> int:
@@ -74,10 +114,16 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x [B, in_channels, T, H, W], history [B, in_channels, time_span, H, W] -> [B, out_channels, T', H', W']."""
+        return self._conv_forward(x, self.weight, self.bias, history)
+
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None = None
+    ) -> Tensor:
+        # What torch's own subclasses, and adapters, call with weights of theirs.
         return causal_conv3d(
-            x,
-            self.weight,
-            self.bias,
+            input,
+            weight,
+            bias,
             stride=self.stride,
             dilation=self.dilation,
             padding=self.padding,
@@ -120,10 +166,10 @@ class WindowAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1 or width < 1 or width % heads:
+        width, heads = _positive("width", width), _positive("heads", heads)
+        if width % heads:
             raise ValueError(f"width: got {width} with heads={heads}; expected a positive multiple of heads")
-        if context_width is not None and context_width < 1:
-            raise ValueError(f"context_width: got {context_width}; expected a positive int or None")
+        context_width = None if context_width is None else _positive("context_width", context_width)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.width, self.heads, self.dim = width, heads, width // heads
         self.window = triple("window", window)
@@ -131,9 +177,20 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width, **kind)
         self.context_kv = nn.Linear(context_width, 2 * width, **kind) if context_width is not None else None
         offsets = [2 * n - 1 for n in self.window]
-        self.q_norm = nn.Parameter(torch.ones(self.dim, **kind)) if qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(self.dim, **kind)) if qk_norm else None
-        self.bias_table = nn.Parameter(torch.zeros(heads, *offsets, **kind)) if bias_table else None
+        self.q_norm = nn.Parameter(torch.empty(self.dim, **kind)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(self.dim, **kind)) if qk_norm else None
+        self.bias_table = nn.Parameter(torch.empty(heads, *offsets, **kind)) if bias_table else None
+        self.reset_parameters(recurse=False)
+
+    def reset_parameters(self, *, recurse: bool = True) -> None:
+        """Norms 1, the bias table 0; the linear layers as `nn.Linear` has them. See `reset_children`."""
+        if recurse:
+            reset_children(self)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                nn.init.ones_(norm)
+        if self.bias_table is not None:
+            nn.init.zeros_(self.bias_table)
 
     def forward(
         self,
@@ -196,15 +253,21 @@ class AdaLNLoRA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("width", width), ("layers", layers), ("rank", rank), ("chunks", chunks)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}; expected a positive int")
+        width, layers = _positive("width", width), _positive("layers", layers)
+        rank, chunks = _positive("rank", rank), _positive("chunks", chunks)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.width, self.layers, self.rank, self.chunks = width, layers, rank, chunks
         self.base = nn.Linear(width, chunks * width, **kind)
         self.down = nn.Parameter(torch.empty(layers, rank, width, **kind))
-        self.up = nn.Parameter(torch.zeros(layers, chunks * width, rank, **kind))
-        nn.init.normal_(self.down, std=width**-0.5)
+        self.up = nn.Parameter(torch.empty(layers, chunks * width, rank, **kind))
+        self.reset_parameters(recurse=False)
+
+    def reset_parameters(self, *, recurse: bool = True) -> None:
+        """`down` normal with deviation width ** -0.5, `up` 0; `base` as `nn.Linear` has it. See `reset_children`."""
+        if recurse:
+            reset_children(self)
+        nn.init.normal_(self.down, std=self.width**-0.5)
+        nn.init.zeros_(self.up)
 
     def forward(self, cond: Tensor) -> Tensor:
         """cond [..., width] -> [layers, ..., chunks * width]; the leading dims may be (batch,) or (batch, frames)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import select
+from ..values import plain
 from . import op, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -190,6 +191,7 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], ot
 
 
 def _check_eps(eps: float) -> float:
+    eps = plain(eps)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps is a {type(eps).__name__}, expected a number")
     if not 0 < eps < float("inf"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._dispatch import select
 from .._library import autocast
+from ..values import is_int, plain
 from . import op, reference
 from .layout import memory_format
 
@@ -18,14 +19,14 @@ Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
 TIME_PADDING = ("zeros", "first_frame")
 SPACE_PADDING = ("zeros", "replicate", "reflect")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+PADDINGS = (
+    "'same', an int, (ph, pw) or ((top, bottom), (left, right)) of the frame; time is always padded in front, by itself"
+)
 
 
 def triple(name: str, value: Any) -> tuple[int, int, int]:
     """One positive integer for time, height and width, or one for each."""
+    value = plain(value)
     values = (value,) * 3 if is_int(value) else value
     if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(is_int(v) for v in values):
         raise TypeError(f"{name} is {value!r}, expected an int or 3 ints (time, height, width)")
@@ -56,16 +57,15 @@ def resolve_padding(
     """(top, bottom, left, right), whatever way ``padding`` was given. The sequences are (height, width)."""
     if isinstance(padding, str):
         if padding != "same":
-            raise ValueError(
-                f"padding is {padding!r}, expected 'same', an int, (ph, pw) or ((top, bottom), (left, right))"
-            )
+            raise ValueError(f"padding is {padding!r}, expected {PADDINGS}")
         top, bottom = same_padding(size[0], kernel[0], stride[0], dilation[0])
         left, right = same_padding(size[1], kernel[1], stride[1], dilation[1])
         return top, bottom, left, right
+    padding = plain(padding)
     sides = (padding, padding) if is_int(padding) else padding
     pairs = [(side, side) if is_int(side) else side for side in sides] if isinstance(sides, (tuple, list)) else []
     if len(pairs) != 2 or not all(isinstance(p, (tuple, list)) and len(p) == 2 and all(map(is_int, p)) for p in pairs):
-        raise TypeError(f"padding is {padding!r}, expected 'same', an int, (ph, pw) or ((top, bottom), (left, right))")
+        raise TypeError(f"padding is {padding!r}, expected {PADDINGS}")
     if any(side < 0 for pair in pairs for side in pair):
         raise ValueError(f"padding is {padding!r}, expected integers of at least 0")
     return pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]
@@ -160,6 +160,7 @@ def _prepare(
     groups: int = 1,
 ) -> dict[str, Any]:
     check_x(x)
+    groups = plain(groups)
     x, weight, bias, history = autocast(x, weight, bias, history)  # type: ignore[assignment]
     check_weight(weight, bias, x, groups)
     stride, dilation = triple("stride", stride), triple("dilation", dilation)

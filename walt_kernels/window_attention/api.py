@@ -10,6 +10,7 @@ import torch
 
 from .._dispatch import select
 from .._library import autocast
+from ..values import is_int, plain
 from . import flash, op, reference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -104,6 +105,7 @@ def prepare(
     scale: float | None = None,
 ) -> dict[str, Any]:
     """Validates a call and returns its normalised inputs: cast by autocast, image per frame, scale a number."""
+    norm_eps, scale = plain(norm_eps), plain(scale)
     floating = {"q": q, "k": k, "v": v, "context_k": context_k, "context_v": context_v}
     parameters = {"bias_table": bias_table, "q_norm": q_norm, "k_norm": k_norm}
     masks = {"image": image, "context_mask": context_mask}
@@ -190,8 +192,9 @@ def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...],
 
 
 def _check_window(window: Any) -> tuple[int, int, int]:
+    window = plain(window)
     is_sequence = isinstance(window, Sequence) and not isinstance(window, str)
-    if not is_sequence or not all(isinstance(s, int) and not isinstance(s, bool) for s in window):
+    if not is_sequence or not all(map(is_int, window)):
         raise TypeError(f"window is {window!r}, expected three integers (t, h, w)")
     if len(window) != 3 or min(window) < 1:
         raise ValueError(f"window is {tuple(window)}, expected three positive integers (t, h, w)")

@@ -1,0 +1,71 @@
+"""Names: what `import *` brings, and that an op's function does not hide the modules of the package of its name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pickle
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import walt
+import walt_kernels
+
+OPS = ("adaln_lora", "causal_conv3d", "window_attention")  # functions with the name of a package
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def run(code: str, **names: Any) -> dict[str, Any]:
+    exec(code, names)
+    return names
+
+
+def submodules(op: str) -> list[str]:
+    package = importlib.import_module(f"walt_kernels.{op}")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return [name for name in names if HAS_TRITON or not name.startswith("triton_")]
+
+
+@pytest.mark.parametrize("package", ["walt", "walt_kernels", "walt_kernels.nn"])
+def test_import_all_replaces_no_module_and_nothing_private(package: str) -> None:
+    mine = {"nn": torch.nn, "torch": torch, "F": torch.nn.functional, "__version__": "mine", "__doc__": "mine"}
+    names = run(f"from {package} import *", **mine)
+    assert {name: names[name] for name in mine} == mine
+    brought = {name: value for name, value in names.items() if name not in {*mine, "__builtins__"}}
+    assert brought
+    assert not any(isinstance(value, ModuleType) or name.startswith("_") for name, value in brought.items())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_modules_of_an_op_are_found_in_every_form(op: str) -> None:
+    for name in submodules(op):
+        full = f"walt_kernels.{op}.{name}"
+        module = importlib.import_module(full)
+        assert run(f"import {full} as found")["found"] is module
+        assert run(f"from walt_kernels.{op} import {name} as found")["found"] is module
+        assert run(f"import {full}\nfound = {full}")["found"] is module
+        assert pkgutil.resolve_name(full) is module
+    with pytest.raises(ModuleNotFoundError, match="nothing"):
+        run(f"import walt_kernels.{op}.nothing as found")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_a_function(op: str) -> None:
+    function = getattr(walt_kernels, op)
+    assert inspect.isfunction(function)
+    assert (function.__name__, function.__module__) == (op, f"walt_kernels.{op}.api")
+    assert run(f"import walt_kernels.{op} as found")["found"] is function
+    assert run(f"from walt_kernels.{op} import {op} as found")["found"] is function
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert "Returns:" in (inspect.getdoc(function) or "")
+    assert next(iter(inspect.signature(function).parameters)) in ("x", "q", "cond")
+
+
+def test_walt_has_no_function_that_hides_a_module() -> None:
+    for module in pkgutil.iter_modules(walt.__path__):
+        assert isinstance(getattr(walt, module.name, walt), ModuleType), module.name
