@@ -8,13 +8,17 @@ most important ones first.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from walt_kernels.adaln_lora import op as adaln
+from walt_kernels.causal_conv3d import op as conv
 from walt_kernels.testing import random
+from walt_kernels.window_attention import op as window_attention
 
 Inputs = dict[str, Any]
 MODES = ("forward", "forward+backward")
@@ -74,14 +78,13 @@ def attention(
 
     per_sample, per_window = T * H * W, t * h * w
     width = heads * dim
-    # Two products forward; five more backward (scores again, dP, dV, dQ, dK).
     return Case(
         "window_attention",
         name,
         inputs,
-        4.0 * (B - images) * per_sample * per_window * width,
+        window_attention.flops((B - images, *shape[1:]), window),
         (4.0 * (B - images) + 2.0 * images) * per_sample * width,
-        3.5,
+        1 + window_attention.BACKWARD,
         3.0,
         per_window,
         lambda: attention("small", (1 + bool(images), t, h, w, 2, dim), window, int(bool(images)), plain=plain),
@@ -105,16 +108,16 @@ def convolution(
         weight = random(out_channels, C, *kernel, dtype=dtype, scale=(C * kernel[0] * kernel[1] * kernel[2]) ** -0.5)
         return {"x": x, "weight": weight, "bias": random(out_channels, dtype=dtype), "stride": stride}
 
-    pixels = B * -(-T // stride[0]) * -(-H // stride[1]) * -(-W // stride[2])
+    y = (B, out_channels, *(-(-size // s) for size, s in zip(shape[2:], stride, strict=True)))
     taps = kernel[0] * kernel[1] * kernel[2]
-    moved = B * C * T * H * W + taps * C * out_channels + pixels * out_channels
+    moved = B * C * T * H * W + taps * C * out_channels + math.prod(y)
     return Case(
         "causal_conv3d",
         name,
         inputs,
-        2.0 * pixels * taps * C * out_channels,
+        conv.flops(y, (out_channels, C, *kernel)),
         moved,
-        3.0,
+        1 + conv.BACKWARD,
         3.0,
         taps * C,
         lambda: convolution("small", (1, min(C, 64), min(T, 2), 8, 8), min(out_channels, 64), kernel, stride),
@@ -148,9 +151,9 @@ def lora(name: str, B: int, D: int, layers: int, rank: int, quick: bool = True) 
     def small() -> Case:
         return lora("small", B, D, -(-layers // 8), rank)
 
-    flops = 2.0 * B * layers * rank * (D + K)
+    flops = adaln.lora_flops((B, D), (B, K), (layers, rank, D))
     moved = layers * rank * (D + K) + layers * B * K
-    return Case("adaln_lora", name, inputs, flops, moved, 3.0, 3.0, D, small, quick)
+    return Case("adaln_lora", name, inputs, flops, moved, 1 + adaln.BACKWARD, 3.0, D, small, quick)
 
 
 def training(name: str, batch: int, frames: int, size: int, quick: bool = True) -> Case:

@@ -491,6 +491,18 @@ def test_no_incoming_gradient_gives_none() -> None:
     assert all(inputs[name].grad is None for name in ("x", "weight", "bias"))
 
 
+@pytest.mark.parametrize("mode", ["zeros", "replicate", "reflect"])
+def test_same_padding_pads_what_no_window_reads(mode: str) -> None:
+    """Under a stride of 2, four taps on eight columns read one at the right; "same" pads two, whatever the size."""
+    inputs = sample(kernel=(1, 1, 4), size=(5, 8), stride=(1, 1, 2), space_padding=mode)
+    results = []
+    for padding in ("same", ((0, 0), (1, 1))):
+        y = causal_conv3d(**inputs, padding=padding)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [inputs["x"], inputs["weight"]])])
+    assert results[0][0].shape[3:] == (5, 4)
+    assert all(map(torch.equal, *results))
+
+
 @native
 def test_empty_batch() -> None:
     inputs = sample(batch=0, history=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 LIBRARY = torch.library.Library("walt_kernels", "DEF")
+
+# torch.jit.trace fears for every check of a size that it makes the trace depend on the size. Ours do not.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="walt_kernels")
 
 # What an op's autograd knows: tensors and options in the order of the schema. None where an argument has no tangent.
 Tangents = Sequence[Tensor | None]
@@ -24,15 +29,19 @@ def define(
     *,
     impl: Callable[..., Any],
     fake: Callable[..., Any],
+    reference: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     tangent: Tangent | None = None,
 ) -> None:
-    """Defines ``walt_kernels::name``: implementation, fake, reverse and forward derivative, vmap.
+    """Defines ``walt_kernels::name``: implementation, fake, reverse and forward derivative, vmap, decomposition.
 
+    ``reference`` composes it of PyTorch's own ops: it is called with the arguments but the backend, and returns the
+    first of the op's outputs; those after them are saved for the backward pass.
     ``backward`` is autograd's, with ``setup_context``. ``tangent(arguments, tangents)`` returns the tangent of every
-    output, None for those without. An op without them is itself a backward pass: differentiating it raises an error
-    that says so, and never gives a zero.
+    output, None for those without; by default it is the reference's.
+
+    An op without these is itself a backward pass: differentiating it raises an error that says so, never gives a zero.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
@@ -45,6 +54,9 @@ def define(
             "run it with use_backend('reference') where one is needed"
         )
 
+    if reference is not None:
+        _decompose(op, reference)
+        tangent = tangent or _composed_tangent(op, reference)
     kernel = _autograd_kernel(op, setup_context, backward or no_second_derivative, tangent or no_second_derivative)
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(op, _one_by_one(op), lib=LIBRARY)
@@ -117,22 +129,40 @@ def _with_tangents(outputs: Any, tangents: Tangents) -> Any:
     )
 
 
-def composed_tangent(reference: Callable[..., Any], outputs: int) -> Tangent:
-    """The tangent of an op through PyTorch's forward mode on its reference, called with the arguments but the backend.
-
-    ``outputs`` is how many the op has; those beyond the reference's are saved for the backward pass and have none.
-    """
+def _composed_tangent(op: Any, reference: Callable[..., Any]) -> Tangent:
+    """PyTorch's forward mode through the reference."""
 
     def tangent(primals: Sequence[Any], tangents: Tangents) -> tuple[Tensor | None, ...]:
         duals = [
             p if t is None else forward_ad.make_dual(p, t, level=0) for p, t in zip(primals, tangents, strict=True)
         ]
-        results = reference(*duals[:-1])
-        results = results if isinstance(results, tuple) else (results,)
-        found = [forward_ad.unpack_dual(result, level=0).tangent for result in results]
-        return (*found, *[None] * (outputs - len(found)))
+        results = _outputs(op, reference(*duals[:-1]))
+        return tuple(None if r is None else forward_ad.unpack_dual(r, level=0).tangent for r in results)
 
     return tangent
+
+
+def _decompose(op: Any, reference: Callable[..., Any]) -> None:
+    """Tells torch how the op is composed of PyTorch's own: what torch.onnx.export translates.
+
+    An exported program has no backward pass, so what is saved for it is NaN.
+    """
+
+    def decomposition(*arguments: Any) -> Any:
+        results = _outputs(op, reference(*arguments[:-1]))
+        if len(results) == 1:
+            return results[0]
+        return tuple(arguments[0].new_full((), math.nan) if r is None else r for r in results)
+
+    torch._decomp.decomposition_table[op] = decomposition
+    # With open sizes a FakeTensor would run the decomposition in place of the fake, but for the ops in this table.
+    torch._decomp.meta_table[op] = decomposition
+
+
+def _outputs(op: Any, results: Any) -> tuple[Tensor | None, ...]:
+    """All outputs of the op, None for what its reference does not return."""
+    results = results if isinstance(results, tuple) else (results,)
+    return (*results, *[None] * (len(op._schema.returns) - len(results)))
 
 
 def _one_by_one(op: Any) -> Callable[..., Any]:
@@ -150,11 +180,27 @@ def _one_by_one(op: Any) -> Callable[..., Any]:
     return rule
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for tensors on such a device. "meta" has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Casts floating tensors as autocast does for convolutions and attention; outside it returns them as they are."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)
+
+
+def is_open(size: int) -> bool:
+    """Whether a graph that is being captured leaves this size open: no branch in Python may then depend on it."""
+    if torch.jit.is_tracing():
+        return True
+    if type(size) is int and not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(size)

@@ -60,7 +60,8 @@ class CausalConv3d(nn.Conv3d):
     - padding_mode is "zeros", "replicate" or "reflect"; `space_padding`, the name that `walt_kernels.causal_conv3d`
       has for it, is the same.
     - A call may have a history. A layer that runs beside this one on the same input (as an adapter's first one) needs
-      the same `time_padding`, and must be given the history, too.
+      the same dilation, `time_padding` and `space_padding`, and must be given the history, too. peft's LoRA copies none
+      of these: with others than the defaults, its merged weights compute something else than its live ones.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the text names it.
@@ -98,7 +99,7 @@ class CausalConv3d(nn.Conv3d):
         size = triple("kernel_size", kernel_size)
         stride, dilation = triple("stride", stride), triple("dilation", dilation)
         padding = plain(padding)
-        resolve_padding(padding, size[1:], size[1:], stride[1:], dilation[1:])  # raises for what is no padding
+        resolve_padding(padding, size[1:], dilation[1:])  # raises for what is no padding
         # torch pads nothing: the op does.
         super().__init__(in_channels, out_channels, size, stride, 0, dilation, groups, bias, mode, device, dtype)
         self.padding, self.time_padding = padding, choice("time_padding", time_padding, TIME_PADDING)

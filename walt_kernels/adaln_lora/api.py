@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import select
+from .._library import autocast_enabled
 from ..values import plain
 from . import op, reference
 
@@ -137,7 +138,7 @@ def prepare_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> dict[s
     if up.shape[0] != down.shape[0] or up.shape[1] != base.shape[1] or up.shape[2] != down.shape[1]:
         sizes = [down.shape[0], base.shape[1], down.shape[1]]
         raise _shape_error("up", up, f"[layers, K, r] = {sizes} as in base and down")
-    if torch.is_autocast_enabled(cond.device.type):
+    if autocast_enabled(cond.device.type):
         widest = cond.dtype
         for tensor in tensors.values():
             widest = torch.promote_types(widest, tensor.dtype)
@@ -210,7 +211,7 @@ def _check_tokens(x: Tensor, branch: Any) -> Any:
     if branch.shape != x.shape:
         raise _shape_error("branch", branch, f"{list(x.shape)} as x")
     _check_device("branch", branch, "x", x)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x.device.type):
         return branch.to(x.dtype)
     _check_dtype("branch", branch, (x.dtype,), "x")
     return branch
@@ -236,7 +237,7 @@ def _modulation(x: Tensor, **rows: Any) -> list[Tensor]:
         _check_device(name, tensor, "x", x)
     allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
     first_name, first = next(iter(rows.items()))
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x.device.type):
         fits = first.dtype in allowed and all(tensor.dtype == first.dtype for tensor in rows.values())
         common = first.dtype if fits else torch.promote_types(x.dtype, torch.float32)
         return [tensor.to(common) for tensor in rows.values()]

@@ -45,7 +45,7 @@ def unit(tensor: Tensor | None) -> Tensor | None:
     """The kernels walk rows of unit stride; only a tensor whose last dimension is scattered in memory is copied."""
     if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
         return tensor
-    return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)  # to contiguous() an empty tensor is so as it is
 
 
 def _rows(tensor: Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""Schemas, fakes and autograd of the adaln ops, and their backend tables.
+"""Schemas, fakes, autograd and FLOPs of the adaln ops, and their backend tables.
 
 The ops return what their backward passes need beside what users get: mean and rstd of the norm, ``hidden`` of the
 low-rank pair. adaln_residual_modulate saves x, not x_new: from x, branch and gate, all of which backward reads anyway,
@@ -8,7 +8,7 @@ large beside the spread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import Backend, backend, register
-from .._library import composed_tangent, define
+from .._flops import count_flops
+from .._library import define
 from . import cuda, native, reference
 
 _ops = torch.ops.walt_kernels
@@ -88,9 +89,9 @@ define(
     "(Tensor x, Tensor shift, Tensor scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
     impl=_forward_impl("adaln_modulate"),
     fake=lambda x, shift, scale, eps, backend: (native.like(x), *native.statistics(x)),
+    reference=reference.adaln_modulate,
     setup_context=_modulate_setup,
     backward=_modulate_backward,
-    tangent=composed_tangent(reference.adaln_modulate, outputs=3),
 )
 
 define(
@@ -127,9 +128,9 @@ define(
     "(Tensor x, Tensor branch, Tensor gate, str backend) -> Tensor",
     impl=_forward_impl("adaln_residual"),
     fake=lambda x, branch, gate, backend: native.like(x),
+    reference=reference.adaln_residual,
     setup_context=_residual_setup,
     backward=_residual_backward,
-    tangent=composed_tangent(reference.adaln_residual, outputs=1),
 )
 
 define(
@@ -174,9 +175,9 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     impl=_forward_impl("adaln_residual_modulate"),
     fake=lambda x, branch, gate, shift, scale, eps, backend: (native.like(x), native.like(x), *native.statistics(x)),
+    reference=reference.adaln_residual_modulate,
     setup_context=_residual_modulate_setup,
     backward=_residual_modulate_backward,
-    tangent=composed_tangent(reference.adaln_residual_modulate, outputs=4),
 )
 
 define(
@@ -216,9 +217,9 @@ define(
     "(Tensor cond, Tensor base, Tensor down, Tensor up, str backend) -> (Tensor, Tensor)",
     impl=_forward_impl("adaln_lora"),
     fake=lambda cond, base, down, up, backend: (native.lora_output(base, down), native.hidden_like(cond, down)),
+    reference=reference.adaln_lora,
     setup_context=_lora_setup,
     backward=_lora_backward,
-    tangent=composed_tangent(reference.adaln_lora, outputs=2),
 )
 
 define(
@@ -227,4 +228,20 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     impl=_backward_impl("adaln_lora"),
     fake=lambda grad, hidden, cond, down, up, backend: native.lora_gradients(grad, cond, down, up),
+)
+
+
+BACKWARD = 2.0  # times the FLOPs of adaln_lora's forward pass: two products for each of its two
+
+
+def lora_flops(cond: Sequence[int], base: Sequence[int], down: Sequence[int]) -> int:
+    """Of the forward pass, by the shapes of the arguments."""
+    layers, rank, width = down
+    return 2 * cond[0] * layers * rank * (width + base[1])
+
+
+count_flops(
+    "adaln_lora",
+    lambda cond, base, down, *_, out_shape: lora_flops(cond, base, down),
+    lambda grad, hidden, cond, down, *_, out_shape: int(BACKWARD * lora_flops(cond, grad[1:], down)),
 )

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .._library import autocast_enabled
+
 
 def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> Tensor:
     device = cond.device.type
-    if torch.is_autocast_enabled(device):
+    if autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return adaln_lora(cond, base, down, up)
     layers, rank, width = down.shape
     hidden = functional.linear(cond, down.reshape(layers * rank, width)).unflatten(1, (layers, rank)).transpose(0, 1)
-    return base + hidden @ up.mT
+    return base + hidden @ up.transpose(1, 2)
 
 
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import select
-from .._library import autocast
+from .._library import autocast, is_open
 from ..values import is_int, plain
 from . import op, reference
 from .layout import memory_format
@@ -41,26 +41,18 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     return value
 
 
-def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """Padding on both sides for ceil(size / stride) outputs. See causal_conv3d."""
+def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
+    """Padding on both sides for ceil(size / stride) outputs, whatever the size and the stride. See causal_conv3d."""
     reach = (kernel - 1) * dilation
-    before = reach // 2
-    if stride == 1:
-        return before, reach - before
-    last = (size - 1) // stride * stride  # where the last window starts, counted from the first one's start
-    return before, max(last + reach + 1 - size - before, 0)
+    return reach // 2, reach - reach // 2
 
 
-def resolve_padding(
-    padding: Padding, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int, int, int]:
+def resolve_padding(padding: Padding, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int, int, int]:
     """(top, bottom, left, right), whatever way ``padding`` was given. The sequences are (height, width)."""
     if isinstance(padding, str):
         if padding != "same":
             raise ValueError(f"padding is {padding!r}, expected {PADDINGS}")
-        top, bottom = same_padding(size[0], kernel[0], stride[0], dilation[0])
-        left, right = same_padding(size[1], kernel[1], stride[1], dilation[1])
-        return top, bottom, left, right
+        return *same_padding(kernel[0], dilation[0]), *same_padding(kernel[1], dilation[1])
     padding = plain(padding)
     sides = (padding, padding) if is_int(padding) else padding
     pairs = [(side, side) if is_int(side) else side for side in sides] if isinstance(sides, (tuple, list)) else []
@@ -168,8 +160,8 @@ def _prepare(
     choice("space_padding", space_padding, SPACE_PADDING)
     if history is not None:
         check_history(history, x, (weight.shape[2] - 1) * dilation[0])
-    size, kernel = x.shape[3:], weight.shape[3:]
-    sides = resolve_padding(padding, size, kernel, stride[1:], dilation[1:])
+    size, kernel = x.shape[3:], tuple(map(int, weight.shape[3:]))  # int: torch.jit.trace has tensors as sizes
+    sides = resolve_padding(padding, kernel, dilation[1:])
     check_frame(size, sides, space_padding, kernel, dilation[1:])
     return {
         "x": x,
@@ -214,9 +206,8 @@ def causal_conv3d(
         stride: int or (time, height, width).
         dilation: int or (time, height, width).
         padding: of the frame; time is always padded by (kt-1)*dt frames in front. "same" gives ceil(H / sh) rows:
-            (kh-1)*dh // 2 rows on top, and below what the last window needs, which is the rest of (kh-1)*dh at
-            stride 1 (so an even kernel gets the larger half below). Or an int, (ph, pw), or
-            ((top, bottom), (left, right)).
+            (kh-1)*dh // 2 rows on top and the rest of (kh-1)*dh below, so an even kernel gets the larger half below.
+            Or an int, (ph, pw), or ((top, bottom), (left, right)).
         time_padding: what stands before frame 0 when there is no history: "zeros" or copies of the "first_frame".
         space_padding: "zeros", "replicate" or "reflect" (without repeating the edge).
         history: [B, C, (kt-1)*dt, H, W], the frames before x, from ``next_history``. It takes the place of time
@@ -292,11 +283,11 @@ def next_history(
     choice("time_padding", time_padding, TIME_PADDING)
     if history is not None:
         check_history(history, x, frames)
-    missing = max(frames - x.shape[2], 0)
-    tail = x[:, :, x.shape[2] - frames + missing :]
-    if missing:
-        before = reference.past(x, missing, time_padding) if history is None else history[:, :, frames - missing :]
-        tail = torch.cat([before, tail], dim=2)
+    if not is_open(x.shape[2]) and x.shape[2] >= frames:
+        tail = x.narrow(2, x.shape[2] - frames, frames)
+    else:  # too few, or a number that an exported graph leaves open
+        before = reference.past(x, frames, time_padding) if history is None else history
+        tail = torch.cat([before, x], dim=2).narrow(2, x.shape[2], frames)
     return tail.clone(memory_format=memory_format(x))
 
 

@@ -1,7 +1,8 @@
-"""Schema, fake and autograd of causal_conv3d, and its backend table."""
+"""Schema, fake, autograd and FLOPs of causal_conv3d, and its backend table."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import Backend, backend, register
+from .._flops import count_flops
 from .._library import Tangents, define
 from . import native, reference
 from .layout import gradients_like, output_like
@@ -90,6 +92,7 @@ define(
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, {OPTIONS}) -> Tensor",
     impl=_forward,
     fake=_fake,
+    reference=reference.causal_conv3d,
     setup_context=_setup,
     backward=_backward,
     tangent=_tangent,
@@ -112,3 +115,19 @@ define(
     impl=_backward_impl,
     fake=_backward_fake,
 )
+
+
+BACKWARD = 2.0  # times the FLOPs of the forward pass: the gradients of x and of weight
+
+
+def flops(y: Sequence[int], weight: Sequence[int]) -> int:
+    """Of the forward pass, by the shapes of y and weight."""
+    return 2 * math.prod(y) * math.prod(weight[1:])
+
+
+def _backward_flops(grad: Any, x: Any, weight: Any, history: Any, *options: Any, out_shape: Any = None) -> int:
+    of_x, of_weight, _, of_history = options[-2]
+    return flops(grad, weight) * ((of_x or of_history) + of_weight)
+
+
+count_flops("causal_conv3d", lambda x, weight, *_, out_shape: flops(out_shape, weight), _backward_flops)

@@ -54,7 +54,7 @@ def causal_conv3d(
         top, bottom, left, right = padding
         x = F.pad(x, (left, right, top, bottom, frames, 0))
     else:
-        if frames:
+        if frames or history is not None:
             x = torch.cat([past(x, frames, time_padding) if history is None else history, x], dim=2)
         x = pad_space(x, padding, space_padding)
     return F.conv3d(x, weight, bias, tuple(stride), 0, tuple(dilation), groups)

@@ -117,7 +117,7 @@ def prepare(
     if q.dim() != 6:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected 6 dimensions [B, T, H, W, heads, dim]")
     B, T, H, W, heads, dim = q.shape
-    if min(T, H, W, heads) < 1:
+    if any(size < 1 for size in (T, H, W, heads)):  # one by one: min() would put their order into an exported graph
         raise ValueError(f"q has shape {tuple(q.shape)}, expected at least one frame, row, column and head")
     if not 8 <= dim <= 256:
         raise ValueError(f"q has dim {dim} in its last dimension, expected 8 to 256")

@@ -1,7 +1,9 @@
-"""Schema, fake and autograd of window_attention, and its backend table."""
+"""Schema, fake, autograd and FLOPs of window_attention, and its backend table."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from .. import _native, _triton
 from .._dispatch import Backend, backend, register
-from .._library import composed_tangent, define
+from .._flops import count_flops
+from .._library import define
 from . import flash, native, reference
 
 ARGUMENTS = (
@@ -79,9 +82,9 @@ define(
     f"({ARGUMENTS}, str backend) -> (Tensor, Tensor)",
     impl=_forward,
     fake=_fake,
+    reference=lambda *inputs: reference.window_attention(**dict(zip(NAMES, inputs, strict=True))),
     setup_context=_setup,
     backward=_backward,
-    tangent=composed_tangent(lambda *inputs: reference.window_attention(**dict(zip(NAMES, inputs, strict=True))), 2),
 )
 
 
@@ -105,3 +108,27 @@ define(
     impl=_backward_impl,
     fake=_backward_fake,
 )
+
+
+BACKWARD = 2.5  # times the FLOPs of the forward pass: 5 products for 2, since the scores are computed again
+
+
+def flops(q: Sequence[int], window: Sequence[int], context: int = 0) -> int:
+    """Of the forward pass, by q's shape and the length of the context; images count as video, shapes don't tell."""
+    batch, *sizes, heads, dim = q
+    squares = [size // extent * extent**2 + (size % extent) ** 2 for size, extent in zip(sizes, window, strict=True)]
+    pairs = math.prod(squares) + math.prod(sizes) * context  # of a token and a key that it sees
+    return 4 * batch * heads * dim * pairs
+
+
+def _forward_flops(*arguments: Any, out_shape: Any = None) -> int:
+    inputs = dict(zip(NAMES, arguments, strict=False))
+    context = inputs["context_k"]
+    return flops(inputs["q"], inputs["window"], 0 if context is None else context[1])
+
+
+def _backward_flops(grad: Any, out: Any, lse: Any, *arguments: Any, out_shape: Any = None) -> int:
+    return int(BACKWARD * _forward_flops(*arguments))
+
+
+count_flops("window_attention", _forward_flops, _backward_flops)

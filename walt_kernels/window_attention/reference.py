@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
+
+from .._library import is_open
 
 # A window grid splits every axis into full windows and at most one smaller one: (start, number of windows, size).
 Part = tuple[int, int, int]
@@ -33,6 +37,34 @@ def merge(x: torch.Tensor, parts: tuple[Part, Part, Part]) -> torch.Tensor:
     x = x.reshape(x.shape[0], nt, nh, nw, t, h, w, *rest)
     x = x.permute(0, 1, 4, 2, 5, 3, 6, *range(7, 7 + len(rest)))
     return x.reshape(x.shape[0], nt * t, nh * h, nw * w, *rest)
+
+
+def window_indices(
+    sizes: Sequence[int], window: tuple[int, int, int], device: torch.device
+) -> tuple[list[torch.Tensor], torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """``partition`` and ``merge`` as indices, for sizes that a graph leaves open: it must not depend on their parts.
+
+    All windows are whole. Returns frame, row and column of their tokens, [windows, N] each; which of the tokens lie
+    inside the video, [windows, N]; and window and token of each place in the video, [T, H, W] each.
+    """
+    counts = [(size + extent - 1) // extent for size, extent in zip(sizes, window, strict=True)]
+    windows = torch.arange(counts[0] * counts[1] * counts[2], device=device)[:, None]
+    tokens = torch.arange(window[0] * window[1] * window[2], device=device)
+    inside = torch.ones((), dtype=torch.bool, device=device)
+    places: list[torch.Tensor] = []
+    window_of = token_of = torch.zeros((), dtype=torch.long, device=device)
+    for axis in (2, 1, 0):
+        size, count, extent = sizes[axis], counts[axis], window[axis]
+        before, rest = windows // count, tokens // extent
+        place = (windows - before * count) * extent + tokens - rest * extent  # ONNX has no remainder by a symbolic size
+        windows, tokens = before, rest
+        inside = inside & (place < size)
+        places.insert(0, torch.where(place < size, place, 0))
+    for axis in (0, 1, 2):
+        place = torch.arange(sizes[axis], device=device).reshape([-1] + [1] * (2 - axis))
+        window_of = window_of * counts[axis] + place // window[axis]
+        token_of = token_of * window[axis] + place % window[axis]
+    return places, inside, (window_of, token_of)
 
 
 def bias_of(table: torch.Tensor, window: tuple[int, int, int], size: tuple[int, int, int]) -> torch.Tensor:
@@ -98,38 +130,50 @@ def window_attention(
     q, k = layer_norm(q, q_norm, norm_eps), layer_norm(k, k_norm, norm_eps)
     if context_k is not None:
         context_k = layer_norm(context_k, k_norm, norm_eps)
-    frames = None if image is None else image.reshape(B, -1, 1, 1).expand(B, T, H, W)
+    frames = None if image is None else image.reshape(*image.shape, *[1] * (4 - image.dim())).expand(B, T, H, W)
 
-    def one_part(parts: tuple[Part, Part, Part]) -> torch.Tensor:
-        pq, pk, pv = (partition(x, parts) for x in (q, k, v))
-        size = (parts[0][2], parts[1][2], parts[2][2])
+    def inside_windows(
+        take: Callable[[torch.Tensor], torch.Tensor],
+        size: tuple[int, int, int],
+        real: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[B, windows, N, heads, dim] of the windows of ``size`` that ``take`` takes out of a tensor [B, T, H, W, ...].
+
+        ``real`` bool [windows, N] is false for tokens that nobody sees but they themselves.
+        """
+        pq, pk, pv = take(q), take(k), take(v)
         windows, N = pq.shape[1:3]
         bias = None if bias_table is None else bias_of(bias_table, window, size)
-        visible = alone = None
+        numbers = torch.arange(N, device=q.device)
+        itself = numbers[:, None] == numbers
+        visible = None if real is None else (itself | real[:, None])[:, None]
+        alone = None
         if frames is not None:
-            alone = partition(frames, parts)
-            itself = torch.eye(N, dtype=torch.bool, device=q.device)
-            visible = (itself | ~(alone[..., :, None] | alone[..., None, :]))[:, :, None]
+            alone = take(frames)
+            others = (itself | ~(alone[..., :, None] | alone[..., None, :]))[:, :, None]
+            visible = others if visible is None else visible & others
         if context_k is not None and context_v is not None:
             L = context_k.shape[1]
             pk, pv = (
                 torch.cat([x, c[:, None].expand(-1, windows, -1, -1, -1)], 2)
                 for x, c in ((pk, context_k), (pv, context_v))
             )
-            if bias is not None:
-                bias = F.pad(bias, (0, L))
+            bias = None if bias is None else F.pad(bias, (0, L))
+            visible = None if visible is None else F.pad(visible, (0, L), value=True)
             if context_mask is not None:
-                visible = F.pad(context_mask, (N, 0), value=True)[:, None, None, None]
+                context = F.pad(context_mask, (N, 0), value=True)[:, None, None, None]
+                visible = context if visible is None else visible & context
         out = attend(pq, pk, pv, bias, visible, scale)
-        if alone is not None:
-            out = torch.where(alone[..., None, None], pv, out)
-        return merge(out, parts)
+        return out if alone is None else torch.where(alone[..., None, None], pv, out)
 
-    rows = [
-        torch.cat(
-            [torch.cat([one_part((t, h, w)) for w in axis_parts(W, window[2])], 3) for h in axis_parts(H, window[1])],
-            2,
-        )
-        for t in axis_parts(T, window[0])
-    ]
+    if any(map(is_open, (T, H, W))):
+        (t, h, w), real, (window_of, token_of) = window_indices((T, H, W), window, q.device)
+        return inside_windows(lambda x: x[:, t, h, w], window, real)[:, window_of, token_of]
+
+    def one_part(t: Part, h: Part, w: Part) -> torch.Tensor:
+        parts, size = (t, h, w), (t[2], h[2], w[2])
+        return merge(inside_windows(lambda x: partition(x, parts), size), parts)
+
+    axes = [axis_parts(size, extent) for size, extent in zip((T, H, W), window, strict=True)]
+    rows = [torch.cat([torch.cat([one_part(t, h, w) for w in axes[2]], 3) for h in axes[1]], 2) for t in axes[0]]
     return torch.cat(rows, 1)
