@@ -29,3 +29,12 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four films of two classes with captions (`tiny_runs.write_films`)."""
+    pytest.importorskip("av", reason="PyAV is not installed")
+    from tiny_runs import write_films
+
+    return write_films(tmp_path_factory.mktemp("films") / "films")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from command_line import fails
 from safetensors.torch import load_file, save_file
-from tiny_runs import fit, write_films
+from tiny_runs import fit
 
 from walt.cli import main
 from walt.errors import WaltError
@@ -17,11 +17,6 @@ from walt.pipeline import WaltPipeline
 pytest.importorskip("av", reason="PyAV is not installed")
 
 LARGE = ("data.height=32", "data.width=32", "transformer.patch=2")
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return write_films(tmp_path_factory.mktemp("films") / "films")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import fails
 from safetensors.torch import load_file, save_file
-from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, moving, write_films
+from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, moving
 
 from walt import commands
 from walt.cli import main
@@ -19,11 +19,6 @@ from walt.pipeline import WaltPipeline, load_tokenizer
 from walt.video import read_image, read_video, write_mp4, write_png
 
 pytest.importorskip("av", reason="PyAV is not installed")
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return write_films(tmp_path_factory.mktemp("films") / "films")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from command_line import fails
 from on_ranks import fit, regression
-from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, moving, write_films
+from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, moving
 from tiny_runs import fit as fit_stage
 
 from walt import checkpoint, commands, files
@@ -185,12 +185,6 @@ class TestTraining:
         assert len(read_log(tmp_path / "a.jsonl")) == 3
         message = f"cannot write {tmp_path / 'a.tensorboard'}: No space left on device; training goes on without it"
         assert capsys.readouterr().err.count(message) == 1
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    pytest.importorskip("av", reason="PyAV is not installed")
-    return write_films(tmp_path_factory.mktemp("films") / "films")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import threading
 
 import pytest
 from command_line import fails
-from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, write_films
+from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit
 
 import walt.demo
 from walt import run_common
@@ -27,11 +27,6 @@ ME = f"process {os.getpid()} on {socket.gethostname()}"
 HOLD = (
     "import sys; from walt.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
 )
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return write_films(tmp_path_factory.mktemp("films") / "films")
 
 
 def training(films, out, stage: str = "tokenizer") -> list[str]:

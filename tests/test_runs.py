@@ -45,11 +45,6 @@ class Pooled(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return write_films(tmp_path_factory.mktemp("films") / "films")
-
-
-@pytest.fixture(scope="module")
 def model(films, tmp_path_factory):
     """A whole cascade: 5 frames of 16x16 by class or sentence and first frame, then 32x32, then 64x64."""
     out = tmp_path_factory.mktemp("model") / "run"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, make, write_films
+from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, make
 from torch import distributed
 
 from walt import run_tokenizer
@@ -24,11 +24,6 @@ from walt.runs import train
 pytest.importorskip("av", reason="PyAV is not installed")
 
 ADVERSARY = ("losses.adversarial=0.1", "losses.r1_every=2", "training.seed=3")
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return write_films(tmp_path_factory.mktemp("films") / "films")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import fails
-from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, write_films
+from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit
 
 from walt.cli import main
 from walt.errors import WaltError, WaltWarning
@@ -22,11 +22,6 @@ LENGTH = 16  # bytes that the model reads
 TEXT = ("data.text=bytes", f"transformer.text_length={LENGTH}")
 LONG = "stripes go up and then down"
 CUT = f"longer than the {LENGTH} bytes that the text encoder 'bytes' reads (transformer.text_length), and"
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    return write_films(tmp_path_factory.mktemp("films") / "films")
 
 
 @pytest.fixture(scope="module")

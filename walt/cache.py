@@ -149,7 +149,6 @@ class Cache:
         self.label = np.array([number.get(item.label or "", len(self.classes)) for item in items], np.int64)
         self.caption = tuple(item.caption for item in items)
         self.fps = np.array([item.fps for item in items])
-        self.settings = settings
         self.fingerprint = _hash([vars(settings), [(normal(item.name), item.content) for item in items]])
 
     @property

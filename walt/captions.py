@@ -8,7 +8,10 @@ import json
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+
+from torch import Tensor
 
 from walt.errors import WaltError, WaltWarning
 from walt.names import look_alike, normal_path, some
@@ -106,3 +109,16 @@ def warn_of_cuts(what: str, names: Sequence[str], texts: Sequence[str], encoder:
         limit = f"the {encoder.length} {encoder.unit} that the text encoder {encoder.name!r} reads"
         line = f"{len(cut)} of {len(texts)} {what} {are} longer than {limit} (transformer.text_length), and {are} cut"
         warnings.warn(WaltWarning(f"{line}: {some(cut, LISTED)}"), stacklevel=3)
+
+
+def encode_sentences(encoder: TextEncoder, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens of the sentences and their mask, no longer than the longest one: padding costs time and changes nothing.
+
+    WaltWarning for sentences that are cut; ValueError for what is no Unicode.
+    """
+    "".join(sentences).encode()  # the encoders' errors are less clear
+    tokens, mask = encoder.encode(sentences)
+    distinct = sorted({*sentences} - {""})
+    warn_of_cuts("sentences", [repr(shorten(sentence, 60)) for sentence in distinct], distinct, encoder)
+    used = mask.any(dim=0)
+    return tokens[:, used], mask[:, used]

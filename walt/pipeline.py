@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from walt.captions import warn_of_cuts
+from walt.captions import encode_sentences
 from walt.checkpoint import checkpoint_folder, save_checkpoint
 from walt.config import whole
 from walt.data import to_model, to_pixels
@@ -356,12 +355,7 @@ class WaltPipeline:
         sentences = [(text or "").strip() for text in texts]
         if self.text is not None and config.text_width and any(sentences):
             with user_values("text"):
-                "".join(sentences).encode()  # an error for what is no Unicode, clearer than the encoders'
-                tokens, mask = self.text.encode(sentences)
-            distinct = sorted({*sentences} - {""})
-            warn_of_cuts("sentences", [repr(shorten(text, 60)) for text in distinct], distinct, self.text)
-            used = mask.any(dim=0)  # padding after the longest sentence costs time and changes nothing
-            given["text"], given["text_mask"] = tokens[:, used], mask[:, used]
+                given["text"], given["text_mask"] = encode_sentences(self.text, sentences)
         return given
 
     def _known(self, frames: np.ndarray, num: int, shape: Sequence[int], batch: int) -> dict[str, Tensor]:

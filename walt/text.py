@@ -31,7 +31,7 @@ class TextEncoder(Protocol):
     """Sentences to tokens of a fixed length. An empty sentence has no visible token: it is no text."""
 
     name: str  # from which `text_encoder` makes it again
-    length: int  # tokens of a text; longer ones are cut (`walt.captions.cut_texts` tells of them)
+    length: int  # tokens of a text; longer ones are cut (`walt.captions.warn_of_cuts` tells)
     unit: str  # what a token is, in messages
     width: int  # of the features; 0 for token ids
     vocabulary: int  # of the token ids; 0 for features
