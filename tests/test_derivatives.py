@@ -200,6 +200,38 @@ def test_vmap_over_one_argument() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_vmap_over_nothing(op: str) -> None:
+    function, place, _ = sample(op)
+    none = tuple(t[None].expand(0, *t.shape) for t in place)
+    for out, one in zip(vmap(function)(*none), function(*place), strict=True):
+        assert out.shape == (0, *one.shape)
+
+
+def test_vmap_over_a_history() -> None:
+    x = testing.embed(random(2, 4, 3, 5, 5, grad=False), "channels_last")
+    together = vmap(lambda x: wk.next_history(x[None], None, 3)[0])(x)
+    assert torch.equal(together, wk.next_history(x, None, 3))
+
+
+def test_a_frozen_network_inside_of_a_transform() -> None:
+    x, weight = random(2, 4, 3, 5, 5, grad=False), random(6, 4, 3, 3, 3, grad=False)
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            wk.causal_conv3d(x, weight)
+        return 2 * x.sum()
+
+    assert torch.equal(grad(loss)(x), torch.full_like(x, 2))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nodes_have_the_name_of_the_op(op: str) -> None:
+    """Anomaly detection and profilers show it."""
+    function, place, _ = sample(op)
+    assert function(*(t.requires_grad_() for t in place))[0].grad_fn.name() == f"{op}Backward"
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_jacobians_agree(op: str) -> None:
     function, place, _ = sample(op)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -307,3 +308,81 @@ def test_use_backend_is_the_threads(backend_of_forward: list[str]) -> None:
     done.set()
     thread.join()
     assert backend_of_forward == ["cpu"]
+
+
+def compiled_graphs(function: Any) -> tuple[Any, list[list[str]]]:
+    """The compiled function, and for each of its runs the backends of our ops in the graph that ran."""
+    runs: list[list[str]] = []
+
+    def keep(graph: Any, example: Any) -> Any:
+        ops = [node for node in graph.graph.nodes if "walt_kernels" in str(node.target)]
+        backends = [node.args[-1] for node in ops]
+
+        def run(*args: Any) -> Any:
+            runs.append(backends)
+            return graph(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=keep), runs
+
+
+@needs_native
+def test_use_backend_holds_for_what_was_compiled_before() -> None:
+    x, weight = torch.randn(1, 4, 3, 6, 6), torch.randn(6, 4, 3, 3, 3)
+    compiled, runs = compiled_graphs(wk.causal_conv3d)
+
+    def forced() -> None:
+        with wk.use_backend("reference"):
+            compiled(x, weight)
+
+    thread = threading.Thread(target=forced)
+    compiled(x, weight)  # in a thread that has seen no block yet
+    forced()
+    compiled(x, weight)
+    thread.start()
+    thread.join()
+    compiled(x, weight)
+    assert runs == [["cpu"], [], ["cpu"], [], ["cpu"]]  # the reference is PyTorch's own ops
+
+
+@needs_native
+def test_a_block_compiles() -> None:
+    x, weight = torch.randn(1, 4, 3, 6, 6), torch.randn(6, 4, 3, 3, 3)
+
+    def both(x: Tensor) -> Tensor:
+        with wk.use_backend("reference"):
+            y = wk.causal_conv3d(x, weight)
+        return y + wk.causal_conv3d(x, weight)
+
+    compiled, runs = compiled_graphs(both)
+    torch.testing.assert_close(compiled(x), both(x))
+    assert runs == [["cpu"]]
+    assert _dispatch._setting.forced is None
+
+
+def test_blocks_of_coroutines_leave_nothing_behind() -> None:
+    """They are left in another order than they were entered in."""
+
+    async def forced(name: str, enter: asyncio.Event, leave: asyncio.Event, entered: asyncio.Event) -> None:
+        await enter.wait()
+        with wk.use_backend(name):
+            entered.set()
+            await leave.wait()
+
+    async def both() -> str | None:
+        events = [asyncio.Event() for _ in range(6)]
+        tasks = [asyncio.create_task(forced(n, *events[i : i + 3])) for n, i in (("reference", 0), ("cpu", 3))]
+        for i in (0, 3):
+            events[i].set()
+            await events[i + 2].wait()
+        events[1].set()  # the first one is left first
+        await tasks[0]
+        between = _dispatch._setting.forced
+        events[4].set()
+        await tasks[1]
+        return between
+
+    assert asyncio.run(both()) == "cpu"
+    assert _dispatch._setting.forced is None

@@ -116,6 +116,41 @@ def test_export_with_open_sizes(name: str, dims: dict[str, Any]) -> None:
         assert_right(program.module(), module, shapes, sizes)
 
 
+@pytest.mark.parametrize(
+    ("window", "frames", "others"), [((2, 8, 8), 4, (2, 3, 64)), ((4, 8, 8), 8, (3, 4, 9)), ((4, 8, 8), 3, (2, 5, 64))]
+)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_export_of_any_number_of_windows(
+    backend: str, window: tuple[int, int, int], frames: int, others: tuple[int, ...]
+) -> None:
+    """One window or several, whatever the example had."""
+    module = WindowAttention(16, 2, window)
+    dims = ({1: Dim("t", min=2, max=64)},)
+    with wk.use_backend(backend):
+        program = export(module, (torch.randn(1, frames, 8, 8, 16),), dynamic_shapes=dims)
+        for size in others:
+            x = torch.randn(1, size, 8, 8, 16)
+            torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: CausalConv3d(4, 4, 3), (1, 4, 3, 8, 4)), (lambda: WindowAttention(16, 2, (2, 4, 4)), (1, 4, 8, 8, 16))],
+)
+def test_old_onnx_exporter(make: Callable[[], nn.Module], shape: tuple[int, ...], tmp_path: Path) -> None:
+    """It knows no decompositions: the ops choose the reference by themselves."""
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="runs what was exported")
+    module = make().eval()
+    x = torch.randn(shape)
+    torch.onnx.export(module, (x,), tmp_path / "model.onnx", dynamo=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(result), module(x), rtol=1e-4, atol=1e-5)
+
+
 def ops_in(program: ExportedProgram) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 

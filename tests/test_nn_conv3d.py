@@ -47,6 +47,15 @@ def test_it_is_one_with_the_same_attributes() -> None:
     assert (made().padding_mode, made().space_padding) == ("replicate", "replicate")
 
 
+def test_space_padding_is_another_name_of_padding_mode() -> None:
+    conv = CausalConv3d(4, 4, 3)
+    conv.space_padding = "replicate"
+    assert conv.padding_mode == "replicate"
+    assert torch.equal(conv(X), causal_conv3d(X, conv.weight, conv.bias, space_padding="replicate"))
+    with pytest.raises(ValueError, match="space_padding is 'circular'"):
+        conv.space_padding = "circular"
+
+
 def test_arguments_come_in_the_order_of_torch() -> None:
     ours, theirs = (list(inspect.signature(c).parameters) for c in (CausalConv3d, nn.Conv3d))
     assert ours[: len(theirs)] == theirs

@@ -212,6 +212,17 @@ def test_tangent_is_the_slope_and_torch_func_gives_the_gradient() -> None:
     torch.testing.assert_close(gradient, leaf.grad)
 
 
+def test_gradients_of_each_sample() -> None:
+    tokenizer = make(dtype=torch.float64)
+    videos = draw(2, 3, 5, 16, 16, dtype=torch.float64)
+
+    def loss(video: Tensor) -> Tensor:
+        return tokenizer.decode(tokenizer.encode(video[None])).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss))(videos)
+    torch.testing.assert_close(gradients, torch.func.grad(lambda v: loss(v[0]) + loss(v[1]))(videos))
+
+
 def test_autocast_costs_no_more_than_its_rounding() -> None:
     tokenizer = make()
     video = draw(1, 3, 5, 16, 16)

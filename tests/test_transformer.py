@@ -210,6 +210,12 @@ def test_tangent_is_the_slope() -> None:
     torch.testing.assert_close(tangent, slope, rtol=1e-6, atol=1e-7)
 
 
+def test_vmap_is_a_batch() -> None:
+    model, given = make(), inputs()
+    together = torch.func.vmap(lambda given: model(**{k: v[None] for k, v in given.items()})[0])(given)
+    close(together, model(**given))
+
+
 def test_images_of_a_stack_do_not_see_one_another() -> None:
     model, batch = make(), inputs()
     image = torch.tensor([True, False])

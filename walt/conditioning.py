@@ -146,8 +146,9 @@ def frame_condition(clean: Tensor, known: Tensor) -> Tensor:
 
 
 def _check_values(name: str, ids: Tensor, limit: int, expected: str) -> None:
-    # Looking at the values of a GPU tensor would stall the device, and would break a compiled graph.
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    # Looking at the values of a GPU tensor would stall the device; a compiled graph and vmap have none.
+    captured = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if ids.device.type == "cpu" and not captured and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= limit:
             raise ValueError(f"{name}: got values {low} .. {high}; expected {expected}")

@@ -29,6 +29,7 @@ from walt.tokenizer_layers import (
     ResidualBlock,
     Upsample,
     causal_conv,
+    channels_last,
     convolve,
 )
 from walt_kernels.nn import CausalConv3d, reset_children
@@ -170,12 +171,12 @@ class Tokenizer(nn.Module):
             yield self._decode(chunk, history)
 
     def _encode(self, video: Tensor, history: History | None) -> Tensor:
-        latent = self.encoder(video.contiguous(memory_format=torch.channels_last_3d), history)
+        latent = self.encoder(channels_last(video), history)
         return (latent - self._per_channel(self.latent_mean)) / self._per_channel(self.latent_std)
 
     def _decode(self, latent: Tensor, history: History | None) -> Tensor:
         raw = latent * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
-        return self.decoder(raw.contiguous(memory_format=torch.channels_last_3d), history)
+        return self.decoder(channels_last(raw), history)
 
     def _per_channel(self, statistic: Tensor) -> Tensor:
         return statistic[:, None, None, None]

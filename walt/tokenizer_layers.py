@@ -23,6 +23,7 @@ __all__ = [
     "ResidualBlock",
     "Upsample",
     "causal_conv",
+    "channels_last",
     "convolve",
     "depth_to_space",
 ]
@@ -122,6 +123,11 @@ def _by_frame(x: Tensor) -> bool:
 def _transformed() -> bool:
     """Whether forward mode or torch.func is at work, which want other derivatives than _FrameNorm's backward."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in channels_last_3d, in which convolutions are fastest. Not under torch.func: vmap knows no such copy."""
+    return x if _transformed() else x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _frames(x: Tensor) -> Tensor:
@@ -260,7 +266,7 @@ class Upsample(nn.Module):
         starts = history is None or self.conv not in history
         y = depth_to_space(convolve(self.conv, x, history), self.factor)
         dropped = self.factor[0] - 1 if starts else 0
-        return y[:, :, dropped:].contiguous(memory_format=torch.channels_last_3d)
+        return channels_last(y[:, :, dropped:])
 
 
 def depth_to_space(x: Tensor, factor: tuple[int, int, int]) -> Tensor:

@@ -53,9 +53,15 @@ _warned: set[str] = set()
 
 
 class _Setting(threading.local):
-    """The backend that is forced in this thread. (torch.compile reads no contextvars.)"""
+    """The backend that is forced in this thread, the latest of those of the blocks that are open.
 
-    forced: str | None = os.environ.get("WALT_KERNELS_BACKEND") or None
+    No contextvar, which torch.compile does not read. An attribute of the object from the start, in every thread: of the
+    class's it would not see a change.
+    """
+
+    def __init__(self) -> None:
+        self.forced: str | None = os.environ.get("WALT_KERNELS_BACKEND") or None
+        self.blocks = [self.forced]
 
 
 _setting = _Setting()
@@ -100,6 +106,8 @@ def select(op: str, inputs: Mapping[str, Any]) -> str:
         if reason is not None:
             raise RuntimeError(f"{op}: backend {forced!r} was forced and cannot run: {reason}")
         return forced
+    if torch.onnx.is_in_onnx_export():  # its file knows PyTorch's ops only
+        return "reference"
     for candidate in _ops[op].backends:
         if candidate.opt_in is None and candidate.unsupported(**inputs) is None:
             if candidate.name == "reference" and not torch.compiler.is_compiling():
@@ -133,8 +141,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
 def use_backend(name: str) -> Iterator[None]:
     """Forces every op called inside the block onto one backend; one that cannot run raises its reason.
 
-    The setting is the thread's. Backward passes run on the backend of their forward pass, and so does what
-    ``torch.utils.checkpoint`` runs again in a backward pass.
+    The setting is the thread's: threads that are started inside have their own, and a block that is suspended (in a
+    generator, a coroutine) holds for what runs meanwhile. Backward passes run on the backend of their forward pass, and
+    so does what ``torch.utils.checkpoint`` runs again in a backward pass.
     """
     if name not in BACKENDS:
         raise ValueError(f"name is {name!r}, expected one of {', '.join(BACKENDS)}")
@@ -144,11 +153,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forcing(name: str | None) -> Iterator[None]:
-    previous, _setting.forced = _setting.forced, name
+    _setting.blocks = [*_setting.blocks, name]
+    _setting.forced = name
     try:
         yield
     finally:
-        _setting.forced = previous
+        latest_first = _setting.blocks[::-1]
+        latest_first.remove(name)  # not always the first: coroutines leave their blocks in any order
+        _setting.blocks = latest_first[::-1]
+        _setting.forced = _setting.blocks[-1]
 
 
 def _bound(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ The formulas stand in the ops' op.py; the benchmarks use the same.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
@@ -37,9 +36,8 @@ class _AfterImport(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        assert spec is not None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(spec for finder in others if (spec := finder.find_spec(fullname, path, target)))
         assert isinstance(spec.loader, Loader)
         load = spec.loader.exec_module
 

@@ -80,31 +80,28 @@ def _autograd_kernel(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-    # "Single level": torch.func's levels come through the dispatcher, one at a time.
-    class Node(_SingleLevelFunction):
-        apply: Callable[..., Any]  # of its base in C++
-
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            *inputs, keyset = arguments
-            if torch._C._are_functorch_transforms_active():
-                # PyTorch switches derivatives off in here; the levels of torch.func below this one need theirs.
-                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                    output = below(keyset, inputs)
-            else:
+    def node_forward(ctx: Any, *arguments: Any) -> Any:
+        *inputs, keyset = arguments
+        if torch._C._are_functorch_transforms_active():
+            # PyTorch switches derivatives off in here; the levels of torch.func below this one need theirs.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 output = below(keyset, inputs)
-            if setup_context is not None:
-                setup_context(ctx, tuple(inputs), output)
-            return output
+        else:
+            output = below(keyset, inputs)
+        if setup_context is not None:
+            setup_context(ctx, tuple(inputs), output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return (*backward(ctx, *grads), None)
+    def node_backward(ctx: Any, *grads: Any) -> Any:
+        return (*backward(ctx, *grads), None)
 
-    Node.__name__ = Node.__qualname__ = f"{op._opname}_node"
+    # "Single level": torch.func's levels come through the dispatcher, one at a time. Of the op's name, which anomaly
+    # detection and profilers show.
+    methods = {"forward": staticmethod(node_forward), "backward": staticmethod(node_backward)}
+    Node: Any = type(op._opname, (_SingleLevelFunction,), methods)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if transformed():
+        if transformed() and not torch.is_inference_mode_enabled():
             arguments = unwrap_dead_wrappers(arguments)
             duals = [forward_ad.unpack_dual(a, level=0) if isinstance(a, Tensor) else (a, None) for a in arguments]
             primals, tangents = zip(*duals, strict=True)
@@ -161,21 +158,28 @@ def _decompose(op: Any, reference: Callable[..., Any]) -> None:
 
 def _outputs(op: Any, results: Any) -> tuple[Tensor | None, ...]:
     """All outputs of the op, None for what its reference does not return."""
-    results = results if isinstance(results, tuple) else (results,)
-    return (*results, *[None] * (len(op._schema.returns) - len(results)))
+    return (*_all(results), *[None] * (len(op._schema.returns) - len(_all(results))))
+
+
+def _all(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
 def _one_by_one(op: Any) -> Callable[..., Any]:
     """vmap: the op for each element of the mapped dimension, results stacked."""
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        given = list(zip(arguments, in_dims, strict=True))
+        if not info.batch_size:  # one element of zeros, for the shapes alone
+            given = [
+                (a.new_zeros([*a.shape[:d], 1, *a.shape[d + 1 :]]) if isinstance(d, int) else a, d) for a, d in given
+            ]
         results = [
-            op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
+            _all(op(*(a.select(d, i) if isinstance(d, int) else a for a, d in given)))
+            for i in range(info.batch_size or 1)
         ]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+        stacked = [torch.stack(outputs)[: info.batch_size] for outputs in zip(*results, strict=True)]
+        return (tuple(stacked), (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
 
     return rule
 

@@ -6,7 +6,7 @@ Parameters only; what is computed, and which backend computes it, is the busines
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,10 @@ class CausalConv3d(nn.Conv3d):
     @property
     def space_padding(self) -> str:
         return self.padding_mode
+
+    @space_padding.setter
+    def space_padding(self, mode: str) -> None:
+        self.padding_mode = cast(Any, choice("space_padding", mode, SPACE_PADDING))
 
     @property
     def time_span(self) -> int:

@@ -20,6 +20,8 @@ def plain(value: Any) -> Any:
 
     Anything else is returned as it is. What the numbers are is checked afterwards: bools stay bools, floats floats.
     """
+    if value is None or type(value) in (int, float, str):  # nearly always, and calls are many
+        return value
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, Tensor):  # floating ones may carry a gradient, which would be lost

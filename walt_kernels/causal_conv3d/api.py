@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import select
-from .._library import autocast, is_open
+from .._library import autocast, is_open, transformed
 from ..values import is_int, plain
 from . import op, reference
 from .layout import memory_format
@@ -288,7 +288,7 @@ def next_history(
     else:  # too few, or a number that an exported graph leaves open
         before = reference.past(x, frames, time_padding) if history is None else history
         tail = torch.cat([before, x], dim=2).narrow(2, x.shape[2], frames)
-    return tail.clone(memory_format=memory_format(x))
+    return tail.clone(memory_format=torch.contiguous_format if transformed() else memory_format(x))  # as vmap needs it
 
 
 __all__ = ["causal_conv3d", "next_history"]

@@ -44,11 +44,13 @@ def window_indices(
 ) -> tuple[list[torch.Tensor], torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """``partition`` and ``merge`` as indices, for sizes that a graph leaves open: it must not depend on their parts.
 
-    All windows are whole. Returns frame, row and column of their tokens, [windows, N] each; which of the tokens lie
-    inside the video, [windows, N]; and window and token of each place in the video, [T, H, W] each.
+    All windows are whole, and they are at least two: to a graph, a size of one is another program. Returns frame, row
+    and column of their tokens, [windows, N] each; which of the tokens lie inside the video, [windows, N]; and window
+    and token of each place in the video, [T, H, W] each.
     """
     counts = [(size + extent - 1) // extent for size, extent in zip(sizes, window, strict=True)]
-    windows = torch.arange(counts[0] * counts[1] * counts[2], device=device)[:, None]
+    count = counts[0] * counts[1] * counts[2]
+    windows = torch.arange(count if torch.jit.is_tracing() else torch.sym_max(count, 2), device=device)[:, None]
     tokens = torch.arange(window[0] * window[1] * window[2], device=device)
     inside = torch.ones((), dtype=torch.bool, device=device)
     places: list[torch.Tensor] = []
