@@ -106,7 +106,7 @@ def select(op: str, inputs: Mapping[str, Any]) -> str:
         if reason is not None:
             raise RuntimeError(f"{op}: backend {forced!r} was forced and cannot run: {reason}")
         return forced
-    if torch.onnx.is_in_onnx_export():  # its file knows PyTorch's ops only
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # whose file knows PyTorch's ops only
         return "reference"
     for candidate in _ops[op].backends:
         if candidate.opt_in is None and candidate.unsupported(**inputs) is None:
