@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from command_line import fails
 from films import numbers, ramp, write_folder
 
 from walt.cache import Cache
+from walt.cli import main, parser
 from walt.errors import WaltError
 from walt.prepare import prepare
 from walt.runs import open_data
-from walt.settings import load_settings
+from walt.settings import DataConfig, load_settings
 from walt.video import _timed, has_variable_rate, iterate_video, resample, write_mp4
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
@@ -151,6 +155,72 @@ def test_resample():
     assert list(resample(film(0, 10, 11), 1)) == [0] * 6 + [1] * 5 + [2]
 
 
+@pytest.mark.parametrize("jump", [61, 3600, 20_000])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_jump_of_time(tmp_path, name, jump):
+    """Would fill the disk with copies of one frame."""
+    (tmp_path / "films").mkdir()
+    write_mp4(tmp_path / "films/b.mp4", ramp(24), fps=24)
+    times = [Fraction(i, 24) + (jump if i >= 12 else 0) for i in range(24)]
+    write_timed(tmp_path / "films" / name, times, unit=Fraction(1, 1000) if name == "a.mkv" else Fraction(1, 90000))
+    message = rf"films/{name}: frames 11 and 12 are {jump}.* s apart, expected 60 s at most; cut the film there"
+    with pytest.raises(WaltError, match=message):
+        list(iterate_video(tmp_path / "films" / name, 24))
+    cache, lines = made(tmp_path / "films", tmp_path / "cache", fps=24)
+    assert [(item.name, item.frames) for item in cache.items] == [("b.mp4", 24)]
+    assert len(lines) == 1
+    assert re.match(
+        r"passed over, frames 11 and 12 are .* s apart, expected 60 s at most; cut the film there: 1 ", lines[0]
+    )
+    assert len(made(tmp_path / "films", tmp_path / "every")[0].items) == 2
+
+
+def test_frames_that_stand_still():
+    """A minute at most, the last frame too."""
+
+    def film(*times, last):
+        return [(Fraction(a), Fraction(b), i) for i, (a, b) in enumerate(pairwise([*times, times[-1] + last]))]
+
+    assert list(resample(film(0, 60, last=60), 0.1)) == [0] * 4 + [1] * 8
+    with pytest.raises(
+        WaltError, match=r"a film: frames 0 and 1 are 60\.5 s apart, expected 60 s at most; cut the film"
+    ):
+        list(resample(film(0, 60.5, last=1), 1, "a film"))
+    with pytest.raises(WaltError, match="the film: its last frame, 1, is shown for 3600 s, expected 60 s at most"):
+        list(resample(film(0, 1, last=3600), 1))
+
+
+@pytest.mark.parametrize("fps", [-1, 0.0001, 1001, 1e9, float("nan"), float("inf"), True, "24"])
+def test_one_range_of_rates(tmp_path, capsys, fps):
+    message = f"fps: got {fps}; expected 0.001 to 1000 frames a second, or 0 for every frame"
+    with pytest.raises(ValueError, match=message):
+        made(tmp_path, tmp_path / "cache", fps=fps)
+    with pytest.raises(ValueError, match=message):
+        DataConfig(fps=fps)
+    if fps not in (True, "24"):
+        for command in (("prepare", "--data"), ("train", "base", "--data")):
+            line = fails(capsys, *command, tmp_path, "--out", tmp_path / "out", "--fps", fps)
+            assert "argument --fps: " in line
+            assert "must be " in line
+        with pytest.raises(WaltError, match=r"expected 0\.001 to 1000 frames a second"):
+            write_mp4(tmp_path / "a.mp4", ramp(2), fps=fps)
+
+
+def test_rates_as_fractions(tmp_path):
+    """By all commands alike; and 29.97 is another rate than 30000/1001."""
+    write_mp4(tmp_path / "films/a.mp4", ramp(24), fps=24)
+    assert (
+        main(["prepare", "--data", str(tmp_path / "films"), "--out", str(tmp_path / "a"), "--fps", "30000/1001"]) == 0
+    )
+    assert Cache.open(tmp_path / "a").settings.fps == float(NTSC)
+    assert (
+        parser().parse_args(["train", "base", "--data", "a", "--out", "b", "--fps", "24000/1001"]).fps == 24000 / 1001
+    )
+    for fps in (29.97, float(NTSC)):
+        wanted = load_settings("base", overrides=["data.height=16", "data.width=16", f"data.fps={fps}"])
+        assert open_data(tmp_path / "films", tmp_path / "run", wanted).settings.fps == fps
+
+
 @pytest.fixture
 def mixed(tmp_path):
     """Films of 12, 25, 24 and 23.976 frames a second, one of variable rate, and images."""
@@ -198,7 +268,7 @@ def test_one_rate_for_all(mixed, tmp_path):
         WaltError, match=r"with height 16, width 16, shots on, 12 frames a second, not with height 16, "
     ):
         made(mixed, tmp_path / "cache")
-    with pytest.raises(ValueError, match="fps: got -1; expected frames a second, or 0 for every frame"):
+    with pytest.raises(ValueError, match=r"fps: got -1; expected 0\.001 to 1000 frames a second, or 0 for every frame"):
         made(mixed, tmp_path / "cache", fps=-1)
 
 

@@ -21,6 +21,7 @@ from walt.errors import WaltError
 from walt.files import read_json, write_json
 from walt.folders import PassedOver
 from walt.names import normal
+from walt.video import expect_rate
 
 FORMAT = "walt-cache"
 VERSION = 2
@@ -39,7 +40,7 @@ class Settings:
     fps: float = 0.0
 
     def __str__(self) -> str:
-        rate = f", {self.fps:g} frames a second" if self.fps else ""
+        rate = f", {self.fps:.10g} frames a second" if self.fps else ""
         return f"height {self.height}, width {self.width}, shots {'on' if self.shots else 'off'}{rate}"
 
 
@@ -127,8 +128,7 @@ def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
             raise ValueError(f"it covers {settings.height!r} x {settings.width!r} pixels")
         if type(settings.shots) is not bool:
             raise ValueError(f"shots is {settings.shots!r}")
-        if not isinstance(settings.fps, (int, float)) or settings.fps < 0:
-            raise ValueError(f"fps is {settings.fps!r}")
+        expect_rate(settings.fps)
         return settings, tuple(Item.from_dict(values) for values in document["items"])
     except (KeyError, TypeError, ValueError) as error:
         raise WaltError(f"{path} is broken: {error}") from error

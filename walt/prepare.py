@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
@@ -31,7 +30,15 @@ from walt.folders import PassedOver, find_files
 from walt.locks import locked
 from walt.names import normal, normal_path, some
 from walt.shots import ShotDetector
-from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, has_variable_rate, iterate_video, read_image
+from walt.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    expect_rate,
+    frame_rate,
+    has_variable_rate,
+    iterate_video,
+    read_image,
+)
 
 JOURNAL = "journal.jsonl"
 WORKERS = 4
@@ -65,8 +72,7 @@ def prepare(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height, width: got {height}, {width}; expected ints >= 1")
-    if not 0 <= fps < inf:
-        raise ValueError(f"fps: got {fps}; expected frames a second, or 0 for every frame")
+    settings = Settings(height, width, shots, expect_rate(fps))
     for module in ("av", "PIL.Image"):
         require(module, "video")
     source, cache = Path(source), Path(cache)
@@ -74,7 +80,6 @@ def prepare(
     texts = {} if captions is None else read_captions(captions)
     if captions is not None:
         check_captions(texts, {normal_path(name) for name in files}, say)
-    settings = Settings(height, width, shots, fps)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
     with locked(cache, wait=True, say=say), writing(cache):
         known = _known(cache, settings)

@@ -105,7 +105,7 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
         tell(cache.passed_over)
         return cache
     captions = captions_of(data, captions)
-    place = out / f"data-{size.height}x{size.width}{f'-{size.fps:g}fps' if size.fps else ''}"
+    place = out / f"data-{size.height}x{size.width}{f'-{size.fps:.10g}fps' if size.fps else ''}"
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
         raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
     return once(
