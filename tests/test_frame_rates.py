@@ -18,7 +18,7 @@ from walt.errors import WaltError
 from walt.prepare import prepare
 from walt.runs import open_data
 from walt.settings import DataConfig, load_settings
-from walt.video import _timed, has_variable_rate, iterate_video, resample, write_mp4
+from walt.video import _timed, frame_timing, iterate_video, resample, write_mp4
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -70,7 +70,7 @@ def test_a_film_of_variable_rate(tmp_path, name, start):
     expected = nearest(times, 24, Fraction(32, 24))
     assert made[: len(expected)] == expected
     assert set(made[len(expected) :]) <= {11}  # how long the last frame is shown, not every container tells
-    assert has_variable_rate(tmp_path / name)
+    assert frame_timing(tmp_path / name)[1]
     assert numbers(np.stack(list(iterate_video(tmp_path / name)))).tolist() == list(range(12))
 
 
@@ -82,7 +82,7 @@ def test_frames_in_another_order_than_coded(tmp_path, name):
         stamps = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
     assert stamps != sorted(stamps)
     assert taken(tmp_path / name, 24)[:32] == nearest(UNEVEN, 24, Fraction(32, 24))
-    assert has_variable_rate(tmp_path / name)
+    assert frame_timing(tmp_path / name)[1]
 
 
 def test_no_time_stamps(tmp_path):
@@ -98,7 +98,7 @@ def test_no_time_stamps(tmp_path):
         assert {frame.pts for frame in container.decode(video=0)} == {None}
     assert taken(path, 12.5) == list(range(0, 24, 2))
     assert taken(path, 25) == list(range(24))
-    assert not has_variable_rate(path)
+    assert not frame_timing(path)[1]
 
 
 def test_some_time_stamps_missing_or_wrong():
@@ -139,7 +139,7 @@ def test_milliseconds_round_no_frame_away(tmp_path):
     """Matroska and WebM round 1/30 s to 33 and 34 ms."""
     write_timed(tmp_path / "a.mkv", [i / 30 for i in range(40)], unit=Fraction(1, 1000), step=5)
     assert taken(tmp_path / "a.mkv", 30, step=5) == list(range(40))
-    assert not has_variable_rate(tmp_path / "a.mkv")
+    assert not frame_timing(tmp_path / "a.mkv")[1]
 
 
 def test_resample():
@@ -255,11 +255,49 @@ def test_a_mix_is_told(mixed, tmp_path):
     assert "cats/like-09.mp4 and 2 more); 23.98: 2 (" in line
 
 
+def test_a_rate_above_that_of_films_is_told(mixed, tmp_path):
+    """Their frames are repeated. Within 1% a rate is the same."""
+    repeated = "frames are repeated in films of fewer than {} a second: "
+    for fps, films in (
+        (9.05, ""),
+        (12.1, "1 (dogs/uneven.mp4)"),
+        (23, "2 (cats/one.mp4, dogs/uneven.mp4)"),
+        (24, "2 (cats/one.mp4, dogs/uneven.mp4)"),
+    ):
+        lines = made(mixed, tmp_path / f"cache-{fps}", fps=fps)[1]
+        assert lines == ([repeated.format(f"{fps:g}") + films] if films else [])
+    (line,) = made(mixed, tmp_path / "cache", fps=60)[1]
+    assert line.startswith(repeated.format(60) + "5 (cats/24.mp4, cats/one.mp4, ")
+    assert made(mixed, tmp_path / "cache", fps=60)[1] == [line]
+
+
+def test_prepared_folders_are_told_too(mixed, tmp_path, capsys):
+    """By every training, as for folders that are not prepared."""
+    settings = load_settings("base", overrides=["data.height=16", "data.width=16"])
+    for fps in (0, 60):
+        lines = made(mixed, tmp_path / f"{fps}", fps=fps)[1]
+        capsys.readouterr()
+        open_data(tmp_path / f"{fps}", tmp_path / "run", settings)
+        assert capsys.readouterr().err.splitlines() == lines
+        assert len(lines) == 1
+
+
+def test_a_film_of_one_frame_has_no_rate(tmp_path):
+    write_mp4(tmp_path / "films/a.mp4", ramp(24), fps=24)
+    write_mp4(tmp_path / "films/b.mp4", ramp(1), fps=5)
+    assert made(tmp_path / "films", tmp_path / "cache")[1] == []
+    assert made(tmp_path / "films", tmp_path / "24", fps=24)[1] == [
+        "frames are repeated in films of fewer than 24 a second: 1 (b.mp4)"  # its fifth of a second is filled
+    ]
+
+
 def test_one_rate_for_all(mixed, tmp_path):
     cache, lines = made(mixed, tmp_path / "cache", fps=12)
-    assert lines == []
+    assert lines == ["frames are repeated in films of fewer than 12 a second: 1 (dogs/uneven.mp4)"]
+    assert set(cache.fps) == {0, 12}
     films = {item.name: item for item in cache.items if item.kind == "video"}
-    assert {(item.fps, item.variable) for item in films.values()} == {(12, False)}
+    assert (films["cats/24.mp4"].fps, films["dogs/two.mp4"].fps) == (24, 25)  # their own
+    assert [name for name, item in films.items() if item.variable] == ["dogs/uneven.mp4"]
     frames = {"cats/24.mp4": 12, "cats/one.mp4": 12, "dogs/24.mp4": 12, "dogs/two.mp4": 3, "dogs/uneven.mp4": 16}
     assert {name: item.frames for name, item in films.items()} == frames
     index = [item.name for item in cache.items].index("dogs/24.mp4")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from walt.data import shrink
 from walt.errors import WaltError
 from walt.files import read_json, write_json
 from walt.folders import PassedOver
-from walt.names import normal
-from walt.video import expect_rate
+from walt.names import normal, some
+from walt.video import expect_rate, same_rate
 
 FORMAT = "walt-cache"
 VERSION = 2
@@ -52,7 +52,7 @@ class Item:
     kind: str  # "video" or "image"
     label: str | None  # the folder it lies in; None in the source folder itself
     caption: str | None
-    fps: float  # on average; 0 for images, and where the file does not say
+    fps: float  # the file's own, on average; 0 for images, and where it does not say
     variable: bool  # its frames do not come at an even rate
     height: int
     width: int
@@ -148,7 +148,8 @@ class Cache:
         # As `ClassEmbedding` has it, the number after the last class stands for no class.
         self.label = np.array([number.get(item.label or "", len(self.classes)) for item in items], np.int64)
         self.caption = tuple(item.caption for item in items)
-        self.fps = np.array([item.fps for item in items])
+        # Of the frames that are held; 0 for images, and where the file does not say.
+        self.fps = np.array([(item.kind == "video" and settings.fps) or item.fps for item in items])
         self.fingerprint = _hash([vars(settings), [(normal(item.name), item.content) for item in items]])
 
     @property
@@ -178,6 +179,30 @@ class Cache:
             except OSError as error:
                 raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
         return cls(folder, settings, items, shards)
+
+    @property
+    def rate(self) -> float:
+        """Frames a second of most films (the median); 0 if no film's is known."""
+        return float(np.median(self.fps[self.fps > 0])) if self.fps.any() else 0.0
+
+    def uneven(self) -> Iterator[str]:
+        """A line where frames are not alike in time: without a rate of the settings, the films of each rate if there
+        are several (by `same_rate`) or a film's varies; with one, the films that have fewer frames a second."""
+        films = [item for item in self.items if item.kind == "video" and item.frames > 1]  # one frame has no rate
+        if wanted := self.settings.fps:
+            slow = [item.name for item in films if 0 < item.fps < wanted and not same_rate(item.fps, wanted)]
+            if slow:
+                yield f"frames are repeated in films of fewer than {wanted:g} a second: {len(slow)} ({some(slow)})"
+            return
+        rates: dict[str, list[str]] = {}
+        last, known = -1.0, ""
+        for item in sorted(films, key=lambda item: (item.fps, item.name)):
+            if not same_rate(item.fps, last):
+                last, known = item.fps, f"{item.fps:.4g}" if item.fps else "unknown"
+            rates.setdefault("variable" if item.variable else known, []).append(item.name)
+        if len(rates) > 1 or "variable" in rates:
+            listed = "; ".join(f"{rate}: {len(names)} ({some(names)})" for rate, names in rates.items())
+            yield f"frames a second differ, and clips take frame after frame (--fps N takes them by time): {listed}"
 
     def windows(self, frames: int, *, stride: int = 1, hop: int = 1) -> np.ndarray:
         """Rows of all clips of `frames` frames, every `stride`-th one of a video, that lie inside one shot: [N, 2].

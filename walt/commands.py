@@ -371,7 +371,7 @@ def _real_clips(
     rows = cache.windows(frames, hop=frames)
     if not len(rows):
         raise WaltError(f"{arguments.data} holds no clip of {frames} frames")
-    tell(cache.too_short(frames))
+    tell(cache.too_short(frames).lines())
     rows = rows[np.linspace(0, len(rows) - 1, min(arguments.num, len(rows))).astype(int)]
     items = [cache.items[index] for index, _ in rows]
     return cache.read(rows, frames, crop=size), [i.label or "" for i in items], [i.caption or "" for i in items]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +28,13 @@ from walt.errors import WaltError, require, say, user_values
 from walt.files import flush, write_json, writing
 from walt.folders import PassedOver, find_files
 from walt.locks import locked
-from walt.names import normal, normal_path, some
+from walt.names import normal, normal_path
 from walt.shots import ShotDetector
 from walt.video import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     expect_rate,
-    frame_rate,
-    has_variable_rate,
+    frame_timing,
     iterate_video,
     read_image,
 )
@@ -62,8 +61,8 @@ def prepare(
     """Decode every video and image under `source` into the folder `cache`, so that frames cover height x width.
 
     The folder that a file lies in is its class. With `shots`, clips will not span a cut (`walt.shots`). With `fps`,
-    films are taken at that rate by their time stamps; else frame by frame, and `say` names rates that differ. `say`
-    also gets a line for each reason why something is passed over (`walt.folders`, and what cannot be decoded), with a
+    films are taken at that rate by their time stamps; else frame by frame. `say` gets the lines of `Cache.uneven` and
+    a line for each reason why something is passed over (`walt.folders`, and what cannot be decoded), with a
     count and ten names, of which `cache` has all in passed-over.json; and the names that `captions` (a CSV or JSONL
     file, `walt.captions`) and the folder do not share. Of several processes that prepare one cache, one does and the
     others wait.
@@ -89,14 +88,16 @@ def prepare(
             say(line)
         if not run.items:
             raise WaltError(f"{source}: none of its {len(files)} videos and images can be used")
-        _tell_rates(run.items.values(), say)
         for path in cache.glob("frames-*.raw"):
             flush(path)
         write_json(cache / PASSED_OVER, passed.names)
         items = [run.items[name] for name in files if name in run.items]
         write_index(cache, settings, [replace(item, caption=texts.get(normal_path(item.name))) for item in items])
         (cache / JOURNAL).unlink(missing_ok=True)
-    return Cache.open(cache)
+    made = Cache.open(cache)
+    for line in made.uneven():
+        say(line)
+    return made
 
 
 def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], PassedOver]:
@@ -108,19 +109,6 @@ def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], 
             say(line)
         raise WaltError(f"{source} holds no video or image (looked for {', '.join(suffixes)})")
     return names, passed
-
-
-def _tell_rates(items: Iterable[Item], say: Say) -> None:
-    """A line with the films of each frame rate, if there are several or a film's varies. Within 1% they are one."""
-    rates: dict[str, list[str]] = {}
-    last, known = -1.0, ""
-    for item in sorted((item for item in items if item.kind == "video"), key=lambda item: (item.fps, item.name)):
-        if item.fps > 1.01 * last:
-            last, known = item.fps, f"{item.fps:.4g}" if item.fps else "unknown"
-        rates.setdefault("variable" if item.variable else known, []).append(item.name)
-    if len(rates) > 1 or "variable" in rates:
-        films = "; ".join(f"{rate}: {len(names)} ({some(names)})" for rate, names in rates.items())
-        say(f"frames a second differ, and clips take frame after frame (--fps N takes them by time): {films}")
 
 
 def _known(cache: Path, settings: Settings) -> dict[str, Item]:
@@ -236,8 +224,7 @@ class _Run:
         is_image = path.suffix.lower() in IMAGE_SUFFIXES
         detector = ShotDetector()
         count, rows, columns = 0, 0, 0
-        rate = self.settings.fps
-        for picture in [read_image(path)] if is_image else iterate_video(path, rate):
+        for picture in [read_image(path)] if is_image else iterate_video(path, self.settings.fps):
             with user_values(str(path)):
                 picture = cover(picture, self.settings.height, self.settings.width)
             rows, columns = picture.shape[:2]
@@ -251,13 +238,14 @@ class _Run:
                 raise WaltError("stopped")
         if not count:
             raise WaltError(f"{path} has no frames")
+        rate, variable = (0.0, False) if is_image else frame_timing(path)
         return Item(
             name=name,
             kind="image" if is_image else "video",
             label=normal(path.parent.name) if "/" in name else None,
             caption=None,
-            fps=0.0 if is_image else rate or frame_rate(path),
-            variable=not is_image and not rate and has_variable_rate(path),
+            fps=rate,
+            variable=variable,
             height=rows,
             width=columns,
             frames=count,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,6 @@ from walt.data import to_model
 from walt.distributed import failing_together, is_main, world
 from walt.errors import WaltError, say
 from walt.files import read_json, write_json
-from walt.folders import PassedOver
 from walt.locks import locked
 from walt.names import normal, some
 from walt.pipeline import ClipShape
@@ -55,9 +54,7 @@ class Run:
     @property
     def clip(self) -> ClipShape:
         data = self.settings.data
-        rates = self.cache.fps[self.cache.fps > 0]
-        fps = float(np.median(rates)) / data.stride if len(rates) else 8
-        return ClipShape(data.frames, data.height, data.width, fps)
+        return ClipShape(data.frames, data.height, data.width, self.cache.rate / data.stride or 8)
 
     def description(self) -> dict[str, Any]:
         """What of the data decides the result."""
@@ -102,7 +99,7 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
             raise WaltError(
                 f"{data} was prepared {rate}; {size.fps:g} a second are wanted: prepare it with --fps {size.fps:g}"
             )
-        tell(cache.passed_over)
+        tell([*cache.passed_over.lines(), *cache.uneven()])
         return cache
     captions = captions_of(data, captions)
     place = out / f"data-{size.height}x{size.width}{f'-{size.fps:.10g}fps' if size.fps else ''}"
@@ -117,9 +114,9 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
     )
 
 
-def tell(passed: PassedOver) -> None:
-    """Print what is passed over, once for all ranks."""
-    for line in passed.lines() if is_main() else ():
+def tell(lines: Iterable[str]) -> None:
+    """Print lines on the data, once for all ranks."""
+    for line in lines if is_main() else ():
         say(line)
 
 
@@ -155,7 +152,7 @@ def check(run: Run) -> None:
             " --frames, and for pictures alone --frames 1"
         )
     if images_of(run) < data.batch:
-        tell(run.cache.too_short(data.frames, stride=data.stride))
+        tell(run.cache.too_short(data.frames, stride=data.stride).lines())
 
 
 def images_of(run: Run) -> int:

@@ -147,16 +147,21 @@ def frame_rate(path: str | Path) -> float:
         return float(stream.average_rate or 0)
 
 
-def has_variable_rate(path: str | Path) -> bool:
-    """Whether more than one in twenty of the distances between frames is off the usual one by half of it or more.
-
-    By the time stamps of what is coded; nothing is decoded.
+def frame_timing(path: str | Path) -> tuple[float, bool]:
+    """`frame_rate`, and whether it varies: more than one in twenty of the distances between frames is off the usual one
+    by half of it or more. By the time stamps of what is coded; nothing is decoded.
     """
     with _open_stream(path) as (container, stream):
+        rate = float(stream.average_rate or 0)
         stamps = [packet.dts if packet.pts is None else packet.pts for packet in container.demux(stream)]
     steps = np.diff(np.sort([stamp for stamp in stamps if stamp is not None]))
     usual = np.median(steps) if len(steps) else 0
-    return bool((np.abs(steps - usual) >= usual / 2).mean() > 0.05) if usual else False
+    return rate, bool((np.abs(steps - usual) >= usual / 2).mean() > 0.05) if usual else False
+
+
+def same_rate(rate: float, other: float) -> bool:
+    """Within 1%, as 23.976 and 24 frames a second are."""
+    return max(rate, other) <= 1.01 * min(rate, other)
 
 
 @contextlib.contextmanager
