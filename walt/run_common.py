@@ -28,7 +28,7 @@ from walt.prepare import prepare
 from walt.settings import Settings
 from walt.text import TextEncoder
 from walt.training import Trainer
-from walt.video import tile, write_mp4
+from walt.video import same_rate, tile, write_mp4
 
 CLIPS = 4  # at a time, for statistics and previews
 FILES = ".files.json"  # ending of a stage's list of its data
@@ -58,7 +58,9 @@ class Run:
 
     def description(self) -> dict[str, Any]:
         """What of the data decides the result."""
-        data = {"content": self.cache.fingerprint, **self.settings.data.to_dict()}
+        # The rate is that of the data: a folder that was prepared at one gives it to settings that name none.
+        taken = {**self.settings.data.to_dict(), "fps": self.cache.settings.fps}
+        data = {"content": self.cache.fingerprint, **taken}
         if self.settings.data.text:
             data["captions"] = hashlib.sha256(json.dumps(self.cache.caption).encode()).hexdigest()
         return {"data": data}
@@ -118,6 +120,17 @@ def tell(lines: Iterable[str]) -> None:
     """Print lines on the data, once for all ranks."""
     for line in lines if is_main() else ():
         say(line)
+
+
+def tell_other_rate(what: Path, fps: float, model: Path, trained: float) -> None:
+    """A line if clips of `what` have another frame rate than those that the model was trained on; 0 is unknown."""
+    if fps and trained and not same_rate(fps, trained):
+        tell(
+            [
+                f"{what}: clips of {fps:.4g} frames a second, but those of {model} have {trained:.4g}"
+                " (--fps takes films at one rate)"
+            ]
+        )
 
 
 def captions_of(data: Path, captions: Path | None) -> Path | None:
