@@ -120,7 +120,8 @@ def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
         raise WaltError(f'{path} is not the index of a cache of walt (its "format" is {document.get("format")!r})')
     if document.get("version") != VERSION:
         raise WaltError(
-            f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}: prepare another"
+            f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}: delete that folder, or"
+            " prepare into another one"
         )
     try:
         settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})

@@ -117,7 +117,9 @@ def _known(cache: Path, settings: Settings) -> dict[str, Item]:
     if (cache / INDEX).exists():
         found, items = read_index(cache)
         if items and found != settings:
-            raise WaltError(f"{cache} was prepared with {found}, not with {settings}; name another cache")
+            raise WaltError(
+                f"{cache} was prepared with {found}, not with {settings}; delete that folder, or prepare into another one"
+            )
         if found != settings:
             (cache / JOURNAL).unlink(missing_ok=True)
         decoded += items

@@ -175,18 +175,19 @@ def images_of(run: Run) -> int:
 
 def begin(run: Run, trainer: Trainer[Any]) -> None:
     """Go on from the run's checkpoint, if there is one, and leave the settings beside it."""
-    check_same_data(run, trainer.kind)
     trainer.resume(new_settings=run.new_settings)
     with failing_together(str(run.out)):
         if is_main():
             run.settings.save(run.folder.with_suffix(".yaml"))
-            write_json(run.folder.with_suffix(FILES), files_of(run))
+            if not trainer.finished:  # else nothing is trained on them
+                write_json(run.folder.with_suffix(FILES), files_of(run))
 
 
 def files_of(run: Run) -> dict[str, Any]:
     """What `Run.description` has of the data as hashes, file by file, to tell what changed."""
     items = {normal(item.name): item for item in run.cache.items}
     return {
+        "content": run.cache.fingerprint,
         "prepared": str(run.cache.settings),
         "file": {name: item.digest for name, item in items.items()},
         "caption": {name: item.caption for name, item in items.items() if run.settings.data.text},
@@ -194,18 +195,24 @@ def files_of(run: Run) -> dict[str, Any]:
 
 
 def check_same_data(run: Run, kind: str) -> None:
-    """WaltError that says what changed, if the run's checkpoint was trained on other data."""
+    """WaltError that says what changed, if the run's checkpoint was trained on other data, unless that is wanted.
+
+    It comes before the latents, which would be encoded anew.
+    """
     folder = checkpoint_folder(run.folder)
-    if folder is None:
+    if folder is None or run.new_settings:
         return
     before, now = load_description(folder, kind)[1].get("data", {}), run.description()["data"]
     if all(before.get(key) == now[key] for key in ("content", "captions") if key in before and key in now):
         return
     path = run.folder.with_suffix(FILES)
-    changes = describe_changes(read_json(path), files_of(run)) if path.is_file() else ""
+    files = read_json(path) if path.is_file() else {}
+    # A run that was killed before its first checkpoint may have left the list of other data than the checkpoint's.
+    known = files.get("content") == before.get("content")
+    changes = f" ({describe_changes(files, files_of(run))})" if known else ", or by an older walt"
     raise WaltError(
-        f"{folder} was trained on other data than {run.cache.folder} holds{changes and f' ({changes})'}; give the same"
-        " data, or another --out"
+        f"{folder} was trained on other data than {run.cache.folder} holds{changes}; give the same data, another --out,"
+        " or --new-settings to go on with this"
     )
 
 

@@ -19,7 +19,16 @@ from walt.errors import WaltError, say, user_values
 from walt.latents import LatentCache, LatentSource, TextFeatures, encode_cache, encode_captions, fingerprint
 from walt.pipeline import WaltPipeline, load_tokenizer, transformer_description
 from walt.pretrained import of_another_tokenizer
-from walt.run_common import Run, begin, images_of, once, tell_other_rate, warn_of_cut_captions, write_preview
+from walt.run_common import (
+    Run,
+    begin,
+    check_same_data,
+    images_of,
+    once,
+    tell_other_rate,
+    warn_of_cut_captions,
+    write_preview,
+)
 from walt.stages import fitted
 from walt.text import TextEncoder, text_encoder, with_text
 from walt.tokenizer import Tokenizer
@@ -42,6 +51,7 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
     config = transformer_config(run, tokenizer, encoder)
     if encoder is not None:
         warn_of_cut_captions(run.cache, encoder)
+    check_same_data(run, "transformer")
     source = latent_source(run, tokenizer, key, config, encoder)
     torch.manual_seed(settings.training.seed)
     transformer, diffusion = Transformer(config).to(run.device), Diffusion(settings.diffusion)
