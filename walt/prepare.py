@@ -28,7 +28,7 @@ from walt.errors import WaltError, require, say, user_values
 from walt.files import flush, write_json, writing
 from walt.folders import PassedOver, find_files
 from walt.locks import locked
-from walt.names import normal, normal_path
+from walt.names import normal
 from walt.shots import ShotDetector
 from walt.video import (
     IMAGE_SUFFIXES,
@@ -78,7 +78,7 @@ def prepare(
     files, passed = _find(source, [cache] if captions is None else [cache, Path(captions)], say)
     texts = {} if captions is None else read_captions(captions)
     if captions is not None:
-        check_captions(texts, {normal_path(name) for name in files}, say)
+        check_captions(texts, {normal(name) for name in files}, say)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
     with locked(cache, wait=True, say=say), writing(cache):
         known = _known(cache, settings)
@@ -92,7 +92,7 @@ def prepare(
             flush(path)
         write_json(cache / PASSED_OVER, passed.names)
         items = [run.items[name] for name in files if name in run.items]
-        write_index(cache, settings, [replace(item, caption=texts.get(normal_path(item.name))) for item in items])
+        write_index(cache, settings, [replace(item, caption=texts.get(normal(item.name))) for item in items])
         (cache / JOURNAL).unlink(missing_ok=True)
     made = Cache.open(cache)
     for line in made.uneven():
@@ -118,7 +118,8 @@ def _known(cache: Path, settings: Settings) -> dict[str, Item]:
         found, items = read_index(cache)
         if items and found != settings:
             raise WaltError(
-                f"{cache} was prepared with {found}, not with {settings}; delete that folder, or prepare into another one"
+                f"{cache} was prepared with {found}, not with {settings}; delete that folder, or prepare into another"
+                " one"
             )
         if found != settings:
             (cache / JOURNAL).unlink(missing_ok=True)

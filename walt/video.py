@@ -22,6 +22,17 @@ SIDES = {".mp4": 16384, ".gif": 65535, ".png": 2**31 - 1}  # pixels of a side, a
 OBLONG = 16  # times as wide as high, or the other way, at most: of a pixel here, of a stored frame in `walt.data.cover`
 RATES = (0.001, 1000)  # frames a second, least and most, of what is read at a rate or written
 STILL = 60  # seconds between two frames, at most, where films are read at a rate: a wrong time stamp may say years
+# Colour matrices of H.273 that FFmpeg does not convert.
+MATRICES = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "SMPTE ST 2085", 12: "that of its primaries"}
+MATRICES |= {
+    13: "that of its primaries with constant luminance",
+    14: "ICtCp",
+    15: "IPT-C2",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
+# Pillow scales the samples of a PNG to 8 bits, by its name for their layout, but not the colour that is transparent.
+SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 BT709, UNSPECIFIED, RESERVED, BT601 = 1, 2, 3, 6  # colour matrices, primaries and curves as H.273 has them
 LIMITED = 1  # range of a colour: 16 to 235
 
@@ -61,7 +72,13 @@ def _picture(frame: Any, pixel: Fraction) -> np.ndarray:
     frame.color_primaries = frame.color_trc = UNSPECIFIED
     alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     width = max(1, round(frame.width * pixel))
-    picture = frame.reformat(width=width, format="rgba" if alpha else "rgb24").to_ndarray()
+    try:
+        picture = frame.reformat(width=width, format="rgba" if alpha else "rgb24").to_ndarray()
+    except OSError as error:
+        if frame.colorspace not in MATRICES:
+            raise
+        matrix = f"{MATRICES[frame.colorspace]} ({int(frame.colorspace)} of H.273)"
+        raise ValueError(f"its colour matrix, {matrix}, cannot be converted") from error
     return _upright(frame, _over_white(picture) if alpha else picture)
 
 
@@ -201,6 +218,7 @@ def read_image(path: str | Path) -> np.ndarray:
                 raise WaltError(f"{path} is animated; make it a video, such as an .mp4 or a .gif")
             # Pillow before 11 opens 16 bits of a PNG or PGM as 32.
             deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+            _scale_transparent(picture)
             return _eight_bit(ops.exif_transpose(picture), deep)
     except WaltError:
         raise
@@ -208,10 +226,20 @@ def read_image(path: str | Path) -> np.ndarray:
         raise WaltError(f"{path} is not an image that can be decoded: {error}") from error
 
 
+def _scale_transparent(picture: Any) -> None:
+    """Before the samples are read: a transparent colour of a PNG on the scale that Pillow gives them."""
+    layout = str(picture.tile[0][3]) if getattr(picture, "tile", None) else ""
+    if layout in SCALES and "transparency" in picture.info:
+        colour = np.multiply(picture.info["transparency"], SCALES[layout]).astype(int)
+        picture.info["transparency"] = tuple(colour.tolist()) if colour.ndim else int(colour)
+
+
 def _eight_bit(picture: Any, deep: bool) -> np.ndarray:
     """A picture of Pillow's, of any mode, as uint8 [H, W, 3]. `deep`: it is grey of 16 bits."""
     if deep:  # Pillow's own conversion takes all above 255 for white
-        grey = np.rint(np.asarray(picture) / 257).astype(np.uint8)
+        values = np.asarray(picture)
+        grey = np.rint(values / 257).astype(np.uint8)
+        grey[values == picture.info.get("transparency", -1)] = 255
         return np.repeat(grey[..., None], 3, axis=-1)
     if picture.mode in ("I", "F"):
         raise ValueError(f"its mode is {picture.mode}, 32 bits of no known scale; expected 8 or 16 bits a channel")
