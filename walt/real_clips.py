@@ -10,6 +10,7 @@ import numpy as np
 from walt.checkpoint import checkpoint_folder, load_description
 from walt.data import fill
 from walt.errors import WaltError, user_values
+from walt.files import reading
 from walt.run_common import open_data, tell, tell_other_rate
 from walt.settings import load_settings
 from walt.video import VIDEO_SUFFIXES, frame_rate, iterate_video, same_rate
@@ -38,7 +39,9 @@ def real_clips(
     fps, stride = data.get("fps", 0.0), data.get("stride", 1)
     rate = clip["fps"] if min(frames, clip["frames"]) > 1 else None  # pictures have none
     needed = (frames - 1) * stride + 1
-    if source.is_file():
+    with reading(source):
+        is_film = source.is_file()
+    if is_film:
         if source.suffix.lower() not in VIDEO_SUFFIXES:
             raise WaltError(f"{source} is not a video; expected one of {', '.join(VIDEO_SUFFIXES)}")
         with user_values(str(source)):

@@ -20,7 +20,7 @@ from walt.checkpoint import checkpoint_folder, load_description
 from walt.data import to_model
 from walt.distributed import failing_together, is_main, world
 from walt.errors import WaltError, say
-from walt.files import read_json, write_json
+from walt.files import read_json, reading, write_json
 from walt.locks import locked
 from walt.names import normal, some
 from walt.pipeline import ClipShape
@@ -88,7 +88,9 @@ def once(work: Callable[[], Result], find: Callable[[], Result], what: str) -> R
 def open_data(data: Path, out: Path, settings: Settings, captions: Path | None = None) -> Cache:
     """A prepared folder as it is, any other folder after preparing it in `out`, for the size that the settings name."""
     size = settings.data
-    if (data / INDEX).is_file():
+    with reading(data):
+        is_prepared = (data / INDEX).is_file()
+    if is_prepared:
         if captions is not None:
             raise WaltError(f"--captions {captions}: {data} is prepared already; give captions to walt prepare")
         cache = Cache.open(data)
@@ -137,7 +139,8 @@ def captions_of(data: Path, captions: Path | None) -> Path | None:
     """The file of captions that was named, else captions.jsonl or captions.csv in the folder, if there is one."""
     if captions is not None:
         return captions
-    return next((path for path in (data / "captions.jsonl", data / "captions.csv") if path.is_file()), None)
+    with reading(data):
+        return next((path for path in (data / "captions.jsonl", data / "captions.csv") if path.is_file()), None)
 
 
 def warn_of_cut_captions(cache: Cache, encoder: TextEncoder) -> None:
