@@ -49,10 +49,15 @@ CUDA_FIRST = 80  # what the kernels need
 CUDA_NAMES = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;10.3;12.0;12.1+PTX"}
 
 
+def setting(name: str, default: str = "") -> str:
+    """An environment variable; blank is unset."""
+    return os.environ.get(name, "").strip() or default
+
+
 def find_compiler() -> list[str] | None:
     """The C++ compiler as a command line, or None."""
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+    if wanted := setting("CXX"):
+        return shlex.split(wanted)
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
@@ -78,14 +83,15 @@ def native_problem(compiler: list[str] | None) -> str | None:
         return f"{shlex.join(compiler)} does not compile C++17"
     headers = sysconfig.get_path("include")
     if not compiles(compiler, [f"-I{headers}"], "Python.h"):
-        return f"{shlex.join(compiler)} finds no Python.h in {headers} (package python3-dev, on Fedora python3-devel)"
+        packages = f"python3-dev, or python{sysconfig.get_python_version()}-dev; on Fedora python3-devel"
+        return f"{shlex.join(compiler)} finds no Python.h in {headers} (package {packages})"
     return None
 
 
 def max_jobs() -> list[str]:
     """What MAX_JOBS asks ninja for."""
-    wanted = os.environ.get("MAX_JOBS", "").strip()
-    if wanted and not (wanted.isdecimal() and int(wanted) >= 1):
+    wanted = setting("MAX_JOBS")
+    if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) >= 1):
         raise SystemExit(f"walt_kernels: MAX_JOBS is {wanted!r}, expected a whole number of at least 1, or nothing")
     return ["-j", wanted] if wanted else []
 
@@ -98,17 +104,17 @@ class Cuda:
 
 
 def find_nvcc() -> str | None:
-    if os.environ.get("CUDACXX"):
-        return shutil.which(os.environ["CUDACXX"])
-    home = [os.path.join(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+    if wanted := setting("CUDACXX"):
+        return shutil.which(wanted)
+    home = [os.path.join(setting("CUDA_HOME"), "bin")] if setting("CUDA_HOME") else []
     places = [*home, os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
 def cuda_architectures(known: set[int]) -> list[str]:
     """What to compile for, by TORCH_CUDA_ARCH_LIST or by default, given the architectures that nvcc knows."""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if not listed.strip():
+    listed = setting("TORCH_CUDA_ARCH_LIST")
+    if not listed:
         chosen = [name for name in CUDA_ARCHITECTURES if int(name.rstrip("a")) in known]
         newest = next((i for i in reversed(range(len(chosen))) if chosen[i].isdigit()), None)
         if newest is not None:  # PTX of an "a" architecture would run nowhere else
@@ -135,7 +141,7 @@ def find_cuda(compiler: list[str]) -> Cuda:
     """nvcc, tried out. Raises ValueError that says why there are no CUDA kernels."""
     nvcc = find_nvcc()
     if nvcc is None:
-        where = f"CUDACXX={os.environ['CUDACXX']}" if os.environ.get("CUDACXX") else "CUDA_HOME, PATH, /usr/local/cuda"
+        where = f"CUDACXX={setting('CUDACXX')}" if setting("CUDACXX") else "CUDA_HOME, PATH, /usr/local/cuda"
         raise ValueError(f"nvcc was not found ({where})")
     command = [nvcc, *(["-ccbin", compiler[0]] if len(compiler) == 1 else [])]
 
@@ -167,7 +173,7 @@ def find_cuda(compiler: list[str]) -> Cuda:
 
 
 def wanted_cuda() -> str:
-    wanted = os.environ.get("WALT_KERNELS_CUDA", "auto")
+    wanted = setting("WALT_KERNELS_CUDA", "auto")
     if wanted not in ("auto", "1", "0"):
         raise SystemExit(f"walt_kernels: WALT_KERNELS_CUDA is {wanted!r}, expected auto, 1 or 0")
     return wanted

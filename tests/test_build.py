@@ -112,8 +112,10 @@ def test_without_the_headers_of_python_it_installs_and_names_the_package(source:
     result = set_up(source, tmp_path, {"PYTHONPATH": str(tmp_path / "blocked"), "CXX": "c++"})
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("walt_kernels:")]
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert line == (
-        "walt_kernels: c++ finds no Python.h in /no/such/include (package python3-dev, on Fedora python3-devel); "
+        "walt_kernels: c++ finds no Python.h in /no/such/include "
+        f"(package python3-dev, or python{version}-dev; on Fedora python3-devel); "
         "installing without native CPU kernels (PyTorch reference only)"
     )
     assert "error" not in result.stdout + result.stderr
@@ -126,10 +128,12 @@ def test_without_the_headers_of_python_it_installs_and_names_the_package(source:
         ({}, "without OpenMP; CUDA: none (nvcc was not found (CUDACXX=no-such-nvcc))"),
         ({"MAX_JOBS": "2"}, "built native CPU kernels for baseline"),
         ({"MAX_JOBS": ""}, "built native CPU kernels for baseline"),
+        ({"MAX_JOBS": " ", "WALT_KERNELS_CUDA": " "}, "built native CPU kernels for baseline"),
+        ({"TORCH_CUDA_ARCH_LIST": " ", "CUDA_HOME": " "}, "nvcc was not found (CUDACXX=no-such-nvcc)"),
         ({"WALT_KERNELS_CUDA": "0"}, "CUDA: none (WALT_KERNELS_CUDA=0)"),
         ({"CUDACXX": "true"}, "true knows none of the architectures 80, 90a, 100)"),
     ],
-    ids=["defaults", "two jobs", "no jobs", "no cuda", "foreign nvcc"],
+    ids=["defaults", "two jobs", "no jobs", "blank", "blank of cuda", "no cuda", "foreign nvcc"],
 )
 def test_what_was_built_is_one_line(
     source: Path, tmp_path: Path, touching: Path, environment: dict[str, str], message: str
@@ -164,6 +168,9 @@ WRONG = [
     ({"MAX_JOBS": "auto"}, "MAX_JOBS is 'auto', expected a whole number of at least 1, or nothing"),
     ({"MAX_JOBS": "0"}, "MAX_JOBS is '0', expected a whole number of at least 1, or nothing"),
     ({"MAX_JOBS": "-3"}, "MAX_JOBS is '-3', expected a whole number of at least 1, or nothing"),
+    ({"MAX_JOBS": "\u0664"}, "MAX_JOBS is '\u0664', expected a whole number of at least 1, or nothing"),
+    ({"MAX_JOBS": "\u00b2"}, "MAX_JOBS is '\u00b2', expected a whole number of at least 1, or nothing"),
+    ({"MAX_JOBS": "1_0"}, "MAX_JOBS is '1_0', expected a whole number of at least 1, or nothing"),
     ({"MAX_JOBS": "1.5"}, "MAX_JOBS is '1.5', expected a whole number of at least 1, or nothing"),
     ({"CXX": "no-such-compiler", "WALT_KERNELS_CUDA": "yes"}, "WALT_KERNELS_CUDA is 'yes', expected auto, 1 or 0"),
 ]
@@ -176,6 +183,15 @@ def test_a_wrong_setting_is_one_line(source: Path, tmp_path: Path, environment: 
     assert result.stderr.splitlines()[-1] == f"walt_kernels: {message}"
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("*.o"))  # told before anything is compiled
+
+
+def test_a_blank_compiler_is_none_asked_for(source: Path, tmp_path: Path, touching: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    touching.rename(tmp_path / "bin" / "c++")
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    result = set_up(source, tmp_path, {"CXX": " ", "CUDACXX": "no-such-nvcc", "PATH": path})
+    assert result.returncode == 0, result.stderr
+    assert "built native CPU kernels for baseline" in result.stdout
 
 
 def test_a_compiler_that_fails_on_the_way_is_no_traceback(source: Path, tmp_path: Path, touching: Path) -> None:

@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from command_line import fails
 
+from walt import real_clips
 from walt.errors import WaltError
 from walt.folders import LEFT, PassedOver, find_files
+from walt.runs import captions_of, open_data
+from walt.settings import load_settings
 
 HIDDEN = "hidden or left by other software"
 LINK = "link that cannot be followed"
@@ -96,6 +100,32 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
     assert find(tmp_path) == (["a/x.mp4"], {"folder that cannot be read: Permission denied": ["b"]})
     with pytest.raises(WaltError, match=r"cannot read .*b: Permission denied"):
         find(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["closed", "closed/below", "closed/below/a.mp4"])
+def test_data_that_cannot_be_looked_at(tmp_path, monkeypatch, capsys, name):
+    """By no command that reads data."""
+    write(tmp_path, "closed/below/a.mp4")
+    stat = Path.stat
+
+    def refuse(path, **options):
+        if path.is_relative_to(tmp_path / "closed") and path != tmp_path / "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path / "any"))
+    monkeypatch.setattr(real_clips, "trained_on", lambda model: ({"frames": 5, "fps": 0}, {}))
+    data, out = tmp_path / name, tmp_path / "out"
+    for read in (
+        lambda: find(data),
+        lambda: captions_of(data, None),
+        lambda: open_data(data, out, load_settings("base")),
+        lambda: real_clips.real_clips(data, 1, 5, (16, 16), tmp_path),
+    ):
+        with pytest.raises(WaltError, match=f"^cannot read {data}: Permission denied$"):
+            read()
+    assert fails(capsys, "prepare", "--data", data, "--out", out).endswith(f"cannot read {data}: Permission denied")
 
 
 def test_other_endings_and_other_things(tmp_path):

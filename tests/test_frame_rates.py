@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from command_line import fails
 from films import numbers, ramp, write_folder
 
 from walt.cache import Cache
+from walt.cli import main, parser
 from walt.errors import WaltError
 from walt.prepare import prepare
 from walt.runs import open_data
-from walt.settings import load_settings
-from walt.video import _timed, has_variable_rate, iterate_video, resample, write_mp4
+from walt.settings import DataConfig, load_settings
+from walt.video import _timed, frame_timing, iterate_video, resample, write_mp4
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -66,7 +70,7 @@ def test_a_film_of_variable_rate(tmp_path, name, start):
     expected = nearest(times, 24, Fraction(32, 24))
     assert made[: len(expected)] == expected
     assert set(made[len(expected) :]) <= {11}  # how long the last frame is shown, not every container tells
-    assert has_variable_rate(tmp_path / name)
+    assert frame_timing(tmp_path / name)[1]
     assert numbers(np.stack(list(iterate_video(tmp_path / name)))).tolist() == list(range(12))
 
 
@@ -78,7 +82,7 @@ def test_frames_in_another_order_than_coded(tmp_path, name):
         stamps = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
     assert stamps != sorted(stamps)
     assert taken(tmp_path / name, 24)[:32] == nearest(UNEVEN, 24, Fraction(32, 24))
-    assert has_variable_rate(tmp_path / name)
+    assert frame_timing(tmp_path / name)[1]
 
 
 def test_no_time_stamps(tmp_path):
@@ -94,7 +98,7 @@ def test_no_time_stamps(tmp_path):
         assert {frame.pts for frame in container.decode(video=0)} == {None}
     assert taken(path, 12.5) == list(range(0, 24, 2))
     assert taken(path, 25) == list(range(24))
-    assert not has_variable_rate(path)
+    assert not frame_timing(path)[1]
 
 
 def test_some_time_stamps_missing_or_wrong():
@@ -135,7 +139,7 @@ def test_milliseconds_round_no_frame_away(tmp_path):
     """Matroska and WebM round 1/30 s to 33 and 34 ms."""
     write_timed(tmp_path / "a.mkv", [i / 30 for i in range(40)], unit=Fraction(1, 1000), step=5)
     assert taken(tmp_path / "a.mkv", 30, step=5) == list(range(40))
-    assert not has_variable_rate(tmp_path / "a.mkv")
+    assert not frame_timing(tmp_path / "a.mkv")[1]
 
 
 def test_resample():
@@ -149,6 +153,72 @@ def test_resample():
     assert list(resample(film(5), 3)) == [0, 0, 0]
     assert list(resample(film(0, 2, 4, last=2), 1)) == [0, 0, 1, 1, 2, 2]  # of two as near, the earlier
     assert list(resample(film(0, 10, 11), 1)) == [0] * 6 + [1] * 5 + [2]
+
+
+@pytest.mark.parametrize("jump", [61, 3600, 20_000])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_jump_of_time(tmp_path, name, jump):
+    """Would fill the disk with copies of one frame."""
+    (tmp_path / "films").mkdir()
+    write_mp4(tmp_path / "films/b.mp4", ramp(24), fps=24)
+    times = [Fraction(i, 24) + (jump if i >= 12 else 0) for i in range(24)]
+    write_timed(tmp_path / "films" / name, times, unit=Fraction(1, 1000) if name == "a.mkv" else Fraction(1, 90000))
+    message = rf"films/{name}: frames 11 and 12 are {jump}.* s apart, expected 60 s at most; cut the film there"
+    with pytest.raises(WaltError, match=message):
+        list(iterate_video(tmp_path / "films" / name, 24))
+    cache, lines = made(tmp_path / "films", tmp_path / "cache", fps=24)
+    assert [(item.name, item.frames) for item in cache.items] == [("b.mp4", 24)]
+    assert len(lines) == 1
+    assert re.match(
+        r"passed over, frames 11 and 12 are .* s apart, expected 60 s at most; cut the film there: 1 ", lines[0]
+    )
+    assert len(made(tmp_path / "films", tmp_path / "every")[0].items) == 2
+
+
+def test_frames_that_stand_still():
+    """A minute at most, the last frame too."""
+
+    def film(*times, last):
+        return [(Fraction(a), Fraction(b), i) for i, (a, b) in enumerate(pairwise([*times, times[-1] + last]))]
+
+    assert list(resample(film(0, 60, last=60), 0.1)) == [0] * 4 + [1] * 8
+    with pytest.raises(
+        WaltError, match=r"a film: frames 0 and 1 are 60\.5 s apart, expected 60 s at most; cut the film"
+    ):
+        list(resample(film(0, 60.5, last=1), 1, "a film"))
+    with pytest.raises(WaltError, match="the film: its last frame, 1, is shown for 3600 s, expected 60 s at most"):
+        list(resample(film(0, 1, last=3600), 1))
+
+
+@pytest.mark.parametrize("fps", [-1, 0.0001, 1001, 1e9, float("nan"), float("inf"), True, "24"])
+def test_one_range_of_rates(tmp_path, capsys, fps):
+    message = f"fps: got {fps}; expected 0.001 to 1000 frames a second, or 0 for every frame"
+    with pytest.raises(ValueError, match=message):
+        made(tmp_path, tmp_path / "cache", fps=fps)
+    with pytest.raises(ValueError, match=message):
+        DataConfig(fps=fps)
+    if fps not in (True, "24"):
+        for command in (("prepare", "--data"), ("train", "base", "--data")):
+            line = fails(capsys, *command, tmp_path, "--out", tmp_path / "out", "--fps", fps)
+            assert "argument --fps: " in line
+            assert "must be " in line
+        with pytest.raises(WaltError, match=r"expected 0\.001 to 1000 frames a second"):
+            write_mp4(tmp_path / "a.mp4", ramp(2), fps=fps)
+
+
+def test_rates_as_fractions(tmp_path):
+    """By all commands alike; and 29.97 is another rate than 30000/1001."""
+    write_mp4(tmp_path / "films/a.mp4", ramp(24), fps=24)
+    assert (
+        main(["prepare", "--data", str(tmp_path / "films"), "--out", str(tmp_path / "a"), "--fps", "30000/1001"]) == 0
+    )
+    assert Cache.open(tmp_path / "a").settings.fps == float(NTSC)
+    assert (
+        parser().parse_args(["train", "base", "--data", "a", "--out", "b", "--fps", "24000/1001"]).fps == 24000 / 1001
+    )
+    for fps in (29.97, float(NTSC)):
+        wanted = load_settings("base", overrides=["data.height=16", "data.width=16", f"data.fps={fps}"])
+        assert open_data(tmp_path / "films", tmp_path / "run", wanted).settings.fps == fps
 
 
 @pytest.fixture
@@ -185,11 +255,49 @@ def test_a_mix_is_told(mixed, tmp_path):
     assert "cats/like-09.mp4 and 2 more); 23.98: 2 (" in line
 
 
+def test_a_rate_above_that_of_films_is_told(mixed, tmp_path):
+    """Their frames are repeated. Within 1% a rate is the same."""
+    repeated = "frames are repeated in films of fewer than {} a second: "
+    for fps, films in (
+        (9.05, ""),
+        (12.1, "1 (dogs/uneven.mp4)"),
+        (23, "2 (cats/one.mp4, dogs/uneven.mp4)"),
+        (24, "2 (cats/one.mp4, dogs/uneven.mp4)"),
+    ):
+        lines = made(mixed, tmp_path / f"cache-{fps}", fps=fps)[1]
+        assert lines == ([repeated.format(f"{fps:g}") + films] if films else [])
+    (line,) = made(mixed, tmp_path / "cache", fps=60)[1]
+    assert line.startswith(repeated.format(60) + "5 (cats/24.mp4, cats/one.mp4, ")
+    assert made(mixed, tmp_path / "cache", fps=60)[1] == [line]
+
+
+def test_prepared_folders_are_told_too(mixed, tmp_path, capsys):
+    """By every training, as for folders that are not prepared."""
+    settings = load_settings("base", overrides=["data.height=16", "data.width=16"])
+    for fps in (0, 60):
+        lines = made(mixed, tmp_path / f"{fps}", fps=fps)[1]
+        capsys.readouterr()
+        open_data(tmp_path / f"{fps}", tmp_path / "run", settings)
+        assert capsys.readouterr().err.splitlines() == lines
+        assert len(lines) == 1
+
+
+def test_a_film_of_one_frame_has_no_rate(tmp_path):
+    write_mp4(tmp_path / "films/a.mp4", ramp(24), fps=24)
+    write_mp4(tmp_path / "films/b.mp4", ramp(1), fps=5)
+    assert made(tmp_path / "films", tmp_path / "cache")[1] == []
+    assert made(tmp_path / "films", tmp_path / "24", fps=24)[1] == [
+        "frames are repeated in films of fewer than 24 a second: 1 (b.mp4)"  # its fifth of a second is filled
+    ]
+
+
 def test_one_rate_for_all(mixed, tmp_path):
     cache, lines = made(mixed, tmp_path / "cache", fps=12)
-    assert lines == []
+    assert lines == ["frames are repeated in films of fewer than 12 a second: 1 (dogs/uneven.mp4)"]
+    assert set(cache.fps) == {0, 12}
     films = {item.name: item for item in cache.items if item.kind == "video"}
-    assert {(item.fps, item.variable) for item in films.values()} == {(12, False)}
+    assert (films["cats/24.mp4"].fps, films["dogs/two.mp4"].fps) == (24, 25)  # their own
+    assert [name for name, item in films.items() if item.variable] == ["dogs/uneven.mp4"]
     frames = {"cats/24.mp4": 12, "cats/one.mp4": 12, "dogs/24.mp4": 12, "dogs/two.mp4": 3, "dogs/uneven.mp4": 16}
     assert {name: item.frames for name, item in films.items()} == frames
     index = [item.name for item in cache.items].index("dogs/24.mp4")
@@ -198,7 +306,7 @@ def test_one_rate_for_all(mixed, tmp_path):
         WaltError, match=r"with height 16, width 16, shots on, 12 frames a second, not with height 16, "
     ):
         made(mixed, tmp_path / "cache")
-    with pytest.raises(ValueError, match="fps: got -1; expected frames a second, or 0 for every frame"):
+    with pytest.raises(ValueError, match=r"fps: got -1; expected 0\.001 to 1000 frames a second, or 0 for every frame"):
         made(mixed, tmp_path / "cache", fps=-1)
 
 

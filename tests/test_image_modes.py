@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 
@@ -129,6 +132,51 @@ def test_a_ramp_of_16_bits(tmp_path):
     made = read_image(tmp_path / "a.png").astype(float)
     assert np.abs(made[..., 1] - ramp / 257).max() <= 0.5
     assert abs(made.mean() - 127.5) < 0.01
+
+
+def write_png(path, depth: int, samples: list[int], transparent: list[int]) -> None:
+    """One row: grey where `transparent` is one number, else RGB. Pillow writes no such files."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    channels = len(transparent)
+    header = struct.pack(">IIBBBBB", len(samples) // channels, 1, depth, 0 if channels == 1 else 2, 0, 0, 0)
+    bits = "".join(f"{sample:0{depth}b}" for sample in samples)
+    row = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    parts = [(b"IHDR", header), (b"tRNS", struct.pack(f">{channels}H", *transparent))]
+    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_of_any_depth(tmp_path, depth):
+    highest = (1 << depth) - 1
+    values = [0, highest, highest // 3, highest // 2] * 2
+    for transparent in {0, highest // 2, highest // 3}:
+        write_png(tmp_path / "a.png", depth, values, [transparent])
+        shown = [255 if value == transparent else 255 * value / highest for value in values]
+        assert away(tmp_path / "a.png", grey(np.array([shown]))) <= 1
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_transparent_colour_of_any_depth(tmp_path, depth):
+    highest = (1 << depth) - 1
+    colours = [[0, highest // 2, highest], [highest // 3, highest // 3, 0], [highest, 0, 0]]
+    for transparent in colours:
+        write_png(tmp_path / "a.png", depth, np.ravel(colours).tolist(), transparent)
+        shown = [[255] * 3 if colour == transparent else [255 * c / highest for c in colour] for colour in colours]
+        assert away(tmp_path / "a.png", np.array([shown])) <= 1
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_transparent_grey_of_16_bits_turned(tmp_path, orientation):
+    deep = GREY.astype(np.uint16) * 257
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    image.fromarray(deep).save(tmp_path / "a.png", transparency=51 * 257, exif=exif)
+    shown = ORIENTATIONS[orientation](grey(np.where(GREY == 51, 255, GREY)))
+    assert away(tmp_path / "a.png", shown) <= 1
 
 
 @pytest.mark.parametrize("depth", [10, 16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 
 import numpy as np
@@ -66,6 +67,23 @@ def test_folders():
     assert lines == []
     assert set(cache.classes) == set(NAMES)
     assert [item.frames for item in cache.items] == [5] * len(NAMES)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_captions_of_names_that_are_almost_alike(tmp_path):
+    """A name on the disk is that name; in a caption's, spaces around it and backslashes are how people type."""
+    for name in ("a.mp4", " a.mp4", "b/a.mp4", "b\\a.mp4", "c/a.mp4"):
+        write_mp4("x.mp4", ramp(5))
+        os.makedirs(os.path.dirname(f"data/{name}"), exist_ok=True)
+        os.replace("x.mp4", f"data/{name}")
+    rows = ("a.mp4", "one"), ("b\\a.mp4", "two"), (" c/a.mp4", "three")
+    with open("c.jsonl", "w") as file:
+        file.writelines(json.dumps({"file": name, "caption": text}) + "\n" for name, text in rows)
+    lines: list[str] = []
+    cache = prepare("data", "out", captions="c.jsonl", height=16, width=16, progress=False, say=lines.append)
+    captions = {item.name: item.caption for item in cache.items}
+    assert captions == {"a.mp4": "one", "b/a.mp4": "two", "c/a.mp4": "three", " a.mp4": None, "b\\a.mp4": None}
+    assert lines[-1] == "2 files without a caption:  a.mp4, b\\a.mp4"
 
 
 def test_names_on_the_terminal(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from fractions import Fraction
 from itertools import product
@@ -11,6 +12,7 @@ import pytest
 from films import noise
 
 from walt.errors import WaltError
+from walt.prepare import prepare
 from walt.video import _upright, iterate_video, read_video, write_mp4
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
@@ -70,6 +72,22 @@ def test_colour_matrix_and_range(tmp_path, matrix, full):
 def test_colours_of_other_depths_and_samplings(tmp_path, kind):
     write_colours(tmp_path / "a.mp4", "709", kind=kind)
     assert farthest(tmp_path / "a.mp4") <= 4  # libswscale's fast paths; another matrix would be 30 away
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [(8, "YCgCo"), (10, "BT.2020 with constant luminance"), (12, "that of its primaries"), (14, "ICtCp")],
+)
+def test_a_matrix_that_cannot_be_converted(tmp_path, tag, name):
+    (tmp_path / "films").mkdir()
+    write_colours(tmp_path / "films/a.mkv", "709", tag=tag)
+    message = f"not a video that can be decoded: its colour matrix, {name} ({tag} of H.273), cannot be converted"
+    with pytest.raises(WaltError, match=f"films/a.mkv is {re.escape(message)}"):
+        list(iterate_video(tmp_path / "films/a.mkv"))
+    lines: list[str] = []
+    with pytest.raises(WaltError, match="none of its 1 videos and images can be used"):
+        prepare(tmp_path / "films", tmp_path / "cache", height=16, width=16, progress=False, say=lines.append)
+    assert lines == [f"passed over, {message}: 1 (a.mkv)"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from walt.data import shrink
 from walt.errors import WaltError
 from walt.files import read_json, write_json
 from walt.folders import PassedOver
-from walt.names import normal
+from walt.names import normal, some
+from walt.video import expect_rate, same_rate
 
 FORMAT = "walt-cache"
 VERSION = 2
@@ -39,7 +40,7 @@ class Settings:
     fps: float = 0.0
 
     def __str__(self) -> str:
-        rate = f", {self.fps:g} frames a second" if self.fps else ""
+        rate = f", {self.fps:.10g} frames a second" if self.fps else ""
         return f"height {self.height}, width {self.width}, shots {'on' if self.shots else 'off'}{rate}"
 
 
@@ -51,7 +52,7 @@ class Item:
     kind: str  # "video" or "image"
     label: str | None  # the folder it lies in; None in the source folder itself
     caption: str | None
-    fps: float  # on average; 0 for images, and where the file does not say
+    fps: float  # the file's own, on average; 0 for images, and where it does not say
     variable: bool  # its frames do not come at an even rate
     height: int
     width: int
@@ -119,7 +120,8 @@ def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
         raise WaltError(f'{path} is not the index of a cache of walt (its "format" is {document.get("format")!r})')
     if document.get("version") != VERSION:
         raise WaltError(
-            f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}: prepare another"
+            f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}: delete that folder, or"
+            " prepare into another one"
         )
     try:
         settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})
@@ -127,8 +129,7 @@ def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
             raise ValueError(f"it covers {settings.height!r} x {settings.width!r} pixels")
         if type(settings.shots) is not bool:
             raise ValueError(f"shots is {settings.shots!r}")
-        if not isinstance(settings.fps, (int, float)) or settings.fps < 0:
-            raise ValueError(f"fps is {settings.fps!r}")
+        expect_rate(settings.fps)
         return settings, tuple(Item.from_dict(values) for values in document["items"])
     except (KeyError, TypeError, ValueError) as error:
         raise WaltError(f"{path} is broken: {error}") from error
@@ -148,7 +149,8 @@ class Cache:
         # As `ClassEmbedding` has it, the number after the last class stands for no class.
         self.label = np.array([number.get(item.label or "", len(self.classes)) for item in items], np.int64)
         self.caption = tuple(item.caption for item in items)
-        self.fps = np.array([item.fps for item in items])
+        # Of the frames that are held; 0 for images, and where the file does not say.
+        self.fps = np.array([(item.kind == "video" and settings.fps) or item.fps for item in items])
         self.fingerprint = _hash([vars(settings), [(normal(item.name), item.content) for item in items]])
 
     @property
@@ -178,6 +180,30 @@ class Cache:
             except OSError as error:
                 raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
         return cls(folder, settings, items, shards)
+
+    @property
+    def rate(self) -> float:
+        """Frames a second of most films (the median); 0 if no film's is known."""
+        return float(np.median(self.fps[self.fps > 0])) if self.fps.any() else 0.0
+
+    def uneven(self) -> Iterator[str]:
+        """A line where frames are not alike in time: without a rate of the settings, the films of each rate if there
+        are several (by `same_rate`) or a film's varies; with one, the films that have fewer frames a second."""
+        films = [item for item in self.items if item.kind == "video" and item.frames > 1]  # one frame has no rate
+        if wanted := self.settings.fps:
+            slow = [item.name for item in films if 0 < item.fps < wanted and not same_rate(item.fps, wanted)]
+            if slow:
+                yield f"frames are repeated in films of fewer than {wanted:g} a second: {len(slow)} ({some(slow)})"
+            return
+        rates: dict[str, list[str]] = {}
+        last, known = -1.0, ""
+        for item in sorted(films, key=lambda item: (item.fps, item.name)):
+            if not same_rate(item.fps, last):
+                last, known = item.fps, f"{item.fps:.4g}" if item.fps else "unknown"
+            rates.setdefault("variable" if item.variable else known, []).append(item.name)
+        if len(rates) > 1 or "variable" in rates:
+            listed = "; ".join(f"{rate}: {len(names)} ({some(names)})" for rate, names in rates.items())
+            yield f"frames a second differ, and clips take frame after frame (--fps N takes them by time): {listed}"
 
     def windows(self, frames: int, *, stride: int = 1, hop: int = 1) -> np.ndarray:
         """Rows of all clips of `frames` frames, every `stride`-th one of a video, that lie inside one shot: [N, 2].

@@ -17,6 +17,7 @@ from walt.demo import Demo, DemoConfig, summary
 from walt.errors import WaltError, WaltWarning
 from walt.simulator import SCENARIOS
 from walt.terminal import errors_in_one_line, flush_output, give_up_output, one_line
+from walt.video import RATES, is_rate
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -133,7 +134,7 @@ def _add_data(group: Any) -> None:
     prepare.add_argument("--size", type=_size, default=(64, 64), metavar="H[xW]", help="in pixels (default: 64)")
     prepare.add_argument(
         "--fps",
-        type=_positive_float,
+        type=_rate,
         default=0.0,
         metavar="N",
         help="take films at N frames a second (default: every frame)",
@@ -171,7 +172,7 @@ def _add_train(group: Any) -> None:
     train.add_argument("--batch", type=_positive, metavar="N", help="short for data.batch=N")
     train.add_argument("--frames", type=_positive, metavar="N", help="short for data.frames=N, 1 + 4k")
     train.add_argument("--size", type=_size, metavar="H[xW]", help="short for data.height=H data.width=W")
-    train.add_argument("--fps", type=_positive_float, metavar="N", help="short for data.fps=N, frames a second")
+    train.add_argument("--fps", type=_rate, metavar="N", help="short for data.fps=N, frames a second")
     train.add_argument("--lr", type=_positive_float, metavar="X", help="short for training.lr=X")
     train.add_argument("--seed", type=_natural, metavar="N", help="short for training.seed=N")
     train.add_argument(
@@ -356,8 +357,8 @@ def _rate(text: str) -> float:
     """ "24", "23.976" or "24000/1001"."""
     frames, _, seconds = text.partition("/")
     value = _positive_float(frames) / _positive_float(seconds or "1")
-    if not 0.001 <= value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} must be from 0.001 to 1000")
+    if not is_rate(value):
+        raise argparse.ArgumentTypeError(f"{text} must be from {RATES[0]} to {RATES[1]}")
     return value
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from walt.cache import Cache
-from walt.checkpoint import TensorFiles, checkpoint_folder, load_description, write_tensors
+from walt.checkpoint import TensorFiles, load_description, write_tensors
 from walt.config import SPACE_FACTOR
-from walt.data import cover, to_model, to_pixels, write_demo_folder
+from walt.data import fill, to_model, to_pixels, write_demo_folder
 from walt.distributed import process_group
 from walt.doctor import doctor as diagnose
 from walt.errors import WaltError, user_values
@@ -28,7 +28,7 @@ from walt.latents import fingerprint
 from walt.pipeline import OVERLAP, WaltPipeline, load_tokenizer
 from walt.prepare import prepare as prepare_folder
 from walt.pretrained import local_folder
-from walt.run_common import tell
+from walt.real_clips import real_clips, trained_on
 from walt.runs import Run, alone, captions_of, open_data, warn_of_cut_captions
 from walt.runs import train as train_stage
 from walt.settings import load_settings
@@ -37,12 +37,10 @@ from walt.tiling import decode_tiled, encode_tiled
 from walt.tokenizer import Tokenizer
 from walt.video import (
     IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
     check_output,
     check_rate,
     check_size,
     frame_rate,
-    iterate_video,
     keeping,
     read_image,
     read_video,
@@ -230,14 +228,7 @@ def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
     else:
         frames = read_video(path, frames=count)
     with user_values(str(path)):
-        return _fit(frames, height, width)
-
-
-def _fit(video: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Shrunk or enlarged to cover height x width, and the middle of that: [T, height, width, 3]."""
-    frames = np.stack([cover(frame, height, width) for frame in video])
-    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
-    return frames[:, top : top + height, left : left + width]
+        return fill(frames, height, width)
 
 
 def encode(arguments: argparse.Namespace) -> None:
@@ -281,7 +272,7 @@ def decode(arguments: argparse.Namespace) -> None:
         fps = (
             arguments.fps
             or float(files.metadata.get("fps", 0))
-            or _clip(local_folder(arguments.source))[0]["fps"]
+            or trained_on(local_folder(arguments.source))[0]["fps"]
             or 12
         )
         latent = files.read("latent").to(tokenizer.latent_mean)
@@ -306,7 +297,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     others = [name for name in arguments.metrics if name not in paired]
     pipeline = _pipeline(arguments) if others else None
     tokenizer = pipeline.tokenizer if pipeline else _tokenizer(arguments)
-    clip, fps = _clip(local_folder(arguments.source))
+    folder = local_folder(arguments.source)
+    clip, _ = trained_on(folder)
     trained = (clip["frames"], clip["height"], clip["width"])
     frames, size = arguments.frames or trained[0], arguments.size or trained[1:]
     with user_values("--frames, --size"):
@@ -316,7 +308,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"--frames {frames}, --size {size[0]}x{size[1]}: samples have {trained[0]} frames of"
             f" {trained[1]}x{trained[2]} pixels; ask for these, or for psnr and ssim alone"
         )
-    real, labels, texts = _real_clips(arguments, frames, size, fps)
+    real, labels, texts = real_clips(arguments.data, arguments.num, frames, size, folder)
     results = {}
     with user_values("evaluate"):
         if paired:
@@ -333,14 +325,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, {name: asdict(result) for name, result in results.items()})
 
 
-def _clip(folder: Path) -> tuple[dict[str, Any], float]:
-    """Frames, height, width and fps of the clips that the denoiser was trained on, or else the tokenizer; data.fps."""
-    kind = "transformer" if checkpoint_folder(folder / "transformer") else "tokenizer"
-    description = load_description(folder / kind, kind)[1]
-    data = description.get("data", {})
-    return {"frames": 17, "height": 64, "width": 64, "fps": 0, **description.get("clip", data)}, data.get("fps", 0.0)
-
-
 def _networks(arguments: argparse.Namespace, tokenizer: Tokenizer, metrics: list[str]) -> dict[str, Any]:
     """What gives the metrics their features, where the tokenizer is."""
     device = tokenizer.latent_mean.device
@@ -350,31 +334,6 @@ def _networks(arguments: argparse.Namespace, tokenizer: Tokenizer, metrics: list
     if "frechet_image_distance" in metrics:
         networks["image"] = FrameFeatures(device=device)
     return networks
-
-
-def _real_clips(
-    arguments: argparse.Namespace, frames: int, size: tuple[int, int], fps: float
-) -> tuple[np.ndarray, list[str], list[str]]:
-    """Clips spread over the data at the rate of training, with their classes and captions."""
-    if arguments.data.is_file():
-        if arguments.data.suffix.lower() not in VIDEO_SUFFIXES:
-            raise WaltError(f"{arguments.data} is not a video; expected one of {', '.join(VIDEO_SUFFIXES)}")
-        with user_values(str(arguments.data)):
-            film = np.stack([_fit(frame[None], *size)[0] for frame in iterate_video(arguments.data, fps)])
-        starts = range(0, len(film) - frames + 1, frames)
-        if not starts:
-            raise WaltError(f"{arguments.data} has {len(film)} frames; clips of {frames} are wanted")
-        return np.stack([film[start : start + frames] for start in starts][: arguments.num]), [], []
-    overrides = [f"data.height={size[0]}", f"data.width={size[1]}", f"data.fps={fps}"]
-    settings = load_settings("base", overrides=overrides)
-    cache = open_data(arguments.data, local_folder(arguments.source) / "evaluation", settings)
-    rows = cache.windows(frames, hop=frames)
-    if not len(rows):
-        raise WaltError(f"{arguments.data} holds no clip of {frames} frames")
-    tell(cache.too_short(frames))
-    rows = rows[np.linspace(0, len(rows) - 1, min(arguments.num, len(rows))).astype(int)]
-    items = [cache.items[index] for index, _ in rows]
-    return cache.read(rows, frames, crop=size), [i.label or "" for i in items], [i.caption or "" for i in items]
 
 
 @torch.inference_mode()

@@ -75,6 +75,13 @@ def cover(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(image.fromarray(picture).resize((columns, rows), method))
 
 
+def fill(video: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Shrunk or enlarged to `cover` height x width, and the middle of that: [T, height, width, 3]."""
+    frames = np.stack([cover(frame, height, width) for frame in video])
+    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+    return frames[:, top : top + height, left : left + width]
+
+
 def centre_square(video: np.ndarray) -> np.ndarray:
     height, width = video.shape[1:3]
     side = min(height, width)

@@ -24,6 +24,15 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """The same for what is only read."""
+    try:
+        yield
+    except OSError as error:
+        raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of path (same suffix); on success it takes path's place, on failure it is removed."""
     path = Path(path)
@@ -122,9 +131,8 @@ def write_json(path: str | Path, document: Any) -> None:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     try:
-        document = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
+        with reading(path):
+            document = json.loads(Path(path).read_text())
     except ValueError as error:
         raise WaltError(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from walt.errors import WaltError
+from walt.files import reading
 from walt.names import LISTED, normal, some
 
 # What other software leaves in a folder, beside names that begin with a dot; in lower case.
@@ -44,8 +45,9 @@ def find_files(source: Path, suffixes: Collection[str], ignore: Collection[Path]
     is, or else at the first link. What is in `ignore` is not mentioned. WaltError if `source` is not a folder that can
     be read.
     """
-    if not source.is_dir():
-        raise WaltError(f"no such folder: {source}")
+    with reading(source):
+        if not source.is_dir():
+            raise WaltError(f"no such folder: {source}")
     names, passed = [], PassedOver()
     ignored = {os.path.realpath(path) for path in ignore}
     seen = {str(parent) for parent in Path(os.path.realpath(source)).parents}

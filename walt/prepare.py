@@ -12,10 +12,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
@@ -29,9 +28,16 @@ from walt.errors import WaltError, require, say, user_values
 from walt.files import flush, write_json, writing
 from walt.folders import PassedOver, find_files
 from walt.locks import locked
-from walt.names import normal, normal_path, some
+from walt.names import normal
 from walt.shots import ShotDetector
-from walt.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, has_variable_rate, iterate_video, read_image
+from walt.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    expect_rate,
+    frame_timing,
+    iterate_video,
+    read_image,
+)
 
 JOURNAL = "journal.jsonl"
 WORKERS = 4
@@ -55,8 +61,8 @@ def prepare(
     """Decode every video and image under `source` into the folder `cache`, so that frames cover height x width.
 
     The folder that a file lies in is its class. With `shots`, clips will not span a cut (`walt.shots`). With `fps`,
-    films are taken at that rate by their time stamps; else frame by frame, and `say` names rates that differ. `say`
-    also gets a line for each reason why something is passed over (`walt.folders`, and what cannot be decoded), with a
+    films are taken at that rate by their time stamps; else frame by frame. `say` gets the lines of `Cache.uneven` and
+    a line for each reason why something is passed over (`walt.folders`, and what cannot be decoded), with a
     count and ten names, of which `cache` has all in passed-over.json; and the names that `captions` (a CSV or JSONL
     file, `walt.captions`) and the folder do not share. Of several processes that prepare one cache, one does and the
     others wait.
@@ -65,16 +71,14 @@ def prepare(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height, width: got {height}, {width}; expected ints >= 1")
-    if not 0 <= fps < inf:
-        raise ValueError(f"fps: got {fps}; expected frames a second, or 0 for every frame")
+    settings = Settings(height, width, shots, expect_rate(fps))
     for module in ("av", "PIL.Image"):
         require(module, "video")
     source, cache = Path(source), Path(cache)
     files, passed = _find(source, [cache] if captions is None else [cache, Path(captions)], say)
     texts = {} if captions is None else read_captions(captions)
     if captions is not None:
-        check_captions(texts, {normal_path(name) for name in files}, say)
-    settings = Settings(height, width, shots, fps)
+        check_captions(texts, {normal(name) for name in files}, say)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
     with locked(cache, wait=True, say=say), writing(cache):
         known = _known(cache, settings)
@@ -84,14 +88,16 @@ def prepare(
             say(line)
         if not run.items:
             raise WaltError(f"{source}: none of its {len(files)} videos and images can be used")
-        _tell_rates(run.items.values(), say)
         for path in cache.glob("frames-*.raw"):
             flush(path)
         write_json(cache / PASSED_OVER, passed.names)
         items = [run.items[name] for name in files if name in run.items]
-        write_index(cache, settings, [replace(item, caption=texts.get(normal_path(item.name))) for item in items])
+        write_index(cache, settings, [replace(item, caption=texts.get(normal(item.name))) for item in items])
         (cache / JOURNAL).unlink(missing_ok=True)
-    return Cache.open(cache)
+    made = Cache.open(cache)
+    for line in made.uneven():
+        say(line)
+    return made
 
 
 def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], PassedOver]:
@@ -105,26 +111,16 @@ def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], 
     return names, passed
 
 
-def _tell_rates(items: Iterable[Item], say: Say) -> None:
-    """A line with the films of each frame rate, if there are several or a film's varies. Within 1% they are one."""
-    rates: dict[str, list[str]] = {}
-    last, known = -1.0, ""
-    for item in sorted((item for item in items if item.kind == "video"), key=lambda item: (item.fps, item.name)):
-        if item.fps > 1.01 * last:
-            last, known = item.fps, f"{item.fps:.4g}" if item.fps else "unknown"
-        rates.setdefault("variable" if item.variable else known, []).append(item.name)
-    if len(rates) > 1 or "variable" in rates:
-        films = "; ".join(f"{rate}: {len(names)} ({some(names)})" for rate, names in rates.items())
-        say(f"frames a second differ, and clips take frame after frame (--fps N takes them by time): {films}")
-
-
 def _known(cache: Path, settings: Settings) -> dict[str, Item]:
     """What earlier runs decoded, by the index and then the journal. What lies behind it in the shards is cut off."""
     decoded: list[Item] = []
     if (cache / INDEX).exists():
         found, items = read_index(cache)
         if items and found != settings:
-            raise WaltError(f"{cache} was prepared with {found}, not with {settings}; name another cache")
+            raise WaltError(
+                f"{cache} was prepared with {found}, not with {settings}; delete that folder, or prepare into another"
+                " one"
+            )
         if found != settings:
             (cache / JOURNAL).unlink(missing_ok=True)
         decoded += items
@@ -231,8 +227,7 @@ class _Run:
         is_image = path.suffix.lower() in IMAGE_SUFFIXES
         detector = ShotDetector()
         count, rows, columns = 0, 0, 0
-        rate = self.settings.fps
-        for picture in [read_image(path)] if is_image else iterate_video(path, rate):
+        for picture in [read_image(path)] if is_image else iterate_video(path, self.settings.fps):
             with user_values(str(path)):
                 picture = cover(picture, self.settings.height, self.settings.width)
             rows, columns = picture.shape[:2]
@@ -246,13 +241,14 @@ class _Run:
                 raise WaltError("stopped")
         if not count:
             raise WaltError(f"{path} has no frames")
+        rate, variable = (0.0, False) if is_image else frame_timing(path)
         return Item(
             name=name,
             kind="image" if is_image else "video",
             label=normal(path.parent.name) if "/" in name else None,
             caption=None,
-            fps=0.0 if is_image else rate or frame_rate(path),
-            variable=not is_image and not rate and has_variable_rate(path),
+            fps=rate,
+            variable=variable,
             height=rows,
             width=columns,
             frames=count,

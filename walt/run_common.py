@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +20,7 @@ from walt.checkpoint import checkpoint_folder, load_description
 from walt.data import to_model
 from walt.distributed import failing_together, is_main, world
 from walt.errors import WaltError, say
-from walt.files import read_json, write_json
-from walt.folders import PassedOver
+from walt.files import read_json, reading, write_json
 from walt.locks import locked
 from walt.names import normal, some
 from walt.pipeline import ClipShape
@@ -29,7 +28,7 @@ from walt.prepare import prepare
 from walt.settings import Settings
 from walt.text import TextEncoder
 from walt.training import Trainer
-from walt.video import tile, write_mp4
+from walt.video import same_rate, tile, write_mp4
 
 CLIPS = 4  # at a time, for statistics and previews
 FILES = ".files.json"  # ending of a stage's list of its data
@@ -55,13 +54,13 @@ class Run:
     @property
     def clip(self) -> ClipShape:
         data = self.settings.data
-        rates = self.cache.fps[self.cache.fps > 0]
-        fps = float(np.median(rates)) / data.stride if len(rates) else 8
-        return ClipShape(data.frames, data.height, data.width, fps)
+        return ClipShape(data.frames, data.height, data.width, self.cache.rate / data.stride or 8)
 
     def description(self) -> dict[str, Any]:
         """What of the data decides the result."""
-        data = {"content": self.cache.fingerprint, **self.settings.data.to_dict()}
+        # The rate is that of the data: a folder that was prepared at one gives it to settings that name none.
+        taken = {**self.settings.data.to_dict(), "fps": self.cache.settings.fps}
+        data = {"content": self.cache.fingerprint, **taken}
         if self.settings.data.text:
             data["captions"] = hashlib.sha256(json.dumps(self.cache.caption).encode()).hexdigest()
         return {"data": data}
@@ -89,7 +88,9 @@ def once(work: Callable[[], Result], find: Callable[[], Result], what: str) -> R
 def open_data(data: Path, out: Path, settings: Settings, captions: Path | None = None) -> Cache:
     """A prepared folder as it is, any other folder after preparing it in `out`, for the size that the settings name."""
     size = settings.data
-    if (data / INDEX).is_file():
+    with reading(data):
+        is_prepared = (data / INDEX).is_file()
+    if is_prepared:
         if captions is not None:
             raise WaltError(f"--captions {captions}: {data} is prepared already; give captions to walt prepare")
         cache = Cache.open(data)
@@ -102,10 +103,10 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
             raise WaltError(
                 f"{data} was prepared {rate}; {size.fps:g} a second are wanted: prepare it with --fps {size.fps:g}"
             )
-        tell(cache.passed_over)
+        tell([*cache.passed_over.lines(), *cache.uneven()])
         return cache
     captions = captions_of(data, captions)
-    place = out / f"data-{size.height}x{size.width}{f'-{size.fps:g}fps' if size.fps else ''}"
+    place = out / f"data-{size.height}x{size.width}{f'-{size.fps:.10g}fps' if size.fps else ''}"
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
         raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
     return once(
@@ -117,17 +118,29 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
     )
 
 
-def tell(passed: PassedOver) -> None:
-    """Print what is passed over, once for all ranks."""
-    for line in passed.lines() if is_main() else ():
+def tell(lines: Iterable[str]) -> None:
+    """Print lines on the data, once for all ranks."""
+    for line in lines if is_main() else ():
         say(line)
+
+
+def tell_other_rate(what: Path, fps: float, model: Path, trained: float) -> None:
+    """A line if clips of `what` have another frame rate than those that the model was trained on; 0 is unknown."""
+    if fps and trained and not same_rate(fps, trained):
+        tell(
+            [
+                f"{what}: clips of {fps:.4g} frames a second, but those of {model} have {trained:.4g}"
+                " (--fps takes films at one rate)"
+            ]
+        )
 
 
 def captions_of(data: Path, captions: Path | None) -> Path | None:
     """The file of captions that was named, else captions.jsonl or captions.csv in the folder, if there is one."""
     if captions is not None:
         return captions
-    return next((path for path in (data / "captions.jsonl", data / "captions.csv") if path.is_file()), None)
+    with reading(data):
+        return next((path for path in (data / "captions.jsonl", data / "captions.csv") if path.is_file()), None)
 
 
 def warn_of_cut_captions(cache: Cache, encoder: TextEncoder) -> None:
@@ -155,7 +168,7 @@ def check(run: Run) -> None:
             " --frames, and for pictures alone --frames 1"
         )
     if images_of(run) < data.batch:
-        tell(run.cache.too_short(data.frames, stride=data.stride))
+        tell(run.cache.too_short(data.frames, stride=data.stride).lines())
 
 
 def images_of(run: Run) -> int:
@@ -165,18 +178,19 @@ def images_of(run: Run) -> int:
 
 def begin(run: Run, trainer: Trainer[Any]) -> None:
     """Go on from the run's checkpoint, if there is one, and leave the settings beside it."""
-    check_same_data(run, trainer.kind)
     trainer.resume(new_settings=run.new_settings)
     with failing_together(str(run.out)):
         if is_main():
             run.settings.save(run.folder.with_suffix(".yaml"))
-            write_json(run.folder.with_suffix(FILES), files_of(run))
+            if not trainer.finished:  # else nothing is trained on them
+                write_json(run.folder.with_suffix(FILES), files_of(run))
 
 
 def files_of(run: Run) -> dict[str, Any]:
     """What `Run.description` has of the data as hashes, file by file, to tell what changed."""
     items = {normal(item.name): item for item in run.cache.items}
     return {
+        "content": run.cache.fingerprint,
         "prepared": str(run.cache.settings),
         "file": {name: item.digest for name, item in items.items()},
         "caption": {name: item.caption for name, item in items.items() if run.settings.data.text},
@@ -184,18 +198,24 @@ def files_of(run: Run) -> dict[str, Any]:
 
 
 def check_same_data(run: Run, kind: str) -> None:
-    """WaltError that says what changed, if the run's checkpoint was trained on other data."""
+    """WaltError that says what changed, if the run's checkpoint was trained on other data, unless that is wanted.
+
+    It comes before the latents, which would be encoded anew.
+    """
     folder = checkpoint_folder(run.folder)
-    if folder is None:
+    if folder is None or run.new_settings:
         return
     before, now = load_description(folder, kind)[1].get("data", {}), run.description()["data"]
     if all(before.get(key) == now[key] for key in ("content", "captions") if key in before and key in now):
         return
     path = run.folder.with_suffix(FILES)
-    changes = describe_changes(read_json(path), files_of(run)) if path.is_file() else ""
+    files = read_json(path) if path.is_file() else {}
+    # A run that was killed before its first checkpoint may have left the list of other data than the checkpoint's.
+    known = files.get("content") == before.get("content")
+    changes = f" ({describe_changes(files, files_of(run))})" if known else ", or by an older walt"
     raise WaltError(
-        f"{folder} was trained on other data than {run.cache.folder} holds{changes and f' ({changes})'}; give the same"
-        " data, or another --out"
+        f"{folder} was trained on other data than {run.cache.folder} holds{changes}; give the same data, another --out,"
+        " or --new-settings to go on with this"
     )
 
 

@@ -19,7 +19,7 @@ from walt.losses import LeCam, discriminator_losses, output_losses
 from walt.perceptual import PerceptualLoss, efficientnet_features
 from walt.pipeline import tokenizer_description
 from walt.pretrained import DENOISERS
-from walt.run_common import CLIPS, Run, begin, images_of, some_clips, write_preview
+from walt.run_common import CLIPS, Run, begin, check_same_data, images_of, some_clips, write_preview
 from walt.settings import Settings
 from walt.stages import STATISTICS, set_statistics
 from walt.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ from walt.training import Phase, Trainer
 def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
     """First stage: reconstruct clips and images, with the losses whose weights are not 0; then latent statistics."""
     settings = run.settings
+    check_same_data(run, "tokenizer")
     torch.manual_seed(settings.training.seed)
     source = pixel_source(run)
     tokenizer = Tokenizer(settings.tokenizer).to(run.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,16 @@ from walt.errors import WaltError, say, user_values
 from walt.latents import LatentCache, LatentSource, TextFeatures, encode_cache, encode_captions, fingerprint
 from walt.pipeline import WaltPipeline, load_tokenizer, transformer_description
 from walt.pretrained import of_another_tokenizer
-from walt.run_common import Run, begin, images_of, once, warn_of_cut_captions, write_preview
+from walt.run_common import (
+    Run,
+    begin,
+    check_same_data,
+    images_of,
+    once,
+    tell_other_rate,
+    warn_of_cut_captions,
+    write_preview,
+)
 from walt.stages import fitted
 from walt.text import TextEncoder, text_encoder, with_text
 from walt.tokenizer import Tokenizer
@@ -36,10 +46,12 @@ def train_transformer(run: Run) -> Trainer[Transformer]:
     key = fingerprint(tokenizer)
     check_tokenizer(run, key)
     check_cascade(run)
+    tell_rate_before(run)
     encoder = text_encoder(data.text, settings.transformer.text_length) if data.text else None
     config = transformer_config(run, tokenizer, encoder)
     if encoder is not None:
         warn_of_cut_captions(run.cache, encoder)
+    check_same_data(run, "transformer")
     source = latent_source(run, tokenizer, key, config, encoder)
     torch.manual_seed(settings.training.seed)
     transformer, diffusion = Transformer(config).to(run.device), Diffusion(settings.diffusion)
@@ -110,6 +122,21 @@ def check_cascade(run: Run) -> None:
         if size != expected:
             twice = "twice those" if factor == 2 else "those"
             raise WaltError(f"data.{name}: got {size}; expected {expected}, {twice} of {run.out / before}")
+
+
+def tell_rate_before(run: Run) -> None:
+    """A line if the clips of the stage before have another frame rate."""
+    stages = {"sr1": ("transformer", "tokenizer"), "sr2": ("sr1", "tokenizer")}.get(run.stage, ("tokenizer",))
+    folder = next(run.out / name for name in stages if checkpoint_folder(run.out / name) is not None)
+    kind = "tokenizer" if folder.name == "tokenizer" else "transformer"
+    description = load_description(folder, kind)[1]
+    data = description.get("data", {})
+    if 1 in (run.settings.data.frames, data.get("frames")):  # pictures have no rate
+        return
+    # A tokenizer that was trained on every frame is taken to have seen films like these.
+    every = median([item.fps for item in run.cache.items if item.fps] or [0])
+    trained = description.get("clip", {}).get("fps") or (data.get("fps") or every) / data.get("stride", 1)
+    tell_other_rate(run.folder, run.clip.fps, folder, trained)
 
 
 def transformer_config(run: Run, tokenizer: Tokenizer, encoder: TextEncoder | None) -> TransformerConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -24,6 +23,7 @@ from walt.config import (
 from walt.errors import WaltError, user_values
 from walt.files import replacing
 from walt.training import TrainingConfig
+from walt.video import expect_rate
 from walt_kernels.values import is_int
 
 # Steps, batch, learning rate, optimizer and whether there is an average: table 8 of the paper, and for the presets that
@@ -57,8 +57,7 @@ class DataConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_positive(self, "frames", "height", "width", "stride", "batch")
-        number = isinstance(self.fps, (int, float)) and not isinstance(self.fps, bool)
-        expect(number and 0 <= self.fps < inf, "fps", self.fps, "frames a second, or 0 for every frame")
+        object.__setattr__(self, "fps", expect_rate(self.fps))
         good = is_int(self.images) and 0 <= self.images <= self.batch
         expect(good, "images", self.images, f"an int from 0 to batch={self.batch}")
         for name in ("flip", "shots"):

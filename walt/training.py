@@ -50,6 +50,8 @@ __all__ = [
     "read_log",
 ]
 
+DATA = ("data", "clip")  # what of a run's description is of its data
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -299,7 +301,8 @@ class Trainer(Generic[Model]):
         """Go on from the last complete checkpoint in the folder, if there is one. Every rank must call this.
 
         WaltError if it is another run's: of another description, or (unless new_settings) of other settings for
-        training than those that may always change (`walt.optimizers.FREE`), as the number of ranks may.
+        training than those that may always change (`walt.optimizers.FREE`), as the number of ranks may. With
+        new_settings the data may be another, too (DATA of the description).
         """
         folder = checkpoint_folder(self.folder)
         if folder is None:
@@ -311,12 +314,13 @@ class Trainer(Generic[Model]):
             step, elapsed, finished, updates = (state[key] for key in ("step", "elapsed", "finished", "ema_updates"))
         except (KeyError, ValueError, TypeError) as error:
             raise WaltError(f"{folder} is broken: {error}") from error
-        asked = {**self.description, "training": theirs if new_settings else _fixed(self.config)}
-        found = {**{key: document.get(key) for key in self.description}, "training": theirs}
+        free = {"training", *DATA} if new_settings else ()
+        asked = {**self.description, "training": _fixed(self.config)}
+        found = {**document, "training": theirs}
         for key, value in json.loads(json.dumps(asked)).items():
-            if found[key] != value:
+            if found.get(key) != value and key not in free:
                 raise WaltError(
-                    f"{folder} belongs to a run with other settings ({_first_difference(key, found[key], value)});"
+                    f"{folder} belongs to a run with other settings ({_first_difference(key, found.get(key), value)});"
                     " give the same ones, or another --out"
                 )
         for name, optimizer in self._optimizers().items():

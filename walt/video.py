@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice, pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,19 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SIDES = {".mp4": 16384, ".gif": 65535, ".png": 2**31 - 1}  # pixels of a side, at most
 OBLONG = 16  # times as wide as high, or the other way, at most: of a pixel here, of a stored frame in `walt.data.cover`
+RATES = (0.001, 1000)  # frames a second, least and most, of what is read at a rate or written
+STILL = 60  # seconds between two frames, at most, where films are read at a rate: a wrong time stamp may say years
+# Colour matrices of H.273 that FFmpeg does not convert.
+MATRICES = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "SMPTE ST 2085", 12: "that of its primaries"}
+MATRICES |= {
+    13: "that of its primaries with constant luminance",
+    14: "ICtCp",
+    15: "IPT-C2",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
+# Pillow scales the samples of a PNG to 8 bits, by its name for their layout, but not the colour that is transparent.
+SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 BT709, UNSPECIFIED, RESERVED, BT601 = 1, 2, 3, 6  # colour matrices, primaries and curves as H.273 has them
 LIMITED = 1  # range of a colour: 16 to 235
 
@@ -33,8 +47,8 @@ def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
     Geometry: pixels that are not square become so in width, then the display matrix turns and mirrors.
     Time: every frame, or with `fps` those of `resample`.
 
-    Raises WaltError if the file is missing, is no video, changes its size on the way, or has pixels more than OBLONG
-    times as wide as high or the other way.
+    Raises WaltError if the file is missing, is no video, changes its size on the way, has pixels more than OBLONG times
+    as wide as high or the other way or, with `fps`, frames more than STILL seconds apart.
     """
     shape = None
     with _open_stream(path) as (container, stream):
@@ -42,7 +56,7 @@ def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
         if not 1 <= OBLONG * pixel <= OBLONG**2:
             raise WaltError(f"{path} has pixels {pixel} as wide as high; expected at most {OBLONG} to 1")
         frames = container.decode(stream)
-        for index, frame in enumerate(resample(_timed(frames, stream), fps) if fps else frames):
+        for index, frame in enumerate(resample(_timed(frames, stream), fps, str(path)) if fps else frames):
             picture = _picture(frame, pixel)
             shape = picture.shape if shape is None else shape
             if picture.shape != shape:
@@ -58,7 +72,13 @@ def _picture(frame: Any, pixel: Fraction) -> np.ndarray:
     frame.color_primaries = frame.color_trc = UNSPECIFIED
     alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     width = max(1, round(frame.width * pixel))
-    picture = frame.reformat(width=width, format="rgba" if alpha else "rgb24").to_ndarray()
+    try:
+        picture = frame.reformat(width=width, format="rgba" if alpha else "rgb24").to_ndarray()
+    except OSError as error:
+        if frame.colorspace not in MATRICES:
+            raise
+        matrix = f"{MATRICES[frame.colorspace]} ({int(frame.colorspace)} of H.273)"
+        raise ValueError(f"its colour matrix, {matrix}, cannot be converted") from error
     return _upright(frame, _over_white(picture) if alpha else picture)
 
 
@@ -96,20 +116,30 @@ def _timed(frames: Iterable[Any], stream: Any) -> Iterator[tuple[Fraction, Fract
         yield last, last + ((frame.duration or 0) * stream.time_base or usual), frame
 
 
-def resample(frames: Iterable[tuple[Fraction, Fraction, Frame]], fps: float) -> Iterator[Frame]:
+def resample(frames: Iterable[tuple[Fraction, Fraction, Frame]], fps: float, name: str = "the film") -> Iterator[Frame]:
     """Of frames with the first and last moment of each, those of an even rate: frame k is the one that begins nearest
     to k / fps seconds after the first, of two the earlier. So many as the film's length, rounded, has room for.
+
+    WaltError, with the film's `name`, if a frame would be shown for more than STILL seconds.
     """
     step = 1 / Fraction(fps)
     shown: tuple[Fraction, Fraction, Frame] | None = None
     begin = instant = Fraction(0)
-    for current in frames:
+    index = -1
+    for index, current in enumerate(frames):
         if shown is None:
             begin = instant = current[0]
+        elif (apart := current[0] - shown[0]) > STILL:
+            where = f"frames {index - 1} and {index} are {float(apart):g} s apart"
+            raise WaltError(f"{name}: {where}, expected {STILL} s at most; cut the film there")
         while shown is not None and 2 * instant <= shown[0] + current[0]:
             yield shown[2]
             instant += step
         shown = current
+    if shown is not None and (length := shown[1] - shown[0]) > STILL:
+        raise WaltError(
+            f"{name}: its last frame, {index}, is shown for {float(length):g} s, expected {STILL} s at most"
+        )
     while shown is not None and (instant == begin or instant + step / 2 <= shown[1]):
         yield shown[2]
         instant += step
@@ -134,16 +164,21 @@ def frame_rate(path: str | Path) -> float:
         return float(stream.average_rate or 0)
 
 
-def has_variable_rate(path: str | Path) -> bool:
-    """Whether more than one in twenty of the distances between frames is off the usual one by half of it or more.
-
-    By the time stamps of what is coded; nothing is decoded.
+def frame_timing(path: str | Path) -> tuple[float, bool]:
+    """`frame_rate`, and whether it varies: more than one in twenty of the distances between frames is off the usual one
+    by half of it or more. By the time stamps of what is coded; nothing is decoded.
     """
     with _open_stream(path) as (container, stream):
+        rate = float(stream.average_rate or 0)
         stamps = [packet.dts if packet.pts is None else packet.pts for packet in container.demux(stream)]
     steps = np.diff(np.sort([stamp for stamp in stamps if stamp is not None]))
     usual = np.median(steps) if len(steps) else 0
-    return bool((np.abs(steps - usual) >= usual / 2).mean() > 0.05) if usual else False
+    return rate, bool((np.abs(steps - usual) >= usual / 2).mean() > 0.05) if usual else False
+
+
+def same_rate(rate: float, other: float) -> bool:
+    """Within 1%, as 23.976 and 24 frames a second are."""
+    return max(rate, other) <= 1.01 * min(rate, other)
 
 
 @contextlib.contextmanager
@@ -183,6 +218,7 @@ def read_image(path: str | Path) -> np.ndarray:
                 raise WaltError(f"{path} is animated; make it a video, such as an .mp4 or a .gif")
             # Pillow before 11 opens 16 bits of a PNG or PGM as 32.
             deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+            _scale_transparent(picture)
             return _eight_bit(ops.exif_transpose(picture), deep)
     except WaltError:
         raise
@@ -190,10 +226,20 @@ def read_image(path: str | Path) -> np.ndarray:
         raise WaltError(f"{path} is not an image that can be decoded: {error}") from error
 
 
+def _scale_transparent(picture: Any) -> None:
+    """Before the samples are read: a transparent colour of a PNG on the scale that Pillow gives them."""
+    layout = str(picture.tile[0][3]) if getattr(picture, "tile", None) else ""
+    if layout in SCALES and "transparency" in picture.info:
+        colour = np.multiply(picture.info["transparency"], SCALES[layout]).astype(int)
+        picture.info["transparency"] = tuple(colour.tolist()) if colour.ndim else int(colour)
+
+
 def _eight_bit(picture: Any, deep: bool) -> np.ndarray:
     """A picture of Pillow's, of any mode, as uint8 [H, W, 3]. `deep`: it is grey of 16 bits."""
     if deep:  # Pillow's own conversion takes all above 255 for white
-        grey = np.rint(np.asarray(picture) / 257).astype(np.uint8)
+        values = np.asarray(picture)
+        grey = np.rint(values / 257).astype(np.uint8)
+        grey[values == picture.info.get("transparency", -1)] = 255
         return np.repeat(grey[..., None], 3, axis=-1)
     if picture.mode in ("I", "F"):
         raise ValueError(f"its mode is {picture.mode}, 32 bits of no known scale; expected 8 or 16 bits a channel")
@@ -219,10 +265,22 @@ def check_size(path: str | Path, height: int, width: int) -> None:
         raise WaltError(f"cannot write {path}: it would have {height}x{width} pixels; {limit}")
 
 
+def is_rate(fps: object) -> bool:
+    """Whether films can be read at, and have, so many frames a second."""
+    return isinstance(fps, Real) and not isinstance(fps, bool) and RATES[0] <= float(fps) <= RATES[1]
+
+
 def check_rate(fps: float) -> None:
-    """WaltError unless a video can have so many frames a second."""
-    if not 1e-3 <= fps <= 1e6:
-        raise WaltError(f"fps: got {fps}; expected 0.001 to 1000000 frames a second")
+    """WaltError unless `is_rate`."""
+    if not is_rate(fps):
+        raise WaltError(f"fps: got {fps}; expected {RATES[0]} to {RATES[1]} frames a second")
+
+
+def expect_rate(fps: Any) -> float:
+    """The rate as Python's float; ValueError unless `is_rate`, or 0 for every frame."""
+    if not is_rate(fps) and (fps != 0 or isinstance(fps, bool)):
+        raise ValueError(f"fps: got {fps}; expected {RATES[0]} to {RATES[1]} frames a second, or 0 for every frame")
+    return float(fps)
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
