@@ -20,7 +20,17 @@ from walt.cli import main
 from walt.demo import Demo, DemoConfig
 from walt.errors import WaltError
 from walt.pipeline import WaltPipeline
-from walt.video import check_output, check_size, keeping, read_image, read_video, write_gif, write_mp4, write_png
+from walt.video import (
+    check_output,
+    check_size,
+    frame_rate,
+    keeping,
+    read_image,
+    read_video,
+    write_gif,
+    write_mp4,
+    write_png,
+)
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -155,6 +165,7 @@ class TestRate:
         assert len(durations) == 25
         assert min(durations) >= 20
         assert sum(durations) == pytest.approx(25_000 / min(fps, 50), abs=10)
+        assert frame_rate(tmp_path / "a.gif") == pytest.approx(25_000 / sum(durations))
 
 
 class TestBeforeTheWork:

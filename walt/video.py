@@ -160,8 +160,10 @@ def read_video(path: str | Path, *, start: int = 0, frames: int | None = None) -
 
 def frame_rate(path: str | Path) -> float:
     """Frames a second, on average; 0 if the file does not say."""
-    with _open_stream(path) as (_, stream):
-        return float(stream.average_rate or 0)
+    with _open_stream(path) as (container, stream):
+        if container.format.name != "gif":
+            return float(stream.average_rate or 0)
+    return frame_timing(path)[0]
 
 
 def frame_timing(path: str | Path) -> tuple[float, bool]:
@@ -169,9 +171,12 @@ def frame_timing(path: str | Path) -> tuple[float, bool]:
     by half of it or more. By the time stamps of what is coded; nothing is decoded.
     """
     with _open_stream(path) as (container, stream):
+        packets = [packet for packet in container.demux(stream) if (packet.pts, packet.dts) != (None, None)]
+        stamps = np.sort([packet.dts if packet.pts is None else packet.pts for packet in packets])
         rate = float(stream.average_rate or 0)
-        stamps = [packet.dts if packet.pts is None else packet.pts for packet in container.demux(stream)]
-    steps = np.diff(np.sort([stamp for stamp in stamps if stamp is not None]))
+        if container.format.name == "gif" and packets:  # FFmpeg's guess, from the first frames
+            rate = float(len(packets) / ((stamps[-1] - stamps[0] + (packets[-1].duration or 0)) * stream.time_base))
+    steps = np.diff(stamps)
     usual = np.median(steps) if len(steps) else 0
     return rate, bool((np.abs(steps - usual) >= usual / 2).mean() > 0.05) if usual else False
 
