@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 from walt.errors import WaltError
@@ -51,38 +51,34 @@ def check_output() -> None:
 
 
 class _Forgiving:
-    """A stream of which the first error is kept, and no error raised."""
+    """A stream of which the first error is kept, and none is raised."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.error: Exception | None = None
         if isinstance(stream, io.TextIOWrapper):
-            with self._forgiven():
-                stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+            self._try(stream.reconfigure, errors="backslashreplace")  # names of files may be no text
+
+    def _try(self, work: Callable[..., object], *arguments: object, **options: object) -> None:
+        try:
+            work(*arguments, **options)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            self.error = self.error or error
 
     def write(self, text: str) -> int:
-        with self._forgiven():
-            self._stream.write(text)
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        with self._forgiven():
-            self._stream.flush()
+        self._try(self._stream.flush)
 
     def finish(self) -> None:
         """What the stream still holds goes nowhere, or Python would try again at its end and print a traceback."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
-            with self._forgiven(), open(os.devnull, "w") as nowhere:
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
-
-    @contextlib.contextmanager
-    def _forgiven(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as error:  # ValueError: it is closed
-            self.error = self.error or error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
