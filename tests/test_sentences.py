@@ -170,7 +170,7 @@ class TestEmpty:
         ):
             assert message in fails(capsys, *source, *arguments), arguments
         long = ("extend", "--from", model, "--video", films / "up/0.mp4", "--out", tmp_path / "a.mp4")
-        assert "expected uint8" in fails(capsys, *long, "--text", "a", "--text", "b", "--frames", 12)
+        assert "expected uint8" in fails(capsys, *long, "--text", "a", "--frames", 12)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_model_without_text(self, model, films, tmp_path, capsys):

@@ -185,10 +185,11 @@ def _add_train(group: Any) -> None:
 
 def _add_sampling(command: argparse.ArgumentParser, out: str, rate: str = "the video's") -> None:
     command.add_argument("--from", dest="source", required=True, help="folder of a trained model, or hub:OWNER/NAME")
-    again = "; given again, a clip of each" if command.prog.endswith("sample") else ""
-    command.add_argument("--class", dest="label", action="append", help=f"name or number{again}")
+    several = command.prog.endswith("sample")
+    again, action = ("; given again, a clip of each", "append") if several else ("", _Once)
+    command.add_argument("--class", dest="label", action=action, help=f"name or number{again}")
     command.add_argument(
-        "--text", action="append", help=f'a sentence, for models with text; "" is no text and no class{again}'
+        "--text", action=action, help=f'a sentence, for models with text; "" is no text and no class{again}'
     )
     command.add_argument("--guidance", type=_positive_float, default=1.0, metavar="W", help="(default: none, 1)")
     command.add_argument(
@@ -200,6 +201,15 @@ def _add_sampling(command: argparse.ArgumentParser, out: str, rate: str = "the v
     command.add_argument("--device", default=None, help="such as cuda (default: a GPU if there is one)")
     command.add_argument("--out", type=Path, default=None, help=out)
     _add_rate(command, rate)
+
+
+class _Once(argparse.Action):
+    """An option of which there is one, where argparse would take the last one without a word."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given again; expected one, for the one video")
+        setattr(namespace, self.dest, values)
 
 
 def _add_rate(command: argparse.ArgumentParser, default: str) -> None:
