@@ -119,13 +119,6 @@ class TestBadInput:
         monkeypatch.setattr(commands, "info", broken)
         assert fails(capsys, "info").endswith("error: first second third")
 
-    def test_a_closed_pipe_is_no_error(self, capsys, monkeypatch):
-        def closed(_):
-            raise BrokenPipeError
-
-        monkeypatch.setattr(commands, "info", closed)
-        assert main(["info"]) == 0
-
     def test_interrupted(self, capsys, monkeypatch):
         def interrupt(_):
             raise KeyboardInterrupt("halfway")

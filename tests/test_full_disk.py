@@ -269,20 +269,3 @@ class TestCommands:
         assert main(["info"]) == 0
         assert capsys.readouterr().err == "walt: [Errno 2] No such file or directory: 'no/such/file'\n"
         assert threading.excepthook is hook
-
-    def test_standard_output(self, capsys, monkeypatch):
-        with open("/dev/full", "w") as full:
-            monkeypatch.setattr(sys, "stdout", full)
-            assert main(["info"]) == 2
-            full.flush()  # what was left in its buffer is given up
-        assert capsys.readouterr().err == "walt: error: cannot write the standard output: No space left on device\n"
-
-    def test_standard_error(self, films, tmp_path, monkeypatch, capsys):
-        """The progress bar of a run whose output goes to a file on the full disk."""
-        with open("/dev/full", "w", buffering=1) as full:
-            monkeypatch.setattr(sys, "stderr", full)
-            assert main(["train", "tokenizer", "--data", str(films), "--out", str(tmp_path), *OVERRIDES]) == 0
-            with contextlib.suppress(OSError):
-                full.close()
-        assert (tmp_path / "tokenizer" / "config.json").is_file()
-        assert f"{tmp_path / 'tokenizer'}: 2 steps" in capsys.readouterr().out

@@ -192,6 +192,28 @@ class TestBeforeTheWork:
         assert message in line
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("extend", "--text", "a", "--text", "b"), "--text: given again; expected one, for the one video"),
+            (("upscale", "--class", "a", "--class", "a", "--class", ""), "--class: given again; expected one"),
+            (
+                ("sample", "--class", "a", "--class", "b", "--class", "a", "--num", 2),
+                "--class: given 3 times; expected 2 at most (--num)",
+            ),
+            (
+                ("sample", "--text", "", "--text", "", "--class", "a", "--num", 1),
+                "--text: given 2 times; expected 1",
+            ),
+            (("sample", "--out", "s.png"), "s.png: pictures are made with --images, clips are .mp4 or .gif"),
+            (("sample", "--out", "S.PNG", "--num", 4), "S.PNG: pictures are made with --images"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, unused, tmp_path, capsys, arguments, message):
+        command, *more = arguments
+        video = () if command == "sample" else ("--video", tmp_path)
+        assert message in fails(capsys, command, "--from", tmp_path, *video, *more)
+
     def test_places_of_other_files(self, unused, tmp_path, capsys):
         (tmp_path / "folder.png").mkdir()
         (tmp_path / "folder.safetensors").mkdir()
@@ -239,6 +261,9 @@ class TestBeforeTheWork:
         monkeypatch.setattr(WaltPipeline, "generate", lambda *_, **__: pytest.fail("it samples"))
         line = fails(capsys, *source, tmp_path / "b.mp4", "--num", 910 * 910 + 1)
         assert "it would have 16382x16400 pixels; .mp4 takes at most 16384 a side" in line
+        for num, pixels in ((100_000_000, "180002x180002"), (744 * 744, "13394x13394")):
+            line = fails(capsys, *source, tmp_path / "b.png", "--num", num, "--images")
+            assert f"it would have {pixels} pixels; viewers take a .png of at most" in line
 
     def test_sizes_of_upscaled_and_decoded(self, model, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(commands.check_size.__globals__["SIDES"], ".mp4", 24)
@@ -296,3 +321,31 @@ class TestAfterTheWork:
         monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "out"))
         with pytest.raises(WaltError, match=r"^cannot write it$"), keeping(samples, out):
             raise error
+
+    def test_a_name_that_is_free(self, tmp_path, monkeypatch):
+        """No other file is lost, be it another run's samples or what a link leads to."""
+        (tmp_path / "a.mp4.npy").write_text("the first run's")
+        (tmp_path / "a.mp4.1.npy").symlink_to(tmp_path / "elsewhere")
+        for number in (2, 3):
+            kept = rf"kept in .*a\.mp4\.{number}\.npy$"
+            with pytest.raises(WaltError, match=kept), keeping(np.ones(number), tmp_path / "a.mp4"):
+                raise MemoryError
+            assert np.array_equal(np.load(tmp_path / f"a.mp4.{number}.npy"), np.ones(number))
+        assert (tmp_path / "a.mp4.npy").read_text() == "the first run's"
+        assert not (tmp_path / "elsewhere").exists()
+
+    def test_a_long_name_and_a_new_folder(self, tmp_path):
+        out = tmp_path / "new" / ("é" * 125 + ".mp4")  # as long as a name may be
+        with pytest.raises(WaltError, match=rf"kept in {tmp_path}/new/é+.*\.npy$"), keeping(np.ones(2), out):
+            raise MemoryError
+
+    def test_nothing_is_left_of_samples_that_do_not_fit(self, tmp_path, monkeypatch):
+        def half(file, _):
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(np, "save", half)
+        monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+        with pytest.raises(MemoryError), keeping(np.ones(2), tmp_path / "a.mp4"):
+            raise MemoryError
+        assert list(tmp_path.iterdir()) == []

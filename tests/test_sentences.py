@@ -11,9 +11,11 @@ import torch
 from command_line import fails
 from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit
 
+from walt.captions import encode_sentences
 from walt.cli import main
 from walt.errors import WaltError, WaltWarning
 from walt.pipeline import WaltPipeline
+from walt.text import ByteEncoder
 from walt.video import read_image, read_video
 
 pytest.importorskip("av", reason="PyAV is not installed")
@@ -60,7 +62,7 @@ class TestCuts:
             )
             captured = capsys.readouterr()
             warnings = [line for line in captured.err.splitlines() if "warning" in line]
-            assert warnings == [f"walt: warning: 1 of 1 sentences is {CUT} is cut: 'stripes go up {end}'"]
+            assert warnings == [f"walt: warning: the sentence is {CUT} is cut: 'stripes go up {end}'"]
             assert f"1 clip of stripes go up {end}\n" in captured.out
         assert np.array_equal(read_video(tmp_path / "a.gif"), read_video(tmp_path / "b.gif"))
         run("sample", "--from", model, "--steps", 1, "--text", "stripes go up", "--out", tmp_path / "c.gif")
@@ -94,6 +96,15 @@ class TestCuts:
         pipeline = WaltPipeline.from_pretrained(model)
         with pytest.warns(WaltWarning, match="2 of 3 sentences are longer than the 16 bytes"):
             pipeline.generate(text=[LONG, "short", "", LONG + "!"], num=4, steps=1, progress=False)
+
+    @pytest.mark.parametrize("sentence", ["x" * 61, "é" * 61, "A rot" * 20, "子供が走る。" * 11, "\U0001f388" * 70])
+    def test_the_beginning_is_named(self, sentence):
+        """Of a text without spaces too, by characters."""
+        with pytest.warns(WaltWarning) as warned:
+            encode_sentences(ByteEncoder(LENGTH), [sentence, "a\n b"])
+        assert str(warned[0].message).endswith(f"1 of 2 sentences is {CUT} is cut: {sentence[:57] + '...'!r}")
+        with pytest.warns(WaltWarning, match=f"^the sentence is .* is cut: '{sentence[:60]}'$"):
+            encode_sentences(ByteEncoder(LENGTH), [sentence[:60]])
 
 
 class TestPadding:
@@ -159,7 +170,7 @@ class TestEmpty:
         ):
             assert message in fails(capsys, *source, *arguments), arguments
         long = ("extend", "--from", model, "--video", films / "up/0.mp4", "--out", tmp_path / "a.mp4")
-        assert "expected uint8" in fails(capsys, *long, "--text", "a", "--text", "b", "--frames", 12)
+        assert "expected uint8" in fails(capsys, *long, "--text", "a", "--frames", 12)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_model_without_text(self, model, films, tmp_path, capsys):

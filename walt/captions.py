@@ -8,13 +8,13 @@ import json
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from torch import Tensor
 
 from walt.errors import WaltError, WaltWarning
 from walt.names import look_alike, normal_path, some
+from walt.terminal import one_line
 from walt.text import TextEncoder
 
 LISTED = 5  # names in a message
@@ -102,12 +102,16 @@ def check_captions(captions: Collection[str], files: Collection[str], say: Calla
 
 
 def warn_of_cuts(what: str, names: Sequence[str], texts: Sequence[str], encoder: TextEncoder) -> None:
-    """WaltWarning that counts the texts which the encoder cuts, if there are any, and lists the names of some."""
+    """WaltWarning that counts the texts which the encoder cuts, if there are any, and lists the names of some.
+
+    what: the plural that the texts go by.
+    """
     cut = [name for name, count in zip(names, encoder.count(texts), strict=True) if count > encoder.length]
     if cut:
         are = "is" if len(cut) == 1 else "are"
         limit = f"the {encoder.length} {encoder.unit} that the text encoder {encoder.name!r} reads"
-        line = f"{len(cut)} of {len(texts)} {what} {are} longer than {limit} (transformer.text_length), and {are} cut"
+        which = f"{len(cut)} of {len(texts)} {what}" if len(texts) > 1 else f"the {what.removesuffix('s')}"
+        line = f"{which} {are} longer than {limit} (transformer.text_length), and {are} cut"
         warnings.warn(WaltWarning(f"{line}: {some(cut, LISTED)}"), stacklevel=3)
 
 
@@ -119,6 +123,12 @@ def encode_sentences(encoder: TextEncoder, sentences: Sequence[str]) -> tuple[Te
     "".join(sentences).encode()  # the encoders' errors are less clear
     tokens, mask = encoder.encode(sentences)
     distinct = sorted({*sentences} - {""})
-    warn_of_cuts("sentences", [repr(shorten(sentence, 60)) for sentence in distinct], distinct, encoder)
+    warn_of_cuts("sentences", [_beginning(sentence) for sentence in distinct], distinct, encoder)
     used = mask.any(dim=0)
     return tokens[:, used], mask[:, used]
+
+
+def _beginning(sentence: str) -> str:
+    """Its first characters on one line: where a language has no spaces, a word may be the whole sentence."""
+    line = one_line(sentence)
+    return repr(line if len(line) <= 60 else f"{line[:57]}...")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,15 +15,20 @@ from walt.config import PRESETS
 from walt.demo import Demo, DemoConfig, summary
 from walt.errors import WaltError, WaltWarning
 from walt.simulator import SCENARIOS
-from walt.terminal import errors_in_one_line, flush_output, give_up_output, one_line
+from walt.terminal import check_output, one_line, terminal
 from walt.video import RATES, is_rate
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+PRINTING = ("evaluate", "info", "doctor")  # commands that fail if what they print cannot be written
 
 
 class Parser(argparse.ArgumentParser):
     """An argument error is one line, like any other error of the user's."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:  # after --help
+        check_output()
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -33,25 +37,25 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it worked, 2 for a mistake of the user's (one line on stderr), 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
-    arguments = parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = arguments.run
-    with errors_in_one_line(), warnings.catch_warnings():
+    with terminal(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            run(arguments)
-            flush_output()
-        except BrokenPipeError:
-            give_up_output()
+            return _run(parser().parse_args(argv))
         except (WaltError, OSError) as error:
             print(f"walt: error: {one_line(error)}", file=sys.stderr)
             return BAD_INPUT
-        except KeyboardInterrupt as interruption:
-            what = f": {interruption}" if str(interruption) else ""
-            again = "; run the same command again to go on" if arguments.command in ("demo", "prepare", "train") else ""
-            print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
-            return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt as interruption:
+        what = f": {interruption}" if str(interruption) else ""
+        again = "; run the same command again to go on" if arguments.command in ("demo", "prepare", "train") else ""
+        print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
+        return INTERRUPTED
+    if arguments.command in PRINTING:
+        check_output()
     return 0
 
 
@@ -182,10 +186,11 @@ def _add_train(group: Any) -> None:
 
 def _add_sampling(command: argparse.ArgumentParser, out: str, rate: str = "the video's") -> None:
     command.add_argument("--from", dest="source", required=True, help="folder of a trained model, or hub:OWNER/NAME")
-    again = "; given again, a clip of each" if command.prog.endswith("sample") else ""
-    command.add_argument("--class", dest="label", action="append", help=f"name or number{again}")
+    several = command.prog.endswith("sample")
+    again, action = ("; given again, a clip of each", "append") if several else ("", _Once)
+    command.add_argument("--class", dest="label", action=action, help=f"name or number{again}")
     command.add_argument(
-        "--text", action="append", help=f'a sentence, for models with text; "" is no text and no class{again}'
+        "--text", action=action, help=f'a sentence, for models with text; "" is no text and no class{again}'
     )
     command.add_argument("--guidance", type=_positive_float, default=1.0, metavar="W", help="(default: none, 1)")
     command.add_argument(
@@ -197,6 +202,15 @@ def _add_sampling(command: argparse.ArgumentParser, out: str, rate: str = "the v
     command.add_argument("--device", default=None, help="such as cuda (default: a GPU if there is one)")
     command.add_argument("--out", type=Path, default=None, help=out)
     _add_rate(command, rate)
+
+
+class _Once(argparse.Action):
+    """An option of which there is one, where argparse would take the last one without a word."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given again; expected one, for the one video")
+        setattr(namespace, self.dest, values)
 
 
 def _add_rate(command: argparse.ArgumentParser, default: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,7 @@ from walt.text import ByteEncoder
 from walt.tiling import decode_tiled, encode_tiled
 from walt.tokenizer import Tokenizer
 from walt.video import (
+    FPS,
     IMAGE_SUFFIXES,
     check_output,
     check_rate,
@@ -51,6 +53,7 @@ from walt.video import (
 )
 
 METRICS = tuple(METRIC_NAMES)
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 TILE = (1 << 16, 1 << 16)  # the whole frame
 
 
@@ -107,14 +110,19 @@ def train(arguments: argparse.Namespace) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     a = arguments
     out: Path = a.out or Path("samples.png" if a.images else "samples.mp4")
+    if out.suffix.lower() == ".png" and not a.images:
+        raise WaltError(f"cannot write {out}: pictures are made with --images, clips are .mp4 or .gif")
     check_output(out, (".png",) if a.images else (".mp4", ".gif"))
+    labels, texts = a.label or [], a.text or []
+    for option, values in (("--class", labels), ("--text", texts)):
+        if a.num and len(values) > a.num:
+            raise WaltError(f"{option}: given {len(values)} times; expected {a.num} at most (--num)")
     pipeline = _pipeline(a)
     clip, frames, fps = pipeline.clip, None, a.fps or pipeline.clip.fps
     if a.first_frames is not None:
         frames = _first_frames(a.first_frames, a.given, clip.height, clip.width)
         if a.given > 1:  # they have a rate, which a single frame has not
             fps = _rate(a, a.first_frames, clip.fps)
-    labels, texts = a.label or [], a.text or []
     if not labels and not texts:
         labels = list(pipeline.classes)
     num = a.num or max(len(labels), len(texts), 1)
@@ -201,11 +209,13 @@ def _device(arguments: argparse.Namespace) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if name.partition(":")[0] not in {*DEVICES, *(there.partition(":")[0] for there in _devices())}:
+            raise ValueError("expected cpu, cuda, cuda:N, mps or xpu")  # PyTorch knows others, that hold no tensors
         number = torch.zeros(1, device=name)
         number.item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # which of them is the backend's choice
+    except (ValueError, RuntimeError, AssertionError, ImportError) as error:  # which of them is the backend's choice
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise WaltError(f"--device {name}: {reason}; there is {', '.join(_devices())}") from error
+        raise WaltError(f"--device {shlex.quote(name)}: {reason}; there is {', '.join(_devices())}") from error
     return number.device
 
 
@@ -269,12 +279,8 @@ def decode(arguments: argparse.Namespace) -> None:
         )
     with user_values(str(arguments.latents)):
         # Pictures have no rate, nor have files from before it was written.
-        fps = (
-            arguments.fps
-            or float(files.metadata.get("fps", 0))
-            or trained_on(local_folder(arguments.source))[0]["fps"]
-            or 12
-        )
+        stored = float(files.metadata.get("fps", 0))
+        fps = arguments.fps or stored or trained_on(local_folder(arguments.source))[0]["fps"] or FPS
         latent = files.read("latent").to(tokenizer.latent_mean)
         check_rate(fps)
         check_size(arguments.out, *(SPACE_FACTOR * side for side in latent.shape[-2:]))

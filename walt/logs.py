@@ -40,9 +40,10 @@ class RunLog:
             self._events = self._record(lambda: make(str(self.folder), purge_step=step + 1))
 
     def write(self, row: Mapping[str, float]) -> None:
+        told = bool(self._kept)
         self._kept.append(json.dumps(row) + "\n")
         error = self._write_kept()
-        if error is not None and len(self._kept) == 1:
+        if error is not None and not told:
             say(f"{error}; training goes on, and the rows are written when they can be")
         if self._events is not None:
             self._record(lambda: self._add(row))

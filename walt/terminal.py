@@ -1,12 +1,13 @@
-"""What a command writes to its terminal, or to the file or pipe in its place, which may be full or closed."""
+"""What a command writes to its terminal, or to the file or pipe in its place, which may be full, closed or unread."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 from walt.errors import WaltError
@@ -17,8 +18,12 @@ def one_line(error: BaseException | str | None) -> str:
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Within, an OSError of a thread (TensorBoard's) is a line, and what stderr cannot take stops nothing."""
+def terminal() -> Iterator[None]:
+    """Within, what stdout and stderr cannot take stops nothing, and an OSError of a thread (TensorBoard's) is a line.
+
+    A stream that was closed before Python began becomes the null device: else the next file that is opened would have
+    its number, and what libraries write to that.
+    """
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:
@@ -27,53 +32,53 @@ def errors_in_one_line() -> Iterator[None]:
         else:
             before(failed)
 
-    threading.excepthook = hook
-    try:
-        with contextlib.redirect_stderr(cast(TextIO, _Forgiving(sys.stderr))):
-            yield
-    finally:
-        threading.excepthook = before
+    with contextlib.ExitStack() as stack:
+        threading.excepthook = hook
+        stack.callback(setattr, threading, "excepthook", before)
+        for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
+            forgiving = _Forgiving(stream or stack.enter_context(open(os.devnull, "w")))
+            stack.callback(forgiving.finish)
+            stack.enter_context(redirect(cast(TextIO, forgiving)))
+        yield
+
+
+def check_output() -> None:
+    """WaltError if `terminal`'s stdout did not take everything; the reader of a pipe who has gone has had enough."""
+    sys.stdout.flush()
+    error = getattr(sys.stdout, "error", None)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        raise WaltError(f"cannot write the standard output: {getattr(error, 'strerror', None) or error}") from error
 
 
 class _Forgiving:
-    """stderr, where progress bars go, may be a file on a full disk: there is no one left to tell."""
+    """A stream of which the first error is kept, and none is raised."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.error: Exception | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            self._try(stream.reconfigure, errors="backslashreplace")  # names of files may be no text
+
+    def _try(self, work: Callable[..., object], *arguments: object, **options: object) -> None:
+        try:
+            work(*arguments, **options)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            self.error = self.error or error
 
     def write(self, text: str) -> int:
-        with self._forgiven():
-            self._stream.write(text)
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        with self._forgiven():
-            self._stream.flush()
+        self._try(self._stream.flush)
 
-    @contextlib.contextmanager
-    def _forgiven(self) -> Iterator[None]:
+    def finish(self) -> None:
+        """What the stream still holds goes nowhere, or Python would try again at its end and print a traceback."""
         try:
-            yield
-        except BrokenPipeError:  # the reader has gone, and has the run end
-            raise
-        except OSError:
-            pass
+            self._stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def flush_output() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        give_up_output()
-        raise WaltError(f"cannot write the standard output: {error.strerror or error}") from error
-
-
-def give_up_output() -> None:
-    """What stdout still holds goes nowhere, or Python would try again at its end and print a traceback."""
-    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from walt.errors import WaltError, require
-from walt.files import check_writable, replacing
+from walt.files import check_writable, flush, replacing
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -35,6 +35,8 @@ MATRICES |= {
 SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 BT709, UNSPECIFIED, RESERVED, BT601 = 1, 2, 3, 6  # colour matrices, primaries and curves as H.273 has them
 LIMITED = 1  # range of a colour: 16 to 235
+PIXELS = 178_956_970  # of a .png, at most: Pillow opens no picture of more
+FPS = 12.0  # frames a second of a video that is written, where nothing says more
 
 Frame = TypeVar("Frame")
 
@@ -265,8 +267,12 @@ def check_output(path: str | Path, allowed: Sequence[str] = (".mp4", ".gif")) ->
 def check_size(path: str | Path, height: int, width: int) -> None:
     """WaltError if frames of that many pixels are more than the format that `path` ends in takes."""
     suffix = Path(path).suffix.lower()
+    limit = ""
+    if suffix == ".png" and height * width > PIXELS:
+        limit = f"viewers take a .png of at most {PIXELS}"
     if max(height, width) > (side := SIDES.get(suffix, SIDES[".mp4"])):
         limit = f"{suffix} takes at most {side} a side"
+    if limit:
         raise WaltError(f"cannot write {path}: it would have {height}x{width} pixels; {limit}")
 
 
@@ -288,7 +294,7 @@ def expect_rate(fps: Any) -> float:
     return float(fps)
 
 
-def write_mp4(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
+def write_mp4(path: str | Path, video: np.ndarray, fps: float = FPS) -> None:
     """H.264, 4:2:0. Odd heights and widths get one more row or column (a copy of the edge), as 4:2:0 needs."""
     av = require("av", "video")
     video = _check(path, video, fps)
@@ -315,7 +321,7 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
             raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_gif(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
+def write_gif(path: str | Path, video: np.ndarray, fps: float = FPS) -> None:
     """An endless GIF with one palette for all frames (adaptive palettes flicker and are 40 times slower).
 
     Its clock ticks 100 times a second: frames take one tick more or less, so that the rate is right on the whole. Above
@@ -341,7 +347,7 @@ def write_png(path: str | Path, picture: np.ndarray) -> None:
         image.fromarray(picture).save(temporary)
 
 
-def write_video(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
+def write_video(path: str | Path, video: np.ndarray, fps: float = FPS) -> None:
     """By suffix: .mp4 or .gif."""
     suffix = Path(path).suffix.lower()
     check_output(path)
@@ -350,21 +356,37 @@ def write_video(path: str | Path, video: np.ndarray, fps: float = 12) -> None:
 
 @contextlib.contextmanager
 def keeping(samples: np.ndarray, path: str | Path) -> Iterator[None]:
-    """Around the writing of samples: if that fails, they go to a NumPy file beside `path`, or else to the folder for
-    temporary files, and the WaltError says where they are."""
+    """Around the writing of samples: if that fails, they go to a new NumPy file beside `path`, or else in the folder
+    for temporary files, and the WaltError says where they are."""
     try:
         yield
     except Exception as error:  # a codec may raise anything; sampling may have taken hours
         reason = error if isinstance(error, WaltError) else f"cannot write {path}: {error or type(error).__name__}"
         for folder in (Path(path).parent, Path(tempfile.gettempdir())):
-            kept = folder / f"{Path(path).name}.npy"
             try:
-                with replacing(kept) as temporary:
-                    np.save(temporary, samples)
-            except WaltError:
+                kept = _save_new(samples, folder, Path(path).name[:50])
+            except OSError:
                 continue
             raise WaltError(f"{reason}; the samples, uint8 {list(samples.shape)}, are kept in {kept}") from error
         raise
+
+
+def _save_new(samples: np.ndarray, folder: Path, name: str) -> Path:
+    """Write <name>.npy, or the first of <name>.1.npy, <name>.2.npy, ... that is free, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in count():
+        path = folder / (f"{name}.{number}.npy" if number else f"{name}.npy")
+        with contextlib.suppress(FileExistsError):
+            file = path.open("xb")
+            break
+    try:
+        with file:
+            np.save(file, samples)
+        flush(path)
+    except BaseException:
+        path.unlink()
+        raise
+    return path
 
 
 def tile(videos: np.ndarray, columns: int, *, margin: int = 2, scale: int = 1) -> np.ndarray:
