@@ -74,14 +74,11 @@ def test_colours_of_other_depths_and_samplings(tmp_path, kind):
     assert farthest(tmp_path / "a.mp4") <= 4  # libswscale's fast paths; another matrix would be 30 away
 
 
-@pytest.mark.parametrize(
-    ("tag", "name"),
-    [(8, "YCgCo"), (10, "BT.2020 with constant luminance"), (12, "that of its primaries"), (14, "ICtCp")],
-)
-def test_a_matrix_that_cannot_be_converted(tmp_path, tag, name):
+@pytest.mark.parametrize("tag", [8, 10, 12, 14])
+def test_a_matrix_that_cannot_be_converted(tmp_path, tag):
     (tmp_path / "films").mkdir()
     write_colours(tmp_path / "films/a.mkv", "709", tag=tag)
-    message = f"not a video that can be decoded: its colour matrix, {name} ({tag} of H.273), cannot be converted"
+    message = f"not a video that can be decoded: its colour matrix, number {tag} of H.273, cannot be converted"
     with pytest.raises(WaltError, match=f"films/a.mkv is {re.escape(message)}"):
         list(iterate_video(tmp_path / "films/a.mkv"))
     lines: list[str] = []

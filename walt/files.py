@@ -7,8 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from walt.errors import WaltError
 from walt_kernels.values import plain
@@ -138,3 +141,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise WaltError(f"{path} holds a {type(document).__name__}, expected an object")
     return document
+
+
+def write_new_array(array: np.ndarray, folder: Path, name: str) -> Path:
+    """Write <name>.npy, or the first of <name>.1.npy, <name>.2.npy, ... that is free, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in count():
+        path = folder / (f"{name}.{number}.npy" if number else f"{name}.npy")
+        with contextlib.suppress(FileExistsError):
+            file = path.open("xb")
+            break
+    try:
+        with file:
+            np.save(file, array)
+        flush(path)
+    except BaseException:
+        path.unlink()
+        raise
+    return path

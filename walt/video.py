@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from itertools import count, islice, pairwise
+from itertools import islice, pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from walt.errors import WaltError, require
-from walt.files import check_writable, flush, replacing
+from walt.files import check_writable, replacing, write_new_array
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -22,15 +22,7 @@ SIDES = {".mp4": 16384, ".gif": 65535, ".png": 2**31 - 1}  # pixels of a side, a
 OBLONG = 16  # times as wide as high, or the other way, at most: of a pixel here, of a stored frame in `walt.data.cover`
 RATES = (0.001, 1000)  # frames a second, least and most, of what is read at a rate or written
 STILL = 60  # seconds between two frames, at most, where films are read at a rate: a wrong time stamp may say years
-# Colour matrices of H.273 that FFmpeg does not convert.
-MATRICES = {8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "SMPTE ST 2085", 12: "that of its primaries"}
-MATRICES |= {
-    13: "that of its primaries with constant luminance",
-    14: "ICtCp",
-    15: "IPT-C2",
-    16: "YCgCo-Re",
-    17: "YCgCo-Ro",
-}
+CONVERTED = (0, 1, 2, 3, 4, 5, 6, 7, 9)  # colour matrices of H.273 that FFmpeg knows; not YCgCo (8) and ICtCp (14), say
 # Pillow scales the samples of a PNG to 8 bits, by its name for their layout, but not the colour that is transparent.
 SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 BT709, UNSPECIFIED, RESERVED, BT601 = 1, 2, 3, 6  # colour matrices, primaries and curves as H.273 has them
@@ -77,10 +69,9 @@ def _picture(frame: Any, pixel: Fraction) -> np.ndarray:
     try:
         picture = frame.reformat(width=width, format="rgba" if alpha else "rgb24").to_ndarray()
     except OSError as error:
-        if frame.colorspace not in MATRICES:
+        if frame.colorspace in CONVERTED:
             raise
-        matrix = f"{MATRICES[frame.colorspace]} ({int(frame.colorspace)} of H.273)"
-        raise ValueError(f"its colour matrix, {matrix}, cannot be converted") from error
+        raise ValueError(f"its colour matrix, number {int(frame.colorspace)} of H.273, cannot be converted") from error
     return _upright(frame, _over_white(picture) if alpha else picture)
 
 
@@ -364,29 +355,11 @@ def keeping(samples: np.ndarray, path: str | Path) -> Iterator[None]:
         reason = error if isinstance(error, WaltError) else f"cannot write {path}: {error or type(error).__name__}"
         for folder in (Path(path).parent, Path(tempfile.gettempdir())):
             try:
-                kept = _save_new(samples, folder, Path(path).name[:50])
+                kept = write_new_array(samples, folder, Path(path).name[:50])
             except OSError:
                 continue
             raise WaltError(f"{reason}; the samples, uint8 {list(samples.shape)}, are kept in {kept}") from error
         raise
-
-
-def _save_new(samples: np.ndarray, folder: Path, name: str) -> Path:
-    """Write <name>.npy, or the first of <name>.1.npy, <name>.2.npy, ... that is free, and return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in count():
-        path = folder / (f"{name}.{number}.npy" if number else f"{name}.npy")
-        with contextlib.suppress(FileExistsError):
-            file = path.open("xb")
-            break
-    try:
-        with file:
-            np.save(file, samples)
-        flush(path)
-    except BaseException:
-        path.unlink()
-        raise
-    return path
 
 
 def tile(videos: np.ndarray, columns: int, *, margin: int = 2, scale: int = 1) -> np.ndarray:
