@@ -203,8 +203,9 @@ def test_vmap_over_one_argument() -> None:
 def test_vmap_over_nothing(op: str) -> None:
     function, place, _ = sample(op)
     none = tuple(t[None].expand(0, *t.shape) for t in place)
-    for out, one in zip(vmap(function)(*none), function(*place), strict=True):
+    for out, one in zip(vmap(function)(*(t.requires_grad_() for t in none)), function(*place), strict=True):
         assert out.shape == (0, *one.shape)
+        assert out.requires_grad
 
 
 def test_vmap_over_a_history() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_explain_on_cuda_tensors_without_a_gpu(op: str) -> None:
 def test_what_explain_says_is_what_runs(op: str, backend_of_forward: list[str]) -> None:
     call(op)
     assert backend_of_forward == ["cpu"]
-    assert _dispatch._setting.forced is None
+    assert _dispatch.forced() is None
 
 
 @needs_native
@@ -110,7 +111,7 @@ def test_use_backend_forces_and_restores(op: str, backend_of_forward: list[str])
     torch.testing.assert_close(forced, natural, rtol=1e-4, atol=1e-4)
     with pytest.raises(KeyError), wk.use_backend("reference"):
         raise KeyError("an error inside the block")
-    assert _dispatch._setting.forced is None
+    assert _dispatch.forced() is None
 
 
 @needs_native
@@ -359,7 +360,7 @@ def test_a_block_compiles() -> None:
     compiled, runs = compiled_graphs(both)
     torch.testing.assert_close(compiled(x), both(x))
     assert runs == [["cpu"]]
-    assert _dispatch._setting.forced is None
+    assert _dispatch.forced() is None
 
 
 def test_blocks_of_coroutines_leave_nothing_behind() -> None:
@@ -379,10 +380,21 @@ def test_blocks_of_coroutines_leave_nothing_behind() -> None:
             await events[i + 2].wait()
         events[1].set()  # the first one is left first
         await tasks[0]
-        between = _dispatch._setting.forced
+        between = _dispatch.forced()
         events[4].set()
         await tasks[1]
         return between
 
     assert asyncio.run(both()) == "cpu"
-    assert _dispatch._setting.forced is None
+    assert _dispatch.forced() is None
+
+
+def test_a_block_that_is_left_in_another_thread() -> None:
+    """As web frameworks leave what they entered."""
+    threads = [ThreadPoolExecutor(1) for _ in range(2)]
+    block = wk.use_backend("reference")
+    threads[0].submit(block.__enter__).result()
+    assert threads[0].submit(_dispatch.forced).result() == "reference"
+    assert threads[1].submit(_dispatch.forced).result() is None
+    threads[1].submit(block.__exit__, None, None, None).result()
+    assert [thread.submit(_dispatch.forced).result() for thread in threads] == [None, None]

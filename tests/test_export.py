@@ -144,11 +144,15 @@ def test_old_onnx_exporter(make: Callable[[], nn.Module], shape: tuple[int, ...]
     runtime = pytest.importorskip("onnxruntime", reason="runs what was exported")
     module = make().eval()
     x = torch.randn(shape)
-    torch.onnx.export(module, (x,), tmp_path / "model.onnx", dynamo=False)
+    time = 2 if isinstance(module, CausalConv3d) else 1
+    options = {"input_names": ["x"], "dynamic_axes": {"x": {0: "b", time: "t"}}}
+    torch.onnx.export(module, (x,), tmp_path / "model.onnx", dynamo=False, **options)
     session = runtime.InferenceSession(tmp_path / "model.onnx")
-    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(result), module(x), rtol=1e-4, atol=1e-5)
+    for frames in (x.shape[time], 7, 2):
+        x = torch.randn(2, *shape[1:time], frames, *shape[time + 1 :])
+        (result,) = session.run(None, {"x": x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(result), module(x), rtol=1e-4, atol=1e-5)
 
 
 def ops_in(program: ExportedProgram) -> list[str]:

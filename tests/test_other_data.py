@@ -107,13 +107,16 @@ def test_what_does_not_fit_the_model_is_refused(data, tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is(data, tmp_path):
-    """Without more steps nothing is trained on the other data, and nothing says so."""
+    """Without more steps nothing is trained on the other data: it is refused before latents are made of it."""
     out = tmp_path / "run"
     fit("tokenizer", data, out)
     files = (out / "tokenizer.files.json").read_bytes()
+    settings = (out / "tokenizer.yaml").read_bytes()
     change(data)
-    assert fit("tokenizer", data, out, new_settings=True).step == 2
+    with pytest.raises(WaltError, match=r"run/tokenizer has its 2 steps; give more --steps to go on with other data"):
+        fit("tokenizer", data, out, "training.lr=0.5", new_settings=True)
     assert (out / "tokenizer.files.json").read_bytes() == files
+    assert (out / "tokenizer.yaml").read_bytes() == settings
     with pytest.raises(WaltError, match=r"1 file more: up/2.mp4; 1 file changed"):
         fit("tokenizer", data, out)
 

@@ -117,16 +117,16 @@ class TestRate:
             assert rate(tmp_path / "b.mp4") == Fraction(25, 2)
 
     def test_latents_without_one(self, model, tmp_path):
-        """As of pictures, and of files from before it was written: the model's, or 12 of a tokenizer alone."""
+        """As of pictures, and of files from before it was written: that of the clips of training."""
         write_png(tmp_path / "a.png", moving(0, 1, 16, 16)[0])
         run("encode", "--from", model, "--video", tmp_path / "a.png", "--out", tmp_path / "picture.safetensors")
         save_file({"latent": torch.zeros(1, 4, 3, 2, 2)}, tmp_path / "old.safetensors")
         shutil.copytree(model / "tokenizer", tmp_path / "alone" / "tokenizer")
-        for source, expected in ((model, 8), (tmp_path / "alone", 12)):
+        for source in (model, tmp_path / "alone"):
             for name in ("picture", "old"):
                 latents = ("--latents", tmp_path / f"{name}.safetensors")
                 run("decode", "--from", source, *latents, "--out", tmp_path / "b.mp4")
-                assert rate(tmp_path / "b.mp4") == expected
+                assert rate(tmp_path / "b.mp4") == 8
 
     def test_that_is_none(self, model, tmp_path, capsys):
         for text, message in (("fast", "'fast'"), ("nan", "nan"), ("-24.0", "-24.0"), ("1e9", "1000000000.0")):
@@ -165,7 +165,7 @@ class TestRate:
         assert len(durations) == 25
         assert min(durations) >= 20
         assert sum(durations) == pytest.approx(25_000 / min(fps, 50), abs=10)
-        assert frame_rate(tmp_path / "a.gif") == pytest.approx(25_000 / sum(durations))
+        assert frame_rate(tmp_path / "a.gif") == pytest.approx(min(fps, 50), rel=0.01)
 
 
 class TestBeforeTheWork:

@@ -55,6 +55,7 @@ class TestEvaluate:
         fit("tokenizer", prepared / "0", tmp_path / "run", "training.steps=1")
         message = "4 was prepared at 4 frames a second, but"
         assert message in fails(capsys, *evaluate(tmp_path / "run", prepared / "4", 5))
+        assert OTHER not in told(capsys, *evaluate(tmp_path / "run", prepared / "8", 5))
         fit("base", prepared / "0", tmp_path / "run", "training.steps=1")
         assert message in fails(capsys, *evaluate(tmp_path / "run", prepared / "4", 5))
         for same in (films, prepared / "0", prepared / "8"):
@@ -106,6 +107,20 @@ class TestStages:
         stages = tmp_path / "transformer", tmp_path / "tokenizer"
         where = "{}: clips of {{}} frames a second, but those of {} have {{}}".format(*stages)
         assert lines == ([] if rates is None else [f"{where.format(*rates)} {OTHER}"])
+
+    def test_other_films_than_the_tokenizers(self, films, tmp_path, capsys):
+        """Its rate is that of the films that it saw, not of those of the next stage."""
+        for label in ("up", "down"):
+            (tmp_path / "fast" / label).mkdir(parents=True)
+            write_mp4(tmp_path / "fast" / label / "0.mp4", moving(0, 18), fps=16)
+        out = tmp_path / "run"
+        fit("tokenizer", films, out, "training.steps=1")
+        assert OTHER in told(capsys, *evaluate(out, tmp_path / "fast/up/0.mp4", 5))
+        for override, line in (("data.fps=8", False), ("data.fps=0", True)):
+            capsys.readouterr()
+            fit("base", tmp_path / "fast", out, "training.steps=1", override)
+            assert (f"{out / 'tokenizer'} have 8 {OTHER}" in capsys.readouterr().err) == line
+            shutil.rmtree(out / "transformer")
 
     def test_another_rate_than_the_base_model(self, films, tmp_path, capsys):
         """That of the base model counts, not of the tokenizer; a stride makes a rate, too."""

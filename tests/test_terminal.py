@@ -119,3 +119,16 @@ def test_a_stream_that_takes_more_later(capsys, monkeypatch):
     monkeypatch.setattr(commands, "train", say)
     assert main(["train", "tokenizer", "--data", "x", "--out", "y"]) == 0
     assert disk.text.strip() == "written"
+
+
+def test_a_stream_that_has_write_alone(monkeypatch):
+    """Which is all that print asks for."""
+    parts: list[str] = []
+
+    class Stream:
+        def write(self, text: str) -> None:
+            parts.append(text)
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    assert main(["info", "minimal"]) == 0
+    assert "tokenizer" in "".join(parts)

@@ -21,9 +21,8 @@ def trained_on(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tokenizer; and the settings `data` of its run, {} if it had none."""
     kind = "transformer" if checkpoint_folder(model / "transformer") else "tokenizer"
     description = load_description(model / kind, kind)[1]
-    data = description.get("data", {})
-    clip = {**data, "fps": data.get("fps", 0) / data.get("stride", 1)}
-    return {"frames": 17, "height": 64, "width": 64, **description.get("clip", clip)}, data
+    clip = {"frames": 17, "height": 64, "width": 64, "fps": 0.0, **description.get("clip", {})}
+    return clip, description.get("data", {})
 
 
 def real_clips(
@@ -37,7 +36,7 @@ def real_clips(
     """
     clip, data = trained_on(model)
     fps, stride = data.get("fps", 0.0), data.get("stride", 1)
-    rate = clip["fps"] if min(frames, clip["frames"]) > 1 else None  # pictures have none
+    rate = clip["fps"] if min(frames, clip["frames"]) > 1 else 0.0  # pictures have none
     needed = (frames - 1) * stride + 1
     with reading(source):
         is_film = source.is_file()
@@ -49,17 +48,17 @@ def real_clips(
         starts = range(0, len(film) - needed + 1, frames * stride)
         if not starts:
             raise WaltError(f"{source} has {len(film)} frames; clips of {needed} are wanted")
-        tell_other_rate(source, (fps or frame_rate(source)) / stride, model, rate or 0.0)
+        tell_other_rate(source, (fps or frame_rate(source)) / stride, model, rate)
         return np.stack([film[start : start + needed : stride] for start in starts][:count]), [], []
     overrides = [f"data.height={size[0]}", f"data.width={size[1]}", f"data.fps={fps}"]
     cache = open_data(source, model / "evaluation", load_settings("base", overrides=overrides))
     prepared = cache.settings.fps
-    if rate is not None and prepared != fps and not same_rate(prepared, rate * stride):
+    if rate and prepared != fps and not same_rate(prepared, rate * stride):
         raise WaltError(
-            f"{source} was prepared at {prepared:g} frames a second, but {model} was trained on every frame of its"
-            " films: prepare it without --fps"
+            f"{source} was prepared at {prepared:g} frames a second, but {model} was trained on films of"
+            f" {rate * stride:g}: prepare it without --fps"
         )
-    tell_other_rate(source, cache.rate / stride, model, rate or 0.0)
+    tell_other_rate(source, cache.rate / stride, model, rate)
     rows = cache.windows(frames, stride=stride, hop=frames * stride)
     if not len(rows):
         raise WaltError(f"{source} holds no clip of {frames} frames")

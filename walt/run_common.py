@@ -98,7 +98,7 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
             raise WaltError(
                 f"{data} was prepared for {cache.height}x{cache.width} pixels; {size.height}x{size.width} are wanted"
             )
-        if size.fps not in (0, cache.settings.fps):
+        if size.fps and not same_rate(size.fps, cache.settings.fps):
             rate = f"at {cache.settings.fps:g} frames a second" if cache.settings.fps else "with every frame"
             raise WaltError(
                 f"{data} was prepared {rate}; {size.fps:g} a second are wanted: prepare it with --fps {size.fps:g}"
@@ -180,10 +180,9 @@ def begin(run: Run, trainer: Trainer[Any]) -> None:
     """Go on from the run's checkpoint, if there is one, and leave the settings beside it."""
     trainer.resume(new_settings=run.new_settings)
     with failing_together(str(run.out)):
-        if is_main():
+        if is_main() and not trainer.finished:  # else nothing is trained with them
             run.settings.save(run.folder.with_suffix(".yaml"))
-            if not trainer.finished:  # else nothing is trained on them
-                write_json(run.folder.with_suffix(FILES), files_of(run))
+            write_json(run.folder.with_suffix(FILES), files_of(run))
 
 
 def files_of(run: Run) -> dict[str, Any]:
@@ -203,10 +202,15 @@ def check_same_data(run: Run, kind: str) -> None:
     It comes before the latents, which would be encoded anew.
     """
     folder = checkpoint_folder(run.folder)
-    if folder is None or run.new_settings:
+    if folder is None:
         return
     before, now = load_description(folder, kind)[1].get("data", {}), run.description()["data"]
     if all(before.get(key) == now[key] for key in ("content", "captions") if key in before and key in now):
+        return
+    if run.new_settings:
+        state = read_json(folder / "state.json")
+        if state["finished"] and state["step"] >= run.settings.training.steps:
+            raise WaltError(f"{folder} has its {state['step']} steps; give more --steps to go on with other data")
         return
     path = run.folder.with_suffix(FILES)
     files = read_json(path) if path.is_file() else {}

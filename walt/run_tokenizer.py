@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
         return {"video": source.load(rows)["video"], "perceptual": rows["perceptual"], "penalise": rows["penalise"]}
 
     description = {**tokenizer_description(settings.tokenizer), "losses": settings.losses.to_dict()}
+    description["clip"] = asdict(run.clip)
     with user_values("training"):
         trainer: Trainer[Tokenizer] = Trainer(
             phases,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -129,14 +128,9 @@ def tell_rate_before(run: Run) -> None:
     stages = {"sr1": ("transformer", "tokenizer"), "sr2": ("sr1", "tokenizer")}.get(run.stage, ("tokenizer",))
     folder = next(run.out / name for name in stages if checkpoint_folder(run.out / name) is not None)
     kind = "tokenizer" if folder.name == "tokenizer" else "transformer"
-    description = load_description(folder, kind)[1]
-    data = description.get("data", {})
-    if 1 in (run.settings.data.frames, data.get("frames")):  # pictures have no rate
-        return
-    # A tokenizer that was trained on every frame is taken to have seen films like these.
-    every = median([item.fps for item in run.cache.items if item.fps] or [0])
-    trained = description.get("clip", {}).get("fps") or (data.get("fps") or every) / data.get("stride", 1)
-    tell_other_rate(run.folder, run.clip.fps, folder, trained)
+    clip = load_description(folder, kind)[1].get("clip", {})
+    if 1 not in (run.settings.data.frames, clip.get("frames")):  # pictures have no rate
+        tell_other_rate(run.folder, run.clip.fps, folder, clip.get("fps", 0.0))
 
 
 def transformer_config(run: Run, tokenizer: Tokenizer, encoder: TextEncoder | None) -> TransformerConfig:

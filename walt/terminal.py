@@ -70,7 +70,7 @@ class _Forgiving:
         return len(text)
 
     def flush(self) -> None:
-        self._try(self._stream.flush)
+        self._try(getattr(self._stream, "flush", lambda: None))  # print needs write alone
 
     def finish(self) -> None:
         """What the stream still holds goes nowhere, or Python would try again at its end and print a traceback."""

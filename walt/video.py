@@ -167,8 +167,8 @@ def frame_timing(path: str | Path) -> tuple[float, bool]:
         packets = [packet for packet in container.demux(stream) if (packet.pts, packet.dts) != (None, None)]
         stamps = np.sort([packet.dts if packet.pts is None else packet.pts for packet in packets])
         rate = float(stream.average_rate or 0)
-        if container.format.name == "gif" and packets:  # FFmpeg's guess, from the first frames
-            rate = float(len(packets) / ((stamps[-1] - stamps[0] + (packets[-1].duration or 0)) * stream.time_base))
+        if container.format.name == "gif" and len(stamps) > 1:  # FFmpeg's is a guess; the last frame may be held
+            rate = float((len(stamps) - 1) / ((stamps[-1] - stamps[0]) * stream.time_base))
     steps = np.diff(stamps)
     usual = np.median(steps) if len(steps) else 0
     return rate, bool((np.abs(steps - usual) >= usual / 2).mean() > 0.05) if usual else False

@@ -52,22 +52,31 @@ _ops: dict[str, Op] = {}
 _warned: set[str] = set()
 
 
-class _Setting(threading.local):
-    """The backend that is forced in this thread, the latest of those of the blocks that are open.
-
-    No contextvar, which torch.compile does not read. An attribute of the object from the start, in every thread: of the
-    class's it would not see a change.
-    """
+class _Setting:
+    """The backend that is forced, the latest of those of the blocks that are open."""
 
     def __init__(self) -> None:
         self.forced: str | None = os.environ.get("WALT_KERNELS_BACKEND") or None
         self.blocks = [self.forced]
 
 
-_setting = _Setting()
+class _Thread(threading.local):
+    """No contextvar, which torch.compile does not read; and no attribute of the class, of which it sees no change."""
 
-if _setting.forced is not None and _setting.forced not in BACKENDS:
-    raise ValueError(f"WALT_KERNELS_BACKEND is {_setting.forced!r}, expected one of {', '.join(BACKENDS)}")
+    def __init__(self) -> None:
+        self.setting = _Setting()
+
+
+_thread = _Thread()
+
+
+def forced() -> str | None:
+    """The backend that is forced in this thread."""
+    return _thread.setting.forced
+
+
+if forced() is not None and forced() not in BACKENDS:
+    raise ValueError(f"WALT_KERNELS_BACKEND is {forced()!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def register(name: str, prepare: Callable[..., dict[str, Any]], backends: list[Backend]) -> None:
@@ -100,12 +109,12 @@ def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
 
 def select(op: str, inputs: Mapping[str, Any]) -> str:
     """The backend that runs ``op`` on validated ``inputs``: the forced one, else the first with no reason not to."""
-    forced = _setting.forced
-    if forced is not None:
-        reason = backend(op, forced).unsupported(**inputs)
+    name = forced()
+    if name is not None:
+        reason = backend(op, name).unsupported(**inputs)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {forced!r} was forced and cannot run: {reason}")
-        return forced
+            raise RuntimeError(f"{op}: backend {name!r} was forced and cannot run: {reason}")
+        return name
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # whose file knows PyTorch's ops only
         return "reference"
     for candidate in _ops[op].backends:
@@ -153,23 +162,24 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forcing(name: str | None) -> Iterator[None]:
-    _setting.blocks = [*_setting.blocks, name]
-    _setting.forced = name
+    setting = _thread.setting  # also when the block is left in another thread
+    setting.blocks = [*setting.blocks, name]
+    setting.forced = name
     try:
         yield
     finally:
-        latest_first = _setting.blocks[::-1]
+        latest_first = setting.blocks[::-1]
         latest_first.remove(name)  # not always the first: coroutines leave their blocks in any order
-        _setting.blocks = latest_first[::-1]
-        _setting.forced = _setting.blocks[-1]
+        setting.blocks = latest_first[::-1]
+        setting.forced = setting.blocks[-1]
 
 
 def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` under the setting of this moment, in whatever thread it is called."""
-    forced = _setting.forced
+    name = forced()
 
     def bound(*args: Any, **kwargs: Any) -> Any:
-        with _forcing(forced):
+        with _forcing(name):
             return function(*args, **kwargs)
 
     return bound

@@ -156,6 +156,11 @@ def _decompose(op: Any, reference: Callable[..., Any]) -> None:
     torch._decomp.meta_table[op] = decomposition
 
 
+def _grown(empty: Tensor, dim: int) -> Tensor:
+    """One element of zeros in a dimension that has none; in the tensor's graph."""
+    return torch.cat([empty, empty.new_zeros([*empty.shape[:dim], 1, *empty.shape[dim + 1 :]])], dim)
+
+
 def _outputs(op: Any, results: Any) -> tuple[Tensor | None, ...]:
     """All outputs of the op, None for what its reference does not return."""
     return (*_all(results), *[None] * (len(op._schema.returns) - len(_all(results))))
@@ -171,9 +176,7 @@ def _one_by_one(op: Any) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
         given = list(zip(arguments, in_dims, strict=True))
         if not info.batch_size:  # one element of zeros, for the shapes alone
-            given = [
-                (a.new_zeros([*a.shape[:d], 1, *a.shape[d + 1 :]]) if isinstance(d, int) else a, d) for a, d in given
-            ]
+            given = [(_grown(a, d) if isinstance(d, int) else a, d) for a, d in given]
         results = [
             _all(op(*(a.select(d, i) if isinstance(d, int) else a for a, d in given)))
             for i in range(info.batch_size or 1)

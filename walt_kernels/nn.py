@@ -214,10 +214,12 @@ class WindowAttention(nn.Module):
                 if context is None
                 else "context: got a tensor; expected None, since the module was made without context_width"
             )
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.dim)).unbind(-3)
+        # By reshape: in a trace, unflatten would fix the sizes for the old exporter of ONNX.
+        q, k, v = self.qkv(x).reshape(*x.shape[:-1], 3, self.heads, self.dim).unbind(-3)
         context_k = context_v = None
         if context is not None and self.context_kv is not None:
-            context_k, context_v = self.context_kv(context).unflatten(-1, (2, self.heads, self.dim)).unbind(-3)
+            pair = self.context_kv(context).reshape(*context.shape[:-1], 2, self.heads, self.dim)
+            context_k, context_v = pair.unbind(-3)
         out = window_attention(
             q,
             k,

@@ -84,7 +84,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torc
     if weight is None:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (F.layer_norm(x.to(wide), x.shape[-1:], eps=eps) * weight.to(wide)).to(x.dtype)
+    return (F.layer_norm(x.to(wide), weight.shape, eps=eps) * weight.to(wide)).to(x.dtype)
 
 
 def attend(
