@@ -74,9 +74,9 @@ class _Forgiving:
 
     def finish(self) -> None:
         """What the stream still holds goes nowhere, or Python would try again at its end and print a traceback."""
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
+        self.error = None
+        self.flush()
+        if self.error is not None:
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
