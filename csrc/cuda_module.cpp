@@ -75,30 +75,34 @@ void bind_cuda(py::module_& m) {
   m.def(
       "cuda_adaln_forward",
       [](const Views& views, const CudaCall& call, double eps) {
-        cuda::adaln_forward(forward_params(views, eps), call);
+        cuda::adaln_lora::adaln_forward(forward_params(views, eps), call);
       },
       py::arg("views"), py::arg("call"), py::kw_only(), py::arg("eps"), no_gil);
   m.def(
       "cuda_adaln_backward_workspace",
       [](const Views& views, int processors) {
-        return cuda::adaln_backward_workspace(backward_params(views), processors);
+        return cuda::adaln_lora::adaln_backward_workspace(backward_params(views), processors);
       },
       py::arg("views"), py::arg("processors"));
   m.def(
       "cuda_adaln_backward",
-      [](const Views& views, const CudaCall& call) { cuda::adaln_backward(backward_params(views), call); },
+      [](const Views& views, const CudaCall& call) { cuda::adaln_lora::adaln_backward(backward_params(views), call); },
       py::arg("views"), py::arg("call"), no_gil);
   m.def(
       "cuda_adaln_lora_forward",
-      [](const Views& views, const CudaCall& call) { cuda::adaln_lora_forward(lora_forward_params(views), call); },
+      [](const Views& views, const CudaCall& call) {
+        cuda::adaln_lora::lora_forward(lora_forward_params(views), call);
+      },
       py::arg("views"), py::arg("call"), no_gil);
   m.def(
       "cuda_adaln_lora_backward_workspace",
-      [](const Views& views, int) { return cuda::adaln_lora_backward_workspace(lora_backward_params(views)); },
+      [](const Views& views, int) { return cuda::adaln_lora::lora_backward_workspace(lora_backward_params(views)); },
       py::arg("views"), py::arg("processors"));
   m.def(
       "cuda_adaln_lora_backward",
-      [](const Views& views, const CudaCall& call) { cuda::adaln_lora_backward(lora_backward_params(views), call); },
+      [](const Views& views, const CudaCall& call) {
+        cuda::adaln_lora::lora_backward(lora_backward_params(views), call);
+      },
       py::arg("views"), py::arg("call"), no_gil);
 }
 

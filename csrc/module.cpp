@@ -164,7 +164,7 @@ PYBIND11_MODULE(_C, m) {
                                               optional(rstd),
                                               eps,
                                               threads};
-        WALT_CALL_KERNEL(adaln_forward, params)
+        WALT_KERNEL(adaln_lora::adaln_forward)(params);
       },
       py::arg("x"), py::arg("branch"), py::arg("gate"), py::arg("shift"), py::arg("scale"), py::arg("x_new"),
       py::arg("h"), py::arg("mean"), py::arg("rstd"), py::kw_only(), py::arg("eps"), py::arg("threads"), no_gil);
@@ -178,7 +178,7 @@ PYBIND11_MODULE(_C, m) {
             optional(grad_x_new), optional(grad_h),     optional(x),          optional(branch), optional(gate),
             optional(scale),      optional(mean),       optional(rstd),       optional(grad_x), optional(grad_branch),
             optional(grad_gate),  optional(grad_shift), optional(grad_scale), threads};
-        WALT_CALL_KERNEL(adaln_backward, params)
+        WALT_KERNEL(adaln_lora::adaln_backward)(params);
       },
       py::arg("grad_x_new"), py::arg("grad_h"), py::arg("x"), py::arg("branch"), py::arg("gate"), py::arg("scale"),
       py::arg("mean"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_branch"), py::arg("grad_gate"),
@@ -188,7 +188,7 @@ PYBIND11_MODULE(_C, m) {
       [](const TensorView& cond, const TensorView& base, const TensorView& down, const TensorView& up,
          const TensorView& hidden, const TensorView& out, int threads) {
         const walt::LoraForwardParams params{cond, base, down, up, hidden, out, threads};
-        WALT_CALL_KERNEL(adaln_lora_forward, params)
+        WALT_KERNEL(adaln_lora::lora_forward)(params);
       },
       py::arg("cond"), py::arg("base"), py::arg("down"), py::arg("up"), py::arg("hidden"), py::arg("out"),
       py::kw_only(), py::arg("threads"), no_gil);
@@ -199,7 +199,7 @@ PYBIND11_MODULE(_C, m) {
          const TensorView& grad_up, int threads) {
         const walt::LoraBackwardParams params{grad,      hidden,    cond,      down,    up,
                                               grad_cond, grad_base, grad_down, grad_up, threads};
-        WALT_CALL_KERNEL(adaln_lora_backward, params)
+        WALT_KERNEL(adaln_lora::lora_backward)(params);
       },
       py::arg("grad"), py::arg("hidden"), py::arg("cond"), py::arg("down"), py::arg("up"), py::arg("grad_cond"),
       py::arg("grad_base"), py::arg("grad_down"), py::arg("grad_up"), py::kw_only(), py::arg("threads"), no_gil);
@@ -214,7 +214,7 @@ PYBIND11_MODULE(_C, m) {
         auto params = attention_params(q, k, v, window, bias_table, image, q_norm, k_norm, norm_eps, context_k,
                                        context_v, context_mask, scale, lse, threads);
         params.out = out;
-        WALT_CALL_KERNEL(window_attention, params)
+        WALT_KERNEL(window_attention::forward)(params);
       },
       py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("window"), py::arg("bias_table"),
       py::arg("image"), py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_eps"), py::arg("context_k"),
@@ -242,7 +242,7 @@ PYBIND11_MODULE(_C, m) {
             optional(grad_k_norm),
             optional(grad_context_k),
             optional(grad_context_v)};
-        WALT_CALL_KERNEL(window_attention_backward, params)
+        WALT_KERNEL(window_attention::backward)(params);
       },
       py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("window"), py::arg("bias_table"),
       py::arg("image"), py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_eps"), py::arg("context_k"),
@@ -258,7 +258,7 @@ PYBIND11_MODULE(_C, m) {
       [](const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView* history,
          const TensorView& y, const walt::ConvOptions& options) {
         const walt::ConvForwardParams params{x, weight, optional(bias), optional(history), y, options};
-        WALT_CALL_KERNEL(causal_conv3d, params)
+        WALT_KERNEL(causal_conv3d::forward)(params);
       },
       py::arg("x"), py::arg("weight"), py::arg("bias").none(true), py::arg("history").none(true), py::arg("y"),
       py::arg("options"), no_gil);
@@ -267,7 +267,7 @@ PYBIND11_MODULE(_C, m) {
       [](const TensorView& grad_y, const TensorView& weight, const TensorView& grad_x, const TensorView* grad_history,
          bool has_history, const walt::ConvOptions& options) {
         const walt::ConvBackwardDataParams params{grad_y, weight, grad_x, optional(grad_history), has_history, options};
-        WALT_CALL_KERNEL(causal_conv3d_backward_data, params)
+        WALT_KERNEL(causal_conv3d::backward_data)(params);
       },
       py::arg("grad_y"), py::arg("weight"), py::arg("grad_x"), py::arg("grad_history").none(true),
       py::arg("has_history"), py::arg("options"), no_gil);
@@ -277,7 +277,7 @@ PYBIND11_MODULE(_C, m) {
          const TensorView* grad_bias, const std::array<int64_t, 3>& kernel, const walt::ConvOptions& options) {
         const walt::ConvBackwardWeightParams params{
             grad_y, x, optional(history), optional(grad_weight), optional(grad_bias), kernel, options};
-        WALT_CALL_KERNEL(causal_conv3d_backward_weight, params)
+        WALT_KERNEL(causal_conv3d::backward_weight)(params);
       },
       py::arg("grad_y"), py::arg("x"), py::arg("history").none(true), py::arg("grad_weight").none(true),
       py::arg("grad_bias").none(true), py::arg("kernel"), py::arg("options"), no_gil);

@@ -8,7 +8,7 @@
 
 #include "causal_conv3d/params.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 struct Tap {
   int64_t offset;  // in the source, from the position's base
@@ -246,4 +246,4 @@ inline void pixel_offsets(const Block& block, int64_t channels, int64_t* offsets
   }
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

@@ -41,8 +41,8 @@ struct ConvBackwardWeightParams {
   ConvOptions options;
 };
 
-WALT_DECLARE_KERNEL(causal_conv3d, ConvForwardParams)
-WALT_DECLARE_KERNEL(causal_conv3d_backward_data, ConvBackwardDataParams)
-WALT_DECLARE_KERNEL(causal_conv3d_backward_weight, ConvBackwardWeightParams)
+WALT_DECLARE_KERNEL(causal_conv3d, forward, ConvForwardParams)
+WALT_DECLARE_KERNEL(causal_conv3d, backward_data, ConvBackwardDataParams)
+WALT_DECLARE_KERNEL(causal_conv3d, backward_weight, ConvBackwardWeightParams)
 
 }  // namespace walt

@@ -12,7 +12,7 @@
 #include "causal_conv3d/weight_tile.h"
 #include "causal_conv3d/winograd.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 constexpr int64_t kUnitChannels = 128;   // input and output channels at a time: 3 MiB of sums for 3 taps in time
 constexpr int64_t kSlabBytes = 6 << 20;  // of transformed tiles; with the sums they stay in a third-level cache
@@ -325,7 +325,7 @@ class WinogradWeightKernel {
   const Chunks in_, out_;
   const int64_t panels_;  // of the widest unit
   const int threads_;
-  Source source_;
+  PatchSource source_;
   AxisRun runs_[3];
   int64_t tiles_[3];  // output frames, and tiles along height and width
   std::vector<Slab> slabs_;
@@ -333,4 +333,4 @@ class WinogradWeightKernel {
   std::vector<int64_t> frames_, offsets_, starts_;  // of the present slab
 };
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

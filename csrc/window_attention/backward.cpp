@@ -4,7 +4,7 @@
 #include "window_attention/params.h"
 #include "window_attention/tile.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::window_attention {
 namespace {
 
 // Windows are cut into groups; one task is one head of one group, and sums over its windows in order. The number of
@@ -182,8 +182,8 @@ class Backward {
       const int64_t vectors = queries / lanes;
       at.load_queries(window, head, begin, end, queries, s.query_stats, s.queries);
       load_grads(window, head, begin, end, queries, s);
-      transpose(at.along(s.queries, queries, s.query_along), ld, s.query_columns, kBlock, queries, at.units);
-      transpose(at.along(s.grads, queries, s.grad_along), ld, s.grad_columns, kBlock, queries, at.units);
+      transpose_units(at.along(s.queries, queries, s.query_along), ld, s.query_columns, kBlock, queries, at.units);
+      transpose_units(at.along(s.grads, queries, s.grad_along), ld, s.grad_columns, kBlock, queries, at.units);
       at.bias.runs(window, begin, end, lanes, runs);
       at.start_scores(window, head, runs, keys, count, s.scores);
       gemm<U, false>(keys, vectors, at.units, key_along, ld, s.query_columns, kBlock, s.scores, kBlock);
@@ -375,7 +375,7 @@ class Backward {
 
 }  // namespace
 
-void window_attention_backward(const WindowAttentionBackwardParams& p) {
+void backward(const WindowAttentionBackwardParams& p) {
   check(p.forward);
   const TensorView& q = p.forward.q;
   check_tokens(p.grad_out, "grad_out", q);
@@ -388,4 +388,4 @@ void window_attention_backward(const WindowAttentionBackwardParams& p) {
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::window_attention

@@ -23,7 +23,7 @@ struct WindowAttentionBackwardParams {
       grad_context_v;
 };
 
-WALT_DECLARE_KERNEL(window_attention, WindowAttentionParams)
-WALT_DECLARE_KERNEL(window_attention_backward, WindowAttentionBackwardParams)
+WALT_DECLARE_KERNEL(window_attention, forward, WindowAttentionParams)
+WALT_DECLARE_KERNEL(window_attention, backward, WindowAttentionBackwardParams)
 
 }  // namespace walt

@@ -13,7 +13,7 @@
 #include "window_attention/geometry.h"
 #include "window_attention/rows.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::window_attention {
 
 // Whole blocks of the micro-kernel's rows, and rows of scores an odd number of cache lines long, so that a column of
 // scores spreads over all cache sets.
@@ -236,4 +236,4 @@ void with_attention(const WindowAttentionParams& p, F&& f) {
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::window_attention
