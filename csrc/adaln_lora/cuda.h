@@ -14,6 +14,6 @@ void lora_backward(const LoraBackwardParams&, const CudaCall&);
 
 // Bytes of workspace that the call will need on a GPU of so many multiprocessors.
 int64_t adaln_backward_workspace(const AdalnBackwardParams&, int processors);
-int64_t lora_backward_workspace(const LoraBackwardParams&);
+int64_t lora_backward_workspace(const LoraBackwardParams&, int processors);
 
 }  // namespace walt::cuda::adaln_lora

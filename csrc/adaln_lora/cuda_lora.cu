@@ -268,14 +268,14 @@ void lora_forward(const LoraForwardParams& p, const CudaCall& call) {
   });
 }
 
-int64_t lora_backward_workspace(const LoraBackwardParams& p) {
+int64_t lora_backward_workspace(const LoraBackwardParams& p, int) {
   check(p);
   const LoraShape shape = shape_of(p.cond, p.down, p.up);
   return shape.layers * shape.chunks * shape.B * shape.rank * static_cast<int64_t>(sizeof(float));
 }
 
 void lora_backward(const LoraBackwardParams& p, const CudaCall& call) {
-  require(call.workspace_bytes >= lora_backward_workspace(p), "the workspace is too small");
+  require(call.workspace_bytes >= lora_backward_workspace(p, call.processors), "the workspace is too small");
   LoraShape shape = shape_of(p.cond, p.down, p.up);
   shape.vectors_r = shape.vectors_r && allows_vectors(p.grad_up);
   shape.partial = static_cast<float*>(call.workspace);

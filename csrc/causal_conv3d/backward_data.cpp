@@ -5,9 +5,10 @@ namespace walt::WALT_ISA::causal_conv3d {
 
 void backward_data(const ConvBackwardDataParams& p) {
   const TensorView &grad_y = p.grad_y, &weight = p.weight, &shape = p.grad_x;
-  const ConvOptions& o = p.options;
+  const ConvOptions& o = p;
+  check(o);
   require(grad_y.rank == 5 && weight.rank == 5 && shape.rank == 5, "grad_y, weight and grad_x must have 5 dimensions");
-  require(o.groups >= 1 && weight.shape[0] % o.groups == 0, "groups must divide weight's output channels");
+  require(weight.shape[0] % o.groups == 0, "groups must divide weight's output channels");
   const bool history = p.grad_history.defined() || p.has_history;
   const Axis axes[3] = {time_axis(shape.shape[2], weight.shape[2], o, history),
                         space_axis(1, shape.shape[3], weight.shape[3], o),

@@ -50,7 +50,7 @@ class WeightGradientKernel {
   }
 
   void run() {
-    const int threads = std::max(g_.params->options.threads, 1);
+    const int threads = std::max(g_.params->threads, 1);
     Scratch<A> partial(splits_ * units_ * unit_size_);
     Scratch<Lane> patches(threads * patch_size_), grads(threads * pixels_ * panel_width);
     // Room for bfloat16 rows before they are paired.
@@ -253,9 +253,10 @@ class WeightGradientKernel {
 
 void backward_weight(const ConvBackwardWeightParams& p) {
   const TensorView &x = p.x, &grad_y = p.grad_y;
-  const ConvOptions& o = p.options;
+  const ConvOptions& o = p;
+  check(o);
   require(x.rank == 5 && grad_y.rank == 5, "x and grad_y must have 5 dimensions");
-  require(o.groups >= 1 && x.shape[1] % o.groups == 0 && grad_y.shape[1] % o.groups == 0,
+  require(x.shape[1] % o.groups == 0 && grad_y.shape[1] % o.groups == 0,
           "groups must divide the channels of x and grad_y");
   const Axis axes[3] = {time_axis(x.shape[2], p.kernel[0], o, p.history.defined()),
                         space_axis(1, x.shape[3], p.kernel[1], o), space_axis(2, x.shape[4], p.kernel[2], o)};

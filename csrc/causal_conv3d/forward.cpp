@@ -5,9 +5,10 @@ namespace walt::WALT_ISA::causal_conv3d {
 
 void forward(const ConvForwardParams& p) {
   const TensorView &x = p.x, &weight = p.weight, &y = p.y;
-  const ConvOptions& o = p.options;
+  const ConvOptions& o = p;
+  check(o);
   require(x.rank == 5 && weight.rank == 5, "x and weight must have 5 dimensions");
-  require(o.groups >= 1 && weight.shape[0] % o.groups == 0, "groups must divide weight's output channels");
+  require(weight.shape[0] % o.groups == 0, "groups must divide weight's output channels");
   const Axis axes[3] = {time_axis(x.shape[2], weight.shape[2], o, p.history.defined()),
                         space_axis(1, x.shape[3], weight.shape[3], o), space_axis(2, x.shape[4], weight.shape[4], o)};
   require_view(weight, "weight", x.dtype, -1, x.shape[1] / o.groups, -1, -1, -1);

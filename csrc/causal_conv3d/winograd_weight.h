@@ -28,7 +28,7 @@ inline bool winograd_pays(const ConvBackwardWeightParams& p, const Axis (&axes)[
     pixels *= axes[i].outputs();
     tiles *= (axes[i].outputs() + 1) / 2;
   }
-  const int64_t channels = p.x.shape[1] / p.options.groups;
+  const int64_t channels = p.x.shape[1] / p.groups;
   return p.grad_weight.defined() && channels >= 8 && channels * axes[0].kernel >= 16 && 20 * tiles <= 9 * pixels;
 }
 
@@ -54,11 +54,11 @@ class WinogradWeightKernel {
   WinogradWeightKernel(const ConvBackwardWeightParams& p, const Axis (&axes)[3])
       : p_(p),
         time_(axes[0]),
-        groups_(p.options.groups),
+        groups_(p.groups),
         in_(p.x.shape[1] / groups_, lanes, kUnitChannels),
         out_(p.grad_y.shape[1] / groups_, panel_width, kUnitChannels),
         panels_(out_.widest() / panel_width),
-        threads_(std::max(p.options.threads, 1)) {
+        threads_(std::max(p.threads, 1)) {
     for (int i = 0; i < 3; ++i) source_.map[i] = forward_map(axes[i]);
     source_.view = &p.x;
     source_.history = &p.history;

@@ -73,7 +73,7 @@ class Backward {
  public:
   Backward(const WindowAttentionBackwardParams& params, const Attention<T>& attention)
       : b(params),
-        p(params.forward),
+        p(params),
         at(attention),
         groups(p, attention.grid),
         table_size(round_up(attention.bias.size + lanes, lanes)),
@@ -376,13 +376,13 @@ class Backward {
 }  // namespace
 
 void backward(const WindowAttentionBackwardParams& p) {
-  check(p.forward);
-  const TensorView& q = p.forward.q;
+  check(p);
+  const TensorView& q = p.q;
   check_tokens(p.grad_out, "grad_out", q);
   for (const TensorView* view : {&p.grad_q, &p.grad_k, &p.grad_v}) {
     if (view->defined()) check_tokens(*view, "gradient", q);
   }
-  with_attention(p.forward, [&](const auto& attention) {
+  with_attention(p, [&](const auto& attention) {
     using T = typename std::decay_t<decltype(attention)>::Element;
     Backward<T>(p, attention).run();
   });

@@ -205,7 +205,7 @@ inline void check_tokens(const TensorView& x, const char* name, const TensorView
 }
 
 inline void check(const WindowAttentionParams& p) {
-  const int64_t *n = p.q.shape, *w = p.window;
+  const int64_t *n = p.q.shape, *w = p.window.data();
   const DType wide = p.q.dtype == DType::float64 ? DType::float64 : DType::float32;
   require(p.q.rank == 6, "q must have 6 dimensions");
   check_tokens(p.k, "k", p.q);
