@@ -1,8 +1,9 @@
 """Builds walt_kernels._C, the native kernels, with ninja and without torch.
 
-Every csrc/<op>/*.cpp is compiled once per instruction-set level; the module picks one at load. Without a C++ compiler
-or Python's headers the package still installs, with the PyTorch reference kernels only. With nvcc, csrc/<op>/*.cu joins
-the same module, which imports without a GPU and without a driver all the same.
+Every csrc/<op>/*.cpp is compiled once per instruction-set level, of which the module picks one at load; the op's names
+in Python, bind.cpp, once. Without a C++ compiler or Python's headers the package still installs, with the PyTorch
+reference kernels only. With nvcc, csrc/<op>/*.cu and cuda_bind.cpp join the same module, which imports without a GPU
+and without a driver all the same.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
 UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 (the AVX-512 level as plain code that AVX2 can run, for
@@ -28,7 +29,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OPS = ["causal_conv3d", "window_attention", "adaln_lora"]
+CSRC = ROOT / "csrc"
 
 # Objects are linked in this order. The linker keeps the first copy of an inline function that several objects share, so
 # the baseline comes first and no AVX-512 copy of one can end up on an older processor's path.
@@ -231,7 +232,7 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: 
     optimize = SANITIZE if sanitize else [flag for flag in OPTIMIZE if compiles(compiler, [flag])]
     link = ["-shared", *openmp, *(["-fsanitize=address,undefined"] if sanitize else [])]
     link += cuda.libraries if cuda else []
-    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *WARN, *openmp, f"-I{ROOT / 'csrc'}"]
+    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *WARN, *openmp, f"-I{CSRC}"]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     python = [
         "-O1",  # nothing in it is hot, and pybind11 is slow to optimise
@@ -242,15 +243,15 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: 
     module = [
         *python,
         f"-DWALT_CUDA_ARCHITECTURES={listed}",
-        *(["-DWALT_CUDA"] if cuda else []),
         f"-DWALT_OPENMP={int(bool(openmp))}",
         f'-DWALT_COMPILER="{version}"',
         *[flag for flag in ISA_FLAGS["avx512"] if flag.startswith("-D")],
         *[f"-DWALT_HAS_{level.upper()}" for level in levels if level != "baseline"],
     ]
-    objects = {"module.o": (ROOT / "csrc" / "module.cpp", module)}
+    objects = {"module.o": (CSRC / "module.cpp", module)}
+    objects |= {f"{source.parent.name}.bind.o": (source, module) for source in sorted(CSRC.glob("*/bind.cpp"))}
     for level in levels:
-        for source in sorted(source for op in OPS for source in (ROOT / "csrc" / op).glob("*.cpp")):
+        for source in sorted(path for path in CSRC.glob("*/*.cpp") if "bind" not in path.stem):
             flags = [*optimize, *ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}"]
             objects[f"{source.parent.name}.{source.stem}.{level}.o"] = (source, flags)
     cuda_objects = {}
@@ -260,15 +261,16 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: 
             "-O3",
             "-Xfatbin=-compress-all",
             "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
-            f"-I{ROOT / 'csrc'}",
+            f"-I{CSRC}",
         ]
         for name, _, ptx in (architecture.partition("+") for architecture in cuda.architectures):
             words += [
                 f"-gencode=arch=compute_{name},code={code}_{name}" for code in (["sm", "compute"] if ptx else ["sm"])
             ]
-        for source in sorted(source for op in OPS for source in (ROOT / "csrc" / op).glob("*.cu")):
+        for source in sorted(CSRC.glob("*/*.cu")):
             cuda_objects[f"{source.parent.name}.{source.stem}.o"] = (source, words)
-        objects["cuda_module.o"] = (ROOT / "csrc" / "cuda_module.cpp", python)
+        for source in [CSRC / "cuda_module.cpp", *sorted(CSRC.glob("*/cuda_bind.cpp"))]:
+            objects[f"{source.parent.name}.{source.stem}.o"] = (source, python)
 
     def command(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")

@@ -295,6 +295,23 @@ def test_public_names_exist() -> None:
         assert hasattr(walt_kernels, name)
 
 
+def test_no_two_rooms_of_csrc_define_one_name() -> None:
+    """Two types or inline functions of one name in one namespace are two definitions of which the linker keeps one."""
+    name = re.compile(r"(?:(?:struct|class|enum class) (\w+)|\w[\w:<>*&, ]* [*&]?(?!__)(\w+)\()")
+    rooms: dict[tuple[str, str], set[str]] = {}
+    for path in sorted((ROOT / "csrc").glob("*/*.*")):
+        inside: list[str] = []
+        for line in path.read_text().splitlines():
+            if match := re.match(r"namespace (\S*) ?{", line):
+                inside.append(match[1])
+            elif line.startswith("}  // namespace"):
+                inside.pop()
+            elif inside and inside[-1] != "" and (match := name.match(line)):
+                rooms.setdefault((inside[-1], match[1] or match[2]), set()).add(path.parent.name)
+    assert {"Scratch", "parallel_for", "Run", "check"} <= {name for _, name in rooms}
+    assert [name for name, where in rooms.items() if len(where) > 1] == []
+
+
 def test_csrc_knows_nothing_of_torch_and_kernels_nothing_of_the_model() -> None:
     for path in (ROOT / "csrc").rglob("*.*"):
         assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)/', path.read_text()), path

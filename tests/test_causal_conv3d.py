@@ -226,22 +226,30 @@ def test_numpy_calls_the_kernel_without_torch() -> None:
     x = generator.normal(size=(1, 2, 3, 4, 5)).astype(np.float32)
     weight = generator.normal(size=(3, 2, 2, 1, 1)).astype(np.float32)
     y = np.full((1, 3, 3, 4, 5), np.nan, dtype=np.float32)
-    options = C.ConvOptions(
-        stride=[1, 1, 1],
-        dilation=[1, 1, 1],
-        padding=[0, 0, 0, 0],
-        time_padding="zeros",
-        space_padding="zeros",
-        groups=1,
-        threads=2,
-    )
-    C.causal_conv3d(view(x), view(weight), None, None, view(y), options)
+    options = {
+        "stride": [1, 1, 1],
+        "dilation": [1, 1, 1],
+        "padding": [0, 0, 0, 0],
+        "time_padding": "zeros",
+        "space_padding": "zeros",
+        "groups": 1,
+        "threads": 2,
+    }
+    C.causal_conv3d(x=view(x), weight=view(weight), y=view(y), **options)
     past = np.concatenate([np.zeros_like(x[:, :, :1]), x[:, :, :-1]], axis=2)
     expected = np.einsum("oc,bcthw->bothw", weight[..., 0, 0, 0], past)
     expected += np.einsum("oc,bcthw->bothw", weight[:, :, 1, 0, 0], x)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="y has size 3 in dimension 1, expected 5"):
-        C.causal_conv3d(view(x), view(np.zeros((5, 2, 2, 1, 1), np.float32)), None, None, view(y), options)
+        C.causal_conv3d(x=view(x), weight=view(np.zeros((5, 2, 2, 1, 1), np.float32)), y=view(y), **options)
+    with pytest.raises(ValueError, match="time_padding must be zeros or first_frame"):
+        C.causal_conv3d(x=view(x), weight=view(weight), y=view(y), **options | {"time_padding": "last_frame"})
+    with pytest.raises(TypeError, match="causal_conv3d: stride is missing"):
+        C.causal_conv3d(x=view(x), weight=view(weight), y=view(y))
+    with pytest.raises(TypeError, match="causal_conv3d: unknown argument strides"):
+        C.causal_conv3d(x=view(x), weight=view(weight), y=view(y), **options, strides=None)
+    with pytest.raises(TypeError, match=r"causal_conv3d: stride cannot be \[1, 1\]"):
+        C.causal_conv3d(x=view(x), weight=view(weight), y=view(y), **options | {"stride": [1, 1]})
 
 
 # ---- exact properties -----------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def compile_emulation(folder: Path) -> Path:
     flags += [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
     flags += ["-DWALT_EMULATE_CUDA", "-DWALT_ISA=isa_emulated"]
     compiler = os.environ.get("CXX", "c++").split()
-    sources = [ROOT / "csrc" / "cuda_module.cpp", *sorted((ROOT / "csrc" / "adaln_lora").glob("*.cu"))]
+    sources = [ROOT / "csrc" / "cuda_module.cpp", *sorted((ROOT / "csrc" / "adaln_lora").glob("cuda_*.c*"))]
     objects = [folder / f"{source.stem}.o" for source in sources]
     running = [
         subprocess.Popen([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)], stderr=subprocess.PIPE)
@@ -67,6 +67,10 @@ def compile_emulation(folder: Path) -> Path:
     module = folder / "_emulated.so"
     subprocess.run([*compiler, "-shared", *sanitize, *map(str, objects), "-o", str(module)], check=True)
     return module
+
+
+def views(**tensors: Tensor) -> dict[str, Any]:
+    return {name: _native.view(tensor) for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="session")
@@ -269,8 +273,17 @@ def test_nothing_to_do(name: str, device: str) -> None:
 def test_workspace_does_not_grow_with_the_number_of_tokens(emulation: Any) -> None:
     def size(B: int, N: int, D: int, F: int) -> int:
         x, rows, statistics = torch.empty(B, N, D), torch.empty(B, F, D), torch.empty(B, N)
-        tensors = (None, x, x, x, rows, rows, statistics, statistics, x, x, rows, rows, rows)
-        return emulation.cuda_adaln_backward_workspace([_native.view(t) for t in tensors], 132)
+        tensors = {
+            "grad_h": x,
+            "x": x,
+            "branch": x,
+            "gate": rows,
+            "scale": rows,
+            "mean": statistics,
+            "rstd": statistics,
+        }
+        grads = {"grad_x": x, "grad_branch": x, "grad_gate": rows, "grad_shift": rows, "grad_scale": rows}
+        return emulation.cuda_adaln_backward_workspace(132, **views(**tensors, **grads))
 
     assert size(1, 40000, 32, 1) == size(2, 40000, 32, 5000) > 0
     assert size(1, 40000, 32, 1) <= 132 * 12 * 6 * 32 * 4  # 12 blocks on each, two rows for each of three sums
@@ -279,15 +292,16 @@ def test_workspace_does_not_grow_with_the_number_of_tokens(emulation: Any) -> No
 def test_calls_that_do_not_fit_are_refused(emulation: Any) -> None:
     x, row = torch.zeros(1, 4, 8), torch.zeros(1, 1, 8)
     call = emulation.CudaCall(stream=0, processors=3, workspace=0, workspace_bytes=0)
-    views = [_native.view(t) for t in (x, None, None, None, x, None, None, None, row, row, x, row)]
-    with pytest.raises(ValueError, match="wrong number of tensors"):
-        emulation.cuda_adaln_backward(views, call)
-    tensors = (x, None, None, x, row, None, None, None, None, x, row, None, None)
+    tensors = views(grad_x_new=x, branch=x, gate=row, grad_branch=x, grad_gate=row)
+    with pytest.raises(TypeError, match="cuda_adaln_backward: unknown argument grad"):
+        emulation.cuda_adaln_backward(call, **tensors, grad=None)
+    with pytest.raises(TypeError, match="cuda_adaln_forward: x is missing"):
+        emulation.cuda_adaln_forward(call, eps=1e-6, x=None)
     with pytest.raises(ValueError, match="the workspace is too small"):
-        emulation.cuda_adaln_backward([_native.view(t) for t in tensors], call)
-    double = [_native.view(t) for t in (x.double(), x.double(), row.double(), None, None, x.double(), None, None, None)]
+        emulation.cuda_adaln_backward(call, **tensors)
+    double = views(x=x.double(), branch=x.double(), gate=row.double(), x_new=x.double())
     with pytest.raises(ValueError, match="no CUDA kernel for dtype float64"):
-        emulation.cuda_adaln_forward(double, call, eps=1e-6)
+        emulation.cuda_adaln_forward(call, **double, eps=1e-6)
 
 
 @pytest.mark.gpu

@@ -122,10 +122,11 @@ def test_error_codes_become_messages(architectures: list[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: the launch would not fail")
     x, statistics = torch.zeros(1, 4, 8), torch.zeros(1, 4)
-    views = [_native.view(t) for t in (x, None, None, x[:, :1], x[:, :1], None, x, statistics, statistics)]
+    tensors = {"x": x, "shift": x[:, :1], "scale": x[:, :1], "h": x, "mean": statistics, "rstd": statistics}
+    views = {name: _native.view(tensor) for name, tensor in tensors.items()}
     call = _native.C.CudaCall(stream=0, processors=1, workspace=0, workspace_bytes=0)
     with pytest.raises(RuntimeError, match=r"adaln_forward: .*CUDA.* \(cudaError\w+\)"):
-        _native.C.cuda_adaln_forward(views, call, eps=1e-6)
+        _native.C.cuda_adaln_forward(call, **views, eps=1e-6)
 
 
 # ---- how setup.py chooses --------------------------------------------------------------------------------------------

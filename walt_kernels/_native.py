@@ -23,6 +23,7 @@ except ImportError as error:
 
 # What the CPU kernels compute in: float64 as it is, everything else in float32.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*DTYPES, torch.bool)}
 
 
 def unsupported(*tensors: torch.Tensor | None) -> str | None:
@@ -82,4 +83,4 @@ def view(tensor: torch.Tensor | None) -> Any:
     """The tensor as ``_C`` sees it: address, dtype, sizes, strides. The caller keeps the tensor alive."""
     if tensor is None:
         return None
-    return C.TensorView(tensor.data_ptr(), str(tensor.dtype)[len("torch.") :], tensor.shape, tensor.stride())
+    return C.TensorView(tensor.data_ptr(), NAMES[tensor.dtype], tensor.shape, tensor.stride())

@@ -9,7 +9,7 @@
 #include "adaln_lora/rows.h"
 #include "common/parallel.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::adaln_lora {
 namespace {
 
 constexpr int64_t kMaxParts = 64;
@@ -185,4 +185,4 @@ void adaln_backward(const AdalnBackwardParams& p) {
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::adaln_lora

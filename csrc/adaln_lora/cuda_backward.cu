@@ -4,7 +4,7 @@
 #include "adaln_lora/rows.cuh"
 #include "adaln_lora/runs.h"
 
-namespace walt::cuda {
+namespace walt::cuda::adaln_lora {
 namespace {
 
 // Columns of a row per thread, whose modulation and sums over tokens stay in registers. Without vectors fewer.
@@ -395,4 +395,4 @@ void adaln_backward(const AdalnBackwardParams& p, const CudaCall& call) {
   });
 }
 
-}  // namespace walt::cuda
+}  // namespace walt::cuda::adaln_lora

@@ -2,7 +2,7 @@
 // its unrounded x_new fits that warp's registers, to a block of more warps beyond.
 #include "adaln_lora/rows.cuh"
 
-namespace walt::cuda {
+namespace walt::cuda::adaln_lora {
 namespace {
 
 constexpr int kRowsPerBlock = 4;  // of one warp each
@@ -163,4 +163,4 @@ void adaln_forward(const AdalnForwardParams& p, const CudaCall& call) {
   });
 }
 
-}  // namespace walt::cuda
+}  // namespace walt::cuda::adaln_lora

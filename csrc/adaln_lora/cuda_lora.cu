@@ -2,7 +2,7 @@
 // hidden = down cond, out = base + up hidden. Few samples meet many weights, so the floor is one pass over the weights.
 #include "adaln_lora/rows.cuh"
 
-namespace walt::cuda {
+namespace walt::cuda::adaln_lora {
 namespace {
 
 constexpr int kThreads = 256;
@@ -255,7 +255,7 @@ LoraShape shape_of(const TensorView& cond, const TensorView& down, const TensorV
 
 }  // namespace
 
-void adaln_lora_forward(const LoraForwardParams& p, const CudaCall& call) {
+void lora_forward(const LoraForwardParams& p, const CudaCall& call) {
   check(p);
   const LoraShape shape = shape_of(p.cond, p.down, p.up);
   const int64_t groups = divide_up<int64_t>(shape.B, kSamples);
@@ -268,14 +268,14 @@ void adaln_lora_forward(const LoraForwardParams& p, const CudaCall& call) {
   });
 }
 
-int64_t adaln_lora_backward_workspace(const LoraBackwardParams& p) {
+int64_t lora_backward_workspace(const LoraBackwardParams& p, int) {
   check(p);
   const LoraShape shape = shape_of(p.cond, p.down, p.up);
   return shape.layers * shape.chunks * shape.B * shape.rank * static_cast<int64_t>(sizeof(float));
 }
 
-void adaln_lora_backward(const LoraBackwardParams& p, const CudaCall& call) {
-  require(call.workspace_bytes >= adaln_lora_backward_workspace(p), "the workspace is too small");
+void lora_backward(const LoraBackwardParams& p, const CudaCall& call) {
+  require(call.workspace_bytes >= lora_backward_workspace(p, call.processors), "the workspace is too small");
   LoraShape shape = shape_of(p.cond, p.down, p.up);
   shape.vectors_r = shape.vectors_r && allows_vectors(p.grad_up);
   shape.partial = static_cast<float*>(call.workspace);
@@ -297,4 +297,4 @@ void adaln_lora_backward(const LoraBackwardParams& p, const CudaCall& call) {
   });
 }
 
-}  // namespace walt::cuda
+}  // namespace walt::cuda::adaln_lora

@@ -3,7 +3,7 @@
 #include "adaln_lora/rows.h"
 #include "common/parallel.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::adaln_lora {
 namespace {
 
 template <bool kStream, class T, class M>
@@ -107,4 +107,4 @@ void adaln_forward(const AdalnForwardParams& p) {
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::adaln_lora

@@ -4,7 +4,7 @@
 
 #include "adaln_lora/rows.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::adaln_lora {
 
 // From this rank on, a row of `up` is long enough for vectors along the rank; below, vectors run along K.
 constexpr int64_t kWideRank = 16;
@@ -43,4 +43,4 @@ inline void widen(const T* source, A* target, int64_t count) {
   for (int64_t i = 0; i < count; ++i) target[i] = to_float(source[i]);
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::adaln_lora

@@ -4,7 +4,7 @@
 #include "adaln_lora/params.h"
 #include "common/parallel.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::adaln_lora {
 namespace {
 
 constexpr int64_t kMaxBlocks = 32;      // of partial sums, per layer (K) and in all (rows of down)
@@ -170,9 +170,9 @@ void backward(const LoraBackwardParams& p) {
 
 }  // namespace
 
-void adaln_lora_backward(const LoraBackwardParams& p) {
+void lora_backward(const LoraBackwardParams& p) {
   check(p);
   dispatch_dtype(p.cond.dtype, [&](auto tag) { backward<decltype(tag)>(p); });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::adaln_lora

@@ -3,7 +3,7 @@
 #include "adaln_lora/params.h"
 #include "common/parallel.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::adaln_lora {
 namespace {
 
 // Weight rows and samples of one register tile: their products fill the registers.
@@ -136,9 +136,9 @@ void forward(const LoraForwardParams& p) {
 
 }  // namespace
 
-void adaln_lora_forward(const LoraForwardParams& p) {
+void lora_forward(const LoraForwardParams& p) {
   check(p);
   dispatch_dtype(p.cond.dtype, [&](auto tag) { forward<decltype(tag)>(p); });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::adaln_lora

@@ -37,9 +37,9 @@ struct LoraBackwardParams {
   int threads = 1;
 };
 
-WALT_DECLARE_KERNEL(adaln_forward, AdalnForwardParams)
-WALT_DECLARE_KERNEL(adaln_backward, AdalnBackwardParams)
-WALT_DECLARE_KERNEL(adaln_lora_forward, LoraForwardParams)
-WALT_DECLARE_KERNEL(adaln_lora_backward, LoraBackwardParams)
+WALT_DECLARE_KERNEL(adaln_lora, adaln_forward, AdalnForwardParams)
+WALT_DECLARE_KERNEL(adaln_lora, adaln_backward, AdalnBackwardParams)
+WALT_DECLARE_KERNEL(adaln_lora, lora_forward, LoraForwardParams)
+WALT_DECLARE_KERNEL(adaln_lora, lora_backward, LoraBackwardParams)
 
 }  // namespace walt

@@ -7,7 +7,7 @@
 #include "adaln_lora/cuda.h"
 #include "common/device.cuh"
 
-namespace walt::cuda {
+namespace walt::cuda::adaln_lora {
 
 // Row (i, j) of a view of rows: token j of sample i, or modulation row j of sample i.
 template <class T>
@@ -58,4 +58,4 @@ void dispatch_parts(bool residual, bool norm, F&& f) {
   return f(std::true_type{}, std::false_type{});
 }
 
-}  // namespace walt::cuda
+}  // namespace walt::cuda::adaln_lora

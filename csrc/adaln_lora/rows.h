@@ -6,7 +6,7 @@
 #include "adaln_lora/checks.h"
 #include "common/simd.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::adaln_lora {
 
 // A whole vector of a row, or the part that is left at its end. Lanes beyond the end read as zero. Streamed vectors are
 // stored past the caches.
@@ -123,4 +123,4 @@ void dispatch_modulation(DType x, DType rows, F&& f) {
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::adaln_lora

@@ -16,7 +16,7 @@
 #define __device__
 #endif
 
-namespace walt::cuda {
+namespace walt::cuda::adaln_lora {
 
 // `tokens` cut into `count` nearly equal runs; count is at most tokens, and at least 1.
 struct Runs {
@@ -62,4 +62,4 @@ struct SharedRows {
   }
 };
 
-}  // namespace walt::cuda
+}  // namespace walt::cuda::adaln_lora

@@ -1,13 +1,14 @@
 #include "causal_conv3d/convolve.h"
 #include "common/checks.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
-void causal_conv3d_backward_data(const ConvBackwardDataParams& p) {
+void backward_data(const ConvBackwardDataParams& p) {
   const TensorView &grad_y = p.grad_y, &weight = p.weight, &shape = p.grad_x;
-  const ConvOptions& o = p.options;
+  const ConvOptions& o = p;
+  check(o);
   require(grad_y.rank == 5 && weight.rank == 5 && shape.rank == 5, "grad_y, weight and grad_x must have 5 dimensions");
-  require(o.groups >= 1 && weight.shape[0] % o.groups == 0, "groups must divide weight's output channels");
+  require(weight.shape[0] % o.groups == 0, "groups must divide weight's output channels");
   const bool history = p.grad_history.defined() || p.has_history;
   const Axis axes[3] = {time_axis(shape.shape[2], weight.shape[2], o, history),
                         space_axis(1, shape.shape[3], weight.shape[3], o),
@@ -22,17 +23,17 @@ void causal_conv3d_backward_data(const ConvBackwardDataParams& p) {
   const int64_t begin = p.grad_history.defined() ? -axes[0].before : 0, end = shape.data ? shape.shape[2] : 0;
   const TensorView none;
   const WeightView view{&weight, weight.shape[0] / o.groups, shape.shape[1] / o.groups, o.groups, true};
-  Gather gather{{&grad_y, &none, {}},
-                {backward_runs(axes[0], begin, end, true), backward_runs(axes[1], 0, axes[1].size, false),
-                 backward_runs(axes[2], 0, axes[2].size, false)},
-                view,
-                &none,
-                &p.grad_x,
-                &p.grad_history,
-                shape.shape[0],
-                std::max(o.threads, 1)};
-  for (int i = 0; i < 3; ++i) gather.source.map[i] = backward_map(gather.axes[i], axes[i].outputs());
-  dispatch_dtype(grad_y.dtype, [&](auto tag) { convolve<decltype(tag)>(gather); });
+  Convolution convolution{{&grad_y, &none, {}},
+                          {backward_runs(axes[0], begin, end, true), backward_runs(axes[1], 0, axes[1].size, false),
+                           backward_runs(axes[2], 0, axes[2].size, false)},
+                          view,
+                          &none,
+                          &p.grad_x,
+                          &p.grad_history,
+                          shape.shape[0],
+                          std::max(o.threads, 1)};
+  for (int i = 0; i < 3; ++i) convolution.source.map[i] = backward_map(convolution.axes[i], axes[i].outputs());
+  dispatch_dtype(grad_y.dtype, [&](auto tag) { convolve<decltype(tag)>(convolution); });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

@@ -8,7 +8,7 @@
 #include "causal_conv3d/winograd_weight.h"
 #include "common/checks.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 namespace {
 
 constexpr int64_t kSplits = 16;
@@ -17,7 +17,7 @@ constexpr int64_t kPartialBytes = 8 << 20;  // all splits together, where one is
 
 struct WeightGradient {
   const ConvBackwardWeightParams* params;
-  Source source;
+  PatchSource source;
   std::vector<Block> blocks;
   int64_t in_channels, out_channels, groups, taps;  // channels per group
 
@@ -50,7 +50,7 @@ class WeightGradientKernel {
   }
 
   void run() {
-    const int threads = std::max(g_.params->options.threads, 1);
+    const int threads = std::max(g_.params->threads, 1);
     Scratch<A> partial(splits_ * units_ * unit_size_);
     Scratch<Lane> patches(threads * patch_size_), grads(threads * pixels_ * panel_width);
     // Room for bfloat16 rows before they are paired.
@@ -58,10 +58,11 @@ class WeightGradientKernel {
     Scratch<int64_t> offsets(threads * pixels_);
     parallel_for(splits_ * shares_, threads, [&](int64_t task, int thread) {
       const int64_t split = task / shares_, share = task % shares_;
-      const Room room{patches.data() + thread * patch_size_, grads.data() + thread * pixels_ * panel_width,
-                      unpaired.data() + (step == 2 ? thread * std::max(patch_size_, pixels_ * panel_width) : 0),
-                      offsets.data() + thread * pixels_};
-      accumulate_split(room, partial.data() + split * units_ * unit_size_, split, part_begin(units_, shares_, share),
+      const ThreadScratch scratch{
+          patches.data() + thread * patch_size_, grads.data() + thread * pixels_ * panel_width,
+          unpaired.data() + (step == 2 ? thread * std::max(patch_size_, pixels_ * panel_width) : 0),
+          offsets.data() + thread * pixels_};
+      accumulate_split(scratch, partial.data() + split * units_ * unit_size_, split, part_begin(units_, shares_, share),
                        part_begin(units_, shares_, share + 1));
     });
     const int64_t rows = g_.taps * std::min(chunks_.widest(), kStoreChannels) * panel_width;
@@ -71,7 +72,7 @@ class WeightGradientKernel {
   }
 
  private:
-  struct Room {
+  struct ThreadScratch {
     Lane* patch;
     Lane* grad;
     Stored* unpaired;
@@ -92,7 +93,7 @@ class WeightGradientKernel {
   int64_t bias_row(int64_t unit) const { return g_.taps * chunks_.size(chunk(unit)) * panel_width; }
 
   // Adds the blocks of one split to the partial sums of units [begin, end).
-  void accumulate_split(const Room& room, A* partial, int64_t split, int64_t begin, int64_t end) const {
+  void accumulate_split(const ThreadScratch& scratch, A* partial, int64_t split, int64_t begin, int64_t end) const {
     std::memset(partial + begin * unit_size_, 0, static_cast<size_t>((end - begin) * unit_size_) * sizeof(A));
     const int64_t blocks = static_cast<int64_t>(g_.blocks.size());
     std::vector<Piece> pieces;
@@ -104,27 +105,28 @@ class WeightGradientKernel {
         if (unit / panels_ != filled) {
           filled = unit / panels_;
           const int64_t channels = chunks_.size(chunk(unit));
-          pixels = pair_offsets(block, channels, room.offsets);
+          pixels = pair_offsets(block, channels, scratch.offsets);
           runs = reduction_runs(block, channels, g_.params->kernel.data(), false);
           const int64_t channel = group(unit) * g_.in_channels + chunks_.begin(chunk(unit));
-          if (g_.wants_weight()) load_patch(block, channel, channels, room, pieces);
+          if (g_.wants_weight()) load_patch(block, channel, channels, scratch, pieces);
         }
         const int vectors = count(unit) <= lanes ? 1 : 2;
-        load_grad(block, unit, vectors * lanes, room);
+        load_grad(block, unit, vectors * lanes, scratch);
         A* sum = partial + unit * unit_size_;
-        if (g_.wants_weight()) multiply(runs, room, pixels, vectors, sum);
-        if (g_.wants_bias() && chunk(unit) == 0) add_bias(room.grad, pixels, vectors * lanes, sum + bias_row(unit));
+        if (g_.wants_weight()) multiply(runs, scratch, pixels, vectors, sum);
+        if (g_.wants_bias() && chunk(unit) == 0) add_bias(scratch.grad, pixels, vectors * lanes, sum + bias_row(unit));
       }
     }
   }
 
-  static void multiply(const std::vector<Run>& runs, const Room& room, int64_t pixels, int vectors, A* sum) {
+  static void multiply(const std::vector<Run>& runs, const ThreadScratch& scratch, int64_t pixels, int vectors,
+                       A* sum) {
     for (const Run& run : runs) {
       const int64_t tiles = (run.length + kTilePixels - 1) / kTilePixels;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t i = part_begin(run.length, tiles, tile), size = part_begin(run.length, tiles, tile + 1) - i;
-        weight_tile_for<T>(static_cast<int>(size), vectors)(room.patch + run.patch + i, room.offsets, pixels, room.grad,
-                                                            sum + (run.weight + i) * vectors * lanes);
+        weight_tile_for<T>(static_cast<int>(size), vectors)(scratch.patch + run.patch + i, scratch.offsets, pixels,
+                                                            scratch.grad, sum + (run.weight + i) * vectors * lanes);
       }
     }
   }
@@ -140,15 +142,15 @@ class WeightGradientKernel {
     return n;
   }
 
-  void load_patch(const Block& block, int64_t channel, int64_t channels, const Room& room,
+  void load_patch(const Block& block, int64_t channel, int64_t channels, const ThreadScratch& scratch,
                   std::vector<Piece>& pieces) const {
     if constexpr (step == 1) {
-      fill_patch<T>(g_.source, block, channel, channels, channels, pieces, room.patch);
+      fill_patch<T>(g_.source, block, channel, channels, channels, pieces, scratch.patch);
     } else {
-      fill_patch<T>(g_.source, block, channel, channels, channels, pieces, room.unpaired);
+      fill_patch<T>(g_.source, block, channel, channels, channels, pieces, scratch.unpaired);
       const int64_t row = block.patch_size(2) * channels, next = block.run[2]->base_step * channels;
       for (int64_t r = 0; r < block.patch_size(0) * block.patch_size(1); ++r) {
-        pair_up(room.unpaired + r * row, next, row, room.patch + r * row);
+        pair_up(scratch.unpaired + r * row, next, row, scratch.patch + r * row);
       }
     }
   }
@@ -163,14 +165,14 @@ class WeightGradientKernel {
   }
 
   // The output gradient's panel as [pixel][width], or [pair][width] of pairs.
-  void load_grad(const Block& block, int64_t unit, int64_t width, const Room& room) const {
+  void load_grad(const Block& block, int64_t unit, int64_t width, const ThreadScratch& scratch) const {
     const TensorView& view = g_.params->grad_y;
     const int64_t columns = block.count[2], row_pixels = padded(columns);
     Stored* rows = nullptr;
     if constexpr (step == 1) {
-      rows = room.grad;
+      rows = scratch.grad;
     } else {
-      rows = room.unpaired;
+      rows = scratch.unpaired;
     }
     if (count(unit) != width || row_pixels != columns) {
       std::memset(rows, 0, static_cast<size_t>(block.count[0] * block.count[1] * row_pixels * width) * sizeof(Stored));
@@ -189,7 +191,8 @@ class WeightGradientKernel {
       for (int64_t p = 0; p < pairs; ++p) {
         const bfloat16 *first = rows + 2 * p * width, *second = first + width;
         for (int64_t n = 0; n < width; ++n) {
-          room.grad[p * width + n] = static_cast<int32_t>(first[n].bits | static_cast<uint32_t>(second[n].bits) << 16);
+          scratch.grad[p * width + n] =
+              static_cast<int32_t>(first[n].bits | static_cast<uint32_t>(second[n].bits) << 16);
         }
       }
     }
@@ -248,11 +251,12 @@ class WeightGradientKernel {
 
 }  // namespace
 
-void causal_conv3d_backward_weight(const ConvBackwardWeightParams& p) {
+void backward_weight(const ConvBackwardWeightParams& p) {
   const TensorView &x = p.x, &grad_y = p.grad_y;
-  const ConvOptions& o = p.options;
+  const ConvOptions& o = p;
+  check(o);
   require(x.rank == 5 && grad_y.rank == 5, "x and grad_y must have 5 dimensions");
-  require(o.groups >= 1 && x.shape[1] % o.groups == 0 && grad_y.shape[1] % o.groups == 0,
+  require(x.shape[1] % o.groups == 0 && grad_y.shape[1] % o.groups == 0,
           "groups must divide the channels of x and grad_y");
   const Axis axes[3] = {time_axis(x.shape[2], p.kernel[0], o, p.history.defined()),
                         space_axis(1, x.shape[3], p.kernel[1], o), space_axis(2, x.shape[4], p.kernel[2], o)};
@@ -286,4 +290,4 @@ void causal_conv3d_backward_weight(const ConvBackwardWeightParams& p) {
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

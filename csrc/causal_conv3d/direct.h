@@ -2,9 +2,9 @@
 // at a time.
 #pragma once
 
-#include "causal_conv3d/gather.h"
+#include "causal_conv3d/convolution.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 constexpr int64_t kBlockSums = 65536;     // accumulators of a block: 256 KiB
 constexpr int64_t kReductionRows = 1536;  // of packed weights between two looks at the accumulators: 192 KiB
@@ -29,7 +29,7 @@ inline std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& run
   return parts;
 }
 
-inline int64_t block_limit(const Gather& g, int64_t sums_per_pixel, int64_t chunks) {
+inline int64_t block_limit(const Convolution& g, int64_t sums_per_pixel, int64_t chunks) {
   int64_t outputs = g.batches;
   for (const std::vector<AxisRun>& axis : g.axes) {
     int64_t positions = 0;
@@ -52,7 +52,7 @@ class DirectKernel {
 
  public:
   template <class Wanted>
-  DirectKernel(const Gather& g, Wanted&& wanted)
+  DirectKernel(const Convolution& g, Wanted&& wanted)
       : g_(g),
         layout_(g.weight.in_channels, g.weight.out_channels, g.weight.taps()),
         blocks_(make_blocks(g.axes, g.batches, layout_.chunks.widest() * static_cast<int64_t>(sizeof(Value)),
@@ -131,10 +131,10 @@ class DirectKernel {
     }
   }
 
-  const Gather& g_;
+  const Convolution& g_;
   const Layout layout_;
   const std::vector<Block> blocks_;
   int64_t pixels_ = 0, patch_size_ = 0, splits_ = 1;
 };
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

@@ -7,8 +7,16 @@
 #include <vector>
 
 #include "causal_conv3d/params.h"
+#include "common/checks.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
+
+inline void check(const ConvOptions& o) {
+  for (int64_t i : o.stride) require(i >= 1, "stride must be at least 1");
+  for (int64_t i : o.dilation) require(i >= 1, "dilation must be at least 1");
+  for (int64_t i : o.padding) require(i >= 0, "padding must be at least 0");
+  require(o.groups >= 1, "groups must be at least 1");
+}
 
 struct Tap {
   int64_t offset;  // in the source, from the position's base
@@ -246,4 +254,4 @@ inline void pixel_offsets(const Block& block, int64_t channels, int64_t* offsets
   }
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

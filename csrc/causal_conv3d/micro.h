@@ -4,7 +4,7 @@
 #include "causal_conv3d/geometry.h"
 #include "common/simd.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 // With 64-byte vectors: 24 accumulators, 2 weights and a broadcast of 32 registers; 12 + 3 addresses of 16.
 constexpr int kTilePixels = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 6 : 4;
@@ -98,4 +98,4 @@ TileKernel<T> tile_kernel_for(int pixels, int vectors) {
   return vectors == 1 ? find_tile_kernel<T, 1>(pixels, sequence) : find_tile_kernel<T, 2>(pixels, sequence);
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

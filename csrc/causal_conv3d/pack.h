@@ -7,7 +7,7 @@
 #include "causal_conv3d/patch.h"
 #include "common/parallel.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 // How weights are read: forward sums over input channels, backward data over output channels with the kernel's last
 // axis reversed. Channel counts are per group.
@@ -147,4 +147,4 @@ void pack_weights(const WeightView& view, int threads, typename Packing<T>::Lane
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

@@ -22,27 +22,24 @@ struct ConvOptions {
   int threads = 1;
 };
 
-struct ConvForwardParams {
+struct ConvForwardParams : ConvOptions {
   TensorView x, weight, bias, history, y;
-  ConvOptions options;
 };
 
 // grad_x has x's shape; its address is null when only the history's gradient is wanted. grad_history may be undefined.
-struct ConvBackwardDataParams {
+struct ConvBackwardDataParams : ConvOptions {
   TensorView grad_y, weight, grad_x, grad_history;
   bool has_history = false;  // without one, frames before 0 give their gradient to frame 0 or to nobody
-  ConvOptions options;
 };
 
 // grad_weight or grad_bias may be undefined.
-struct ConvBackwardWeightParams {
+struct ConvBackwardWeightParams : ConvOptions {
   TensorView grad_y, x, history, grad_weight, grad_bias;
   std::array<int64_t, 3> kernel;  // time, height, width
-  ConvOptions options;
 };
 
-WALT_DECLARE_KERNEL(causal_conv3d, ConvForwardParams)
-WALT_DECLARE_KERNEL(causal_conv3d_backward_data, ConvBackwardDataParams)
-WALT_DECLARE_KERNEL(causal_conv3d_backward_weight, ConvBackwardWeightParams)
+WALT_DECLARE_KERNEL(causal_conv3d, forward, ConvForwardParams)
+WALT_DECLARE_KERNEL(causal_conv3d, backward_data, ConvBackwardDataParams)
+WALT_DECLARE_KERNEL(causal_conv3d, backward_weight, ConvBackwardWeightParams)
 
 }  // namespace walt

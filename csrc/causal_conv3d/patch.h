@@ -8,7 +8,7 @@
 #include "causal_conv3d/geometry.h"
 #include "common/simd.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 // What each padded coordinate of an axis reads, for coordinates from `lowest` on: a position, -1 for zero, and below -1
 // the history frame -2 - value.
@@ -112,7 +112,7 @@ inline void copy_transposed_pairs(const bfloat16* from, int64_t from_stride, bfl
 }
 
 // One tensor (and history) as the source of patches.
-struct Source {
+struct PatchSource {
   const TensorView* view;
   const TensorView* history;  // may be undefined
   SourceMap map[3];
@@ -172,7 +172,7 @@ void copy_columns(const T* from, int64_t channel_stride, int64_t column_stride, 
 // Fills rows [first_row, end_row) of the patch, counted over frames * rows, from channels [channel, channel +
 // channels). `pitch` >= channels values lie between pixels; the rest of each pixel becomes zero.
 template <class T, class P>
-void fill_patch(const Source& source, const Block& block, int64_t channel, int64_t channels, int64_t pitch,
+void fill_patch(const PatchSource& source, const Block& block, int64_t channel, int64_t channels, int64_t pitch,
                 std::vector<Piece>& pieces, P* patch) {
   const int64_t frames = block.patch_size(0), rows = block.patch_size(1), columns = block.patch_size(2);
   const size_t row_bytes = static_cast<size_t>(columns * pitch) * sizeof(P);
@@ -202,4 +202,4 @@ void fill_patch(const Source& source, const Block& block, int64_t channel, int64
   }
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

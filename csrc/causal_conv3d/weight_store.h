@@ -5,7 +5,7 @@
 #include "causal_conv3d/params.h"
 #include "causal_conv3d/patch.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 constexpr int64_t kStoreChannels = 16;  // at a time: long runs of memory from little scratch
 
@@ -41,4 +41,4 @@ void store_weight_gradient(const ConvBackwardWeightParams& p, const A* rows, int
   }
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

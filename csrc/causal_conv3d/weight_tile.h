@@ -4,7 +4,7 @@
 
 #include "causal_conv3d/micro.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 // Backward weight sums over pixels. Where the processor multiplies pairs of bfloat16, a pair is two neighbouring pixels
 // of a row, so patches and gradients hold 32-bit lanes of (pixel, next pixel).
@@ -68,4 +68,4 @@ WeightTile<T> weight_tile_for(int rows, int vectors) {
   return vectors == 1 ? find_weight_tile<T, 1>(rows, sequence) : find_weight_tile<T, 2>(rows, sequence);
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

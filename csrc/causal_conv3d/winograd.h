@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 template <int m>
 struct Winograd;
@@ -110,4 +110,4 @@ struct Winograd<4> {
   }
 };
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

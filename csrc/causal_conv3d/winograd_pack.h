@@ -5,7 +5,7 @@
 #include "causal_conv3d/pack.h"
 #include "causal_conv3d/winograd.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 template <class A, int m>
 struct WinogradLayout {
@@ -95,4 +95,4 @@ void pack_winograd(const WeightView& view, const WinogradLayout<accumulate_t<T>,
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

@@ -4,7 +4,7 @@
 #include "causal_conv3d/winograd.h"
 #include "common/simd.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 // B^T d B of a row of tiles, `pitch` channels each. Pixels of the patch lie `pitch` apart.
 template <int m, class A>
@@ -71,4 +71,4 @@ void transform_output(const A* from, int64_t position_stride, int vectors, int64
   }
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

@@ -12,7 +12,7 @@
 #include "causal_conv3d/weight_tile.h"
 #include "causal_conv3d/winograd.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 constexpr int64_t kUnitChannels = 128;   // input and output channels at a time: 3 MiB of sums for 3 taps in time
 constexpr int64_t kSlabBytes = 6 << 20;  // of transformed tiles; with the sums they stay in a third-level cache
@@ -28,7 +28,7 @@ inline bool winograd_pays(const ConvBackwardWeightParams& p, const Axis (&axes)[
     pixels *= axes[i].outputs();
     tiles *= (axes[i].outputs() + 1) / 2;
   }
-  const int64_t channels = p.x.shape[1] / p.options.groups;
+  const int64_t channels = p.x.shape[1] / p.groups;
   return p.grad_weight.defined() && channels >= 8 && channels * axes[0].kernel >= 16 && 20 * tiles <= 9 * pixels;
 }
 
@@ -54,11 +54,11 @@ class WinogradWeightKernel {
   WinogradWeightKernel(const ConvBackwardWeightParams& p, const Axis (&axes)[3])
       : p_(p),
         time_(axes[0]),
-        groups_(p.options.groups),
+        groups_(p.groups),
         in_(p.x.shape[1] / groups_, lanes, kUnitChannels),
         out_(p.grad_y.shape[1] / groups_, panel_width, kUnitChannels),
         panels_(out_.widest() / panel_width),
-        threads_(std::max(p.options.threads, 1)) {
+        threads_(std::max(p.threads, 1)) {
     for (int i = 0; i < 3; ++i) source_.map[i] = forward_map(axes[i]);
     source_.view = &p.x;
     source_.history = &p.history;
@@ -325,7 +325,7 @@ class WinogradWeightKernel {
   const Chunks in_, out_;
   const int64_t panels_;  // of the widest unit
   const int threads_;
-  Source source_;
+  PatchSource source_;
   AxisRun runs_[3];
   int64_t tiles_[3];  // output frames, and tiles along height and width
   std::vector<Slab> slabs_;
@@ -333,4 +333,4 @@ class WinogradWeightKernel {
   std::vector<int64_t> frames_, offsets_, starts_;  // of the present slab
 };
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

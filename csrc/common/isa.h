@@ -1,5 +1,6 @@
-// One binary, several instruction sets. setup.py compiles every <op>/cpu.cpp once per level with its own compiler flags
-// and WALT_ISA naming the namespace everything in it lives in; the module calls the best level this processor has.
+// One binary, several instruction sets. setup.py compiles the kernels, <op>/*.cpp, once per level with its own compiler
+// flags and with WALT_ISA naming a namespace, in which each op has one of its own, walt::WALT_ISA::<op>; the module
+// calls the best level this processor has.
 #pragma once
 
 #include <atomic>
@@ -57,37 +58,39 @@ inline std::atomic<Isa>& current_isa() {
   return isa;
 }
 
-// Declares `void name(const Params&)` in the namespace of every level.
-#define WALT_DECLARE_KERNEL(name, Params) \
-  namespace isa_baseline {                \
-  void name(const Params&);               \
-  }                                       \
-  namespace isa_avx2 {                    \
-  void name(const Params&);               \
-  }                                       \
-  namespace isa_avx512 {                  \
-  void name(const Params&);               \
+// Declares `void name(const Params&)` of an op in the namespace of every level.
+#define WALT_DECLARE_KERNEL(op, name, Params) \
+  namespace isa_baseline::op {                \
+  void name(const Params&);                   \
+  }                                           \
+  namespace isa_avx2::op {                    \
+  void name(const Params&);                   \
+  }                                           \
+  namespace isa_avx512::op {                  \
+  void name(const Params&);                   \
   }
 
 #ifdef WALT_HAS_AVX2
-#define WALT_CASE_AVX2(name, params) \
-  case walt::Isa::avx2: return walt::isa_avx2::name(params);
+#define WALT_CASE_AVX2(kernel, params) \
+  case walt::Isa::avx2: return walt::isa_avx2::kernel(params);
 #else
-#define WALT_CASE_AVX2(name, params)
+#define WALT_CASE_AVX2(kernel, params)
 #endif
 #ifdef WALT_HAS_AVX512
-#define WALT_CASE_AVX512(name, params) \
-  case walt::Isa::avx512: return walt::isa_avx512::name(params);
+#define WALT_CASE_AVX512(kernel, params) \
+  case walt::Isa::avx512: return walt::isa_avx512::kernel(params);
 #else
-#define WALT_CASE_AVX512(name, params)
+#define WALT_CASE_AVX512(kernel, params)
 #endif
 
-// Calls the chosen level's kernel and returns from the enclosing function.
-#define WALT_CALL_KERNEL(name, params)                \
-  switch (walt::current_isa().load()) {               \
-    WALT_CASE_AVX512(name, params)                    \
-    WALT_CASE_AVX2(name, params)                      \
-    default: return walt::isa_baseline::name(params); \
+// A function that calls the chosen level's `op::name`.
+#define WALT_KERNEL(kernel)                               \
+  [](const auto& params) {                                \
+    switch (walt::current_isa().load()) {                 \
+      WALT_CASE_AVX512(kernel, params)                    \
+      WALT_CASE_AVX2(kernel, params)                      \
+      default: return walt::isa_baseline::kernel(params); \
+    }                                                     \
   }
 
 }  // namespace walt

@@ -4,7 +4,7 @@
 #include "window_attention/params.h"
 #include "window_attention/tile.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::window_attention {
 namespace {
 
 // Windows are cut into groups; one task is one head of one group, and sums over its windows in order. The number of
@@ -73,7 +73,7 @@ class Backward {
  public:
   Backward(const WindowAttentionBackwardParams& params, const Attention<T>& attention)
       : b(params),
-        p(params.forward),
+        p(params),
         at(attention),
         groups(p, attention.grid),
         table_size(round_up(attention.bias.size + lanes, lanes)),
@@ -182,8 +182,8 @@ class Backward {
       const int64_t vectors = queries / lanes;
       at.load_queries(window, head, begin, end, queries, s.query_stats, s.queries);
       load_grads(window, head, begin, end, queries, s);
-      transpose(at.along(s.queries, queries, s.query_along), ld, s.query_columns, kBlock, queries, at.units);
-      transpose(at.along(s.grads, queries, s.grad_along), ld, s.grad_columns, kBlock, queries, at.units);
+      transpose_units(at.along(s.queries, queries, s.query_along), ld, s.query_columns, kBlock, queries, at.units);
+      transpose_units(at.along(s.grads, queries, s.grad_along), ld, s.grad_columns, kBlock, queries, at.units);
       at.bias.runs(window, begin, end, lanes, runs);
       at.start_scores(window, head, runs, keys, count, s.scores);
       gemm<U, false>(keys, vectors, at.units, key_along, ld, s.query_columns, kBlock, s.scores, kBlock);
@@ -375,17 +375,17 @@ class Backward {
 
 }  // namespace
 
-void window_attention_backward(const WindowAttentionBackwardParams& p) {
-  check(p.forward);
-  const TensorView& q = p.forward.q;
+void backward(const WindowAttentionBackwardParams& p) {
+  check(p);
+  const TensorView& q = p.q;
   check_tokens(p.grad_out, "grad_out", q);
   for (const TensorView* view : {&p.grad_q, &p.grad_k, &p.grad_v}) {
     if (view->defined()) check_tokens(*view, "gradient", q);
   }
-  with_attention(p.forward, [&](const auto& attention) {
+  with_attention(p, [&](const auto& attention) {
     using T = typename std::decay_t<decltype(attention)>::Element;
     Backward<T>(p, attention).run();
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::window_attention

@@ -1,7 +1,7 @@
 #include "window_attention/params.h"
 #include "window_attention/tile.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::window_attention {
 namespace {
 
 // One thread's working memory for one head of one window.
@@ -99,7 +99,7 @@ void attend(const Attention<T>& at, const Window& window, int64_t head, std::vec
     const int64_t end = std::min(begin + block, tokens), queries = round_up(end - begin, at.lanes);
     at.load_queries(window, head, begin, end, queries, s.stats, s.queries);
     const Unit* query_units = at.along(s.queries, queries, s.query_units);
-    transpose(query_units, shape.ld, s.query_columns, kBlock, queries, at.units);
+    transpose_units(query_units, shape.ld, s.query_columns, kBlock, queries, at.units);
 
     at.bias.runs(window, begin, end, at.lanes, runs);
     at.start_scores(window, head, runs, keys, end - begin, s.scores);
@@ -159,10 +159,10 @@ void run(const Attention<T>& at) {
 
 }  // namespace
 
-void window_attention(const WindowAttentionParams& p) {
+void forward(const WindowAttentionParams& p) {
   check(p);
   require(p.out.defined() && p.out.contiguous(), "out must be contiguous");
   with_attention(p, [](const auto& attention) { run(attention); });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::window_attention

@@ -8,7 +8,7 @@
 
 #include "common/simd.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::window_attention {
 
 template <class A_>
 struct PlainUnits {
@@ -106,4 +106,4 @@ void gemm(int64_t m, int64_t vectors, int64_t k, const typename U::Unit* a, int6
   }
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::window_attention

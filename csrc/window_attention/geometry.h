@@ -8,7 +8,7 @@
 #include "common/tensor_view.h"
 #include "window_attention/params.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::window_attention {
 
 struct Range {
   int64_t begin, end;
@@ -119,4 +119,4 @@ struct BiasGeometry {
   }
 };
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::window_attention

@@ -4,6 +4,8 @@
 // is not wanted is an undefined view.
 #pragma once
 
+#include <array>
+
 #include "common/isa.h"
 #include "common/tensor_view.h"
 
@@ -12,18 +14,17 @@ namespace walt {
 struct WindowAttentionParams {
   TensorView q, k, v, bias_table, image, q_norm, k_norm, context_k, context_v, context_mask;
   TensorView out, lse;  // out is used by the forward pass only
-  int64_t window[3] = {1, 1, 1};
+  std::array<int64_t, 3> window = {1, 1, 1};
   double norm_eps = 0, scale = 1;
   int threads = 1;
 };
 
-struct WindowAttentionBackwardParams {
-  WindowAttentionParams forward;
+struct WindowAttentionBackwardParams : WindowAttentionParams {
   TensorView grad_out, grad_q, grad_k, grad_v, grad_bias_table, grad_q_norm, grad_k_norm, grad_context_k,
       grad_context_v;
 };
 
-WALT_DECLARE_KERNEL(window_attention, WindowAttentionParams)
-WALT_DECLARE_KERNEL(window_attention_backward, WindowAttentionBackwardParams)
+WALT_DECLARE_KERNEL(window_attention, forward, WindowAttentionParams)
+WALT_DECLARE_KERNEL(window_attention, backward, WindowAttentionBackwardParams)
 
 }  // namespace walt

@@ -9,7 +9,7 @@
 #include "common/simd.h"
 #include "window_attention/gemm.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::window_attention {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -177,7 +177,7 @@ inline void pack_across(Bf16Pairs, const float* rows, int64_t ld, int32_t* units
 // out[c][r] = in[r][c] for `rows` (a multiple of the lanes of a Unit) and `columns`, whose rows may be read up to the
 // next multiple of the lanes.
 template <class Unit>
-inline void transpose(const Unit* in, int64_t ldi, Unit* out, int64_t ldo, int64_t rows, int64_t columns) {
+inline void transpose_units(const Unit* in, int64_t ldi, Unit* out, int64_t ldo, int64_t rows, int64_t columns) {
   using V = decltype(load(in));
   constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(Unit));
   for (int64_t c = 0; c < columns; c += lanes) {
@@ -191,4 +191,4 @@ inline void transpose(const Unit* in, int64_t ldi, Unit* out, int64_t ldo, int64
   }
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::window_attention

@@ -13,7 +13,7 @@
 #include "window_attention/geometry.h"
 #include "window_attention/rows.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::window_attention {
 
 // Whole blocks of the micro-kernel's rows, and rows of scores an odd number of cache lines long, so that a column of
 // scores spreads over all cache sets.
@@ -205,7 +205,7 @@ inline void check_tokens(const TensorView& x, const char* name, const TensorView
 }
 
 inline void check(const WindowAttentionParams& p) {
-  const int64_t *n = p.q.shape, *w = p.window;
+  const int64_t *n = p.q.shape, *w = p.window.data();
   const DType wide = p.q.dtype == DType::float64 ? DType::float64 : DType::float32;
   require(p.q.rank == 6, "q must have 6 dimensions");
   check_tokens(p.k, "k", p.q);
@@ -236,4 +236,4 @@ void with_attention(const WindowAttentionParams& p, F&& f) {
   });
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::window_attention

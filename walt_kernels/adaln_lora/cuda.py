@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._native import C
-from .native import Kernels
+from .native import with_views
 
 
 @functools.cache
@@ -26,17 +26,17 @@ def _running_on(device: torch.device) -> Iterator[tuple[int, int]]:
         yield torch.cuda.current_stream(index).cuda_stream, _processors(index)
 
 
-def _call(name: str, device: torch.device, *views: Any, **options: Any) -> None:
+def _call(name: str, device: torch.device, **arguments: Any) -> None:
     with _running_on(device) as (stream, processors):
         address = size = 0
         if hasattr(C, f"cuda_{name}_workspace"):
-            size = getattr(C, f"cuda_{name}_workspace")(views, processors)
+            size = getattr(C, f"cuda_{name}_workspace")(processors, **arguments)
             workspace = torch.empty(
                 size // 4, dtype=torch.float32, device=device
             )  # the next user is on this stream too
             address = workspace.data_ptr()
         call = C.CudaCall(stream=stream, processors=processors, workspace=address, workspace_bytes=size)
-        getattr(C, f"cuda_{name}")(views, call, **options)
+        getattr(C, f"cuda_{name}")(call, **arguments)
 
 
-KERNELS = Kernels(_call)
+KERNELS = with_views(_call)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native import C, view
+from .._native import NAMES, C, view
+
+ROWS = {"gate", "shift", "scale", "grad_gate", "grad_shift", "grad_scale"}  # [B, F, D], for F = 1 also [B, D]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,7 +45,7 @@ def hidden_like(cond: Tensor, down: Tensor) -> Tensor:
 
 def unit(tensor: Tensor | None) -> Tensor | None:
     """The kernels walk rows of unit stride; only a tensor whose last dimension is scattered in memory is copied."""
-    if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)  # to contiguous() an empty tensor is so as it is
 
@@ -54,7 +56,15 @@ def _rows(tensor: Tensor | None) -> Any:
         return view(tensor)
     batch, width = tensor.shape
     shape, stride = (batch, 1, width), (tensor.stride(0), 0, tensor.stride(1))
-    return C.TensorView(tensor.data_ptr(), str(tensor.dtype)[len("torch.") :], shape, stride)
+    return C.TensorView(tensor.data_ptr(), NAMES[tensor.dtype], shape, stride)
+
+
+def _unit(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+    return {name: unit(tensor) for name, tensor in tensors.items()}
+
+
+def _contiguous(**tensors: Tensor) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def lora_output(base: Tensor, down: Tensor) -> Tensor:
@@ -67,62 +77,45 @@ def lora_gradients(grad: Tensor, cond: Tensor, down: Tensor, up: Tensor) -> tupl
 
 
 class Kernels:
-    """Forward and backward of every op on top of one set of native functions.
+    """Forward and backward of every op, given what runs a kernel on tensors: ``run(name, inputs, outputs, **options)``.
 
-    ``call(name, device, *views, **options)`` runs the function of csrc/adaln_lora/params.h on the views, which stand in
-    the order of the fields of its parameters. A subclass that launches kernels of its own replaces ``_forward`` and
-    ``_backward``.
+    The names of kernels and of their arguments are those of csrc/adaln_lora/params.h.
     """
 
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
+    def __init__(self, run: Callable[..., None]) -> None:
+        self._run = run
 
     def adaln_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
         h, (mean, rstd) = like(x), statistics(x)
-        self._forward(x, None, None, shift, scale, None, h, mean, rstd, eps)
+        outputs = {"h": h, "mean": mean, "rstd": rstd}
+        self._run("adaln_forward", _unit(x=x, shift=shift, scale=scale), outputs, eps=eps)
         return h, mean, rstd
 
     def adaln_residual(self, x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         x_new = like(x)
-        self._forward(x, branch, gate, None, None, x_new, None, None, None, 0.0)
+        self._run("adaln_forward", _unit(x=x, branch=branch, gate=gate), {"x_new": x_new}, eps=0.0)
         return x_new
 
     def adaln_residual_modulate(
         self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, ...]:
         x_new, h, (mean, rstd) = like(x), like(x), statistics(x)
-        self._forward(x, branch, gate, shift, scale, x_new, h, mean, rstd, eps)
+        inputs = _unit(x=x, branch=branch, gate=gate, shift=shift, scale=scale)
+        self._run("adaln_forward", inputs, {"x_new": x_new, "h": h, "mean": mean, "rstd": rstd}, eps=eps)
         return x_new, h, mean, rstd
-
-    def _forward(
-        self,
-        x: Tensor,
-        branch: Tensor | None,
-        gate: Tensor | None,
-        shift: Tensor | None,
-        scale: Tensor | None,
-        x_new: Tensor | None,
-        h: Tensor | None,
-        mean: Tensor | None,
-        rstd: Tensor | None,
-        eps: float,
-    ) -> None:
-        tokens = unit(x), unit(branch)  # held until the kernel returns, copies too
-        rows = unit(gate), unit(shift), unit(scale)
-        outputs = view(x_new), view(h), view(mean), view(rstd)
-        self._call("adaln_forward", x.device, *map(view, tokens), *map(_rows, rows), *outputs, eps=eps)
 
     def adaln_modulate_backward(
         self, grad_h: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, shift_frames: int
     ) -> tuple[Tensor, ...]:
-        grad_x, grad_shift, grad_scale = like(x), rows_like(scale, shift_frames), like(scale)
-        self._backward(None, grad_h, x, None, None, scale, mean, rstd, grad_x, None, None, grad_shift, grad_scale)
-        return grad_x, grad_shift, grad_scale
+        inputs = _unit(grad_h=grad_h, x=x, scale=scale, mean=mean, rstd=rstd)
+        grads = {"grad_x": like(x), "grad_shift": rows_like(scale, shift_frames), "grad_scale": like(scale)}
+        self._run("adaln_backward", inputs, grads)
+        return tuple(grads.values())
 
     def adaln_residual_backward(self, grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-        grad_branch, grad_gate = like(branch), like(gate)
-        self._backward(grad, None, None, branch, gate, None, None, None, None, grad_branch, grad_gate, None, None)
-        return grad_branch, grad_gate
+        grads = {"grad_branch": like(branch), "grad_gate": like(gate)}
+        self._run("adaln_backward", _unit(grad_x_new=grad, branch=branch, gate=gate), grads)
+        return tuple(grads.values())
 
     def adaln_residual_modulate_backward(
         self,
@@ -136,51 +129,40 @@ class Kernels:
         rstd: Tensor,
         shift_frames: int,
     ) -> tuple[Tensor, ...]:
-        grads = like(x), like(branch), like(gate), rows_like(scale, shift_frames), like(scale)
-        self._backward(grad_x_new, grad_h, x, branch, gate, scale, mean, rstd, *grads)
-        return grads
-
-    def _backward(
-        self,
-        grad_x_new: Tensor | None,
-        grad_h: Tensor | None,
-        x: Tensor | None,
-        branch: Tensor | None,
-        gate: Tensor | None,
-        scale: Tensor | None,
-        mean: Tensor | None,
-        rstd: Tensor | None,
-        grad_x: Tensor | None,
-        grad_branch: Tensor | None,
-        grad_gate: Tensor | None,
-        grad_shift: Tensor | None,
-        grad_scale: Tensor | None,
-    ) -> None:
-        tokens = unit(grad_x_new), unit(grad_h), unit(x), unit(branch)
-        rows = unit(gate), unit(scale)
-        device = next(tensor.device for tensor in tokens if tensor is not None)
-        self._call(
-            *("adaln_backward", device, *map(view, tokens), *map(_rows, rows), view(mean), view(rstd)),
-            *(view(grad_x), view(grad_branch), _rows(grad_gate), _rows(grad_shift), _rows(grad_scale)),
-        )
+        inputs = _unit(grad_x_new=grad_x_new, grad_h=grad_h, x=x, branch=branch, gate=gate, scale=scale)
+        grads = {"grad_x": like(x), "grad_branch": like(branch), "grad_gate": like(gate)}
+        grads |= {"grad_shift": rows_like(scale, shift_frames), "grad_scale": like(scale)}
+        self._run("adaln_backward", inputs | {"mean": mean, "rstd": rstd}, grads)
+        return tuple(grads.values())
 
     def adaln_lora(self, cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         hidden, out = hidden_like(cond, down), lora_output(base, down)
-        tensors = cond.contiguous(), base.contiguous(), down.contiguous(), up.contiguous()
-        self._call("adaln_lora_forward", cond.device, *map(view, tensors), view(hidden), view(out))
+        inputs = _contiguous(cond=cond, base=base, down=down, up=up)
+        self._run("adaln_lora_forward", inputs, {"hidden": hidden, "out": out})
         return out, hidden
 
     def adaln_lora_backward(
         self, grad: Tensor, hidden: Tensor, cond: Tensor, down: Tensor, up: Tensor
     ) -> tuple[Tensor, ...]:
         grads = lora_gradients(grad, cond, down, up)
-        tensors = grad.contiguous(), hidden, cond.contiguous(), down.contiguous(), up.contiguous()
-        self._call("adaln_lora_backward", grad.device, *map(view, tensors), *map(view, grads))
+        inputs = _contiguous(grad=grad, hidden=hidden, cond=cond, down=down, up=up)
+        names = "grad_cond", "grad_base", "grad_down", "grad_up"
+        self._run("adaln_lora_backward", inputs, dict(zip(names, grads, strict=True)))
         return grads
 
 
-def _call(name: str, device: torch.device, *views: Any, **options: Any) -> None:
-    getattr(C, name)(*views, **options, threads=torch.get_num_threads())
+def with_views(call: Callable[..., None]) -> Kernels:
+    """The kernels of a backend whose ``call(name, device, **arguments)`` takes the tensors as ``_C`` sees them."""
+
+    def run(name: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor], **options: float) -> None:
+        views = {key: (_rows if key in ROWS else view)(tensor) for key, tensor in (inputs | outputs).items()}
+        call(name, next(iter(outputs.values())).device, **views, **options)
+
+    return Kernels(run)
 
 
-KERNELS = Kernels(_call)
+def _call(name: str, device: torch.device, **arguments: Any) -> None:
+    getattr(C, name)(**arguments, threads=torch.get_num_threads())
+
+
+KERNELS = with_views(_call)

@@ -150,19 +150,20 @@ def adaln_finish_kernel(partial, grad, run, D, BLOCK_D: tl.constexpr):
 
 
 def backward(
-    grad_x_new: Tensor | None,
-    grad_h: Tensor | None,
-    x: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    grad_x: Tensor | None,
-    grad_branch: Tensor | None,
-    grad_gate: Tensor | None,
-    grad_shift: Tensor | None,
-    grad_scale: Tensor | None,
+    *,
+    grad_x_new: Tensor | None = None,
+    grad_h: Tensor | None = None,
+    x: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    grad_x: Tensor | None = None,
+    grad_branch: Tensor | None = None,
+    grad_gate: Tensor | None = None,
+    grad_shift: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
     sums = {i: grad for i, grad in enumerate((grad_gate, grad_shift, grad_scale)) if grad is not None}
     given = grad_h if grad_h is not None else grad_x_new

@@ -82,15 +82,16 @@ def adaln_forward_kernel(
 
 
 def forward(
+    *,
     x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    x_new: Tensor | None,
-    h: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    x_new: Tensor | None = None,
+    h: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
     eps: float,
 ) -> None:
     B, N, D = x.shape

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import triton_backward, triton_forward, triton_lora
 from .native import Kernels
 
-
-class _Kernels(Kernels):
-    _forward = staticmethod(triton_forward.forward)
-    _backward = staticmethod(triton_backward.backward)
-
-    def __init__(self) -> None:
-        pass  # no native functions to call
-
-
-_kernels = _Kernels()
+_RUN: dict[str, Any] = {"adaln_forward": triton_forward.forward, "adaln_backward": triton_backward.backward}
+_kernels = Kernels(lambda name, inputs, outputs, **options: _RUN[name](**inputs, **outputs, **options))
 
 adaln_lora = triton_lora.adaln_lora
 adaln_lora_backward = triton_lora.adaln_lora_backward

@@ -5,10 +5,10 @@
 
 #include "causal_conv3d/pack.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
-struct Gather {
-  Source source;
+struct Convolution {
+  PatchSource source;
   std::vector<AxisRun> axes[3];
   WeightView weight;
   const TensorView* bias;         // may be undefined
@@ -68,7 +68,7 @@ void write_pixels(const PanelSums<A>& sums, int64_t pixel, T* to, int64_t channe
 }
 
 template <class T>
-T* output_address(const Gather& g, int64_t batch, int64_t channel, int64_t frame, int64_t row, int64_t column) {
+T* output_address(const Convolution& g, int64_t batch, int64_t channel, int64_t frame, int64_t row, int64_t column) {
   const TensorView& out = frame < 0 ? *g.out_history : *g.out;
   return static_cast<T*>(out.data) + batch * out.stride[0] + channel * out.stride[1] +
          (frame < 0 ? frame + out.shape[2] : frame) * out.stride[2] + row * out.stride[3] + column * out.stride[4];
@@ -76,7 +76,7 @@ T* output_address(const Gather& g, int64_t batch, int64_t channel, int64_t frame
 
 // Writes a block's channels from `channel` on.
 template <class T, class A>
-void write_block(const Gather& g, const Block& block, const PanelSums<A>& sums, int64_t channel) {
+void write_block(const Convolution& g, const Block& block, const PanelSums<A>& sums, int64_t channel) {
   const int64_t columns = block.count[2], rows = block.count[1];
   for (int64_t i = 0; i < block.count[0]; ++i) {
     const int64_t frame = block.position(0, i);
@@ -93,7 +93,7 @@ void write_block(const Gather& g, const Block& block, const PanelSums<A>& sums, 
 
 // The bias in float32 or wider, zero where there is none; each group padded to `padded` channels.
 template <class T>
-void load_bias(const Gather& g, int64_t padded, accumulate_t<T>* bias) {
+void load_bias(const Convolution& g, int64_t padded, accumulate_t<T>* bias) {
   for (int64_t i = 0; i < g.weight.groups * padded; ++i) {
     const int64_t n = i % padded, channel = i / padded * g.weight.out_channels + n;
     const bool exists = g.bias->defined() && n < g.weight.out_channels;
@@ -101,4 +101,4 @@ void load_bias(const Gather& g, int64_t padded, accumulate_t<T>* bias) {
   }
 }
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d

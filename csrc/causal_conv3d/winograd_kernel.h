@@ -9,11 +9,11 @@
 // Where tiles lie depends on the run alone, so neither batch, clip length nor threads change a result.
 #pragma once
 
-#include "causal_conv3d/gather.h"
+#include "causal_conv3d/convolution.h"
 #include "causal_conv3d/winograd_pack.h"
 #include "causal_conv3d/winograd_tiles.h"
 
-namespace walt::WALT_ISA {
+namespace walt::WALT_ISA::causal_conv3d {
 
 // The larger tile needs 4 / 2.25 times fewer products and rounds more: for outputs of 16 bits.
 template <class T>
@@ -76,7 +76,7 @@ class WinogradKernel {
     const A *packed, *bias;
     int64_t first, end;
   };
-  struct Room {
+  struct ThreadScratch {
     A *patch, *transformed, *products, *pixels;
     std::vector<int64_t> held;  // the source frame in each slot of the ring
     std::vector<Piece> pieces;
@@ -84,7 +84,7 @@ class WinogradKernel {
 
  public:
   template <class Wanted>
-  WinogradKernel(const Gather& g, Wanted&& wanted)
+  WinogradKernel(const Convolution& g, Wanted&& wanted)
       : g_(g), source_(g.source), layout_(g.weight, g.axes[0]), pitch_((layout_.channels + lanes - 1) / lanes * lanes) {
     for (const AxisRun& h : g.axes[1]) {
       for (const AxisRun& w : g.axes[2]) {
@@ -119,17 +119,17 @@ class WinogradKernel {
                     end = part_begin(layout_.panels, passes, pass + 1);
       pack_winograd<T, m>(g_.weight, layout_, first, end, flipped, g_.threads, packed.data());
       parallel_for(static_cast<int64_t>(tasks_.size()) * splits_, g_.threads, [&](int64_t i, int thread) {
-        Room room{patches.data() + thread * patch,
-                  transformed.data() + thread * positions * slice_,
-                  products.data() + thread * positions * product_slice_,
-                  outputs.data() + thread * pixels,
-                  std::vector<int64_t>(static_cast<size_t>(ring_), INT64_MIN),
-                  {}};
+        ThreadScratch scratch{patches.data() + thread * patch,
+                              transformed.data() + thread * positions * slice_,
+                              products.data() + thread * positions * product_slice_,
+                              outputs.data() + thread * pixels,
+                              std::vector<int64_t>(static_cast<size_t>(ring_), INT64_MIN),
+                              {}};
         const Task& task = tasks_[static_cast<size_t>(i / splits_)];
         const Weights weights{packed.data() + task.group * positions * (end - first) * layout_.panel_size(),
                               bias.data() + task.group * padded, first, end};
         compute(task, weights, first + part_begin(end - first, splits_, i % splits_),
-                first + part_begin(end - first, splits_, i % splits_ + 1), room);
+                first + part_begin(end - first, splits_, i % splits_ + 1), scratch);
       });
     }
   }
@@ -241,39 +241,40 @@ class WinogradKernel {
   int64_t slot(int64_t frame) const { return (frame % ring_ + ring_) % ring_; }
 
   // Panels [panel, end_panel).
-  void compute(const Task& task, const Weights& weights, int64_t panel, int64_t end_panel, Room& room) const {
+  void compute(const Task& task, const Weights& weights, int64_t panel, int64_t end_panel,
+               ThreadScratch& scratch) const {
     for (int64_t s = task.first_step; s < task.end_step; ++s) {
       const Step& step = steps_[static_cast<size_t>(s)];
       for (int64_t f = 0; f < step.count; ++f) {
         for (const Tap& tap : step.run->taps) {
           const int64_t frame = step.run->base + (step.begin + f) * step.run->base_step + tap.offset;
-          int64_t& held = room.held[static_cast<size_t>(slot(frame))];
-          if (held != frame) transform_frame(task, frame, room);
+          int64_t& held = scratch.held[static_cast<size_t>(slot(frame))];
+          if (held != frame) transform_frame(task, frame, scratch);
           held = frame;
         }
       }
       for (int64_t first = panel; first < end_panel; first += panel_limit_) {
         const int64_t end = std::min(first + panel_limit_, end_panel);
-        multiply(task, step, first, end, weights, room);
-        for (int64_t f = 0; f < step.count; ++f) write(task, step, f, first, end, weights.bias, room);
+        multiply(task, step, first, end, weights, scratch);
+        for (int64_t f = 0; f < step.count; ++f) write(task, step, f, first, end, weights.bias, scratch);
       }
     }
   }
 
-  void transform_frame(const Task& task, int64_t frame, Room& room) const {
+  void transform_frame(const Task& task, int64_t frame, ThreadScratch& scratch) const {
     const AxisRun time{0, 1, 0, 1, 1, {{0, 0}}};
     const Block block{{&time, &task.plane->rows, &task.plane->columns},
                       {frame, task.row * m, task.column * m},
                       {1, task.rows * m, task.columns * m},
                       task.batch};
     const int64_t columns = task.columns * m + 2;
-    A* to = room.transformed + slot(frame) * row_limit_ * column_limit_ * pitch_;
+    A* to = scratch.transformed + slot(frame) * row_limit_ * column_limit_ * pitch_;
     for (int64_t c = 0; c < layout_.channels; c += patch_channels()) {
       const int64_t channels = std::min(patch_channels(), layout_.channels - c);
       const int64_t pitch = (channels + lanes - 1) / lanes * lanes;
-      fill_patch<T>(source_, block, task.group * layout_.channels + c, channels, pitch, room.pieces, room.patch);
+      fill_patch<T>(source_, block, task.group * layout_.channels + c, channels, pitch, scratch.pieces, scratch.patch);
       for (int64_t row = 0; row < task.rows; ++row) {
-        transform_input<m>(room.patch + row * m * columns * pitch, columns * pitch, pitch, task.columns,
+        transform_input<m>(scratch.patch + row * m * columns * pitch, columns * pitch, pitch, task.columns,
                            to + row * task.columns * pitch_ + c, slice_, pitch_);
       }
     }
@@ -282,7 +283,7 @@ class WinogradKernel {
   int vectors(int64_t panel) const { return g_.weight.out_channels - panel * width <= lanes ? 1 : 2; }
 
   void multiply(const Task& task, const Step& step, int64_t first, int64_t end, const Weights& weights,
-                Room& room) const {
+                ThreadScratch& scratch) const {
     const int64_t count = task.rows * task.columns, parts = (count + kTilePixels - 1) / kTilePixels;
     const int64_t frame_size = row_limit_ * column_limit_;
     std::vector<int64_t> offsets;
@@ -297,11 +298,11 @@ class WinogradKernel {
       }
     }
     for (int position = 0; position < positions; ++position) {
-      const A* from = room.transformed + position * slice_;
+      const A* from = scratch.transformed + position * slice_;
       for (int64_t panel = first; panel < end; ++panel) {
         const A* rows =
             weights.packed + (position * (weights.end - weights.first) + panel - weights.first) * layout_.panel_size();
-        A* to = room.products + position * product_slice_ + (panel - first) * frame_limit_ * frame_size * width;
+        A* to = scratch.products + position * product_slice_ + (panel - first) * frame_limit_ * frame_size * width;
         for (int64_t f = 0; f < step.count; ++f) {
           const std::vector<Run>& list = runs[static_cast<size_t>(f)];
           for (int64_t part = 0; part < parts; ++part) {
@@ -317,7 +318,7 @@ class WinogradKernel {
 
   // Output frame f of the step, panels [first, end).
   void write(const Task& task, const Step& step, int64_t f, int64_t first, int64_t end, const A* bias,
-             Room& room) const {
+             ThreadScratch& scratch) const {
     const Plane& plane = *task.plane;
     const int64_t frame_size = row_limit_ * column_limit_, panel_pixels = m * m * task.columns * width;
     const int64_t frame = step.run->first + (step.begin + f) * step.run->step;
@@ -325,12 +326,12 @@ class WinogradKernel {
     const int64_t columns = std::min(task.columns * m, plane.width - task.column * m);
     for (int64_t row = 0; row < task.rows; ++row) {
       for (int64_t panel = first; panel < end; ++panel) {
-        const A* from = room.products + (panel - first) * frame_limit_ * frame_size * width +
+        const A* from = scratch.products + (panel - first) * frame_limit_ * frame_size * width +
                         (f * frame_size + row * task.columns) * vectors(panel) * lanes;
         transform_output<m>(from, product_slice_, vectors(panel), task.columns,
-                            room.pixels + (panel - first) * panel_pixels);
+                            scratch.pixels + (panel - first) * panel_pixels);
       }
-      const PanelSums<A> sums{room.pixels, panel_pixels, bias + channel, channels};
+      const PanelSums<A> sums{scratch.pixels, panel_pixels, bias + channel, channels};
       const int64_t y = (task.row + row) * m;
       for (int64_t i = 0; i < std::min<int64_t>(m, plane.height - y); ++i) {
         T* to = output_address<T>(g_, task.batch, task.group * g_.weight.out_channels + channel, frame,
@@ -341,8 +342,8 @@ class WinogradKernel {
     }
   }
 
-  const Gather& g_;
-  Source source_;  // the Gather's, with zeros beyond the far edges for tiles that overhang
+  const Convolution& g_;
+  PatchSource source_;  // the Convolution's, with zeros beyond the far edges for tiles that overhang
   const Layout layout_;
   const int64_t pitch_;  // channels of a transformed tile, whole vectors
   std::vector<Plane> planes_;
@@ -353,4 +354,4 @@ class WinogradKernel {
   int64_t ring_ = 1, slice_ = 0, product_slice_ = 0;
 };
 
-}  // namespace walt::WALT_ISA
+}  // namespace walt::WALT_ISA::causal_conv3d
