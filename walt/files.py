@@ -55,7 +55,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def check_writable(path: str | Path) -> None:
     """WaltError if `replacing` cannot put a file at path: to be found out before the work whose result goes there."""
     path = Path(path)
-    try:
+    with writing(path):
         if path.is_dir():
             raise WaltError(f"cannot write {path}: it is a folder")
         folder = path.absolute().parent
@@ -64,8 +64,6 @@ def check_writable(path: str | Path) -> None:
         trial = _temporary(folder / path.name)
         trial.touch()
         trial.unlink()
-    except OSError as error:
-        raise WaltError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _temporary(path: Path) -> Path:

@@ -52,19 +52,14 @@ _ops: dict[str, Op] = {}
 _warned: set[str] = set()
 
 
-class _Setting:
-    """The backend that is forced, the latest of those of the blocks that are open."""
-
-    def __init__(self) -> None:
-        self.forced: str | None = os.environ.get("WALT_KERNELS_BACKEND") or None
-        self.blocks = [self.forced]
-
-
 class _Thread(threading.local):
-    """No contextvar, which torch.compile does not read; and no attribute of the class, of which it sees no change."""
+    """The backends that are forced by the blocks that are open in this thread, the latest last.
+
+    No contextvar, which torch.compile does not read; and no attribute of the class, of which it sees no change.
+    """
 
     def __init__(self) -> None:
-        self.setting = _Setting()
+        self.blocks: list[str | None] = [os.environ.get("WALT_KERNELS_BACKEND") or None]
 
 
 _thread = _Thread()
@@ -72,7 +67,7 @@ _thread = _Thread()
 
 def forced() -> str | None:
     """The backend that is forced in this thread."""
-    return _thread.setting.forced
+    return _thread.blocks[-1]
 
 
 if forced() is not None and forced() not in BACKENDS:
@@ -162,16 +157,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forcing(name: str | None) -> Iterator[None]:
-    setting = _thread.setting  # also when the block is left in another thread
-    setting.blocks = [*setting.blocks, name]
-    setting.forced = name
+    blocks = _thread.blocks  # also when the block is left in another thread
+    blocks.append(name)
     try:
         yield
     finally:
-        latest_first = setting.blocks[::-1]
-        latest_first.remove(name)  # not always the first: coroutines leave their blocks in any order
-        setting.blocks = latest_first[::-1]
-        setting.forced = setting.blocks[-1]
+        del blocks[len(blocks) - 1 - blocks[::-1].index(name)]  # not always the last: coroutines leave in any order
 
 
 def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
