@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from walt.config import PRESETS
-from walt.data import Clips, balanced, render_clips
-from walt.evaluate import FEATURES, FrameFeatures, Projection, clip_distances
-from walt.pipeline import load_tokenizer
-from walt.simulator import SCENARIOS
+from walt.data.simulator import SCENARIOS, Clips, balanced, render_clips
+from walt.evaluate.metrics import clip_distances
+from walt.evaluate.networks import FEATURES, FrameFeatures, Projection
+from walt.model.tokenizer import Tokenizer
+from walt.presets import PRESETS
+from walt.pretrained import load_tokenizer
+from walt.settings import TrainingConfig
 from walt.stages import Latents, decode, encode, prepare_latents, train_tokenizer
-from walt.tokenizer import Tokenizer
-from walt.training import TrainingConfig
 
 FRAMES, SIZE = 17, 64
 HELD_OUT = 10_000  # first episode that is held out: further than any training set counts

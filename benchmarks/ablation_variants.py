@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from walt.config import DiffusionConfig, TransformerConfig
+from walt.model.config import DiffusionConfig, TransformerConfig
 
 PAPER_TIE = 4.0  # of FVD: the paper's runs "differ by about 2", so it, too, cannot tell such pairs apart
 RATE_TIE = 1.05  # steps a second

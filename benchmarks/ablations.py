@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from walt.config import TransformerConfig
-from walt.diffusion import Diffusion, sample_noise
+from walt.atomic import atomic_write, read_json, write_json
 from walt.errors import WaltError
-from walt.files import read_json, replacing, write_json
-from walt.pipeline import ClipShape
+from walt.model.config import ClipShape, TransformerConfig
+from walt.model.diffusion import Diffusion, sample_noise
+from walt.model.transformer import Transformer
+from walt.settings import TrainingConfig
 from walt.stages import train_transformer, transformer_draw, transformer_loss
-from walt.training import TrainingConfig
-from walt.transformer import Transformer
 
 from .ablation_material import FRAMES, SIZE, Material, prepare
 from .ablation_table import REAL, UNTRAINED, key, table, total
@@ -269,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         text = table(measure(options))
         if options.markdown:
-            with replacing(options.markdown) as temporary:
+            with atomic_write(options.markdown) as temporary:
                 temporary.write_text(text + "\n")
     except WaltError as error:
         say(f"error: {error}")

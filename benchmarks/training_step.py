@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from walt.config import PRESETS
-from walt.data import Clips
-from walt.diffusion import Diffusion
+from walt.data.loading import Draw
+from walt.data.simulator import Clips
+from walt.model.diffusion import Diffusion
+from walt.model.tokenizer import Tokenizer
+from walt.model.transformer import Transformer
+from walt.presets import PRESETS
+from walt.settings import TrainingConfig
 from walt.stages import Latents, tokenizer_draw, tokenizer_loss, transformer_draw, transformer_loss
-from walt.tokenizer import Tokenizer
-from walt.training import Draw, Loss, TrainingConfig
-from walt.transformer import Transformer
+from walt.train.objective import Loss
 from walt_kernels import testing, use_backend
 
 from .cases import Case

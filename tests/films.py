@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from walt.video import write_mp4, write_png
+from walt.data.video import write_mp4, write_png
 
 
 def ramp(frames: int, height: int = 32, width: int = 48, first: int = 10, step: int = 6) -> np.ndarray:

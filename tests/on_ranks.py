@@ -18,13 +18,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import walt.checkpoint
-from walt.config import TransformerConfig
-from walt.diffusion import Diffusion
-from walt.distributed import maximum, process_group, rank
+from walt.distributed import all_max, process_group, rank
 from walt.errors import WaltError
-from walt.losses import r1_penalty
-from walt.training import Phase, Trainer, TrainingConfig
-from walt.transformer import Transformer
+from walt.model.config import TransformerConfig
+from walt.model.diffusion import Diffusion
+from walt.model.transformer import Transformer
+from walt.settings import TrainingConfig
+from walt.train.losses import r1_penalty
+from walt.train.objective import Phase
+from walt.train.trainer import Trainer
 
 STEPS = 4
 
@@ -195,7 +197,7 @@ def on_ranks(out: Path) -> dict:
     fit(out / "dropout", **settings).run()
     if rank() == 0:
         shutil.copytree(step_two(out / "dropout"), out / "dropout-resumed")
-    maximum(0.0)  # waits until every rank is here
+    all_max(0.0)  # waits until every rank is here
     resumed = fit(out / "dropout-resumed", **settings)
     torch.manual_seed(99)
     resumed.resume()

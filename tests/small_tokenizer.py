@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from walt.config import TokenizerConfig
-from walt.tokenizer import Tokenizer
+from walt.model.config import TokenizerConfig
+from walt.model.tokenizer import Tokenizer
 from walt_kernels import explain
 
 SMALL = TokenizerConfig(channels=8, multipliers=(1, 2, 2, 3), blocks=1, middle_blocks=1, latent_channels=4, groups=4)

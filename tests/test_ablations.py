@@ -29,12 +29,12 @@ from benchmarks.ablation_table import (
 )
 from benchmarks.ablation_variants import BASE, BASELINE, VARIANTS, FullAttention, Variant, rate_change
 from benchmarks.ablations import Plan, Settings, held_out_loss, load, make, plan, run_all, score, step_seconds
-from walt.diffusion import Diffusion
+from walt.atomic import write_json
 from walt.errors import WaltError
-from walt.files import write_json
-from walt.metrics import frechet_distance
+from walt.evaluate.metrics import frechet_distance
+from walt.model.diffusion import Diffusion
+from walt.model.transformer import Transformer
 from walt.stages import Latents
-from walt.transformer import Transformer
 
 SMALL = replace(BASE, layers=2, width=16, heads=2, latent_size=(2, 4, 4), latent_channels=4)
 SETTINGS = Settings(minutes=1, seeds=2, clips=6, held_out=3, batch=4, sampling_steps=2, loss_draws=2)

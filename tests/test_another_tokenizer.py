@@ -12,7 +12,7 @@ from tiny_runs import fit
 
 from walt.cli import main
 from walt.errors import WaltError
-from walt.pipeline import WaltPipeline
+from walt.sample.pipeline import WaltPipeline
 
 pytest.importorskip("av", reason="PyAV is not installed")
 

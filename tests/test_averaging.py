@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from walt.averaging import WeightAverage
+from walt.train.averaging import WeightAverage
 
 
 class Scalar(nn.Module):

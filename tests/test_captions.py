@@ -1,4 +1,4 @@
-"""walt.captions: what is read, and the line that is named when it cannot be."""
+"""walt.data.captions: what is read, and the line that is named when it cannot be."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from walt.captions import check_captions, read_captions, warn_of_cuts
+from walt.data.captions import check_captions, read_captions, warn_of_cuts
 from walt.errors import WaltError, WaltWarning
-from walt.text import ByteEncoder
+from walt.model.text import ByteEncoder
 
 EXPECTED = {"a/one.mp4": "A cat, running", "two.mp4": 'Zwei "große" Hunde'}
 CSV = 'file,caption\r\na/one.mp4,"A cat, running"\r\n\r\n./two.mp4,"Zwei ""große"" Hunde"\r\n'

@@ -1,4 +1,4 @@
-"""walt.checkpoint and walt.files: checkpoints whole or absent, whatever happens; one-line errors for bad ones."""
+"""walt.checkpoint and walt.atomic: checkpoints whole or absent, whatever happens; one-line errors for bad ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from on_ranks import adversaries, fit, train_forever
 from safetensors.torch import save_file
 from torch import nn
 
-from walt import checkpoint, files
+from walt import atomic, checkpoint
+from walt.atomic import atomic_folder, atomic_write, latest_complete, write_json
 from walt.checkpoint import load_description, load_weights, read_tensors, save_checkpoint
 from walt.errors import WaltError
-from walt.files import replacing, replacing_folder, settled, write_json
 
 # Saving
 
@@ -97,7 +97,7 @@ def test_shards_with_foreign_metadata(tmp_path, rows):
 def test_a_kill_between_the_renames_loses_nothing(tmp_path):
     save_checkpoint(tmp_path / "a", "line", {"number": 1}, {})
     (tmp_path / "a").rename(tmp_path / "a.old")  # where a kill can strike: the old one moved, the new one not yet there
-    assert settled(tmp_path / "a") == tmp_path / "a.old"
+    assert latest_complete(tmp_path / "a") == tmp_path / "a.old"
     assert load_description(tmp_path / "a", "line")[1]["number"] == 1
     save_checkpoint(tmp_path / "a", "line", {"number": 2}, {})
     assert load_description(tmp_path / "a", "line")[1]["number"] == 2
@@ -106,12 +106,12 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path):
 
 def test_a_failing_writer_leaves_nothing(tmp_path):
     def half_a_file():
-        with replacing(tmp_path / "x.json") as temporary:
+        with atomic_write(tmp_path / "x.json") as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
     def half_a_folder():
-        with replacing_folder(tmp_path / "y") as temporary:
+        with atomic_folder(tmp_path / "y") as temporary:
             (temporary / "file").write_text("half")
             raise KeyboardInterrupt
 
@@ -247,8 +247,8 @@ def test_kept_checkpoints(tmp_path):
 def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     """What a power cut needs: fsync of each file and of the folder, then the renames, then fsync of their parent."""
     done = []
-    rename, flush = Path.rename, files.flush
-    monkeypatch.setattr(files, "flush", lambda path: (done.append(("flush", path.name)), flush(path)))
+    rename, flush = Path.rename, atomic.flush
+    monkeypatch.setattr(atomic, "flush", lambda path: (done.append(("flush", path.name)), flush(path)))
     monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(("rename", self.name)), rename(self, to))[1])
     for _ in range(2):
         done.clear()
@@ -261,7 +261,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch, and no more
-    context.set_forkserver_preload(["walt.training", "walt.transformer", "torch._dynamo"])
+    context.set_forkserver_preload(["walt.train.trainer", "walt.model.transformer", "torch._dynamo"])
     steps = [0]
     for i in range(5):
         started = context.Event()

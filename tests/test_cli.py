@@ -11,7 +11,7 @@ from command_line import command, fails
 
 from walt import commands
 from walt.cli import main, parser
-from walt.demo import DemoConfig
+from walt.demo.demo import DemoConfig
 from walt.errors import WaltError
 
 COMMANDS = (

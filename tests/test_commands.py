@@ -14,9 +14,10 @@ from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, moving
 
 from walt import commands
 from walt.cli import main
-from walt.data import shrink, to_model, to_pixels
-from walt.pipeline import WaltPipeline, load_tokenizer
-from walt.video import read_image, read_video, write_mp4, write_png
+from walt.data.pixels import shrink, to_model, to_pixels
+from walt.data.video import read_image, read_video, write_mp4, write_png
+from walt.pretrained import load_tokenizer
+from walt.sample.pipeline import WaltPipeline
 
 pytest.importorskip("av", reason="PyAV is not installed")
 

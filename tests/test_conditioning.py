@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformer_cases import EVERYTHING, FEATURES, SHAPE, SMALL, close, draw, inputs, make
 
-from walt.conditioning import Upscale, frame_condition, frame_mask
-from walt.config import TransformerConfig
+from walt.model.conditioning import Upscale, frame_condition, frame_mask
+from walt.model.config import TransformerConfig
 
 TOKENS = replace(FEATURES, text_vocabulary=9)
 FRAMES = replace(SMALL, frame_condition=True)

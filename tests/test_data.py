@@ -1,4 +1,4 @@
-"""walt.data and walt.simulator: the same clips for the same seed, and nothing held out that was trained on."""
+"""walt.data and walt.data.simulator: the same clips for the same seed, and nothing held out that was trained on."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from walt.captions import read_captions
-from walt.data import (
+from walt.data.captions import read_captions
+from walt.data.pixels import centre_square, cover, shrink, to_model, to_pixels
+from walt.data.simulator import (
+    SCENARIOS,
     Clips,
     balanced,
-    centre_square,
-    cover,
     demo_clips,
     film_clips,
     film_path,
     folder_clips,
     join,
     render_clips,
-    shrink,
-    to_model,
-    to_pixels,
     write_demo_folder,
 )
+from walt.data.video import read_video, write_mp4
 from walt.errors import WaltError
-from walt.simulator import SCENARIOS
-from walt.video import read_video, write_mp4
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from command_line import command, fails
 from walt import checkpoint
 from walt.checkpoint import load_description, read_tensors
 from walt.cli import main
-from walt.demo import summary
+from walt.data.video import read_video
+from walt.demo.demo import summary
+from walt.demo.report import running_mean
 from walt.errors import WaltError
-from walt.evaluate import FrameFeatures
-from walt.pipeline import WaltPipeline
-from walt.report import running_mean
-from walt.video import read_video
+from walt.evaluate.networks import FrameFeatures
+from walt.sample.pipeline import WaltPipeline
 
 SMALL = (
     "--scenarios basic --clips 3 --samples 2 --frames 5 --size 16 --sampling-steps 2 --seed 1"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from walt.config import DiffusionConfig, TransformerConfig
-from walt.diffusion import Diffusion, noise_schedule, sample_noise
-from walt.transformer import Transformer
+from walt.model.config import DiffusionConfig, TransformerConfig
+from walt.model.diffusion import Diffusion, noise_schedule, sample_noise
+from walt.model.transformer import Transformer
 
 SHAPE = (2, 4, 3, 6, 5)
 
@@ -32,25 +32,25 @@ class Recorder(nn.Module):
 
 
 def knows(diffusion: Diffusion, x0: Tensor):
-    """The velocity that leads to x0, from wherever x_t is: (sqrt(gamma) x_t - x0) / sqrt(1 - gamma)."""
+    """The velocity that leads to x0, from wherever x_t is: (sqrt(alpha_bar) x_t - x0) / sqrt(1 - alpha_bar)."""
 
     def predict(x_t: Tensor, time: Tensor) -> Tensor:
-        gamma = diffusion.gamma[time].reshape(-1, 1, 1, 1, 1)
-        return (gamma.sqrt() * x_t - x0) / (1 - gamma).sqrt()
+        alpha_bar = diffusion.alpha_bar[time].reshape(-1, 1, 1, 1, 1)
+        return (alpha_bar.sqrt() * x_t - x0) / (1 - alpha_bar).sqrt()
 
     return predict
 
 
 def test_schedule_starts_where_it_did_and_ends_in_noise() -> None:
-    gamma = noise_schedule(DiffusionConfig())
+    alpha_bar = noise_schedule(DiffusionConfig())
     plain = noise_schedule(DiffusionConfig(zero_terminal_snr=False))
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     torch.testing.assert_close(plain, torch.cumprod(1 - betas, 0), rtol=1e-15, atol=0)
-    assert gamma.dtype == torch.float64
-    assert gamma[-1] == 0
+    assert alpha_bar.dtype == torch.float64
+    assert alpha_bar[-1] == 0
     assert plain[-1] > 1e-5
-    torch.testing.assert_close(gamma[0], plain[0], rtol=1e-15, atol=0)
-    assert (gamma.diff() < 0).all()
+    torch.testing.assert_close(alpha_bar[0], plain[0], rtol=1e-15, atol=0)
+    assert (alpha_bar.diff() < 0).all()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10, 50])
@@ -70,10 +70,10 @@ def test_ddim_agrees_with_diffusers(steps: int) -> None:
     )
     diffusion = Diffusion()
     # The scheduler keeps its tables in float32: near enough for a look, not for 1e-6 over 50 steps.
-    torch.testing.assert_close(diffusion.gamma, scheduler.alphas_cumprod.double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(diffusion.alpha_bar, scheduler.alphas_cumprod.double(), rtol=0, atol=1e-5)
     betas = scheduling.rescale_zero_terminal_snr(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
     scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
-    torch.testing.assert_close(diffusion.gamma, scheduler.alphas_cumprod, rtol=0, atol=1e-12)
+    torch.testing.assert_close(diffusion.alpha_bar, scheduler.alphas_cumprod, rtol=0, atol=1e-12)
 
     scheduler.set_timesteps(steps)
     times = diffusion.timesteps(steps)
@@ -102,7 +102,7 @@ def test_velocity_agrees_with_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle and is not installed")
     scheduler = diffusers.DDIMScheduler()
     diffusion = Diffusion()
-    scheduler.alphas_cumprod = diffusion.gamma
+    scheduler.alphas_cumprod = diffusion.alpha_bar
     x0, noise, time = draw(*SHAPE), draw(*SHAPE, seed=1), torch.tensor([17, 999])
     theirs = scheduler.get_velocity(x0, noise, time)
     torch.testing.assert_close(diffusion.velocity(x0, noise, time), theirs, rtol=0, atol=1e-12)
@@ -141,10 +141,10 @@ def test_the_best_model_of_a_gaussian_samples_that_gaussian() -> None:
     diffusion, mean, std = Diffusion(), 1.5, 0.3
 
     def predict(x_t: Tensor, time: Tensor) -> Tensor:
-        gamma = diffusion.gamma[time].reshape(-1, 1, 1, 1, 1)
-        variance = gamma * std**2 + 1 - gamma
-        x0 = mean + gamma.sqrt() * std**2 / variance * (x_t - gamma.sqrt() * mean)
-        return (gamma.sqrt() * x_t - x0) / (1 - gamma).sqrt()
+        alpha_bar = diffusion.alpha_bar[time].reshape(-1, 1, 1, 1, 1)
+        variance = alpha_bar * std**2 + 1 - alpha_bar
+        x0 = mean + alpha_bar.sqrt() * std**2 / variance * (x_t - alpha_bar.sqrt() * mean)
+        return (alpha_bar.sqrt() * x_t - x0) / (1 - alpha_bar).sqrt()
 
     sample = diffusion.sample(Recorder(predict), draw(1, 8, 5, 32, 32), steps=50)
     # 40960 draws: the sampling error of mean and deviation is 0.3 / sqrt(40960) = 0.0015.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformer_cases import EVERYTHING, FEATURES, SHAPE, SMALL, close, draw, inputs, make
 
-from walt.config import DiffusionConfig, TransformerConfig
-from walt.diffusion import Diffusion, model_config
+from walt.model.config import DiffusionConfig, TransformerConfig
+from walt.model.diffusion import Diffusion, model_config
 
 FRAMES = replace(SMALL, frame_condition=True)
 

@@ -11,7 +11,7 @@ from small_tokenizer import draw
 from small_tokenizer import one_thread as one_thread
 from torch import Tensor
 
-from walt.discriminator import Discriminator, DownBlock, blur_pool
+from walt.train.discriminator import Discriminator, DownBlock, blur_pool
 
 
 def small(dtype: torch.dtype = torch.float32) -> Discriminator:

@@ -21,7 +21,7 @@ import pytest
 
 from walt.checkpoint import read_tensors
 from walt.cli import main
-from walt.video import read_video
+from walt.data.video import read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["docs/model.md", "docs/training.md", "docs/scaling.md", "docs/evaluation.md", "README.md"]

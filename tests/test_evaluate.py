@@ -1,4 +1,4 @@
-"""walt.evaluate and walt.features: one pass over batches, numbers with their protocol, networks that follow the eye."""
+"""walt.evaluate: one pass over batches, numbers with their protocol, networks that follow the eye."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from walt.data import film_clips, film_path
+from walt.data.simulator import film_clips, film_path
 from walt.errors import WaltError
-from walt.evaluate import (
-    Evaluation,
-    FrameFeatures,
-    Projection,
-    VideoFeatures,
-    batches,
-    collect,
-    evaluate,
-    frechet_distance,
-    frechet_image_distance,
-    fvd,
-    inception_score,
-    psnr,
-    ssim,
-)
+from walt.evaluate.evaluate import Evaluation, batches, collect, evaluate, frechet_image_distance, fvd
+from walt.evaluate.metrics import frechet_distance, inception_score, psnr, ssim
+from walt.evaluate.networks import FrameFeatures, Projection, VideoFeatures
 
 
 class Means:

@@ -1,4 +1,4 @@
-"""walt.metrics against closed forms and against independent implementations in SciPy."""
+"""walt.evaluate.metrics against closed forms and against independent implementations in SciPy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import linalg, signal, stats
 
-from walt.metrics import clip_distances, frechet_distance, inception_score, psnr, ssim
+from walt.evaluate.metrics import clip_distances, frechet_distance, inception_score, psnr, ssim
 
 
 def features_with(mean: np.ndarray, covariance: np.ndarray, count: int, seed: int) -> np.ndarray:

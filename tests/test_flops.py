@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import walt_kernels as wk
 from benchmarks.cases import CASES, Case
-from walt.config import PRESETS
-from walt.transformer import Transformer
+from walt.model.transformer import Transformer
+from walt.presets import PRESETS
 from walt_kernels import _native
 from walt_kernels.adaln_lora.op import lora_flops
 from walt_kernels.causal_conv3d import op as conv

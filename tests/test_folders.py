@@ -1,4 +1,4 @@
-"""walt.folders: which files of a folder are data, and that nothing else goes without a word."""
+"""walt.data.folders: which files of a folder are data, and that nothing else goes without a word."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from command_line import fails
 
-from walt import real_clips
+from walt.data.folders import LEFT, PassedOver, find_files
 from walt.errors import WaltError
-from walt.folders import LEFT, PassedOver, find_files
-from walt.runs import captions_of, open_data
+from walt.evaluate import real_clips
 from walt.settings import load_settings
+from walt.train.run import captions_of, open_data
 
 HIDDEN = "hidden or left by other software"
 LINK = "link that cannot be followed"

@@ -12,13 +12,13 @@ import pytest
 from command_line import fails
 from films import numbers, ramp, write_folder
 
-from walt.cache import Cache
 from walt.cli import main, parser
+from walt.data.clips import ClipStore
+from walt.data.prepare import prepare
+from walt.data.video import _timed, frame_timing, iterate_video, resample, write_mp4
 from walt.errors import WaltError
-from walt.prepare import prepare
-from walt.runs import open_data
 from walt.settings import DataConfig, load_settings
-from walt.video import _timed, frame_timing, iterate_video, resample, write_mp4
+from walt.train.run import open_data
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -212,7 +212,7 @@ def test_rates_as_fractions(tmp_path):
     assert (
         main(["prepare", "--data", str(tmp_path / "films"), "--out", str(tmp_path / "a"), "--fps", "30000/1001"]) == 0
     )
-    assert Cache.open(tmp_path / "a").settings.fps == float(NTSC)
+    assert ClipStore.open(tmp_path / "a").settings.fps == float(NTSC)
     assert (
         parser().parse_args(["train", "base", "--data", "a", "--out", "b", "--fps", "24000/1001"]).fps == 24000 / 1001
     )
@@ -231,7 +231,7 @@ def mixed(tmp_path):
     return folder
 
 
-def made(folder, out, **options) -> tuple[Cache, list[str]]:
+def made(folder, out, **options) -> tuple[ClipStore, list[str]]:
     lines: list[str] = []
     return prepare(folder, out, height=16, width=16, progress=False, say=lines.append, **options), lines
 

@@ -18,12 +18,12 @@ from on_ranks import fit, regression
 from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, moving
 from tiny_runs import fit as fit_stage
 
-from walt import checkpoint, commands, files
+from walt import atomic, checkpoint, commands
 from walt.checkpoint import read_tensors
 from walt.cli import main
+from walt.data.video import write_mp4
 from walt.errors import WaltError
-from walt.logs import read_log
-from walt.video import write_mp4
+from walt.train.log import read_log
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -247,7 +247,7 @@ class TestCommands:
         def fsync(_):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(files.os, "fsync", fsync)
+        monkeypatch.setattr(atomic.os, "fsync", fsync)
         words, path = COMMANDS["sample mp4"]
         assert fails(capsys, *map(filled, words)).endswith(f"cannot write {filled(path)}: {os.strerror(code)}")
 

@@ -1,4 +1,4 @@
-"""walt.i3d and walt.numpy_pickle: padding as TensorFlow's, known logits, and pickles that can run nothing."""
+"""walt.evaluate.i3d and walt.evaluate.i3d: padding as TensorFlow's, known logits, and pickles that can run nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from i3d_logits import LOGITS, SUM, known_clip
 
-from walt import i3d
 from walt.errors import WaltError
-from walt.features import VideoFeatures, softmax
-from walt.i3d import I3D, MaxPool, Unit, find_weights, load_i3d, pad_same
-from walt.numpy_pickle import read_arrays
+from walt.evaluate import i3d
+from walt.evaluate.i3d import I3D, MaxPool, Unit, find_weights, load_i3d, pad_same, read_arrays
+from walt.evaluate.networks import VideoFeatures, softmax
 
 
 def fill(tree: dict, *path: str, **arrays: np.ndarray) -> None:
@@ -181,7 +180,13 @@ class TestPickles:
 
     @pytest.mark.parametrize(
         "name",
-        ["builtins eval", "numpy load", "numpy.core.multiarray scalar", "numpy dtype.__init__", "walt.files settled"],
+        [
+            "builtins eval",
+            "numpy load",
+            "numpy.core.multiarray scalar",
+            "numpy dtype.__init__",
+            "walt.atomic latest_complete",
+        ],
     )
     def test_other_names_are_refused(self, tmp_path, name):
         file = tmp_path / "named"

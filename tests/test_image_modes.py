@@ -1,4 +1,4 @@
-"""walt.video.read_image: every mode and depth that Pillow opens, as the right RGB or an error that names the mode."""
+"""walt.data.video.read_image: each mode and depth that Pillow opens is the right RGB or an error that names it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 
+from walt.data.video import read_image
 from walt.errors import WaltError
-from walt.video import read_image
 
 image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 

@@ -10,8 +10,8 @@ from small_tokenizer import SMALL, draw, make
 from small_tokenizer import one_thread as one_thread
 from torch import Tensor
 
-from walt.inflate import inflate
-from walt.tokenizer import Tokenizer
+from walt.model.convert import inflate
+from walt.model.tokenizer import Tokenizer
 from walt_kernels.nn import CausalConv3d
 
 IMAGE = replace(SMALL, kind="image")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformer_cases import EVERYTHING, SMALL, inputs, make
 
-from walt.config import PRESETS
-from walt.interpolate import interpolate
+from walt.model.convert import interpolate
+from walt.presets import PRESETS
 
 TALL = replace(SMALL, latent_size=(5, 8, 8), spatial_window=(1, 8, 8), spacetime_window=(5, 4, 4))
 WIDE = replace(TALL, latent_size=(5, 8, 14), spatial_window=(1, 8, 14), spacetime_window=(5, 4, 7))

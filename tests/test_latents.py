@@ -1,4 +1,4 @@
-"""walt.latents: latents and text features are those of the network, made once, and never those of another."""
+"""walt.data.latents: latents and text features are those of the network, made once, and never those of another."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from films import write_folder
 from torch import nn
 
-from walt.cache import Cache, Settings
-from walt.data import to_model
+from walt.checkpoint import fingerprint
+from walt.data.clips import ClipStore, Settings
+from walt.data.latents import LatentSource, LatentStore, TextFeatures, encode_captions, encode_latents
+from walt.data.loading import part_of
+from walt.data.pixels import to_model
+from walt.data.prepare import prepare
 from walt.errors import WaltError
-from walt.latents import LatentCache, LatentSource, TextFeatures, encode_cache, encode_captions, fingerprint
-from walt.loading import part_of
-from walt.prepare import prepare
 
 pytest.importorskip("av", reason="PyAV is not installed")
 pytest.importorskip("PIL", reason="Pillow is not installed")
@@ -44,7 +45,7 @@ class Encoder:
         return video[:, :, ::4, 3::8, 5::8] * 2
 
 
-def encoded(cache, folder, encode=None, **options) -> LatentCache:
+def encoded(cache, folder, encode=None, **options) -> LatentStore:
     options = {
         "key": "weights",
         "frames": 5,
@@ -54,16 +55,16 @@ def encoded(cache, folder, encode=None, **options) -> LatentCache:
         "batch": 2,
         "dtype": "float32",
     } | options
-    return encode_cache(cache, folder, encode or Encoder(), progress=False, **options)
+    return encode_latents(cache, folder, encode or Encoder(), progress=False, **options)
 
 
 @pytest.fixture
-def latents(cache, tmp_path) -> LatentCache:
+def latents(cache, tmp_path) -> LatentStore:
     return encoded(cache, tmp_path / "latents")
 
 
-def one_video(cache) -> Cache:
-    return Cache(cache.folder, Settings(16, 16, True), cache.items[1:2], cache._shards)
+def one_video(cache) -> ClipStore:
+    return ClipStore(cache.folder, Settings(16, 16, True), cache.items[1:2], cache._shards)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -78,13 +79,13 @@ def test_latents_are_those_of_the_encoder(cache, latents):
     assert latents.video.dtype == np.float32
     assert np.array_equal(latents.video, Encoder()(to_model(cache.read(latents.video_rows, 5))).numpy())
     assert np.array_equal(latents.image, Encoder()(to_model(cache.read(latents.image_rows)))[:, :, 0].numpy())
-    again = LatentCache.open(latents.folder, cache, key="weights")
+    again = LatentStore.open(latents.folder, cache, key="weights")
     assert np.array_equal(again.video, latents.video)
     assert np.array_equal(again.image, latents.image)
 
 
 def test_defaults(cache, tmp_path):
-    latents = encode_cache(cache, tmp_path / "l", Encoder(), key="k", frames=5, height=8, width=8, progress=False)
+    latents = encode_latents(cache, tmp_path / "l", Encoder(), key="k", frames=5, height=8, width=8, progress=False)
     assert latents.video_rows.tolist() == [[1, 0], [1, 5], [4, 0]]  # end to end
     assert latents.video.dtype == np.float16
     expected = Encoder()(to_model(cache.read(latents.video_rows, 5, crop=(8, 8)))).half().numpy()
@@ -103,16 +104,16 @@ def test_what_is_stale_is_made_anew(cache, latents, change):
     encode = Encoder()
     changed = encoded(cache, latents.folder, encode, **change)
     assert encode.calls > 0
-    assert LatentCache.open(latents.folder, cache, key=change.get("key", "weights")).index == changed.index
+    assert LatentStore.open(latents.folder, cache, key=change.get("key", "weights")).index == changed.index
 
 
 def test_stale_latents_are_refused(cache, latents, tmp_path):
     with pytest.raises(WaltError, match="was made by another tokenizer; encode again"):
-        LatentCache.open(latents.folder, cache, key="other")
+        LatentStore.open(latents.folder, cache, key="other")
     source = write_folder(tmp_path / "source")
     other = prepare(source, tmp_path / "cache", height=16, width=24, progress=False)
     with pytest.raises(WaltError, match="was made from other data than"):
-        LatentCache.open(latents.folder, other)
+        LatentStore.open(latents.folder, other)
 
 
 @pytest.mark.parametrize("call", [0, 1, 3, 4, 5, 7])
@@ -122,7 +123,7 @@ def test_interrupted_work_goes_on(cache, latents, tmp_path, call):
         encoded(cache, tmp_path / "again", first)
     assert not (tmp_path / "again").exists()
     with pytest.raises(WaltError, match="holds nothing encoded"):
-        LatentCache.open(tmp_path / "again", cache)
+        LatentStore.open(tmp_path / "again", cache)
     for raw, rows in (("video.raw", latents.video_rows), ("image.raw", latents.image_rows)):
         size = (latents.folder / raw).stat().st_size // len(rows)  # of a latent: half a batch
         if (tmp_path / "again.partial" / raw).exists():
@@ -198,14 +199,14 @@ def test_broken_latents(cache, latents, change, message):
     path = latents.folder / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(WaltError, match=message):
-        LatentCache.open(latents.folder, cache)
+        LatentStore.open(latents.folder, cache)
 
 
 def test_truncated_latents(cache, latents):
     path = latents.folder / "image.raw"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WaltError, match=r"image\.raw is broken: it holds 431 bytes, its index speaks of 432"):
-        LatentCache.open(latents.folder, cache)
+        LatentStore.open(latents.folder, cache)
 
 
 def test_joint_batches(cache, latents):

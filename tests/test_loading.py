@@ -8,9 +8,11 @@ import pytest
 import torch
 from on_ranks import STEPS, Net, adversaries, draw, regression
 
+from walt.data.loading import Loader, part_of
 from walt.errors import WaltError
-from walt.loading import Loader, part_of
-from walt.training import Phase, Trainer, TrainingConfig
+from walt.settings import TrainingConfig
+from walt.train.objective import Phase
+from walt.train.trainer import Trainer
 
 
 def seeded(seed: int = 5) -> torch.Generator:

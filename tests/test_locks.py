@@ -15,11 +15,11 @@ import pytest
 from command_line import fails
 from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit
 
-import walt.demo
-from walt import run_common
+import walt.demo.demo
 from walt.cli import main
 from walt.errors import WaltError
 from walt.locks import locked
+from walt.train import run
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -44,7 +44,7 @@ def test_a_second_training_is_refused_and_writes_nothing(films, tmp_path, capsys
         assert fails(capsys, *training(films, out)).endswith(
             f"{out} is in use by {ME}; wait until it ends, or name another folder"
         )
-        monkeypatch.setattr(walt.demo, "FrameFeatures", object)
+        monkeypatch.setattr(walt.demo.demo, "FrameFeatures", object)
         assert f"is in use by {ME}" in fails(capsys, "demo", "--out", out)
         assert names(out) == ["lock"]
     assert not out.exists()
@@ -149,9 +149,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_only_the_main_rank_takes_it(tmp_path, monkeypatch):
-    with run_common.alone(tmp_path):
+    with run.alone(tmp_path):
         assert names(tmp_path) == ["lock"]
-        monkeypatch.setattr(run_common, "is_main", lambda: False)
-        with run_common.alone(tmp_path):
+        monkeypatch.setattr(run, "is_main", lambda: False)
+        with run.alone(tmp_path):
             pass
         assert names(tmp_path) == ["lock"]

@@ -11,9 +11,10 @@ from small_tokenizer import SMALL, draw, make
 from small_tokenizer import one_thread as one_thread
 from torch import Tensor, nn
 
-from walt.config import TokenizerLossConfig
-from walt.discriminator import Discriminator
-from walt.losses import (
+from walt.model.tokenizer import Tokenizer
+from walt.settings import TokenizerLossConfig
+from walt.train.discriminator import Discriminator
+from walt.train.losses import (
     LeCam,
     decorrelation_loss,
     discriminator_loss,
@@ -24,8 +25,7 @@ from walt.losses import (
     reconstruction_loss,
     tokenizer_losses,
 )
-from walt.perceptual import PerceptualLoss
-from walt.tokenizer import Tokenizer
+from walt.train.perceptual import PerceptualLoss
 
 
 class Mean(nn.Module):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import walt_kernels as wk
-from walt.config import PRESETS
-from walt.tokenizer import Tokenizer
-from walt.transformer import Transformer
+from walt.model.tokenizer import Tokenizer
+from walt.model.transformer import Transformer
+from walt.presets import PRESETS
 from walt_kernels import _dispatch
 from walt_kernels.nn import AdaLNLoRA, CausalConv3d, WindowAttention
 from walt_kernels.testing import sample_call

@@ -9,13 +9,13 @@ import pytest
 from command_line import fails
 from tiny_runs import SHORT, TOKENIZER, fit, moving
 
-from walt import run_transformer
-from walt.cache import Cache
+from walt.atomic import read_json, write_json
 from walt.checkpoint import load_description
+from walt.data.clips import ClipStore
+from walt.data.video import write_mp4
 from walt.errors import WaltError
-from walt.files import read_json, write_json
-from walt.pipeline import load_tokenizer
-from walt.video import write_mp4
+from walt.pretrained import load_tokenizer
+from walt.train import denoiser
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -45,7 +45,7 @@ def test_a_tokenizer(data, tmp_path):
     with pytest.raises(WaltError, match=r"give the same data, another --out, or --new-settings to go on with this$"):
         fit("tokenizer", data, out, *MORE)
     assert fit("tokenizer", data, out, *MORE, new_settings=True).step == 3
-    cache = Cache.open(out / "data-16x16")
+    cache = ClipStore.open(out / "data-16x16")
     assert content(out, "tokenizer") == cache.fingerprint
     assert "up/2.mp4" in read_json(out / "tokenizer.files.json")["file"]
     assert fit("tokenizer", data, out, *MORE).step == 3  # what it holds is now the run's data
@@ -55,10 +55,10 @@ def test_a_base_model(data, tmp_path, monkeypatch):
     """Latents are made anew, and not before the refusal."""
     out = tmp_path / "run"
     encoded: list[str] = []
-    encode = run_transformer.encode_cache
+    encode = denoiser.encode_latents
     monkeypatch.setattr(
-        run_transformer,
-        "encode_cache",
+        denoiser,
+        "encode_latents",
         lambda cache, *a, **k: encoded.append(cache.fingerprint) or encode(cache, *a, **k),
     )
     fit("tokenizer", data, out)
@@ -74,7 +74,7 @@ def test_a_base_model(data, tmp_path, monkeypatch):
         fit("base", data, out, *text, *MORE)
     assert len(encoded) == 1
     assert fit("base", data, out, *text, *MORE, new_settings=True).step == 3
-    cache = Cache.open(out / "data-16x16")
+    cache = ClipStore.open(out / "data-16x16")
     assert encoded[1:] == [cache.fingerprint]
     assert content(out, "transformer") == cache.fingerprint
     assert load_description(out / "transformer", "transformer")[1]["clip"]["fps"] == 8  # of most films
@@ -127,7 +127,7 @@ def test_killed_before_the_first_checkpoint_on_other_data(data, tmp_path, monkey
     fit("tokenizer", data, out)
     change(data)
     with monkeypatch.context() as patch:
-        patch.setattr("walt.training.Trainer.run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("walt.train.trainer.Trainer.run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit("tokenizer", data, out, *MORE, new_settings=True)
     with pytest.raises(WaltError, match="holds, or by an older walt; give the same data"):

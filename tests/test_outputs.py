@@ -17,10 +17,7 @@ from tiny_runs import fit, make, moving, write_films
 from walt import commands
 from walt.checkpoint import write_tensors
 from walt.cli import main
-from walt.demo import Demo, DemoConfig
-from walt.errors import WaltError
-from walt.pipeline import WaltPipeline
-from walt.video import (
+from walt.data.video import (
     check_output,
     check_size,
     frame_rate,
@@ -31,6 +28,9 @@ from walt.video import (
     write_mp4,
     write_png,
 )
+from walt.demo.demo import Demo, DemoConfig
+from walt.errors import WaltError
+from walt.sample.pipeline import WaltPipeline
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")

@@ -12,9 +12,9 @@ from command_line import fails
 from films import numbers, ramp
 
 from walt.cli import main
+from walt.data.prepare import prepare
+from walt.data.video import frame_rate, read_image, read_video, write_mp4, write_png, write_video
 from walt.errors import WaltError
-from walt.prepare import prepare
-from walt.video import frame_rate, read_image, read_video, write_mp4, write_png, write_video
 
 pytest.importorskip("av", reason="PyAV is not installed")
 pytest.importorskip("PIL", reason="Pillow is not installed")

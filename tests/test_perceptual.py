@@ -9,7 +9,7 @@ from small_tokenizer import one_thread as one_thread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from walt.perceptual import EfficientNetFeatures, PerceptualLoss, efficientnet_features
+from walt.train.perceptual import EfficientNetFeatures, PerceptualLoss, efficientnet_features
 
 
 class TwoMaps(nn.Module):

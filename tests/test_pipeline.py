@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from walt.config import DiffusionConfig, TokenizerConfig, TransformerConfig
-from walt.diffusion import Diffusion
 from walt.errors import WaltError
-from walt.pipeline import ClipShape, Stage, WaltPipeline
-from walt.sampling import clip_starts, join_clips
-from walt.text import ByteEncoder
-from walt.tokenizer import Tokenizer
-from walt.transformer import Transformer
+from walt.model.config import ClipShape, DiffusionConfig, TokenizerConfig, TransformerConfig
+from walt.model.diffusion import Diffusion
+from walt.model.text import ByteEncoder
+from walt.model.tokenizer import Tokenizer
+from walt.model.transformer import Transformer
+from walt.sample.denoiser import Denoiser
+from walt.sample.pipeline import WaltPipeline
+from walt.sample.sampler import clip_starts, join_clips
 
 TOKENIZER = TokenizerConfig(
     channels=4, multipliers=(1, 1, 1, 1), blocks=1, middle_blocks=0, latent_channels=4, groups=2
@@ -67,8 +68,8 @@ def build(**changes) -> WaltPipeline:
         "classes": ("left", "right"),
         "text": ByteEncoder(12),
         "upscalers": [
-            Stage(alive(Transformer(SR1)), Diffusion(), ClipShape(9, 32, 32, 8)),
-            Stage(alive(Transformer(replace(SR1, latent_size=(3, 8, 8)))), Diffusion(), ClipShape(9, 64, 64, 8)),
+            Denoiser(alive(Transformer(SR1)), Diffusion(), ClipShape(9, 32, 32, 8)),
+            Denoiser(alive(Transformer(replace(SR1, latent_size=(3, 8, 8)))), Diffusion(), ClipShape(9, 64, 64, 8)),
         ],
         **changes,
     }
@@ -235,7 +236,7 @@ def test_large_frames_are_decoded_a_latent_frame_at_a_time(pipeline, monkeypatch
     monkeypatch.setattr(
         pipeline.tokenizer, "decode_chunks", lambda x: decode_chunks(sizes.append(c.shape) or c for c in x)
     )
-    monkeypatch.setattr("walt.pipeline.LARGE", 15)
+    monkeypatch.setattr("walt.sample.pipeline.LARGE", 15)
     assert apart(pipeline.decode(latent), whole) <= 1
     assert sizes == [(1, 4, 1, 4, 4)] * 6
 
@@ -304,7 +305,7 @@ def test_parts_that_do_not_fit(changes, message) -> None:
             changes = {**changes, name: kind(changes[name])}
     if "upscalers" in changes:
         config, clip = changes["upscalers"]
-        changes = {"upscalers": [Stage(Transformer(config), Diffusion(), clip)]}
+        changes = {"upscalers": [Denoiser(Transformer(config), Diffusion(), clip)]}
     with pytest.raises(ValueError, match=message):
         build(**changes)
 
@@ -379,6 +380,6 @@ def test_what_the_model_was_trained_without() -> None:
 
 def test_noise_that_stages_were_not_trained_on() -> None:
     diffusion = Diffusion(DiffusionConfig(low_resolution_noise=0.05))
-    stage = Stage(Transformer(SR1), diffusion, ClipShape(9, 32, 32, 8))
+    stage = Denoiser(Transformer(SR1), diffusion, ClipShape(9, 32, 32, 8))
     with pytest.raises(WaltError, match=r"noise: got 0.1; expected 0 to 0.05, which upscale 1 was trained on"):
         build(upscalers=[stage]).upscale(video(9), noise=0.1, **QUICK)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_pipeline import CLIP, QUICK, SR1, build, video
 
-from walt.diffusion import Diffusion
-from walt.pipeline import ClipShape, Stage
-from walt.transformer import Transformer
+from walt.model.config import ClipShape
+from walt.model.diffusion import Diffusion
+from walt.model.transformer import Transformer
+from walt.sample.denoiser import Denoiser
 
 SPOKEN = {"text_width": 8, "text_vocabulary": 256}  # of a stage that reads text
 
@@ -16,7 +17,7 @@ SPOKEN = {"text_width": 8, "text_vocabulary": 256}  # of a stage that reads text
 @pytest.fixture(scope="module")
 def pipeline():
     config = type(SR1).from_dict({**SR1.to_dict(), **SPOKEN})
-    return build(upscalers=[Stage(Transformer(config), Diffusion(), ClipShape(9, 32, 32, 8))])
+    return build(upscalers=[Denoiser(Transformer(config), Diffusion(), ClipShape(9, 32, 32, 8))])
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def asked(monkeypatch) -> list[dict]:
         calls.append({"given": given, "keys": [tuple(key) for key in keys]})
         return torch.zeros(len(keys), *shape)
 
-    monkeypatch.setattr("walt.pipeline.sample_batches", answer)
+    monkeypatch.setattr("walt.sample.pipeline.sample_batches", answer)
     return calls
 
 
@@ -61,8 +62,8 @@ def test_noise_on_the_low_resolution(pipeline, asked, noise, level) -> None:
     assert given["noise_level"].tolist() == [level]  # training drew 0 .. 299
     with torch.no_grad():
         clean = pipeline.tokenizer.encode(torch.from_numpy(video(9, 1)).permute(0, 4, 1, 2, 3) / 127.5 - 1)
-    gamma = pipeline.upscalers[0].diffusion.gamma[level]
-    added = (given["low_resolution"] - gamma.sqrt() * clean) / (1 - gamma).sqrt()
+    alpha_bar = pipeline.upscalers[0].diffusion.alpha_bar[level]
+    added = (given["low_resolution"] - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
     assert 0.7 < added.std() < 1.3
 
 

@@ -1,4 +1,4 @@
-"""walt.prepare: what comes into a cache, what is passed over, and how an interrupted or repeated run goes on."""
+"""walt.data.prepare: what comes into a cache, what is passed over, and how an interrupted or repeated run goes on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from films import noise, numbers, ramp, write_folder
 
-import walt.prepare
-from walt.cache import Cache
+import walt.data.prepare
+from walt.data.clips import ClipStore
+from walt.data.prepare import prepare
+from walt.data.video import frame_rate, iterate_video, write_mp4, write_png
 from walt.errors import WaltError
-from walt.prepare import prepare
-from walt.video import frame_rate, iterate_video, write_mp4, write_png
 
 pytest.importorskip("av", reason="PyAV is not installed")
 pytest.importorskip("PIL", reason="Pillow is not installed")
@@ -26,7 +26,7 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 NAMES = ["cats/c.png", "cats/one.mp4", "dogs/a.png", "dogs/b.png", "dogs/two.mp4", "still.png"]
 
 
-def make(source, cache, **options) -> tuple[Cache, list[str]]:
+def make(source, cache, **options) -> tuple[ClipStore, list[str]]:
     """The cache, and the lines that were said but for that of the two films' frame rates (`test_frame_rates`)."""
     lines: list[str] = []
     options = {"height": 16, "width": 16, "progress": False, "workers": 2, **options}
@@ -34,7 +34,7 @@ def make(source, cache, **options) -> tuple[Cache, list[str]]:
     return made, [line for line in lines if not line.startswith("frames a second differ")]
 
 
-def content(cache: Cache) -> list[np.ndarray]:
+def content(cache: ClipStore) -> list[np.ndarray]:
     return [cache.read(np.array([[i, 0]]), item.frames)[0] for i, item in enumerate(cache.items)]
 
 
@@ -52,7 +52,7 @@ def decoded(monkeypatch) -> list[str]:
         names.append(path.name)
         return iterate_video(path, *rate)
 
-    monkeypatch.setattr(walt.prepare, "iterate_video", iterate)
+    monkeypatch.setattr(walt.data.prepare, "iterate_video", iterate)
     return names
 
 
@@ -71,7 +71,7 @@ def test_a_folder(folder, tmp_path):
     assert numbers(clips[1]).tolist() == list(range(12))
     assert numbers(clips[4]).tolist() == list(range(7))
     assert [int(clips[i].mean()) for i in (2, 3, 0, 5)] == [0, 50, 100, 150]
-    again = Cache.open(tmp_path / "cache")
+    again = ClipStore.open(tmp_path / "cache")
     assert again.items == cache.items
     assert (again.height, again.width, again.fingerprint) == (16, 16, cache.fingerprint)
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_passed_over_and_counted(folder, tmp_path):
         "passed over, not an image that can be decoded: image file is truncated: 1 (dogs/cut.png)",
         "passed over, unknown ending: 1 (cats/one.txt)",
     ]
-    assert sorted(Cache.open(tmp_path / "cache").passed_over.lines()) == sorted(lines)
+    assert sorted(ClipStore.open(tmp_path / "cache").passed_over.lines()) == sorted(lines)
     assert numbers(content(cache)[1]).tolist() == list(range(12))
 
 
@@ -120,7 +120,7 @@ def test_a_video_that_breaks_off_leaves_nothing(folder, tmp_path, monkeypatch):
                 raise WaltError(f"{path} breaks off")
             yield picture
 
-    monkeypatch.setattr(walt.prepare, "iterate_video", iterate)
+    monkeypatch.setattr(walt.data.prepare, "iterate_video", iterate)
     cache, lines = make(folder, tmp_path / "cache", workers=1)
     assert lines == ["passed over, breaks off: 1 (cats/one.mp4)"]
     assert [item.name for item in cache.items] == [name for name in NAMES if name != "cats/one.mp4"]
@@ -141,7 +141,7 @@ def test_nothing_usable_stops(tmp_path):
     with pytest.raises(WaltError, match="none of its 2 videos and images can be used"):
         make(source, tmp_path / "cache")
     with pytest.raises(WaltError, match="was not prepared to the end"):
-        Cache.open(tmp_path / "cache")
+        ClipStore.open(tmp_path / "cache")
 
 
 def test_captions(folder, tmp_path):
@@ -243,7 +243,7 @@ def test_two_files_of_one_name_to_the_eye(tmp_path, decoded):
 def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, decoded, torn):
     whole, _ = make(folder, tmp_path / "whole", workers=1)
     decoded.clear()
-    spy = walt.prepare.iterate_video
+    spy = walt.data.prepare.iterate_video
 
     def interrupted(path, *rate):
         for index, picture in enumerate(spy(path, *rate)):
@@ -252,11 +252,11 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, decoded, torn
             yield picture
 
     with monkeypatch.context() as patch:
-        patch.setattr(walt.prepare, "iterate_video", interrupted)
+        patch.setattr(walt.data.prepare, "iterate_video", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make(folder, tmp_path / "cache", workers=1)
     with pytest.raises(WaltError, match="was not prepared to the end"):
-        Cache.open(tmp_path / "cache")
+        ClipStore.open(tmp_path / "cache")
     # What a kill in the middle of writing may leave, besides.
     with (tmp_path / "cache/journal.jsonl").open("ab") as journal, (tmp_path / "cache/frames-0.raw").open("ab") as raw:
         journal.write(torn)
@@ -285,7 +285,7 @@ def test_frames_are_on_the_disk_before_the_index(folder, tmp_path, monkeypatch):
 
 def test_frames_that_the_disk_has_lost_are_decoded_again(folder, tmp_path, monkeypatch, decoded):
     with monkeypatch.context() as patch:
-        patch.setattr(walt.prepare, "write_index", lambda folder, settings, items: items and 1 / 0)
+        patch.setattr(walt.data.prepare, "write_index", lambda folder, settings, items: items and 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(folder, tmp_path / "cache", workers=1)
     decoded.clear()
@@ -306,7 +306,7 @@ def test_one_process_at_a_time(folder, tmp_path):
         assert other.is_alive()
         assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
     other.join(60)
-    assert len(Cache.open(tmp_path / "cache").items) == len(NAMES)
+    assert len(ClipStore.open(tmp_path / "cache").items) == len(NAMES)
 
 
 def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monkeypatch):
@@ -321,10 +321,10 @@ def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monk
     def interrupted(path, *rate):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(walt.prepare, "iterate_video", interrupted)
+    monkeypatch.setattr(walt.data.prepare, "iterate_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(folder, tmp_path / "cache", workers=1)
-    still = Cache.open(tmp_path / "cache")
+    still = ClipStore.open(tmp_path / "cache")
     assert still.fingerprint == first.fingerprint
     assert all(np.array_equal(a, b) for a, b in zip(content(still), before, strict=True))
 
@@ -357,7 +357,7 @@ def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
 def test_writing_that_fails_is_no_skipped_file(folder, tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     os.symlink("/dev/full", tmp_path / "full")
-    monkeypatch.setattr(walt.prepare, "shard_path", lambda folder, shard: tmp_path / "full")
+    monkeypatch.setattr(walt.data.prepare, "shard_path", lambda folder, shard: tmp_path / "full")
     with pytest.raises(WaltError, match=r"cannot write .*cache: No space left on device"):
         make(folder, tmp_path / "cache")
 
@@ -378,7 +378,7 @@ def test_films_are_not_held_in_memory(folder, tmp_path, monkeypatch):
             most = max(most, len(alive))
             yield frame
 
-    monkeypatch.setattr(walt.prepare, "iterate_video", iterate)
+    monkeypatch.setattr(walt.data.prepare, "iterate_video", iterate)
     cache, _ = make(folder, tmp_path / "cache", workers=1)
     assert cache.items[1].frames == 60
     assert 1 <= most <= 3

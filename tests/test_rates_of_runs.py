@@ -10,8 +10,8 @@ from tiny_runs import fit, moving
 
 from walt.checkpoint import load_description
 from walt.cli import main
-from walt.prepare import prepare
-from walt.video import write_mp4
+from walt.data.prepare import prepare
+from walt.data.video import write_mp4
 
 pytest.importorskip("av", reason="PyAV is not installed")
 

@@ -19,15 +19,15 @@ from transformer_cases import EVERYTHING, FEATURES, SMALL
 
 import walt
 import walt_kernels
-from walt.config import TokenizerConfig, TransformerConfig
-from walt.diffusion import Diffusion, noise_schedule
-from walt.discriminator import Discriminator
-from walt.i3d import I3D
-from walt.losses import LeCam
-from walt.perceptual import EfficientNetFeatures, PerceptualLoss
-from walt.phases import Phase, _Loss
-from walt.tokenizer import Tokenizer
-from walt.transformer import Transformer
+from walt.evaluate.i3d import I3D
+from walt.model.config import TokenizerConfig, TransformerConfig
+from walt.model.diffusion import Diffusion, noise_schedule
+from walt.model.tokenizer import Tokenizer
+from walt.model.transformer import Transformer
+from walt.train.discriminator import Discriminator
+from walt.train.losses import LeCam
+from walt.train.objective import Phase, _Loss
+from walt.train.perceptual import EfficientNetFeatures, PerceptualLoss
 from walt_kernels.nn import AdaLNLoRA, CausalConv3d, WindowAttention, reset_children
 
 
@@ -159,6 +159,6 @@ def test_the_order_of_modules_does_not_matter(name: str) -> None:
 def test_a_schedule_is_not_on_the_device_of_the_models() -> None:
     with torch.device("meta"):
         diffusion = Diffusion()
-    assert torch.equal(diffusion.gamma, noise_schedule(diffusion.config))
+    assert torch.equal(diffusion.alpha_bar, noise_schedule(diffusion.config))
     x = torch.ones(1, 2)
     assert diffusion.add_noise(x, x, torch.tensor([5])).isfinite().all()

@@ -14,17 +14,19 @@ from safetensors.torch import load_file
 from tiny_runs import fit, make, write_films
 from torch import nn
 
-from walt import run_tokenizer, run_transformer
-from walt.buckets import Batch
-from walt.data import to_model
+from walt.checkpoint import fingerprint
+from walt.commands import train_stage
+from walt.data.loading import Batch
+from walt.data.pixels import to_model
+from walt.data.video import read_video, write_png
 from walt.errors import WaltError, WaltWarning
-from walt.latents import fingerprint
-from walt.logs import read_log
-from walt.pipeline import WaltPipeline, load_tokenizer
-from walt.run_common import describe_changes
-from walt.runs import open_data, train
+from walt.pretrained import load_tokenizer
+from walt.sample.pipeline import WaltPipeline
 from walt.settings import load_settings
-from walt.video import read_video, write_png
+from walt.train import denoiser
+from walt.train import tokenizer as tokenizer_training
+from walt.train.log import read_log
+from walt.train.run import describe_changes, open_data
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -143,7 +145,7 @@ class TestRefused:
         cache = open_data(other, tmp_path / "cache", load_settings("base", overrides=["data.height=16"]))
         run = make("tokenizer", films, model)
         with pytest.raises(WaltError, match=r"tokenizer was trained on other data than .*1 file fewer: up/1.mp4"):
-            train(replace(run, cache=cache))
+            train_stage(replace(run, cache=cache))
 
     def test_what_changed(self, films, tmp_path):
         """Other times are no change; other bytes, more and fewer files are told by name."""
@@ -176,7 +178,7 @@ class TestRefused:
             cache = open_data(films, model, run.settings, captions)
             changed = "4 captions changed: down/0.mp4, down/1.mp4, up/0.mp4, up/1.mp4"
             with pytest.raises(WaltError, match=f"transformer was trained on other data than .*{changed}"):
-                train(replace(run, cache=cache))
+                train_stage(replace(run, cache=cache))
         finally:
             make("base", films, model)  # the folder's own captions again
 
@@ -205,7 +207,7 @@ class TestRefused:
         run = make("base", films, model, "data.text=bytes")
         run.cache.caption = (None,) * 4
         with pytest.raises(WaltError, match=r"data-16x16 has no captions; give --captions"):
-            train(run)
+            train_stage(run)
 
     def test_out_inside_the_data(self, films):
         with pytest.raises(WaltError, match=r"run lies inside .*films"):
@@ -224,7 +226,7 @@ class TestRefused:
 class TestTokenizer:
     def test_with_all_losses(self, films, tmp_path, monkeypatch):
         network = Pooled()
-        monkeypatch.setattr(run_tokenizer, "efficientnet_features", lambda: network)
+        monkeypatch.setattr(tokenizer_training, "efficientnet_features", lambda: network)
         full = ("losses.perceptual=0.1", "losses.adversarial=0.1", "losses.r1_every=1", "losses.perceptual_frames=3")
         fit("tokenizer", films, tmp_path, *full, "data.images=0", "training.preview_every=1")
         # Of 2 steps, 3 frames of 4 clips and of their reconstructions.
@@ -241,7 +243,7 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("images", [0, 2, 4])
     def test_share_of_steps_with_images(self, films, tmp_path, images):
-        source = run_tokenizer.pixel_source(make("tokenizer", films, tmp_path, f"data.images={images}"))
+        source = tokenizer_training.pixel_source(make("tokenizer", films, tmp_path, f"data.images={images}"))
         generator = torch.Generator().manual_seed(0)
         drawn = [source.load(source.draw(generator))["video"].shape[2] for _ in range(40)]
         assert set(drawn) == {0: {5}, 2: {1, 5}, 4: {1}}[images]
@@ -251,7 +253,7 @@ class TestTokenizer:
         def stop(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(run_tokenizer, "set_statistics", stop)
+        monkeypatch.setattr(tokenizer_training, "set_statistics", stop)
         with pytest.raises(KeyboardInterrupt):
             fit("tokenizer", films, tmp_path)
         with pytest.raises(WaltError, match=r"tokenizer was not trained to its end .*run walt train tokenizer again"):
@@ -293,14 +295,14 @@ def test_features_of_captions_are_computed_once(model, films, tmp_path, monkeypa
         def count(self, texts):
             return [len(text) for text in texts]
 
-    monkeypatch.setattr(run_transformer, "text_encoder", lambda name, length: Lengths())
+    monkeypatch.setattr(denoiser, "text_encoder", lambda name, length: Lengths())
     (tmp_path / "tokenizer").symlink_to(model / "tokenizer")
     with pytest.warns(WaltWarning, match="4 of 4 captions are longer than the 4 letters that .* 'lengths' reads"):
         trainer = fit("base", films, tmp_path, "data.text=lengths", "transformer.classes=0")
     assert trainer.model.config.text_width == 3
     assert sorted(calls) == ["", "stripes go down", "stripes go up"]
     coder = load_tokenizer(model / "tokenizer")
-    source = run_transformer.latent_source(
+    source = denoiser.latent_source(
         make("base", films, tmp_path, "data.text=lengths"),
         coder,
         fingerprint(coder),

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, make
 from torch import distributed
 
-from walt import run_tokenizer
 from walt.checkpoint import read_tensors
-from walt.logs import read_log
-from walt.pipeline import load_tokenizer
-from walt.runs import train
+from walt.commands import train_stage
+from walt.pretrained import load_tokenizer
+from walt.train import tokenizer as tokenizer_training
+from walt.train.log import read_log
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -91,7 +91,7 @@ class TestResume:
     def test_tokenizer_with_an_adversary(self, films, tmp_path, monkeypatch):
         fit("tokenizer", films, tmp_path / "whole", *ADVERSARY, *self.STEPS)
         with monkeypatch.context() as patch:
-            stopping(patch, run_tokenizer, "discriminator_losses", 4)  # in step 4, after the checkpoint of step 2
+            stopping(patch, tokenizer_training, "discriminator_losses", 4)  # in step 4, after the checkpoint of step 2
             with pytest.raises(Stop):
                 fit("tokenizer", films, tmp_path / "cut", *ADVERSARY, *self.STEPS)
         state = json.loads((tmp_path / "cut" / "tokenizer" / "state.json").read_text())
@@ -103,7 +103,7 @@ class TestResume:
         options = (*self.STEPS, "data.text=bytes", "transformer.frame_condition=true", "training.preview_every=1")
         whole, cut = begun(tokenizer, tmp_path / "whole"), begun(tokenizer, tmp_path / "cut")
         fit("base", films, whole, *options)
-        from walt.diffusion import Diffusion
+        from walt.model.diffusion import Diffusion
 
         with monkeypatch.context() as patch:
             stopping(patch, Diffusion, "loss", 4)
@@ -115,7 +115,7 @@ class TestResume:
     def test_killed_before_the_statistics(self, films, tmp_path, monkeypatch):
         fit("tokenizer", films, tmp_path / "whole")
         with monkeypatch.context() as patch:
-            stopping(patch, run_tokenizer, "set_statistics", 1)
+            stopping(patch, tokenizer_training, "set_statistics", 1)
             with pytest.raises(Stop):
                 fit("tokenizer", films, tmp_path / "cut")
         fit("tokenizer", films, tmp_path / "cut")
@@ -158,7 +158,7 @@ def test_two_processes(films, tokenizer, tmp_path):
     one, two = begun(tokenizer, tmp_path / "one"), begun(tokenizer, tmp_path / "two")
     options = ("data.text=bytes", "transformer.frame_condition=true")
     (two / "data-16x16").unlink()  # the ranks prepare it
-    train(make("base", films, one, *options))
+    train_stage(make("base", films, one, *options))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "walt"]
     command += ["train", "base", "--data", str(films), "--out", str(two)]
     for override in (*TOKENIZER, *TRANSFORMER, *SHORT, *options):

@@ -11,12 +11,12 @@ import torch
 from command_line import fails
 from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit
 
-from walt.captions import encode_sentences
 from walt.cli import main
+from walt.data.captions import encode_sentences
+from walt.data.video import read_image, read_video
 from walt.errors import WaltError, WaltWarning
-from walt.pipeline import WaltPipeline
-from walt.text import ByteEncoder
-from walt.video import read_image, read_video
+from walt.model.text import ByteEncoder
+from walt.sample.pipeline import WaltPipeline
 
 pytest.importorskip("av", reason="PyAV is not installed")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from walt.config import PRESETS
 from walt.errors import WaltError
+from walt.presets import PRESETS
 from walt.settings import DataConfig, load_settings
 
 

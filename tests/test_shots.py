@@ -1,4 +1,4 @@
-"""walt.shots: cuts are found to the frame, motion and flicker are none."""
+"""walt.data.shots: cuts are found to the frame, motion and flicker are none."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from films import noise
 
-from walt.data import cover, film_path
+from walt.data.pixels import cover
+from walt.data.shots import ShotDetector, find_cuts
+from walt.data.simulator import film_path
+from walt.data.video import iterate_video
 from walt.errors import WaltError
-from walt.shots import ShotDetector, find_cuts
-from walt.video import iterate_video
 
 
 def shots_of(frames) -> tuple[tuple[int, int], ...]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformer_cases import SMALL, make
 
-from walt.config import PRESETS
-from walt.diffusion import Diffusion
 from walt.errors import WaltError
-from walt.text import MINILM, ByteEncoder, HuggingFaceEncoder, check_text, text_encoder, with_text
+from walt.model.diffusion import Diffusion
+from walt.model.text import MINILM, ByteEncoder, HuggingFaceEncoder, check_text, text_encoder, with_text
+from walt.presets import PRESETS
 
 TEXTS = ["turning left", "", "a much longer sentence than the others"]
 

@@ -12,8 +12,10 @@ from small_tokenizer import SMALL, draw, make, native
 from small_tokenizer import one_thread as one_thread
 from torch import Tensor
 
-from walt.config import PRESETS, TokenizerConfig, TokenizerLossConfig
-from walt.tokenizer import Tokenizer
+from walt.model.config import TokenizerConfig
+from walt.model.tokenizer import Tokenizer
+from walt.presets import PRESETS
+from walt.settings import TokenizerLossConfig
 from walt_kernels.nn import CausalConv3d
 
 

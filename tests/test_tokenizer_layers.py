@@ -9,7 +9,7 @@ from small_tokenizer import one_thread as one_thread
 from torch import Tensor
 from torch.nn import functional as F
 
-from walt.tokenizer_layers import AdaptiveNorm, FrameNormSwish, Upsample, depth_to_space
+from walt.model.tokenizer_layers import AdaptiveNorm, FrameNormSwish, Upsample, depth_to_space
 from walt_kernels.testing import K_BACKWARD, K_FORWARD, compare
 
 

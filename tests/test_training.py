@@ -1,4 +1,4 @@
-"""walt.training: it learns, resumes to the bit, averages, stops in time, and stops before broken weights."""
+"""walt.train.trainer: it learns, resumes to the bit, averages, stops in time, and stops before broken weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import nn
 
 from walt.checkpoint import read_tensors
 from walt.errors import WaltError
-from walt.logs import read_log
-from walt.training import Phase, Trainer, TrainingConfig, learning_rate
+from walt.settings import TrainingConfig
+from walt.train.log import read_log
+from walt.train.objective import Phase
+from walt.train.optimizers import learning_rate
+from walt.train.trainer import Trainer
 
 
 def line_fit(folder: Path, steps: int, crash_at: int | None = None, **settings) -> Trainer:

@@ -15,8 +15,10 @@ from torch import nn
 
 from walt.checkpoint import read_tensors
 from walt.errors import WaltError
-from walt.logs import RunLog, read_log
-from walt.training import Phase, Trainer, TrainingConfig
+from walt.settings import TrainingConfig
+from walt.train.log import RunLog, read_log
+from walt.train.objective import Phase
+from walt.train.trainer import Trainer
 
 
 def losses(path) -> list[float]:

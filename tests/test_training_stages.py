@@ -12,13 +12,16 @@ from on_ranks import TRANSFORMER
 from test_training import same
 
 from walt.checkpoint import save_checkpoint
-from walt.config import PRESETS, TokenizerConfig
-from walt.data import Clips
+from walt.data.simulator import Clips
 from walt.errors import WaltError
-from walt.losses import decorrelation_loss, reconstruction_loss
-from walt.pipeline import ClipShape, WaltPipeline, load_tokenizer
+from walt.model.config import ClipShape, TokenizerConfig
+from walt.presets import PRESETS
+from walt.pretrained import load_tokenizer
+from walt.sample.pipeline import WaltPipeline
+from walt.settings import TrainingConfig
 from walt.stages import new_transformer, prepare_latents, train_tokenizer, train_transformer
-from walt.training import Trainer, TrainingConfig
+from walt.train.losses import decorrelation_loss, reconstruction_loss
+from walt.train.trainer import Trainer
 
 TINY_TOKENIZER = TokenizerConfig(
     channels=4, multipliers=(1, 1, 2, 2), blocks=1, middle_blocks=0, latent_channels=4, groups=2

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_cases import EVERYTHING, FEATURES, SHAPE, SMALL, close, draw, inputs, make
 
-from walt.config import TransformerConfig
-from walt.transformer import Transformer, patchify, unpatchify
+from walt.model.config import TransformerConfig
+from walt.model.transformer import Transformer, patchify, unpatchify
 
 # The forward pass
 

@@ -10,8 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_cases import EVERYTHING, FEATURES, SMALL, inputs, make
 
-from walt.config import PRESETS, TransformerConfig
-from walt.transformer import Transformer
+from walt.model.config import TransformerConfig
+from walt.model.transformer import Transformer
+from walt.presets import PRESETS
 from walt_kernels import use_backend
 
 L, XL = PRESETS["L"][1], PRESETS["XL"][1]

@@ -14,14 +14,13 @@ import yaml
 from test_pipeline import QUICK, build, video
 from torch import Tensor
 
-from walt.config import DiffusionConfig, TokenizerConfig, TransformerConfig
-from walt.diffusion import Diffusion, sample_noise
-from walt.discriminator import Discriminator
+from walt.atomic import read_json, write_json
 from walt.errors import WaltError
-from walt.files import read_json, write_json
-from walt.optimizers import TrainingConfig
-from walt.pipeline import ClipShape, WaltPipeline
-from walt.settings import DataConfig
+from walt.model.config import ClipShape, DiffusionConfig, TokenizerConfig, TransformerConfig
+from walt.model.diffusion import Diffusion, sample_noise
+from walt.sample.pipeline import WaltPipeline
+from walt.settings import DataConfig, TrainingConfig
+from walt.train.discriminator import Discriminator
 from walt_kernels import adaln_modulate, causal_conv3d, next_history, window_attention
 from walt_kernels.nn import AdaLNLoRA, CausalConv3d, WindowAttention
 from walt_kernels.values import plain

@@ -1,4 +1,4 @@
-"""walt.video: what is written can be read again, and every bad file gives one line that names it."""
+"""walt.data.video: what is written can be read again, and every bad file gives one line that names it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from walt.errors import WaltError
-from walt.evaluate import psnr
-from walt.video import (
+from walt.data.video import (
     frame_rate,
     iterate_video,
     read_image,
@@ -21,6 +19,8 @@ from walt.video import (
     write_png,
     write_video,
 )
+from walt.errors import WaltError
+from walt.evaluate.metrics import psnr
 
 pytest.importorskip("av", reason="PyAV is not installed")
 image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")

@@ -1,4 +1,4 @@
-"""walt.video reads films as a player shows them: colour matrix and range, alpha, square pixels, turned and mirrored."""
+"""walt.data.video reads films as a player shows them: colour matrix, range, alpha, square pixels, turned."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from films import noise
 
+from walt.data.prepare import prepare
+from walt.data.video import _upright, iterate_video, read_video, write_mp4
 from walt.errors import WaltError
-from walt.prepare import prepare
-from walt.video import _upright, iterate_video, read_video, write_mp4
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 

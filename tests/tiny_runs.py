@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from walt.runs import Run, captions_of, open_data, train
+from walt.commands import train_stage
+from walt.data.video import write_mp4
 from walt.settings import load_settings
-from walt.video import write_mp4
+from walt.train.run import Run, captions_of, open_data
 
 TOKENIZER = ("tokenizer.channels=4", "tokenizer.multipliers=[1, 1, 1, 1]", "tokenizer.groups=2")
 TOKENIZER += ("tokenizer.middle_blocks=0", "tokenizer.latent_channels=4")
@@ -53,4 +54,4 @@ def make(stage: str, data: Path, out: Path, *overrides: str, preset: str | None 
 
 
 def fit(stage: str, data: Path, out: Path, *overrides: str, preset: str | None = None, new_settings: bool = False):
-    return train(make(stage, data, out, *overrides, preset=preset, new_settings=new_settings))
+    return train_stage(make(stage, data, out, *overrides, preset=preset, new_settings=new_settings))

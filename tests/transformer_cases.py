@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from walt.config import TransformerConfig
-from walt.transformer import Transformer
+from walt.model.config import TransformerConfig
+from walt.model.transformer import Transformer
 
 SMALL = TransformerConfig(
     layers=3,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from walt.config import PRESETS, DiffusionConfig, TokenizerConfig, TransformerConfig
-from walt.diffusion import Diffusion
-from walt.tokenizer import Tokenizer
-from walt.transformer import Transformer
+from walt.model.config import DiffusionConfig, TokenizerConfig, TransformerConfig
+from walt.model.diffusion import Diffusion
+from walt.model.tokenizer import Tokenizer
+from walt.model.transformer import Transformer
+from walt.presets import PRESETS
 
 __all__ = [
     "PRESETS",

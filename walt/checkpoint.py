@@ -7,6 +7,7 @@ which rows of which tensors it holds. They are read by name like a single file, 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from walt.distributed import failing_together, is_main, is_sharded, own, own_rows, rank, whole, world
+from walt.atomic import atomic_folder, flush, latest_complete, read_json, staging
+from walt.distributed import full, is_main, is_sharded, local, local_rows, raise_on_all_ranks, rank, world_size
 from walt.errors import WaltError
-from walt.files import flush, read_json, replacing_folder, settled, staging
 
 FORMAT = "walt-checkpoint"
 VERSION = 1
@@ -42,14 +43,14 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any] | None = None,
     *,
-    retired: Path | None = None,
+    keep_as: Path | None = None,
 ) -> None:
     """Write config.json (kind, description), `<name>.safetensors` for each group of tensors, and state.json, if any.
 
-    The folder appears complete or not at all; one that was there is replaced, and moved to `retired` if that is given.
+    The folder appears complete or not at all; one that was there is replaced, and moved to `keep_as` if that is given.
     WaltError if the disk is full.
     """
-    with replacing_folder(folder, retired) as temporary:
+    with atomic_folder(folder, keep_as) as temporary:
         for name, group in tensors.items():
             write_tensors(temporary / f"{name}.safetensors", group)
         _write_documents(temporary, kind, description, state)
@@ -62,29 +63,29 @@ def save_together(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     *,
-    retired: Path | None = None,
+    keep_as: Path | None = None,
 ) -> None:
     """`save_checkpoint` by all ranks: each writes its shards, the main one all else. They need one file system.
 
     If a rank cannot write, every rank raises WaltError, and the old checkpoint stays.
     """
-    if world() == 1:
-        return save_checkpoint(folder, kind, description, tensors, state, retired=retired)
+    if world_size() == 1:
+        return save_checkpoint(folder, kind, description, tensors, state, keep_as=keep_as)
     folder, what = Path(folder), f"cannot write {folder}"
     parts = {name: _own_part(group) for name, group in tensors.items()}
     with contextlib.ExitStack() as stack:
-        with failing_together(what):
-            temporary = stack.enter_context(replacing_folder(folder, retired)) if is_main() else staging(folder)
-        with failing_together(what):
+        with raise_on_all_ranks(what):
+            temporary = stack.enter_context(atomic_folder(folder, keep_as)) if is_main() else staging(folder)
+        with raise_on_all_ranks(what):
             for name, (held, rows) in parts.items():
                 sharded = any(is_sharded(tensor) for tensor in tensors[name].values())
                 if sharded:
-                    path = temporary / f"{name}-{rank() + 1:05d}-of-{world():05d}.safetensors"
+                    path = temporary / f"{name}-{rank() + 1:05d}-of-{world_size():05d}.safetensors"
                     write_tensors(path, held, {"rows": json.dumps(rows)})
                     flush(path)
                 elif is_main():
                     write_tensors(temporary / f"{name}.safetensors", held)
-        with failing_together(what):
+        with raise_on_all_ranks(what):
             if is_main():
                 _write_documents(temporary, kind, description, state)
             stack.close()
@@ -101,13 +102,13 @@ def _own_part(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     """What this rank writes of a group, and for sharded tensors (first row, rows of all ranks)."""
     held, rows = {}, {}
     for name, tensor in group.items():
-        span = own_rows(tensor)
+        span = local_rows(tensor)
         if span is None:
-            complete = whole(tensor)  # every rank takes part
+            complete = full(tensor)  # every rank takes part
             if is_main():
                 held[name] = complete
         elif span[0] < span[1]:
-            held[name] = own(tensor)
+            held[name] = local(tensor)
             rows[name] = (span[0], tensor.shape[0])
     return held, rows
 
@@ -163,7 +164,7 @@ class TensorFiles:
         _check_fit(targets, self.shapes, self.path)
         with torch.no_grad():
             for name, target in targets.items():
-                own(target).copy_(self.read(name, own_rows(target)))
+                local(target).copy_(self.read(name, local_rows(target)))
 
 
 @contextlib.contextmanager
@@ -191,13 +192,13 @@ def _shards(path: Path) -> list[Path]:
 
 def checkpoint_folder(folder: str | Path) -> Path | None:
     """The complete checkpoint at folder, or None."""
-    found = settled(folder)
+    found = latest_complete(folder)
     return found if (found / "config.json").is_file() else None
 
 
 def load_description(folder: str | Path, kind: str) -> tuple[Path, dict[str, Any]]:
     """The complete folder and what its config.json says; WaltError if it is missing, foreign or of another kind."""
-    folder = settled(folder)
+    folder = latest_complete(folder)
     if not folder.is_dir():
         raise WaltError(f"no such checkpoint: {folder}")
     path = folder / "config.json"
@@ -225,13 +226,13 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     module.load_state_dict(dict(tensors))
 
 
-def _check_fit(own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    missing = [name for name in own if name not in shapes]
-    unknown = [name for name in shapes if name not in own]
+def _check_fit(module: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    missing = [name for name in module if name not in shapes]
+    unknown = [name for name in shapes if name not in module]
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model does not"
         raise WaltError(f"{path} does not fit its config.json: it {what} ({len(missing) + len(unknown)} such tensors)")
-    for name, tensor in own.items():
+    for name, tensor in module.items():
         if tuple(tensor.shape) != shapes[name]:
             raise WaltError(
                 f"{path} does not fit its config.json: {name!r} has shape {list(shapes[name])},"
@@ -271,3 +272,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     files.read_into(optimizer_tensors(optimizer))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of the names, dtypes, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

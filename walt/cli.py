@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from walt import commands
-from walt.config import PRESETS
-from walt.demo import Demo, DemoConfig, summary
+from walt.data.simulator import SCENARIOS
+from walt.demo.demo import Demo, DemoConfig, summary
 from walt.errors import WaltError, WaltWarning
-from walt.simulator import SCENARIOS
+from walt.presets import PRESETS
+from walt.rates import RATES, is_rate
 from walt.terminal import check_output, one_line, terminal
-from walt.video import RATES, is_rate
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

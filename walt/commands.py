@@ -13,34 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from walt.cache import Cache
-from walt.checkpoint import TensorFiles, load_description, write_tensors
-from walt.config import SPACE_FACTOR
-from walt.data import fill, to_model, to_pixels, write_demo_folder
-from walt.distributed import process_group
-from walt.doctor import doctor as diagnose
-from walt.errors import WaltError, user_values
-from walt.evaluate import METRICS as METRIC_NAMES
-from walt.evaluate import FrameFeatures, VideoFeatures
-from walt.evaluate import evaluate as compare
-from walt.files import check_writable, replacing, write_json
-from walt.info import describe, table
-from walt.latents import fingerprint
-from walt.pipeline import OVERLAP, WaltPipeline, load_tokenizer
-from walt.prepare import prepare as prepare_folder
-from walt.pretrained import local_folder
-from walt.real_clips import real_clips, trained_on
-from walt.runs import Run, alone, captions_of, open_data, warn_of_cut_captions
-from walt.runs import train as train_stage
-from walt.settings import load_settings
-from walt.text import ByteEncoder
-from walt.tiling import decode_tiled, encode_tiled
-from walt.tokenizer import Tokenizer
-from walt.video import (
+from walt.atomic import atomic_write, check_writable, write_json
+from walt.checkpoint import TensorFiles, fingerprint, load_description, write_tensors
+from walt.data.clips import ClipStore
+from walt.data.pixels import fill, to_model, to_pixels
+from walt.data.prepare import prepare as prepare_folder
+from walt.data.simulator import write_demo_folder
+from walt.data.video import (
     FPS,
     IMAGE_SUFFIXES,
     check_output,
-    check_rate,
     check_size,
     frame_rate,
     keeping,
@@ -51,6 +33,27 @@ from walt.video import (
     write_png,
     write_video,
 )
+from walt.distributed import process_group
+from walt.doctor import doctor as diagnose
+from walt.errors import WaltError, as_user_error
+from walt.evaluate.evaluate import METRICS as METRIC_NAMES
+from walt.evaluate.evaluate import evaluate as compare
+from walt.evaluate.networks import FrameFeatures, VideoFeatures
+from walt.evaluate.real_clips import real_clips, trained_on
+from walt.info import describe, table
+from walt.model.config import SPACE_FACTOR
+from walt.model.text import ByteEncoder
+from walt.model.tokenizer import Tokenizer
+from walt.model.tokenizer_tiles import decode_tiled, encode_tiled
+from walt.pretrained import load_tokenizer
+from walt.rates import check_rate
+from walt.sample.denoiser import local_folder
+from walt.sample.pipeline import OVERLAP, WaltPipeline
+from walt.settings import load_settings
+from walt.train.denoiser import train_denoiser
+from walt.train.run import Run, alone, captions_of, check, open_data, warn_of_cut_captions
+from walt.train.tokenizer import train_tokenizer
+from walt.train.trainer import Trainer
 
 METRICS = tuple(METRIC_NAMES)
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -59,7 +62,7 @@ TILE = (1 << 16, 1 << 16)  # the whole frame
 
 def demo_data(arguments: argparse.Namespace) -> None:
     a = arguments
-    with user_values("--frames, --size"):
+    with as_user_error("--frames, --size"):
         write_demo_folder(a.out, clips_per_class=a.num, frames=a.frames, size=a.size, seed=a.seed)
     print(f"{a.out}: {len(list(a.out.glob('*/*.mp4')))} clips in {len(list(a.out.glob('*/')))} classes, captions.jsonl")
 
@@ -79,7 +82,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     warn_of_cut_captions(cache, ByteEncoder())
 
 
-def _contents(cache: Cache) -> str:
+def _contents(cache: ClipStore) -> str:
     videos = [item for item in cache.items if item.kind == "video"]
     shots = sum(len(item.shots) for item in videos)
     frames = sum(item.frames for item in cache.items)
@@ -237,7 +240,7 @@ def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
             raise WaltError(f"--given {count}: {path} is a single picture")
     else:
         frames = read_video(path, frames=count)
-    with user_values(str(path)):
+    with as_user_error(str(path)):
         return fill(frames, height, width)
 
 
@@ -254,9 +257,9 @@ def encode(arguments: argparse.Namespace) -> None:
     if min(height, width) < SPACE_FACTOR:
         raise WaltError(f"{arguments.video}: {video.shape[1]}x{video.shape[2]} pixels; expected at least 8x8")
     pixels = to_model(video[None, :frames, :height, :width]).to(tokenizer.latent_mean)
-    with user_values("--tile"):
+    with as_user_error("--tile"):
         latent = encode_tiled(tokenizer, pixels, **_tiles(arguments))
-    with replacing(arguments.out) as temporary:
+    with atomic_write(arguments.out) as temporary:
         metadata = {"tokenizer": fingerprint(tokenizer)} | ({"fps": str(fps)} if fps else {})
         write_tensors(temporary, {"latent": latent.cpu()}, metadata)
     cut = "" if frames == len(video) else f" (of {len(video)}: a clip has 1 + 4k)"
@@ -277,7 +280,7 @@ def decode(arguments: argparse.Namespace) -> None:
             f"{arguments.latents} holds latents of another tokenizer than {arguments.source};"
             " encode the video again, or name the model that it was encoded with"
         )
-    with user_values(str(arguments.latents)):
+    with as_user_error(str(arguments.latents)):
         # Pictures have no rate, nor have files from before it was written.
         stored = float(files.metadata.get("fps", 0))
         fps = arguments.fps or stored or trained_on(local_folder(arguments.source))[0]["fps"] or FPS
@@ -307,7 +310,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     clip, _ = trained_on(folder)
     trained = (clip["frames"], clip["height"], clip["width"])
     frames, size = arguments.frames or trained[0], arguments.size or trained[1:]
-    with user_values("--frames, --size"):
+    with as_user_error("--frames, --size"):
         tokenizer.config.latent_shape(frames, *size)
     if pipeline is not None and (frames, *size) != trained:
         raise WaltError(
@@ -316,7 +319,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     real, labels, texts = real_clips(arguments.data, arguments.num, frames, size, folder)
     results = {}
-    with user_values("evaluate"):
+    with as_user_error("evaluate"):
         if paired:
             results["reconstructions"] = compare(real, np.concatenate(list(_reconstructions(tokenizer, real))), paired)
         if pipeline is not None:
@@ -356,3 +359,13 @@ def info(arguments: argparse.Namespace) -> None:
 def doctor(arguments: argparse.Namespace) -> None:
     for line in diagnose(arguments.out):
         print(line)
+
+
+def train_stage(run: Run) -> Trainer[Any]:
+    """Train the stage, from its checkpoint if there is one, to its last step.
+
+    `training.accumulate` and the number of processes change rounding alone, but for the tokenizer's decorrelation loss,
+    which is a statistic of the part of the batch that is at hand: it is then the mean over smaller parts.
+    """
+    check(run)
+    return train_tokenizer(run) if run.stage == "tokenizer" else train_denoiser(run)

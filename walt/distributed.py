@@ -63,7 +63,7 @@ def rank() -> int:
     return dist.get_rank() if _joined() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if _joined() else 1
 
@@ -77,41 +77,41 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def total(values: Tensor) -> Tensor:
+def all_sum(values: Tensor) -> Tensor:
     """The sum of each rank's values, the same bits on every rank."""
-    if world() == 1:
+    if world_size() == 1:
         return values
     summed = values.clone()
     dist.all_reduce(summed)
     return summed
 
 
-def mean(values: Tensor) -> Tensor:
+def all_mean(values: Tensor) -> Tensor:
     """The mean of each rank's values, the same bits on every rank."""
-    return total(values) / world()
+    return all_sum(values) / world_size()
 
 
-def maximum(*values: float) -> list[float]:
+def all_max(*values: float) -> list[float]:
     """The largest of each rank's values: a decision that all ranks take together."""
-    if world() == 1:
+    if world_size() == 1:
         return list(values)
     largest = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
 
 
-def gather(tensor: Tensor) -> list[Tensor]:
+def all_gather(tensor: Tensor) -> list[Tensor]:
     """The tensor of each rank, of one shape and dtype, in the order of ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return [tensor]
     mine = tensor.to(_device())
-    everyones = [torch.empty_like(mine) for _ in range(world())]
+    everyones = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everyones, mine)
     return [other.to(tensor.device) for other in everyones]
 
 
 @contextlib.contextmanager
-def failing_together(what: str) -> Iterator[None]:
+def raise_on_all_ranks(what: str) -> Iterator[None]:
     """An OSError or WaltError of one rank is a WaltError on all of them: none goes on to wait for one that gave up."""
     failure: WaltError | None = None
     try:
@@ -120,7 +120,7 @@ def failing_together(what: str) -> Iterator[None]:
         failure = error
     except OSError as error:
         failure = WaltError(f"{what}: {error.strerror or error}")
-    if maximum(float(failure is not None))[0]:
+    if all_max(float(failure is not None))[0]:
         raise failure or WaltError(f"{what}: another rank failed")
 
 
@@ -131,7 +131,7 @@ def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
     layer after the other; the rows of all ranks must then use the same parameters. All ranks start from the weights of
     the main one.
     """
-    if world() == 1:
+    if world_size() == 1:
         return loss
     for tensor in (*loss.parameters(), *loss.buffers()):
         dist.broadcast(tensor.detach(), 0)
@@ -168,26 +168,26 @@ def synchronizing(wrapped: nn.Module, last: bool) -> Iterator[None]:
         with wrapped.no_sync():
             yield
         return
-    if world() > 1 and not isinstance(wrapped, DistributedDataParallel):
+    if world_size() > 1 and not isinstance(wrapped, DistributedDataParallel):
         cast(Any, wrapped).set_requires_gradient_sync(last)
     yield
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this rank holds a part."""
-    if world() == 1:
+    if world_size() == 1:
         return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor (every rank must ask); others as they are."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def own(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; others as they are."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
@@ -203,7 +203,7 @@ def like_rows_of(sharded: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def own_rows(tensor: Tensor) -> tuple[int, int] | None:
+def local_rows(tensor: Tensor) -> tuple[int, int] | None:
     """First and last + 1 of the rows that this rank holds; None for a tensor that it holds whole."""
     if not is_sharded(tensor):
         return None
@@ -213,5 +213,5 @@ def own_rows(tensor: Tensor) -> tuple[int, int] | None:
     if not placement.is_shard(0):
         raise ValueError(f"tensor: got placement {placement}; expected whole, or sharded by rows")
     rows = tensor.shape[0]
-    chunk = -(-rows // world())  # as torch.chunk cuts: the last ranks may get fewer rows, or none
+    chunk = -(-rows // world_size())  # as torch.chunk cuts: the last ranks may get fewer rows, or none
     return min(rank() * chunk, rows), min((rank() + 1) * chunk, rows)

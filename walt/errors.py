@@ -42,7 +42,7 @@ def require(module: str, extra: str = "") -> ModuleType:
 
 
 @contextlib.contextmanager
-def user_values(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Around code that checks values which came from the user: its ValueError or TypeError becomes a WaltError."""
     try:
         yield

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
-from walt.config import PRESETS, TokenizerConfig, TransformerConfig
 from walt.errors import WaltError
-from walt.tokenizer import Tokenizer
-from walt.transformer import Transformer
-
-STATES = 4  # float32 numbers for each parameter that AdamW with an average keeps: weight, two moments, average
+from walt.model.config import TokenizerConfig, TransformerConfig
+from walt.model.cost import STATES, activation_bytes, count
+from walt.model.tokenizer import Tokenizer
+from walt.model.transformer import Transformer
+from walt.presets import PRESETS
 
 
 def preset(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
@@ -27,52 +24,6 @@ def networks(name: str) -> tuple[Tokenizer, Transformer]:
     coder, denoiser = preset(name)
     with torch.device("meta"):
         return Tokenizer(coder), Transformer(denoiser)
-
-
-def activation_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = False) -> int:
-    """Bytes of float32 tensors that one training pass of `batch` videos keeps for its backward pass.
-
-    Found by running the pass on tensors without memory, for two and for four layers (three and five, where the number
-    is odd): every two layers more keep as much again. Labels and token ids, whose values the model checks, have none
-    then; what they add is a few numbers a sample.
-    """
-    config = replace(config, classes=0, text_vocabulary=0)
-    few = 2 + config.layers % 2
-    with FakeTensorMode():
-        if config.layers <= few:
-            return saved_bytes(config, batch, checkpointing=checkpointing)
-        first, second = (
-            saved_bytes(replace(config, layers=few + more), batch, checkpointing=checkpointing) for more in (0, 2)
-        )
-    return first + (config.layers - few) // 2 * (second - first)
-
-
-def saved_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = False) -> int:
-    """Bytes of what autograd saves in a forward pass, each storage once; weights, which are there anyway, left out."""
-    model = Transformer(config)
-    model.checkpointing = checkpointing
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage is freed and its number used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
-
-    x0 = torch.zeros(batch, config.latent_channels, *config.latent_size)
-    time = torch.zeros(batch, dtype=torch.int64)
-    given: dict[str, Tensor] = {}
-    if config.low_resolution:
-        half = (config.latent_size[0], config.latent_size[1] // 2, config.latent_size[2] // 2)
-        given = {"low_resolution": torch.zeros(batch, config.latent_channels, *half), "noise_level": time}
-    if config.text_width:
-        shape = (batch, config.text_length)
-        ids = bool(config.text_vocabulary)
-        given["text"] = torch.zeros(shape, dtype=torch.int64) if ids else torch.zeros(*shape, config.text_width)
-        given["text_mask"] = torch.ones(shape, dtype=torch.bool)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x0, time, **given)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def describe(name: str, batch: int = 1) -> str:
@@ -124,10 +75,6 @@ def table(batch: int = 1) -> str:
             )
         )
     return "\n".join([*lines, f"FLOPs of one pass over one sample; activations in float32 for a batch of {batch}"])
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _millions(model: nn.Module) -> str:

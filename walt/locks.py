@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from walt import errors
+from walt.atomic import writing
 from walt.errors import WaltError
-from walt.files import writing
 
 LOCK = "lock"
 

@@ -1,10 +1,10 @@
-"""Named pairs of tokenizer and transformer that fit together. Import `PRESETS` from `walt.config`."""
+"""Named pairs of tokenizer and transformer that fit together."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from walt.config import TokenizerConfig, TransformerConfig
+from walt.model.config import TokenizerConfig, TransformerConfig
 
 __all__ = ["PRESETS"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,20 +11,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from walt.config import (
-    PRESETS,
-    Config,
-    DiffusionConfig,
-    TokenizerConfig,
-    TokenizerLossConfig,
-    TransformerConfig,
-    expect,
-    expect_positive,
-)
-from walt.errors import WaltError, user_values
-from walt.files import replacing
-from walt.training import TrainingConfig
-from walt.video import expect_rate
+from walt.atomic import atomic_write
+from walt.errors import WaltError, as_user_error
+from walt.model.config import Config, DiffusionConfig, TokenizerConfig, TransformerConfig, expect, expect_positive
+from walt.presets import PRESETS
+from walt.rates import expect_rate
 from walt_kernels.values import is_int
 
 # Steps, batch, learning rate, optimizer and whether there is an average: table 8 of the paper, and for the presets that
@@ -37,6 +29,104 @@ PAPER = {
     "sr-1.3B": (675_000, 512, 5e-4, "adafactor", False),
     "sr-419M": (275_000, 512, 5e-4, "adafactor", False),
 }
+
+
+CHOICES = {
+    "schedule": ("cosine", "constant"),
+    "optimizer": ("adamw", "adafactor"),
+    "precision": ("float32", "bfloat16"),
+    "strategy": ("ddp", "fsdp"),
+    "tensorboard": (None, True, False),
+}
+COUNTS = {"steps": 1, "warmup": 0, "accumulate": 1, "save_every": 1, "log_every": 1, "preview_every": 0, "keep": 1}
+# How a run is spread over memory and devices, and what it writes: free to change when it is resumed.
+SPREAD = ("accumulate", "compile", "checkpointing", "strategy")
+FREE = frozenset((*SPREAD, "save_every", "log_every", "preview_every", "keep", "tensorboard"))
+
+
+@dataclass(frozen=True)
+class TokenizerLossConfig(Config):
+    """Weights of the first stage's losses. MAGVIT-v2's, but for those marked as ours."""
+
+    reconstruction: float = 5.0
+    absolute: float = 0.1  # of the absolute error within the reconstruction loss; ours
+    perceptual: float = 0.1
+    perceptual_frames: int = 2  # drawn from each video for the perceptual loss, which bounds its cost; ours
+    adversarial: float = 0.1
+    decorrelation: float = 0.02  # ours
+    r1: float = 10.0
+    r1_every: int = 16  # discriminator steps for one with the penalty, which then weighs as many times more; ours
+    lecam: float = 0.001
+    lecam_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("reconstruction", "absolute", "perceptual", "adversarial", "decorrelation", "r1", "lecam"):
+            value = getattr(self, name)
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+            expect(good, name, value, "a number of at least 0")
+        expect_positive(self, "perceptual_frames", "r1_every")
+        good = isinstance(self.lecam_decay, (int, float)) and 0 <= self.lecam_decay < 1
+        expect(good, "lecam_decay", self.lecam_decay, "a number from 0, below 1")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """How to train. Rates and weights are per step, whatever the batch.
+
+    lr rises linearly over `warmup` steps; "cosine" then takes it down to 2 % of itself at the last step.
+    weight_decay is decoupled, for every parameter. "adafactor" is torch's: its step is min(lr, 1 / sqrt(step)) times
+    the root mean square of the parameter (Shazeer and Stern 2018), so lr is relative; it has no betas.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0  # of the gradient of each phase; 0: no clipping
+    ema_decay: float = 0.99  # of the averaged weights, which are kept in float32; 0: none
+    save_every: int = 200
+    log_every: int = 10
+    seed: int = 0
+    schedule: str = "cosine"  # or "constant"
+    optimizer: str = "adamw"  # or "adafactor"
+    accumulate: int = 1  # parts into which each process cuts its rows, one after the other
+    precision: str = "float32"  # or "bfloat16": autocast; parameters and optimizer stay as they are
+    compile: bool = False
+    checkpointing: bool = False  # set on every module that has an attribute of this name
+    strategy: str = "ddp"  # or "fsdp": parameters, optimizer and averages sharded; for one process both are the same
+    preview_every: int = 0  # 0: never
+    keep: int = 1  # checkpoints that stay on the disk, the last one included
+    tensorboard: bool | None = None  # None: if it is installed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in COUNTS.items():
+            value = getattr(self, name)
+            good = is_int(value) and value >= least
+            self._expect(good, name, f"an int >= {least}")
+        self._expect(is_int(self.seed), "seed", "an int")
+        for name, choices in CHOICES.items():
+            self._expect(getattr(self, name) in choices, name, " or ".join(map(str, choices)))
+        for name in ("compile", "checkpointing"):
+            self._expect(isinstance(getattr(self, name), bool), name, "true or false")
+        self._expect(_is_number(self.lr) and self.lr > 0, "lr", "a number > 0")
+        for name in ("weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            self._expect(_is_number(value) and value >= 0, name, "a number >= 0")
+        self._expect(_is_number(self.ema_decay) and 0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)")
+        good = isinstance(self.betas, tuple) and len(self.betas) == 2
+        good = good and all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        self._expect(good, "betas", "two numbers in [0, 1)")
+
+    def _expect(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}: got {getattr(self, name)!r}; expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -84,7 +174,7 @@ class Settings:
 
     def save(self, path: Path) -> None:
         """Write the YAML file that `load_settings` reads back to the same settings."""
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
@@ -118,7 +208,7 @@ def load_settings(
 def _check(settings: Settings, stage: str) -> None:
     """What no section can check alone: clips that the tokenizer takes, and a model for the stage."""
     data = settings.data
-    with user_values("data"):
+    with as_user_error("data"):
         settings.tokenizer.latent_shape(data.frames, data.height, data.width)
     if stage != "tokenizer" and settings.transformer.low_resolution != stage.startswith("sr"):
         raise WaltError(
@@ -189,7 +279,7 @@ def _apply(settings: Settings, sections: Mapping[str, Any], origin: str) -> Sett
             raise WaltError(f"{origin}: section {name} holds {values!r}, expected fields with values")
         section = getattr(settings, name)
         hints = get_type_hints(type(section))
-        with user_values(origin):
+        with as_user_error(origin):
             typed = {key: _typed(f"{name}.{key}", value, hints.get(key)) for key, value in values.items()}
             changed[name] = type(section).from_dict({**section.to_dict(), **typed})
     return dataclasses.replace(settings, **changed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from walt.config import DiffusionConfig, TokenizerConfig, TokenizerLossConfig, TransformerConfig
-from walt.data import Clips, to_model, to_pixels
-from walt.diffusion import Diffusion
-from walt.errors import user_values
-from walt.latents import fingerprint
-from walt.losses import decorrelation_loss, reconstruction_loss
-from walt.pipeline import ClipShape, tokenizer_description, transformer_description
-from walt.tokenizer import Tokenizer
-from walt.training import Batch, Draw, Loss, Phase, Trainer, TrainingConfig
-from walt.transformer import Transformer
+from walt.checkpoint import fingerprint
+from walt.data.loading import Batch, Draw
+from walt.data.pixels import to_model, to_pixels
+from walt.data.simulator import Clips
+from walt.model.config import (
+    ClipShape,
+    DiffusionConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    tokenizer_description,
+    transformer_description,
+)
+from walt.model.diffusion import Diffusion
+from walt.model.tokenizer import Tokenizer
+from walt.model.transformer import Transformer
+from walt.settings import TokenizerLossConfig, TrainingConfig
+from walt.train.losses import decorrelation_loss, reconstruction_loss
+from walt.train.objective import Loss, Phase
+from walt.train.tokenizer import STATISTICS, set_statistics
+from walt.train.trainer import Trainer
 
-STATISTICS = 128  # clips over which the mean and deviation of the latents are taken
 IMAGE_STRIDE = 4  # every fourth frame of a clip also serves as an image
 
 
@@ -83,19 +92,6 @@ def encode(tokenizer: Tokenizer, video: np.ndarray, *, batch: int = 8, desc: str
 def decode(tokenizer: Tokenizer, latent: Tensor, *, batch: int = 8) -> np.ndarray:
     """The inverse of `encode`."""
     return np.concatenate([to_pixels(tokenizer.decode(part)) for part in latent.split(batch)])
-
-
-@torch.inference_mode()
-def set_statistics(tokenizer: Tokenizer, videos: Iterable[Tensor]) -> None:
-    """Give the tokenizer each channel's mean and deviation over the latents of videos, float [N, 3, T, H, W] each.
-
-    Afterwards it encodes to, and decodes from, latents of mean 0 and deviation 1 (paper, ablation: normalising them
-    brings FVD from 67.9 to 60.7).
-    """
-    like = tokenizer.latent_mean
-    tokenizer.set_latent_statistics(torch.zeros_like(like), torch.ones_like(like))
-    latent = torch.cat([tokenizer.encode(video.to(like)) for video in videos])
-    tokenizer.set_latent_statistics(latent.mean((0, 2, 3, 4)), latent.std((0, 2, 3, 4)).clamp_min(1e-6))
 
 
 def prepare_latents(tokenizer: Tokenizer, clips: Clips) -> Latents:
@@ -201,27 +197,6 @@ def train_transformer(
     trainer.resume()
     trainer.run(seconds=None if seconds is None else trainer.elapsed + seconds)
     return trainer.averaged.eval(), trainer
-
-
-def fitted(
-    tokenizer: TokenizerConfig, transformer: TransformerConfig, clip: tuple[int, int, int], classes: int
-) -> TransformerConfig:
-    """The configuration for clips of (frames, height, width); windows larger than their latent are cut down to it."""
-    with user_values(f"clips of {clip[0]} frames at {clip[1]}x{clip[2]}"):
-        channels, *latent = tokenizer.latent_shape(*clip)
-        depth, height, width = latent
-
-        def inside(window: tuple[int, int, int]) -> tuple[int, int, int]:
-            return min(window[0], depth), min(window[1], height), min(window[2], width)
-
-        return replace(
-            transformer,
-            latent_channels=channels,
-            latent_size=(depth, height, width),
-            spatial_window=inside(transformer.spatial_window),
-            spacetime_window=inside(transformer.spacetime_window),
-            classes=classes,
-        )
 
 
 def new_transformer(config: TransformerConfig, seed: int) -> tuple[Transformer, Diffusion]:

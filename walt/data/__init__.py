@@ -1,0 +1,1 @@
+"""From films and pictures to batches."""

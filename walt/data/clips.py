@@ -1,0 +1,304 @@
+"""The cache of a folder of videos and images: frames decoded once (`walt.data.prepare`), read through memory maps.
+
+A cache is a folder: index.json holds its settings and an entry for each file, frames-<n>.raw the pixels, uint8, item
+after item, each as [frame, row, column, RGB]. Frames are kept whole, at the smallest size that covers the height and
+width the cache was made for, so that training chooses the crop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from walt.atomic import read_json, write_json
+from walt.data.folders import PassedOver
+from walt.data.pixels import shrink
+from walt.errors import WaltError
+from walt.names import normal, some
+from walt.rates import expect_rate, same_rate
+
+FORMAT = "walt-cache"
+VERSION = 2
+INDEX = "index.json"
+PASSED_OVER = "passed-over.json"  # names of what the folder holds beside the items, by reason
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all items of a cache share: the size that their frames cover, whether films were split at their cuts, and
+    the frames a second at which they were taken (0: every frame)."""
+
+    height: int
+    width: int
+    shots: bool
+    fps: float = 0.0
+
+    def __str__(self) -> str:
+        rate = f", {self.fps:.10g} frames a second" if self.fps else ""
+        return f"height {self.height}, width {self.width}, shots {'on' if self.shots else 'off'}{rate}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file of the source folder, and where its frames are."""
+
+    name: str  # relative to the source, with "/"
+    kind: str  # "video" or "image"
+    label: str | None  # the folder it lies in; None in the source folder itself
+    caption: str | None
+    fps: float  # the file's own, on average; 0 for images, and where it does not say
+    variable: bool  # its frames do not come at an even rate
+    height: int
+    width: int
+    frames: int
+    shots: tuple[tuple[int, int], ...]  # first frame and one past the last
+    shard: int  # number of its .raw file
+    offset: int  # bytes
+    digest: str  # SHA-256 of the source file
+    size: int  # of the source file, bytes
+    modified: int  # when the source file was, nanoseconds
+    changed: int  # the same for the file or what is known of it, such as its name
+
+    @property
+    def end(self) -> int:
+        """Where its frames end in the shard, bytes."""
+        return self.offset + self.frames * self.height * self.width * 3
+
+    @property
+    def content(self) -> str:
+        """A hash of all that its frames depend on, beside the settings: not of name, label and caption, nor of where in
+        the shards they lie, nor of when the source file was written."""
+        outside = ("name", "label", "caption", "shard", "offset", "modified", "changed")
+        return _hash({key: value for key, value in vars(self).items() if key not in outside})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Item:
+        """An item from its JSON form; ValueError where a field is missing, unknown or not possible."""
+        try:
+            item = cls(**{**values, "shots": tuple((first, stop) for first, stop in values["shots"])})
+            counts = (item.height, item.width, item.frames, item.shard, item.offset)
+            state = (item.size, item.modified, item.changed)
+            whole = all(type(number) is int for number in (*counts, *state, *sum(item.shots, ())))
+            texts = isinstance(item.name, str) and isinstance(item.digest, str) and item.kind in ("video", "image")
+            whole = whole and type(item.variable) is bool
+            optional = all(text is None or isinstance(text, str) for text in (item.label, item.caption))
+            edges = [0, *(stop for _, stop in item.shots)]
+            joined = edges[-1] == item.frames and all(a == s[0] < s[1] for a, s in zip(edges, item.shots, strict=False))
+            sizes = min(item.height, item.width, item.frames, item.shard + 1, item.offset + 1) >= 1
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"an entry is malformed ({error})") from error
+        if not (whole and texts and optional and joined and sizes and isinstance(item.fps, (int, float))):
+            raise ValueError(f"the entry of {item.name!r} is malformed")
+        return item
+
+
+def _hash(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"frames-{shard}.raw"
+
+
+def write_index(folder: Path, settings: Settings, items: Iterable[Item]) -> None:
+    document = {"format": FORMAT, "version": VERSION, **vars(settings), "items": [vars(item) for item in items]}
+    write_json(folder / INDEX, document)
+
+
+def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise WaltError(f"{folder} is not a prepared folder: it has no {INDEX}")
+    document = read_json(path)
+    if document.get("format") != FORMAT:
+        raise WaltError(f'{path} is not the index of a cache of walt (its "format" is {document.get("format")!r})')
+    if document.get("version") != VERSION:
+        raise WaltError(
+            f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}: delete that folder, or"
+            " prepare into another one"
+        )
+    try:
+        settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})
+        if any(type(size) is not int or size < 1 for size in (settings.height, settings.width)):
+            raise ValueError(f"it covers {settings.height!r} x {settings.width!r} pixels")
+        if type(settings.shots) is not bool:
+            raise ValueError(f"shots is {settings.shots!r}")
+        expect_rate(settings.fps)
+        return settings, tuple(Item.from_dict(values) for values in document["items"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WaltError(f"{path} is broken: {error}") from error
+
+
+class ClipStore:
+    """A prepared folder, read-only. A row (item, first frame) names a clip or, with any frame of an item, an image."""
+
+    def __init__(
+        self, folder: Path, settings: Settings, items: tuple[Item, ...], shards: Mapping[int, np.ndarray]
+    ) -> None:
+        self.folder, self.settings, self.items = folder, settings, items
+        self.height, self.width = settings.height, settings.width
+        self._shards = shards
+        self.classes = tuple(sorted({item.label for item in items if item.label is not None}))
+        number = {name: i for i, name in enumerate(self.classes)}
+        # As `ClassEmbedding` has it, the number after the last class stands for no class.
+        self.label = np.array([number.get(item.label or "", len(self.classes)) for item in items], np.int64)
+        self.caption = tuple(item.caption for item in items)
+        # Of the frames that are held; 0 for images, and where the file does not say.
+        self.fps = np.array([(item.kind == "video" and settings.fps) or item.fps for item in items])
+        self.fingerprint = _hash([vars(settings), [(normal(item.name), item.content) for item in items]])
+
+    @property
+    def passed_over(self) -> PassedOver:
+        """What the source folder held beside the items, when it was prepared."""
+        path = self.folder / PASSED_OVER
+        return PassedOver(read_json(path) if path.is_file() else {})
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ClipStore:
+        """WaltError if the folder is missing, foreign, unfinished or broken, or holds less than its index says."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise WaltError(f"no such prepared folder: {folder}")
+        settings, items = read_index(folder)
+        if not items:
+            raise WaltError(f"{folder} was not prepared to the end; prepare it again, and it goes on")
+        shards = {}
+        for shard in sorted({item.shard for item in items}):
+            path = shard_path(folder, shard)
+            needed = max(item.end for item in items if item.shard == shard)
+            held = path.stat().st_size if path.is_file() else 0
+            if held < needed:
+                raise WaltError(f"{path} is broken: it holds {held} bytes, its index speaks of {needed}")
+            try:
+                shards[shard] = np.memmap(path, np.uint8, mode="r")
+            except OSError as error:
+                raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
+        return cls(folder, settings, items, shards)
+
+    @property
+    def rate(self) -> float:
+        """Frames a second of most films (the median); 0 if no film's is known."""
+        return float(np.median(self.fps[self.fps > 0])) if self.fps.any() else 0.0
+
+    def uneven(self) -> Iterator[str]:
+        """A line where frames are not alike in time: without a rate of the settings, the films of each rate if there
+        are several (by `same_rate`) or a film's varies; with one, the films that have fewer frames a second."""
+        films = [item for item in self.items if item.kind == "video" and item.frames > 1]  # one frame has no rate
+        if wanted := self.settings.fps:
+            slow = [item.name for item in films if 0 < item.fps < wanted and not same_rate(item.fps, wanted)]
+            if slow:
+                yield f"frames are repeated in films of fewer than {wanted:g} a second: {len(slow)} ({some(slow)})"
+            return
+        rates: dict[str, list[str]] = {}
+        last, known = -1.0, ""
+        for item in sorted(films, key=lambda item: (item.fps, item.name)):
+            if not same_rate(item.fps, last):
+                last, known = item.fps, f"{item.fps:.4g}" if item.fps else "unknown"
+            rates.setdefault("variable" if item.variable else known, []).append(item.name)
+        if len(rates) > 1 or "variable" in rates:
+            listed = "; ".join(f"{rate}: {len(names)} ({some(names)})" for rate, names in rates.items())
+            yield f"frames a second differ, and clips take frame after frame (--fps N takes them by time): {listed}"
+
+    def windows(self, frames: int, *, stride: int = 1, hop: int = 1) -> np.ndarray:
+        """Rows of all clips of `frames` frames, every `stride`-th one of a video, that lie inside one shot: [N, 2].
+
+        Clips of a shot start `hop` frames apart.
+        """
+        for name, value in (("frames", frames), ("stride", stride), ("hop", hop)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}; expected an int >= 1")
+        last = (frames - 1) * stride
+        rows = [
+            (index, np.arange(first, stop - last, hop))
+            for index, item in enumerate(self.items)
+            if item.kind == "video"
+            for first, stop in item.shots
+        ]
+        return _rows(rows)
+
+    def too_short(self, frames: int, *, stride: int = 1) -> PassedOver:
+        """Videos and shots that are too short for such a clip."""
+        needed, passed = (frames - 1) * stride + 1, PassedOver()
+        for item in self.items:
+            short = [(first, stop) for first, stop in item.shots if stop - first < needed and item.kind == "video"]
+            if len(short) == len(item.shots):
+                passed.add(f"no shot of {needed} frames", item.name)
+            else:
+                for first, stop in short:
+                    passed.add(f"shot of fewer than {needed} frames", f"{item.name} from {first} to {stop - 1}")
+        return passed
+
+    def images(self, every: int | None = None) -> np.ndarray:
+        """Rows of all images, and of every `every`-th frame of the videos (None: of none): [M, 2]."""
+        if every is not None and every < 1:
+            raise ValueError(f"every: got {every}; expected an int >= 1 or None")
+        steps = {"image": 1, "video": every}
+        items = [(index, item, steps[item.kind]) for index, item in enumerate(self.items)]
+        return _rows([(index, np.arange(0, item.frames, step)) for index, item, step in items if step is not None])
+
+    def read(
+        self,
+        rows: np.ndarray,
+        frames: int = 1,
+        *,
+        stride: int = 1,
+        crop: tuple[int, int] | None = None,
+        offset: np.ndarray | None = None,
+        flip: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The clips of rows [N, 2] -> uint8 [N, frames, height, width, 3], with (height, width) = `crop`.
+
+        By default `crop` is what the cache was made for, and it may not exceed that. It is the largest part of a frame
+        with its aspect ratio, area-averaged to its size: scale comes from the frame, position from offset [N, 2]
+        (fractions from 0, top or left, to 1; None: the middle). Clips with flip [N] are mirrored left to right.
+        """
+        rows = np.asarray(rows)
+        if rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype.kind != "i":
+            raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}; expected int64 [N, 2]")
+        height, width = (self.height, self.width) if crop is None else crop
+        if not (1 <= height <= self.height and 1 <= width <= self.width):
+            raise ValueError(f"crop: got {height}x{width}; expected at most {self.height}x{self.width}, as prepared")
+        offset = np.full((len(rows), 2), 0.5) if offset is None else np.asarray(offset)
+        flip = np.zeros(len(rows), bool) if flip is None else np.asarray(flip)
+        for name, value, shape in (("offset", offset, (len(rows), 2)), ("flip", flip, (len(rows),))):
+            if value.shape != shape:
+                raise ValueError(f"{name}: got shape {list(value.shape)}; expected {list(shape)}")
+        clips = np.empty((len(rows), frames, height, width, 3), np.uint8)
+        for clip, (index, first), place, mirrored in zip(clips, rows.tolist(), offset, flip, strict=True):
+            part = _crop(self._frames(index, first, frames, stride), height, width, place)
+            clip[:] = part[:, :, ::-1] if mirrored else part
+        return clips
+
+    def _frames(self, index: int, first: int, frames: int, stride: int) -> np.ndarray:
+        """The whole frames of a clip, without a copy."""
+        if not 0 <= index < len(self.items):
+            raise ValueError(f"rows: got item {index}; the cache has {len(self.items)}")
+        item = self.items[index]
+        stop = first + (frames - 1) * stride + 1
+        if not 0 <= first < stop <= item.frames:
+            raise ValueError(f"rows: got frames {first} to {stop - 1} of {item.name}, which has {item.frames}")
+        pixels = self._shards[item.shard][item.offset : item.end]
+        return pixels.reshape(item.frames, item.height, item.width, 3)[first:stop:stride]
+
+
+def _rows(parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    pairs = [np.stack([np.full_like(starts, index), starts], axis=1) for index, starts in parts]
+    return np.concatenate([np.empty((0, 2), np.int64), *pairs])
+
+
+def _crop(frames: np.ndarray, height: int, width: int, place: np.ndarray) -> np.ndarray:
+    """[T, H, W, 3] -> [T, height, width, 3]; frames that just cover height x width are cut, larger ones shrunk too."""
+    rows, columns = frames.shape[1:3]
+    by_height = rows * width <= columns * height
+    sides = (rows, width * rows // height) if by_height else (height * columns // width, columns)
+    # The ends of the range and all places between are equally likely when `place` is uniform; 0.5 is the middle.
+    free = np.array([rows - sides[0], columns - sides[1]])
+    top, left = np.maximum(np.ceil(place * (free + 1)) - 1, 0).astype(int).tolist()
+    part = frames[:, top : top + sides[0], left : left + sides[1]]
+    return part if sides == (height, width) else shrink(np.array(part), height, width)

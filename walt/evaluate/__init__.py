@@ -1,0 +1,1 @@
+"""How good: metrics and the networks behind them."""

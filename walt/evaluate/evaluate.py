@@ -1,0 +1,243 @@
+"""How good: sets of clips compared with each other, and every number printed with how it came about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+from tqdm import tqdm
+
+from walt.evaluate.metrics import frechet_distance, inception_score, psnr, ssim
+from walt.evaluate.networks import FrameFeatures, Network, VideoFeatures, softmax
+
+ClipSet = np.ndarray | Iterable[np.ndarray]  # uint8 [N, T, H, W, 3], or any number of such batches
+
+METRICS = {
+    "fvd": "FVD",
+    "frechet_image_distance": "Frechet image distance",
+    "inception_score": "inception score",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+}
+PAIRED = ("psnr", "ssim")
+OF_REAL = {"fvd": "video", "frechet_image_distance": "image"}  # networks that see the real clips, too
+PUBLISHED_CLIPS, PUBLISHED_FRAMES = 2048, 16  # fewest clips a side, and frames a clip, of published FVDs
+
+
+def batches(clips: ClipSet, size: int = 8, *, name: str = "clips") -> Iterator[np.ndarray]:
+    """An array in parts of `size` clips, or batches as they come, checked: uint8 [N, T, H, W, 3] of one clip size."""
+    parts = (clips[i : i + size] for i in range(0, len(clips), size)) if isinstance(clips, np.ndarray) else clips
+    shape = None
+    for part in parts:
+        good = isinstance(part, np.ndarray) and part.dtype == np.uint8 and part.ndim == 5 and part.shape[-1] == 3
+        if not good:
+            got = f"{part.dtype} {list(part.shape)}" if isinstance(part, np.ndarray) else type(part).__name__
+            raise ValueError(f"{name}: got {got}; expected uint8 [N, T, H, W, 3]")
+        shape = shape or part.shape[1:]
+        if part.shape[1:] != shape:
+            raise ValueError(f"{name}: got clips of {list(part.shape[1:])}; expected {list(shape)}, like the first")
+        if len(part):
+            yield part
+
+
+def collect(clips: ClipSet, network: Network, *, name: str = "clips") -> np.ndarray:
+    """The features of all clips, [N, ...], batch by batch; ValueError if there are fewer than two clips."""
+    rows = [network(batch) for batch in batches(clips, name=name)]
+    _check_count(sum(map(len, rows)), name)
+    return np.concatenate(rows)
+
+
+def fvd(real: ClipSet, fake: ClipSet, network: Network) -> float:
+    """Frechet video distance: of the features [N, D] that `network` (normally `VideoFeatures()`) gives whole clips."""
+    return frechet_distance(collect(real, network, name="real"), collect(fake, network, name="fake"))
+
+
+def frechet_image_distance(real: ClipSet, fake: ClipSet, network: Network) -> float:
+    """The same of single frames, with the features [N, T, D] of `network` (normally `FrameFeatures()`)."""
+    return frechet_distance(_rows(collect(real, network, name="real")), _rows(collect(fake, network, name="fake")))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers by metric, and for each the lines that say how it was measured and what it cannot be compared with."""
+
+    values: dict[str, float]
+    protocol: dict[str, tuple[str, ...]]
+    real: int  # clips
+    fake: int
+    clip: tuple[int, int, int]  # frames, height, width
+
+    def lines(self) -> list[str]:
+        """What is printed: no number without its protocol."""
+        frames, height, width = self.clip
+        top = f"{self.real} real clips and {self.fake} compared with them, {frames} frames of {height}x{width} pixels"
+        lines = [top]
+        for name, value in self.values.items():
+            lines.append(f"{METRICS[name]:<24}{value:10.{4 if name == 'ssim' else 2}f}")
+            lines += [f"  {line}" for line in self.protocol[name]]
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def evaluate(
+    real: ClipSet,
+    fake: ClipSet,
+    metrics: Sequence[str] = ("fvd", "frechet_image_distance", "inception_score"),
+    *,
+    video: Network | None = None,
+    image: Network | None = None,
+    classifier: Network | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compare two sets of clips in one pass that keeps features only, so the sets may be longer than memory.
+
+    `real`, `fake`: uint8 [N, T, H, W, 3], or iterables of such batches, of one clip size. `metrics`: keys of METRICS;
+    for "psnr" and "ssim", fake clip i is the reconstruction of real clip i, and iterables must give equal batches.
+    `video` gives FVD its features (None: `VideoFeatures()`, which needs its weights), `image` the Frechet image
+    distance (None: `FrameFeatures()`), and `classifier` the inception score of `fake` its probabilities [N, K] (None:
+    the softmax of `video`'s logits). ValueError for unlike sets, or fewer than two clips where a spread is needed.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics: got {', '.join(unknown) or 'none'}; expected some of {', '.join(METRICS)}")
+    networks: dict[str, Network] = {}
+    if "fvd" in metrics or ("inception_score" in metrics and classifier is None):
+        networks["video"] = video if video is not None else VideoFeatures()
+    if "frechet_image_distance" in metrics:
+        networks["image"] = image if image is not None else FrameFeatures()
+    if "inception_score" in metrics and classifier is not None:
+        networks["classifier"] = classifier
+    wanted = {("real", OF_REAL[name]) for name in metrics if name in OF_REAL} | {("fake", name) for name in networks}
+    measured = _measure(real, fake, networks, wanted, [name for name in metrics if name in PAIRED], progress)
+    for side, count in (("real", measured.real), ("fake", measured.fake)):
+        if side in {one for one, _ in wanted}:
+            _check_count(count, side)
+    values, protocol = {}, {}
+    for name in dict.fromkeys(metrics):
+        values[name], protocol[name] = _RESULTS[name](measured, networks)
+    return Evaluation(values, protocol, measured.real, measured.fake, measured.clip)
+
+
+@dataclass
+class _Measured:
+    """What one pass over both sets leaves: features by (side, network), paired values by metric."""
+
+    features: dict[tuple[str, str], np.ndarray]
+    paired: dict[str, np.ndarray]
+    real: int
+    fake: int
+    clip: tuple[int, int, int]
+
+
+def _measure(
+    real: ClipSet,
+    fake: ClipSet,
+    networks: dict[str, Network],
+    wanted: set[tuple[str, str]],
+    paired: Sequence[str],
+    progress: bool,
+) -> _Measured:
+    features: dict[tuple[str, str], list[np.ndarray]] = {}
+    values: dict[str, list[np.ndarray]] = {name: [] for name in paired}
+    counts = {"real": 0, "fake": 0}
+    clip: tuple[int, ...] | None = None
+    known = isinstance(real, np.ndarray) and isinstance(fake, np.ndarray)
+    total = len(real) + len(fake) if known else None  # type: ignore[arg-type]
+    with tqdm(total=total, desc="evaluate", unit="clip", disable=not progress, leave=False) as bar:
+        for pair in zip_longest(batches(real, name="real"), batches(fake, name="fake")):
+            for side, batch in zip(("real", "fake"), pair, strict=True):
+                if batch is None:
+                    continue
+                clip = clip or batch.shape[1:4]
+                if batch.shape[1:4] != clip:
+                    raise ValueError(f"{side}: got clips of {list(batch.shape[1:4])}; expected {list(clip)}, like real")
+                for name, network in networks.items():
+                    if (side, name) in wanted:
+                        features.setdefault((side, name), []).append(network(batch))
+                counts[side] += len(batch)
+                bar.update(len(batch))
+            if paired:
+                original, output = pair
+                if original is None or output is None or len(original) != len(output):
+                    got = " and ".join("none" if batch is None else str(len(batch)) for batch in pair)
+                    raise ValueError(f"fake: got batches of {got} clips; {paired[0]} pairs them, expected equal ones")
+                for name in paired:
+                    values[name].append((psnr if name == "psnr" else ssim)(output, original))
+    if clip is None:
+        raise ValueError("real, fake: got no clips")
+    return _Measured(
+        {key: np.concatenate(rows) for key, rows in features.items()},
+        {name: np.concatenate(rows) for name, rows in values.items()},
+        counts["real"],
+        counts["fake"],
+        (clip[0], clip[1], clip[2]),
+    )
+
+
+Networks = dict[str, Network]
+Result = tuple[float, tuple[str, ...]]  # a value and its protocol: how, with how many, and what it is not
+
+
+def _fvd(measured: _Measured, networks: Networks) -> Result:
+    real, fake, frames = measured.real, measured.fake, measured.clip[0]
+    few = f"fewer than {PUBLISHED_CLIPS:,} clips a side: biased upwards, not comparable with published FVD"
+    unlike = f"published FVD is of clips of {PUBLISHED_FRAMES} frames; these have {frames}"
+    return frechet_distance(measured.features["real", "video"], measured.features["fake", "video"]), (
+        f"Frechet distance in float64 of {real} and {fake} clips; {networks['video'].description}",
+        *([few] if min(real, fake) < PUBLISHED_CLIPS else []),
+        *([unlike] if frames != PUBLISHED_FRAMES else []),
+    )
+
+
+def _frechet_image_distance(measured: _Measured, networks: Networks) -> Result:
+    first, second = (_rows(measured.features[side, "image"]) for side in ("real", "fake"))
+    few = f"no more frames than the {first.shape[1]} features: biased upwards, compare sets of equal size only"
+    return frechet_distance(first, second), (
+        f"Frechet distance in float64 of {len(first)} and {len(second)} frames; {networks['image'].description}",
+        "not comparable with published FID, which uses Inception-v3; frames of one clip are not independent",
+        *([few] if min(len(first), len(second)) <= first.shape[1] else []),
+    )
+
+
+def _inception_score(measured: _Measured, networks: Networks) -> Result:
+    if "classifier" in networks:
+        p, description = measured.features["fake", "classifier"], networks["classifier"].description
+    else:
+        p, description = softmax(measured.features["fake", "video"]), f"softmax of {networks['video'].description}"
+    return inception_score(p), (
+        f"exp(mean KL(p(y|x) || p(y))) over {measured.fake} clips in one split; p(y|x): {description}",
+        f"between 1 and {min(measured.fake, p.shape[1])} here; real clips are not looked at",
+        "not comparable with published inception scores, which use Inception-v3 (images) or C3D (videos)",
+    )
+
+
+def _psnr(measured: _Measured, _: Networks) -> Result:
+    how = f"mean over {measured.fake} clips of 10 log10(255^2 / mean squared error), RGB in 8 bits"
+    return float(measured.paired["psnr"].mean()), (how,)
+
+
+def _ssim(measured: _Measured, _: Networks) -> Result:
+    how = "Gaussian window 11x11, sigma 1.5, K1 0.01, K2 0.03, each channel of 8-bit RGB by itself"
+    return float(measured.paired["ssim"].mean()), (f"mean over {measured.fake} clips; {how}",)
+
+
+_RESULTS: dict[str, Callable[[_Measured, Networks], Result]] = {
+    "fvd": _fvd,
+    "frechet_image_distance": _frechet_image_distance,
+    "inception_score": _inception_score,
+    "psnr": _psnr,
+    "ssim": _ssim,
+}
+
+
+def _rows(features: np.ndarray) -> np.ndarray:
+    return features.reshape(-1, features.shape[-1])
+
+
+def _check_count(count: int, name: str) -> None:
+    if count < 2:
+        raise ValueError(f"{name}: got {count} clips; expected at least 2, and better thousands")

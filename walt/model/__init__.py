@@ -1,0 +1,1 @@
+"""The networks, the diffusion process and their configurations."""

@@ -1,0 +1,262 @@
+"""What the stages of training share: the run, its data, and how it begins (`walt.runs`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from walt.atomic import read_json, reading, write_json
+from walt.checkpoint import checkpoint_folder, load_description
+from walt.data.captions import warn_of_cuts
+from walt.data.clips import INDEX, ClipStore
+from walt.data.pixels import to_model
+from walt.data.prepare import prepare
+from walt.data.video import tile, write_mp4
+from walt.distributed import is_main, raise_on_all_ranks, world_size
+from walt.errors import WaltError, say
+from walt.locks import locked
+from walt.model.config import ClipShape
+from walt.model.text import TextEncoder
+from walt.names import normal, some
+from walt.rates import same_rate
+from walt.settings import Settings
+from walt.train.trainer import Trainer
+
+CLIPS = 4  # at a time, for statistics and previews
+FILES = ".files.json"  # ending of a stage's list of its data
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage's training: what, with which settings, on what data, where."""
+
+    stage: str  # "tokenizer", "base", "sr1" or "sr2"
+    settings: Settings
+    cache: ClipStore
+    out: Path
+    device: torch.device
+    new_settings: bool = False  # go on from a checkpoint although it was trained with other settings
+
+    @property
+    def folder(self) -> Path:
+        return self.out / ("transformer" if self.stage == "base" else self.stage)
+
+    @property
+    def clip(self) -> ClipShape:
+        data = self.settings.data
+        return ClipShape(data.frames, data.height, data.width, self.cache.rate / data.stride or 8)
+
+    def description(self) -> dict[str, Any]:
+        """What of the data decides the result."""
+        # The rate is that of the data: a folder that was prepared at one gives it to settings that name none.
+        taken = {**self.settings.data.to_dict(), "fps": self.cache.settings.fps}
+        data = {"content": self.cache.fingerprint, **taken}
+        if self.settings.data.text:
+            data["captions"] = hashlib.sha256(json.dumps(self.cache.caption).encode()).hexdigest()
+        return {"data": data}
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """The run's folder `locked` by the main rank, for all ranks."""
+    with contextlib.ExitStack() as held:
+        with raise_on_all_ranks(f"cannot write {out}"):
+            if is_main():
+                held.enter_context(locked(out))
+        yield
+
+
+def rank0_first(work: Callable[[], Result], find: Callable[[], Result], what: str) -> Result:
+    """`work()` on the main rank; on the others, when that is done, `find()`."""
+    done: list[Result] = []
+    with raise_on_all_ranks(what):
+        if is_main():
+            done.append(work())
+    return done[0] if done else find()
+
+
+def open_data(data: Path, out: Path, settings: Settings, captions: Path | None = None) -> ClipStore:
+    """A prepared folder as it is, any other folder after preparing it in `out`, for the size that the settings name."""
+    size = settings.data
+    with reading(data):
+        is_prepared = (data / INDEX).is_file()
+    if is_prepared:
+        if captions is not None:
+            raise WaltError(f"--captions {captions}: {data} is prepared already; give captions to walt prepare")
+        cache = ClipStore.open(data)
+        if size.height > cache.height or size.width > cache.width:
+            raise WaltError(
+                f"{data} was prepared for {cache.height}x{cache.width} pixels; {size.height}x{size.width} are wanted"
+            )
+        if size.fps and not same_rate(size.fps, cache.settings.fps):
+            rate = f"at {cache.settings.fps:g} frames a second" if cache.settings.fps else "with every frame"
+            raise WaltError(
+                f"{data} was prepared {rate}; {size.fps:g} a second are wanted: prepare it with --fps {size.fps:g}"
+            )
+        tell([*cache.passed_over.lines(), *cache.uneven()])
+        return cache
+    captions = captions_of(data, captions)
+    place = out / f"data-{size.height}x{size.width}{f'-{size.fps:.10g}fps' if size.fps else ''}"
+    if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+        raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
+    return rank0_first(
+        lambda: prepare(
+            data, place, height=size.height, width=size.width, captions=captions, shots=size.shots, fps=size.fps
+        ),
+        lambda: ClipStore.open(place),
+        str(place),
+    )
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Print lines on the data, once for all ranks."""
+    for line in lines if is_main() else ():
+        say(line)
+
+
+def tell_other_rate(what: Path, fps: float, model: Path, trained: float) -> None:
+    """A line if clips of `what` have another frame rate than those that the model was trained on; 0 is unknown."""
+    if fps and trained and not same_rate(fps, trained):
+        tell(
+            [
+                f"{what}: clips of {fps:.4g} frames a second, but those of {model} have {trained:.4g}"
+                " (--fps takes films at one rate)"
+            ]
+        )
+
+
+def captions_of(data: Path, captions: Path | None) -> Path | None:
+    """The file of captions that was named, else captions.jsonl or captions.csv in the folder, if there is one."""
+    if captions is not None:
+        return captions
+    with reading(data):
+        return next((path for path in (data / "captions.jsonl", data / "captions.csv") if path.is_file()), None)
+
+
+def warn_of_cut_captions(cache: ClipStore, encoder: TextEncoder) -> None:
+    """WaltWarning on the main rank if the encoder cuts some of the captions."""
+    if is_main():
+        captions = {item.name: item.caption for item in cache.items if item.caption}
+        warn_of_cuts("captions", list(captions), list(captions.values()), encoder)
+
+
+def check(run: Run) -> None:
+    """WaltError for a batch that cannot be divided, and for data without what the batches are to hold; a line for what
+    of the data is too short for them."""
+    data, parts = run.settings.data, run.settings.training.accumulate * world_size()
+    if data.batch % parts:
+        below = data.batch // parts * parts
+        nearest = f"{below} or {below + parts}" if below else f"{parts}"
+        raise WaltError(
+            f"data.batch: got {data.batch}; expected a multiple of {parts} (processes x training.accumulate), such as"
+            f" {nearest}"
+        )
+    if data.frames > 1 and not len(run.cache.windows(data.frames, stride=data.stride)):
+        needed = (data.frames - 1) * data.stride + 1
+        raise WaltError(
+            f"{run.cache.folder} holds no clip of {data.frames} frames, for which a shot must have {needed}; give fewer"
+            " --frames, and for pictures alone --frames 1"
+        )
+    if images_of(run) < data.batch:
+        tell(run.cache.too_short(data.frames, stride=data.stride).lines())
+
+
+def images_of(run: Run) -> int:
+    """Images, or stacks of them, of a batch: all of it where samples have a single frame."""
+    return run.settings.data.batch if run.settings.data.frames == 1 else run.settings.data.images
+
+
+def resume_and_save_settings(run: Run, trainer: Trainer[Any]) -> None:
+    """Go on from the run's checkpoint, if there is one, and leave the settings beside it."""
+    trainer.resume(new_settings=run.new_settings)
+    with raise_on_all_ranks(str(run.out)):
+        if is_main() and not trainer.finished:  # else nothing is trained with them
+            run.settings.save(run.folder.with_suffix(".yaml"))
+            write_json(run.folder.with_suffix(FILES), files_of(run))
+
+
+def files_of(run: Run) -> dict[str, Any]:
+    """What `Run.description` has of the data as hashes, file by file, to tell what changed."""
+    items = {normal(item.name): item for item in run.cache.items}
+    return {
+        "content": run.cache.fingerprint,
+        "prepared": str(run.cache.settings),
+        "file": {name: item.digest for name, item in items.items()},
+        "caption": {name: item.caption for name, item in items.items() if run.settings.data.text},
+    }
+
+
+def check_same_data(run: Run, kind: str) -> None:
+    """WaltError that says what changed, if the run's checkpoint was trained on other data, unless that is wanted.
+
+    It comes before the latents, which would be encoded anew.
+    """
+    folder = checkpoint_folder(run.folder)
+    if folder is None:
+        return
+    before, now = load_description(folder, kind)[1].get("data", {}), run.description()["data"]
+    if all(before.get(key) == now[key] for key in ("content", "captions") if key in before and key in now):
+        return
+    if run.new_settings:
+        state = read_json(folder / "state.json")
+        if state["finished"] and state["step"] >= run.settings.training.steps:
+            raise WaltError(f"{folder} has its {state['step']} steps; give more --steps to go on with other data")
+        return
+    path = run.folder.with_suffix(FILES)
+    files = read_json(path) if path.is_file() else {}
+    # A run that was killed before its first checkpoint may have left the list of other data than the checkpoint's.
+    known = files.get("content") == before.get("content")
+    changes = f" ({describe_changes(files, files_of(run))})" if known else ", or by an older walt"
+    raise WaltError(
+        f"{folder} was trained on other data than {run.cache.folder} holds{changes}; give the same data, another --out,"
+        " or --new-settings to go on with this"
+    )
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Of two results of `files_of`: "2 files more: c.mp4, d.mp4; 1 file changed: a.mp4"."""
+    old, new = before.get("file", {}), now["file"]
+    old_text, new_text = before.get("caption", {}), now["caption"]
+    named = {
+        ("file", "more"): new.keys() - old.keys(),
+        ("file", "fewer"): old.keys() - new.keys(),
+        ("file", "changed"): {name for name in old.keys() & new.keys() if old[name] != new[name]},
+        ("caption", "changed"): {
+            name for name in old_text.keys() & new_text.keys() if old_text[name] != new_text[name]
+        },
+    }
+    changes = [
+        f"{len(names)} {noun}{'s' * (len(names) > 1)} {how}: {some(names)}"
+        for (noun, how), names in named.items()
+        if names
+    ]
+    if before.get("prepared") != now["prepared"]:
+        changes.append(f"prepared with {before.get('prepared')} there, {now['prepared']} here")
+    return "; ".join(changes) or "the same files, read in another way"
+
+
+def some_clips(run: Run, count: int) -> Iterator[Tensor]:
+    """Up to `count` clips spread over the data (images, if there is none), CLIPS at a time: float32 [N, 3, T, H, W]."""
+    data = run.settings.data
+    rows, frames = run.cache.windows(data.frames, stride=data.stride), data.frames
+    if not len(rows):
+        rows, frames = run.cache.images(), 1
+    chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    for first in range(0, len(chosen), CLIPS):
+        part = chosen[first : first + CLIPS]
+        yield to_model(run.cache.read(part, frames, stride=data.stride, crop=(data.height, data.width)))
+
+
+def write_preview(run: Run, step: int, videos: np.ndarray, columns: int) -> None:
+    write_mp4(run.out / "previews" / f"{run.stage}-{step:07d}.mp4", tile(videos, columns), run.clip.fps)
