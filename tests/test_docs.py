@@ -162,7 +162,7 @@ def test_links(page: str) -> None:
         assert path.is_file(), target
         headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
         assert not anchor or anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
-    for name in re.findall(r"`((?:walt|tests)/\w+\.py)`", text):
+    for name in re.findall(r"`((?:walt|tests)/[\w/]+\.py)`", text):
         assert (ROOT / name).is_file(), name
 
 

@@ -1,4 +1,4 @@
-"""walt.data and walt.data.simulator: the same clips for the same seed, and nothing held out that was trained on."""
+"""walt.data.simulator: the same clips for the same seed, and nothing held out that was trained on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from walt.data.captions import read_captions
-from walt.data.pixels import centre_square, cover, shrink, to_model, to_pixels
 from walt.data.simulator import (
     SCENARIOS,
     Clips,
@@ -18,7 +16,6 @@ from walt.data.simulator import (
     demo_clips,
     film_clips,
     film_path,
-    folder_clips,
     join,
     render_clips,
     write_demo_folder,
@@ -53,50 +50,6 @@ def test_join_renumbers_classes():
     assert both.label.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
     assert both.video[:, 0, 0, 0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
     assert balanced(both, 1).tolist() == [0, 2, 6]
-
-
-def test_shrink_is_the_mean_of_blocks():
-    video = np.random.default_rng(0).integers(0, 256, (2, 12, 18, 3), np.uint8)
-    expected = video.reshape(2, 4, 3, 6, 3, 3).astype(np.float64).mean(axis=(2, 4))
-    assert np.abs(shrink(video, 4, 6) - expected).max() <= 0.5 + 1e-4
-
-
-def test_cover_is_the_mean_of_blocks_at_its_own_aspect():
-    picture = np.random.default_rng(0).integers(0, 256, (12, 18, 3), np.uint8)
-    expected = picture.reshape(4, 3, 6, 3, 3).astype(np.float64).mean(axis=(1, 3))
-    for height, width in ((4, 4), (2, 6), (4, 6)):
-        covering = cover(picture, height, width)
-        assert covering.shape == (4, 6, 3)
-        assert np.abs(covering - expected).max() <= 1
-    assert np.array_equal(cover(picture, 12, 9), picture)
-    assert cover(picture, 16, 16).shape == (16, 24, 3)
-    ramp = np.arange(0, 200, 10, dtype=np.uint8)[None, :, None].repeat(10, axis=0).repeat(3, axis=2)
-    larger = cover(ramp, 20, 20).astype(int)
-    assert larger.shape == (20, 40, 3)
-    assert set(np.unique(np.diff(larger, axis=1)[:, 1:-1])) == {5}
-
-
-@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (3, 100), (64, 64 * 17)])
-def test_cover_of_a_strip_stays_small(shape):
-    picture = np.zeros((*shape, 3), np.uint8)
-    with pytest.raises(ValueError, match="so oblong that it would be over 16 times 64x64 to cover that; crop"):
-        cover(picture, 64, 64)
-    least = cover(np.zeros((10, 160, 3), np.uint8), 64, 64)
-    assert least.shape == (64, 16 * 64, 3)
-
-
-def test_centre_square():
-    video = np.arange(6 * 10, dtype=np.uint8).reshape(1, 6, 10, 1).repeat(3, axis=3)
-    assert np.array_equal(centre_square(video), video[:, :, 2:8])
-
-
-def test_pixels_survive_the_model_range():
-    video = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1).repeat(3, axis=4)
-    tensor = to_model(video)
-    assert tensor.shape == (1, 3, 1, 16, 16)
-    assert (tensor.min(), tensor.max()) == (-1, 1)
-    assert np.array_equal(to_pixels(tensor), video)
-    assert to_pixels(torch.full((1, 3, 1, 1, 1), 7.0)).item(0) == 255
 
 
 @pytest.mark.usefixtures("simulator")
@@ -191,44 +144,3 @@ def test_the_film(film):
 def test_film_span_too_short(film):
     with pytest.raises(WaltError, match="frames 0 to 9 cannot hold a clip of 17 frames"):
         film_clips(film, (0, 10), 1)
-
-
-def test_folder_holds_out_the_end_of_each_video(tmp_path):
-    pytest.importorskip("av", reason="PyAV is not installed")
-    for name, frames in (("cats/one.mp4", 23), ("dogs/two.mp4", 10)):
-        path = tmp_path / name
-        path.parent.mkdir()
-        ramp = np.linspace(20, 220, frames).astype(np.uint8)[:, None, None, None]
-        write_mp4(path, np.broadcast_to(ramp, (frames, 32, 48, 3)).copy())
-    train, test = folder_clips(tmp_path, frames=5, size=16, held_out=0.25, progress=False)
-    assert train.classes == ("cats", "dogs")
-    assert train.source == (
-        "cats/one.mp4/frames-0-4",
-        "cats/one.mp4/frames-5-9",
-        "cats/one.mp4/frames-10-14",
-        "dogs/two.mp4/frames-0-4",
-    )
-    assert test.source == ("cats/one.mp4/frames-15-19", "dogs/two.mp4/frames-5-9")
-    assert train.label.tolist() == [0, 0, 0, 1]
-    assert test.video[0].min() > train.video[:3].max()  # the ramp rises: later frames are brighter
-
-
-def test_folder_with_links_and_leavings(tmp_path, capsys):
-    pytest.importorskip("av", reason="PyAV is not installed")
-    for name in ("clips/cats/one.mp4", "s/.ipynb_checkpoints/one-checkpoint.mp4"):
-        write_mp4(tmp_path / name, np.zeros((5, 16, 16, 3), np.uint8))
-    (tmp_path / "s/cats").symlink_to("../clips/cats")
-    train, _ = folder_clips(tmp_path / "s", frames=5, size=16, progress=False)
-    assert (train.classes, train.source) == (("cats",), ("cats/one.mp4/frames-0-4",))
-    assert "passed over, hidden or left by other software: 1 (.ipynb_checkpoints)\n" in capsys.readouterr().err
-
-
-def test_folder_errors(tmp_path):
-    with pytest.raises(WaltError, match="no such folder"):
-        folder_clips(tmp_path / "nowhere")
-    with pytest.raises(WaltError, match="holds no video"):
-        folder_clips(tmp_path)
-    pytest.importorskip("av", reason="PyAV is not installed")
-    write_mp4(tmp_path / "short.mp4", np.zeros((4, 16, 16, 3), np.uint8))
-    with pytest.raises(WaltError, match=r"short\.mp4 has 4 frames; clips of 17 frames"):
-        folder_clips(tmp_path, progress=False)
