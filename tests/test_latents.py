@@ -12,11 +12,13 @@ from films import write_folder
 from torch import nn
 
 from walt.checkpoint import fingerprint
+from walt.data.batches import LatentSource
 from walt.data.clips import ClipStore, Settings
-from walt.data.latents import LatentSource, LatentStore, TextFeatures, encode_captions, encode_latents
+from walt.data.latents import LatentStore, encode_latents
 from walt.data.loading import part_of
 from walt.data.pixels import to_model
 from walt.data.prepare import prepare
+from walt.data.text_features import TextFeatures, encode_captions
 from walt.errors import WaltError
 
 pytest.importorskip("av", reason="PyAV is not installed")

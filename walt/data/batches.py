@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from walt.data.clips import ClipStore
+from walt.data.latents import LatentStore
 from walt.data.loading import Batch
 from walt.data.pixels import to_model
+from walt.data.text_features import TextFeatures
 from walt.errors import WaltError
 from walt.model.config import TIME_FACTOR, check_frames
 
@@ -182,3 +184,59 @@ class Buckets:
     def load(self, batch: Batch) -> Batch:
         """What the chosen source loads, and bucket."""
         return {"bucket": batch["bucket"], **self.sources[batch["bucket"]].load(batch)}
+
+
+class LatentSource:
+    """Joint batches over latents (paper, section 3.2): `batch - images` clips and `images` stacks of 1 + t images.
+
+    The images of a stack share what `condition` names, as in `PixelSource`. With `text`, batches also have features.
+    """
+
+    def __init__(
+        self,
+        latents: LatentStore,
+        batch: int,
+        images: int = 0,
+        *,
+        condition: str = "label",
+        text: TextFeatures | None = None,
+    ) -> None:
+        if not 0 <= images <= batch or batch < 1:
+            raise ValueError(f"images: got {images} of a batch of {batch}; expected 0 .. {batch}, and a batch >= 1")
+        for count, kind, held in ((batch - images, "clip", latents.video), (images, "image", latents.image)):
+            if count and not len(held):
+                raise WaltError(f"{latents.folder} holds no {kind}, but batches are to have some")
+        self.latents, self.text = latents, text
+        self.batch, self.images = batch, images
+        self.depth = latents.video.shape[2] if len(latents.video) else 1
+        self._rows = torch.from_numpy(latents.video_rows), torch.from_numpy(latents.image_rows)
+        self._stacks = Stacks(conditions(latents.cache, self._rows[1], condition)) if images else None
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        """image bool [B], and index int64 [B, 1+t] into the latents: of one clip, repeated, or of 1+t images."""
+        clips = self.batch - self.images
+        index = torch.zeros((self.batch, self.depth), dtype=torch.int64)
+        if clips:
+            index[:clips] = torch.randint(len(self.latents.video), (clips, 1), generator=generator)
+        if self._stacks is not None:
+            index[clips:] = self._stacks.draw(self.images, self.depth, generator)
+        return {"index": index, "image": torch.arange(self.batch) >= clips}
+
+    def load(self, batch: Batch) -> Batch:
+        """latent float32 [B, c, 1+t, h, w], image bool [B], label int64 [B] and caption B texts as in `PixelSource`;
+        with text features also text float32 [B, L, D] and text_mask bool [B, L]."""
+        samples, items = [], []
+        for index, image in zip(batch["index"], batch["image"].tolist(), strict=True):
+            if image:
+                samples.append(self.latents.image[index.numpy()].swapaxes(0, 1))
+            else:
+                samples.append(self.latents.video[int(index[0])])
+            items.append(int(self._rows[image][index[0], 0]))
+        loaded = {
+            "latent": torch.from_numpy(np.stack(samples).astype(np.float32)),
+            "image": batch["image"],
+            **described(self.latents.cache, torch.tensor(items)),
+        }
+        if self.text is not None:
+            loaded["text"], loaded["text_mask"] = self.text(loaded["caption"])
+        return loaded

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from walt.atomic import atomic_folder, flush, latest_complete, read_json, write_json, writing
-from walt.data.batches import Stacks, conditions, described
+from walt.atomic import flush, latest_complete, read_json, write_json, writing
 from walt.data.clips import ClipStore
-from walt.data.loading import Batch
 from walt.data.pixels import to_model
 from walt.errors import WaltError
 
 LATENTS = "walt-latents"
-TEXT = "walt-text"
 VERSION = 1
 INDEX = "index.json"
 DTYPES = ("float16", "float32")
 
 Encode = Callable[[Tensor], Tensor]
-EncodeText = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
 class LatentStore:
@@ -162,140 +158,6 @@ def _append(
                 bar.update(len(part))
         flush(path)
     return list(one.shape[1:])
-
-
-class LatentSource:
-    """Joint batches over latents (paper, section 3.2): `batch - images` clips and `images` stacks of 1 + t images.
-
-    The images of a stack share what `condition` names, as in `PixelSource`. With `text`, batches also have features.
-    """
-
-    def __init__(
-        self,
-        latents: LatentStore,
-        batch: int,
-        images: int = 0,
-        *,
-        condition: str = "label",
-        text: TextFeatures | None = None,
-    ) -> None:
-        if not 0 <= images <= batch or batch < 1:
-            raise ValueError(f"images: got {images} of a batch of {batch}; expected 0 .. {batch}, and a batch >= 1")
-        for count, kind, held in ((batch - images, "clip", latents.video), (images, "image", latents.image)):
-            if count and not len(held):
-                raise WaltError(f"{latents.folder} holds no {kind}, but batches are to have some")
-        self.latents, self.text = latents, text
-        self.batch, self.images = batch, images
-        self.depth = latents.video.shape[2] if len(latents.video) else 1
-        self._rows = torch.from_numpy(latents.video_rows), torch.from_numpy(latents.image_rows)
-        self._stacks = Stacks(conditions(latents.cache, self._rows[1], condition)) if images else None
-
-    def draw(self, generator: torch.Generator) -> Batch:
-        """image bool [B], and index int64 [B, 1+t] into the latents: of one clip, repeated, or of 1+t images."""
-        clips = self.batch - self.images
-        index = torch.zeros((self.batch, self.depth), dtype=torch.int64)
-        if clips:
-            index[:clips] = torch.randint(len(self.latents.video), (clips, 1), generator=generator)
-        if self._stacks is not None:
-            index[clips:] = self._stacks.draw(self.images, self.depth, generator)
-        return {"index": index, "image": torch.arange(self.batch) >= clips}
-
-    def load(self, batch: Batch) -> Batch:
-        """latent float32 [B, c, 1+t, h, w], image bool [B], label int64 [B] and caption B texts as in `PixelSource`;
-        with text features also text float32 [B, L, D] and text_mask bool [B, L]."""
-        samples, items = [], []
-        for index, image in zip(batch["index"], batch["image"].tolist(), strict=True):
-            if image:
-                samples.append(self.latents.image[index.numpy()].swapaxes(0, 1))
-            else:
-                samples.append(self.latents.video[int(index[0])])
-            items.append(int(self._rows[image][index[0], 0]))
-        loaded = {
-            "latent": torch.from_numpy(np.stack(samples).astype(np.float32)),
-            "image": batch["image"],
-            **described(self.latents.cache, torch.tensor(items)),
-        }
-        if self.text is not None:
-            loaded["text"], loaded["text_mask"] = self.text(loaded["caption"])
-        return loaded
-
-
-class TextFeatures:
-    """Features of captions, tokens without padding end to end: [sum of lengths, D]."""
-
-    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
-        self.folder, self.key = folder, index["key"]
-        lengths = np.array(index["lengths"], np.int64)
-        self._place = {caption: i for i, caption in enumerate(index["captions"])}
-        self._ends = lengths.cumsum()
-        self._starts = self._ends - lengths
-        self.length = int(lengths.max(initial=1))
-        self._tokens = _map(folder / "tokens.raw", (int(lengths.sum()), index["width"]), index["dtype"])
-
-    @classmethod
-    def open(cls, folder: str | Path, *, key: str | None = None) -> TextFeatures:
-        """WaltError if the folder is missing, foreign or broken, or made by another encoder than `key` (None: any)."""
-        folder = latest_complete(folder)
-        index = _read_index(folder, TEXT)
-        if key is not None and index.get("key") != key:
-            raise WaltError(f"{folder} was made by another text encoder; encode again")
-        try:
-            return cls(folder, index)
-        except (KeyError, TypeError, ValueError) as error:
-            raise WaltError(f"{folder / INDEX} is broken: {error}") from error
-
-    def __contains__(self, caption: str) -> bool:
-        return caption in self._place
-
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """tokens float32 [B, L, D] and mask bool [B, L], True where there is a token; L is that of the longest caption
-        of all, so that a batch's shape does not depend on which captions it holds. ValueError for an unknown one."""
-        tokens = torch.zeros((len(captions), self.length, self._tokens.shape[1]))
-        mask = torch.zeros((len(captions), self.length), dtype=torch.bool)
-        for row, caption in enumerate(captions):
-            if caption not in self._place:
-                raise ValueError(f"caption: got {caption!r}; expected one of the {len(self._place)} encoded ones")
-            place = self._place[caption]
-            part = self._tokens[self._starts[place] : self._ends[place]]
-            tokens[row, : len(part)] = torch.from_numpy(part.astype(np.float32))
-            mask[row, : len(part)] = True
-        return tokens, mask
-
-
-@torch.inference_mode()
-def encode_captions(
-    captions: Iterable[str | None],
-    folder: str | Path,
-    encode: EncodeText,
-    *,
-    key: str,
-    batch: int = 64,
-    dtype: str = "float16",
-    progress: bool = True,
-) -> TextFeatures:
-    """Encode each distinct caption, and "" (which None stands for), unless `folder` has them already.
-
-    `encode` maps B texts to tokens [B, L, D] and a mask [B, L] of those that count; `key` stands for its weights.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}; expected {' or '.join(DTYPES)}")
-    folder = Path(folder)
-    texts = sorted({caption or "" for caption in captions} | {""})
-    if _holds(folder, TEXT, {"key": key, "dtype": dtype}):
-        features = TextFeatures.open(folder)
-        if all(text in features for text in texts):
-            return features
-    lengths: list[int] = []
-    width = 0
-    with atomic_folder(folder) as temporary, (temporary / "tokens.raw").open("wb") as file:
-        for start in tqdm(range(0, len(texts), batch), desc="encode captions", unit="batch", disable=not progress):
-            tokens, mask = encode(texts[start : start + batch])
-            width = tokens.shape[-1]
-            lengths += mask.sum(dim=1).tolist()
-            file.write(tokens[mask.bool()].to(getattr(torch, dtype)).cpu().numpy().tobytes())
-        index = {"format": TEXT, "version": VERSION, "key": key, "dtype": dtype, "width": width}
-        write_json(temporary / INDEX, {**index, "captions": texts, "lengths": lengths})
-    return TextFeatures.open(folder)
 
 
 def _map(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:

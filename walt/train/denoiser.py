@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from walt.checkpoint import checkpoint_folder, fingerprint, load_description
-from walt.data.batches import Source
-from walt.data.latents import LatentSource, LatentStore, TextFeatures, encode_captions, encode_latents
+from walt.data.batches import LatentSource, Source
+from walt.data.latents import LatentStore, encode_latents
 from walt.data.loading import Batch
+from walt.data.text_features import TextFeatures, encode_captions
 from walt.distributed import is_main
 from walt.errors import WaltError, as_user_error, say
 from walt.model.config import TransformerConfig, transformer_description

@@ -15,9 +15,7 @@ from walt.data.loading import Batch
 from walt.data.pixels import to_pixels
 from walt.distributed import is_main
 from walt.errors import as_user_error, say
-from walt.model.config import (
-    tokenizer_description,
-)
+from walt.model.config import tokenizer_description
 from walt.model.tokenizer import Tokenizer
 from walt.pretrained import DENOISERS
 from walt.settings import Settings
