@@ -1,4 +1,4 @@
-#include "causal_conv3d/convolve.h"
+#include "causal_conv3d/convolution.h"
 #include "common/checks.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
@@ -33,7 +33,7 @@ void backward_data(const ConvBackwardDataParams& p) {
                           shape.shape[0],
                           std::max(o.threads, 1)};
   for (int i = 0; i < 3; ++i) convolution.source.map[i] = backward_map(convolution.axes[i], axes[i].outputs());
-  dispatch_dtype(grad_y.dtype, [&](auto tag) { convolve<decltype(tag)>(convolution); });
+  convolve(convolution);
 }
 
 }  // namespace walt::WALT_ISA::causal_conv3d

@@ -1,4 +1,4 @@
-#include "causal_conv3d/convolve.h"
+#include "causal_conv3d/convolution.h"
 #include "common/checks.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
@@ -28,7 +28,7 @@ void forward(const ConvForwardParams& p) {
       &none,
       x.shape[0],
       std::max(o.threads, 1)};
-  dispatch_dtype(x.dtype, [&](auto tag) { convolve<decltype(tag)>(convolution); });
+  convolve(convolution);
 }
 
 }  // namespace walt::WALT_ISA::causal_conv3d

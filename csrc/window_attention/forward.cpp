@@ -1,5 +1,5 @@
+#include "window_attention/attention.h"
 #include "window_attention/params.h"
-#include "window_attention/tile.h"
 
 namespace walt::WALT_ISA::window_attention {
 namespace {

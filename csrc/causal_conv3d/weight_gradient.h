@@ -1,11 +1,16 @@
-// Where a panel of weight gradients goes: any strides, the long way round only where neither taps nor channels are
-// dense.
+// What both methods of backward weight share: how a panel of gradients is written, to any strides.
 #pragma once
 
 #include "causal_conv3d/params.h"
 #include "causal_conv3d/patch.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
+
+// Whether Winograd's method (winograd/backward_weight.cpp) computes these gradients, or else
+// direct/backward_weight.cpp.
+bool winograd_pays(const ConvBackwardWeightParams&, const Axis (&axes)[3]);
+void winograd_backward_weight(const ConvBackwardWeightParams&, const Axis (&axes)[3]);
+void direct_backward_weight(const ConvBackwardWeightParams&, const Axis (&axes)[3]);
 
 constexpr int64_t kStoreChannels = 16;  // at a time: long runs of memory from little scratch
 

@@ -5,12 +5,9 @@
 // A slab of the clip (some frames of some tiles) is transformed once, by all threads; then, for each of the 16
 // positions, all taps in time multiply the same transformed frames, shifted. Every product adds to one set of sums in
 // the order of the slabs, whichever thread does it: the same bits on any number of threads.
-#pragma once
-
-#include "causal_conv3d/pack.h"
-#include "causal_conv3d/weight_store.h"
-#include "causal_conv3d/weight_tile.h"
-#include "causal_conv3d/winograd.h"
+#include "causal_conv3d/weight_gradient.h"
+#include "causal_conv3d/weights.h"
+#include "causal_conv3d/winograd/transforms.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
 
@@ -18,19 +15,6 @@ constexpr int64_t kUnitChannels = 128;   // input and output channels at a time:
 constexpr int64_t kSlabBytes = 6 << 20;  // of transformed tiles; with the sums they stay in a third-level cache
 constexpr int64_t kSlabColumns = 64;     // tiles
 constexpr int64_t kPieceTiles = 128;     // a panel of gradients and as many lines of inputs stay in the first level
-
-// Whether fewer products make up for the transforms, whose cost all channels of the other tensor and all taps in time
-// share, and for the halves of tiles that lie past an odd size.
-inline bool winograd_pays(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {
-  int64_t tiles = 1, pixels = 1;
-  for (int i = 1; i < 3; ++i) {
-    if (axes[i].kernel != 3 || axes[i].stride != 1 || axes[i].dilation != 1) return false;
-    pixels *= axes[i].outputs();
-    tiles *= (axes[i].outputs() + 1) / 2;
-  }
-  const int64_t channels = p.x.shape[1] / p.groups;
-  return p.grad_weight.defined() && channels >= 8 && channels * axes[0].kernel >= 16 && 20 * tiles <= 9 * pixels;
-}
 
 template <class T>
 class WinogradWeightKernel {
@@ -332,5 +316,25 @@ class WinogradWeightKernel {
   int64_t columns_, rows_, x_pitch_, x_stride_, y_stride_, sum_stride_;
   std::vector<int64_t> frames_, offsets_, starts_;  // of the present slab
 };
+
+// Whether fewer products make up for the transforms, whose cost all channels of the other tensor and all taps in time
+// share, and for the halves of tiles that lie past an odd size.
+bool winograd_pays(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {
+#if defined(WALT_HAS_BF16_DOT)
+  if (p.x.dtype == DType::bfloat16) return false;
+#endif
+  int64_t tiles = 1, pixels = 1;
+  for (int i = 1; i < 3; ++i) {
+    if (axes[i].kernel != 3 || axes[i].stride != 1 || axes[i].dilation != 1) return false;
+    pixels *= axes[i].outputs();
+    tiles *= (axes[i].outputs() + 1) / 2;
+  }
+  const int64_t channels = p.x.shape[1] / p.groups;
+  return p.grad_weight.defined() && channels >= 8 && channels * axes[0].kernel >= 16 && 20 * tiles <= 9 * pixels;
+}
+
+void winograd_backward_weight(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {
+  dispatch_dtype(p.x.dtype, [&](auto tag) { WinogradWeightKernel<decltype(tag)>(p, axes).run(); });
+}
 
 }  // namespace walt::WALT_ISA::causal_conv3d
