@@ -1,3 +1,5 @@
+// Gradients of x and history: checks, and which positions of grad_y each of theirs reads. The kernels are those of
+// forward, in direct/ and winograd/convolve.cpp.
 #include "causal_conv3d/convolution.h"
 #include "common/checks.h"
 

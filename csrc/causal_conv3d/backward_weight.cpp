@@ -1,4 +1,4 @@
-// Gradients of weight and bias: checks, and which method computes them.
+// Gradients of weight and bias: checks. direct/ and winograd/backward_weight.cpp hold the kernels.
 #include "causal_conv3d/weight_gradient.h"
 #include "common/checks.h"
 

@@ -1,3 +1,4 @@
+// Forward: checks, and which positions of x each output reads. direct/ and winograd/convolve.cpp hold the kernels.
 #include "causal_conv3d/convolution.h"
 #include "common/checks.h"
 

@@ -1,4 +1,5 @@
-// The inner loops: a few pixels times one panel of output channels, held in registers over the whole reduction.
+// The inner loops: tiles of sums that stay in registers over the whole reduction. In forward and backward data a tile
+// is a few pixels by one panel of output channels; in backward weight a few rows of the weight by one panel.
 #pragma once
 
 #include "causal_conv3d/geometry.h"
@@ -6,7 +7,8 @@
 
 namespace walt::WALT_ISA::causal_conv3d {
 
-// With 64-byte vectors: 24 accumulators, 2 weights and a broadcast of 32 registers; 12 + 3 addresses of 16.
+// Pixels, or rows, of a tile. A panel is two vectors wide, so that 64-byte vectors take 24 sums, 2 weights and a
+// broadcast of 32 vector registers, and 12 + 3 addresses of 16 others; 32-byte vectors 12 + 2 + 1 of 16.
 constexpr int kTilePixels = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 6 : 4;
 
 // How the numbers of dtype T lie in patches and packed weights. 16-bit floats are widened, except bfloat16 where the
@@ -28,17 +30,17 @@ struct Packing<bfloat16> {
 };
 #endif
 
-inline vfloat spread(const float* p) { return broadcast(*p); }
-inline vdouble spread(const double* p) { return broadcast(*p); }
+inline vfloat load_broadcast(const float* p) { return broadcast(*p); }
+inline vdouble load_broadcast(const double* p) { return broadcast(*p); }
 inline vfloat accumulate(vfloat acc, vfloat a, vfloat b) { return acc + a * b; }
 inline vdouble accumulate(vdouble acc, vdouble a, vdouble b) { return acc + a * b; }
 #if defined(WALT_HAS_BF16_DOT)
-inline vint spread(const bfloat16* p) {
+inline vint load_broadcast(const bfloat16* p) {
   int32_t pair;
   std::memcpy(&pair, p, sizeof pair);
   return vint{} + pair;
 }
-inline vint spread(const int32_t* p) { return vint{} + *p; }
+inline vint load_broadcast(const int32_t* p) { return vint{} + *p; }
 inline vfloat accumulate(vfloat acc, vint a, vint b) { return dot_bf16(acc, a, b); }
 #endif
 
@@ -69,7 +71,7 @@ void tile_kernel(const typename Packing<T>::Value* patch, const int64_t* offsets
       for (int v = 0; v < vectors; ++v) row[v] = load(w + v * lanes);
 #pragma GCC unroll 16
       for (int p = 0; p < pixels; ++p) {
-        const auto value = spread(x[p] + k);
+        const auto value = load_broadcast(x[p] + k);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) sum[p][v] = accumulate(sum[p][v], value, row[v]);
       }
@@ -100,8 +102,8 @@ TileKernel<T> tile_kernel_for(int pixels, int vectors) {
 
 // ---- backward weight ------------------------------------------------------------------------------------------------
 
-// Backward weight sums over pixels. Where the processor multiplies pairs of bfloat16, a pair is two neighbouring pixels
-// of a row, so patches and gradients hold 32-bit lanes of (pixel, next pixel).
+// It sums over pixels. Where the processor multiplies pairs of bfloat16, a pair is two neighbouring pixels of a row, so
+// patches and gradients hold 32-bit lanes of (pixel, next pixel).
 template <class T>
 struct PixelPacking {
   using Acc = accumulate_t<T>;
@@ -131,7 +133,7 @@ void weight_tile(const typename PixelPacking<T>::Lane* patch, const int64_t* off
     for (int v = 0; v < vectors; ++v) row[v] = load(grad + v * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const auto value = spread(x + i);
+      const auto value = load_broadcast(x + i);
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) acc[i][v] = accumulate(acc[i][v], value, row[v]);
     }

@@ -52,7 +52,7 @@ class WeightGradientKernel {
     const int threads = std::max(g_.params->threads, 1);
     Scratch<A> partial(splits_ * units_ * unit_size_);
     Scratch<Lane> patches(threads * patch_size_), grads(threads * pixels_ * panel_width);
-    // Room for bfloat16 rows before they are paired.
+    // bfloat16 rows before they are paired.
     Scratch<Stored> unpaired(step == 2 ? threads * std::max(patch_size_, pixels_ * panel_width) : 0);
     Scratch<int64_t> offsets(threads * pixels_);
     parallel_for(splits_ * shares_, threads, [&](int64_t task, int thread) {

@@ -1,12 +1,12 @@
-// The convolution as it is defined: one product for every tap and channel, a few pixels by one panel of output channels
-// at a time.
+// Forward and backward data as they are defined: one product for every tap and channel, a few pixels by one panel of
+// output channels at a time.
 #include "causal_conv3d/convolution.h"
 #include "causal_conv3d/direct/pack.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
 
 constexpr int64_t kBlockSums = 65536;     // accumulators of a block: 256 KiB
-constexpr int64_t kReductionRows = 1536;  // of packed weights between two looks at the accumulators: 192 KiB
+constexpr int64_t kReductionRows = 1536;  // of packed weights between two loads of the accumulators: 192 KiB
 
 // Cuts runs so that the packed weights of each part stay in the second-level cache over a whole block.
 inline std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& runs, int64_t step) {

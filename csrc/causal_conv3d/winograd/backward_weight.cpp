@@ -62,7 +62,7 @@ class WinogradWeightKernel {
     const int64_t patch_size = 2 * (columns_ + 1) * std::max(4 * in_.widest(), 2 * panels_ * panel_width);
     const int64_t rows_size = kStoreChannels * 9 * time_.kernel * panel_width;
     Scratch<A> scratch(threads_ * std::max(patch_size, rows_size));
-    const auto room = [&](int thread) { return scratch.data() + thread * std::max(patch_size, rows_size); };
+    const auto thread_scratch = [&](int thread) { return scratch.data() + thread * std::max(patch_size, rows_size); };
     for (int64_t i = 0; i < groups_ * in_.count * out_.count; ++i) {
       const Unit unit{i / (in_.count * out_.count), i / out_.count % in_.count, i % out_.count};
       const int64_t panels = (out_.size(unit.out) + panel_width - 1) / panel_width;
@@ -74,8 +74,8 @@ class WinogradWeightKernel {
         find_frames(slab);
         const int64_t inputs = static_cast<int64_t>(frames_.size()) * slab.count[1];
         parallel_for(inputs + slab.count[0] * slab.count[1], threads_, [&](int64_t task, int thread) {
-          if (task < inputs) return transform_input(unit, slab, task, room(thread), x.data());
-          transform_gradient(unit, slab, task - inputs, room(thread), y.data());
+          if (task < inputs) return transform_input(unit, slab, task, thread_scratch(thread), x.data());
+          transform_gradient(unit, slab, task - inputs, thread_scratch(thread), y.data());
         });
         parallel_for(positions * panels, threads_, [&](int64_t task, int) {
           const int64_t position = task / panels, panel = task % panels;
@@ -89,7 +89,7 @@ class WinogradWeightKernel {
       parallel_for(panels * parts, threads_, [&](int64_t task, int thread) {
         const int64_t panel = task / parts;
         store_panel(unit, panel, task % parts * kStoreChannels, sums.data() + panel * in_.widest() * panel_width,
-                    room(thread));
+                    thread_scratch(thread));
       });
       if (p_.grad_bias.defined() && unit.in == 0) store_bias(unit, bias.data());
     }
@@ -229,17 +229,17 @@ class WinogradWeightKernel {
 #pragma GCC unroll 2
         for (int s = 0; s < 2; ++s) {
           const vector_t<A> column[2] = {load(grad + s * pitch + c), load(grad + row_pitch + s * pitch + c)};
-          vector_t<A> spread[4];
-          Tile::output_gradient(column, spread, 1);
+          vector_t<A> transformed[4];
+          Tile::output_gradient(column, transformed, 1);
 #pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) d[2 * r + s] = spread[r];
+          for (int r = 0; r < 4; ++r) d[2 * r + s] = transformed[r];
         }
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
-          vector_t<A> spread[4];
-          Tile::output_gradient(d + 2 * r, spread, 1);
+          vector_t<A> transformed[4];
+          Tile::output_gradient(d + 2 * r, transformed, 1);
 #pragma GCC unroll 4
-          for (int s = 0; s < 4; ++s) store(to + (4 * r + s) * y_stride_, spread[s]);
+          for (int s = 0; s < 4; ++s) store(to + (4 * r + s) * y_stride_, transformed[s]);
         }
       }
     }

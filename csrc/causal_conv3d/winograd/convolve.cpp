@@ -1,6 +1,6 @@
-// The convolution by Winograd's minimal filtering, for runs of positions that read a plain 3 x 3 of each frame: tiles
-// of m x m output pixels from (m + 2)^2 products per channel and time tap. A task walks over the frames of one part of
-// the plane, and each frame is transformed once:
+// Forward and backward data by Winograd's minimal filtering, for runs of positions that read a plain 3 x 3 of each
+// frame: tiles of m x m output pixels from (m + 2)^2 products per channel and time tap. A task walks over the frames of
+// one part of the plane, and each frame is transformed once:
 //
 //   source  ->  transformed[position][frame][tile][channel]                     a ring of frames
 //           ->  products[position][panel][frame][tile][width]                   sums over time taps and channels
@@ -17,7 +17,7 @@ namespace walt::WALT_ISA::causal_conv3d {
 template <class T>
 constexpr int kWinogradTile = sizeof(T) == 2 ? 4 : 2;
 
-// Source positions 0, 1, 2 past each output's own, by kernel index 0, 1, 2 or 2, 1, 0.
+// Whether neighbouring outputs read three neighbouring source positions each, by kernel index 0, 1, 2 or 2, 1, 0.
 inline bool three_taps(const AxisRun& run) {
   if (run.taps.size() != 3 || run.step != 1 || run.base_step != 1) return false;
   for (int64_t i = 0; i < 3; ++i) {
