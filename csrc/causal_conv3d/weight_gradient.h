@@ -6,8 +6,7 @@
 
 namespace walt::WALT_ISA::causal_conv3d {
 
-// Whether Winograd's method (winograd/backward_weight.cpp) computes these gradients, or else
-// direct/backward_weight.cpp.
+// Whether Winograd's method computes these gradients; and the two methods, in the folders of their names.
 bool winograd_pays(const ConvBackwardWeightParams&, const Axis (&axes)[3]);
 void winograd_backward_weight(const ConvBackwardWeightParams&, const Axis (&axes)[3]);
 void direct_backward_weight(const ConvBackwardWeightParams&, const Axis (&axes)[3]);

@@ -4,12 +4,13 @@
 #include "causal_conv3d/direct/pack.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
+namespace {
 
 constexpr int64_t kBlockSums = 65536;     // accumulators of a block: 256 KiB
 constexpr int64_t kReductionRows = 1536;  // of packed weights between two loads of the accumulators: 192 KiB
 
 // Cuts runs so that the packed weights of each part stay in the second-level cache over a whole block.
-inline std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& runs, int64_t step) {
+std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& runs, int64_t step) {
   const int64_t limit = kReductionRows * step;
   std::vector<std::vector<Run>> parts(1);
   int64_t used = 0;
@@ -28,7 +29,7 @@ inline std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& run
   return parts;
 }
 
-inline int64_t block_limit(const Convolution& conv, int64_t sums_per_pixel, int64_t chunks) {
+int64_t block_limit(const Convolution& conv, int64_t sums_per_pixel, int64_t chunks) {
   int64_t outputs = conv.batches;
   for (const std::vector<AxisRun>& axis : conv.axes) {
     int64_t positions = 0;
@@ -134,6 +135,8 @@ class DirectKernel {
   const std::vector<Block> blocks_;
   int64_t pixels_ = 0, patch_size_ = 0, splits_ = 1;
 };
+
+}  // namespace
 
 void direct_convolve(const Convolution& conv) {
   dispatch_dtype(conv.source.view->dtype, [&](auto tag) { DirectKernel<decltype(tag)>(conv).run(); });

@@ -10,6 +10,7 @@
 #include "causal_conv3d/winograd/transforms.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
+namespace {
 
 constexpr int64_t kUnitChannels = 128;   // input and output channels at a time: 3 MiB of sums for 3 taps in time
 constexpr int64_t kSlabBytes = 6 << 20;  // of transformed tiles; with the sums they stay in a third-level cache
@@ -316,6 +317,8 @@ class WinogradWeightKernel {
   int64_t columns_, rows_, x_pitch_, x_stride_, y_stride_, sum_stride_;
   std::vector<int64_t> frames_, offsets_, starts_;  // of the present slab
 };
+
+}  // namespace
 
 // Whether fewer products make up for the transforms, whose cost all channels of the other tensor and all taps in time
 // share, and for the halves of tiles that lie past an odd size.

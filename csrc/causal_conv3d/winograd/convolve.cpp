@@ -12,13 +12,14 @@
 #include "causal_conv3d/winograd/tiles.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
+namespace {
 
 // The larger tile needs 4 / 2.25 times fewer products and rounds more: for outputs of 16 bits.
 template <class T>
 constexpr int kWinogradTile = sizeof(T) == 2 ? 4 : 2;
 
 // Whether neighbouring outputs read three neighbouring source positions each, by kernel index 0, 1, 2 or 2, 1, 0.
-inline bool three_taps(const AxisRun& run) {
+bool three_taps(const AxisRun& run) {
   if (run.taps.size() != 3 || run.step != 1 || run.base_step != 1) return false;
   for (int64_t i = 0; i < 3; ++i) {
     const Tap &tap = run.taps[static_cast<size_t>(i)], &first = run.taps[0];
@@ -341,6 +342,8 @@ class WinogradKernel {
   int64_t pass_limit_ = 1, splits_ = 1;  // panels whose weights are there at a time, parts of them in different tasks
   int64_t ring_ = 1, slice_ = 0, product_slice_ = 0;
 };
+
+}  // namespace
 
 bool winograd_takes(const Convolution& conv, const AxisRun* const run[3]) {
 #if defined(WALT_HAS_BF16_DOT)
