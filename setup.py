@@ -1,9 +1,9 @@
 """Builds walt_kernels._C, the native kernels, with ninja and without torch.
 
-Every csrc/<op>/*.cpp is compiled once per instruction-set level, of which the module picks one at load; the op's names
-in Python, bind.cpp, once. Without a C++ compiler or Python's headers the package still installs, with the PyTorch
-reference kernels only. With nvcc, csrc/<op>/*.cu and cuda_bind.cpp join the same module, which imports without a GPU
-and without a driver all the same.
+Every .cpp in csrc/<op> and its folders is compiled once per instruction-set level, of which the module picks one at
+load; the op's names in Python, bind.cpp, once. Without a C++ compiler or Python's headers the package still installs,
+with the PyTorch reference kernels only. With nvcc, the .cu files and cuda_bind.cpp join the same module, which imports
+without a GPU and without a driver all the same.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
 UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 (the AVX-512 level as plain code that AVX2 can run, for
@@ -224,6 +224,12 @@ class BuildNative(build_ext):
         print(f"walt_kernels: built native CPU kernels for {summary}; CUDA: {gpu}")
 
 
+def sources(pattern: str) -> dict[str, Path]:
+    """The files of csrc's folders, by names for their objects: causal_conv3d/direct/a.cpp is causal_conv3d.direct.a."""
+    found = sorted(path.relative_to(CSRC) for path in CSRC.glob(f"*/**/{pattern}"))
+    return {".".join(path.with_suffix("").parts): CSRC / path for path in found}
+
+
 def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: Cuda | None, output: Path) -> str:
     """One compile line per source and level, one link line."""
     import pybind11
@@ -249,11 +255,11 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: 
         *[f"-DWALT_HAS_{level.upper()}" for level in levels if level != "baseline"],
     ]
     objects = {"module.o": (CSRC / "module.cpp", module)}
-    objects |= {f"{source.parent.name}.bind.o": (source, module) for source in sorted(CSRC.glob("*/bind.cpp"))}
+    objects |= {f"{name}.o": (source, module) for name, source in sources("bind.cpp").items()}
+    kernels = {name: source for name, source in sources("*.cpp").items() if "bind" not in source.stem}
     for level in levels:
-        for source in sorted(path for path in CSRC.glob("*/*.cpp") if "bind" not in path.stem):
-            flags = [*optimize, *ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}"]
-            objects[f"{source.parent.name}.{source.stem}.{level}.o"] = (source, flags)
+        flags = [*optimize, *ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}"]
+        objects |= {f"{name}.{level}.o": (source, flags) for name, source in kernels.items()}
     cuda_objects = {}
     if cuda:
         words = [
@@ -267,10 +273,9 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: 
             words += [
                 f"-gencode=arch=compute_{name},code={code}_{name}" for code in (["sm", "compute"] if ptx else ["sm"])
             ]
-        for source in sorted(CSRC.glob("*/*.cu")):
-            cuda_objects[f"{source.parent.name}.{source.stem}.o"] = (source, words)
-        for source in [CSRC / "cuda_module.cpp", *sorted(CSRC.glob("*/cuda_bind.cpp"))]:
-            objects[f"{source.parent.name}.{source.stem}.o"] = (source, python)
+        cuda_objects = {f"{name}.o": (source, words) for name, source in sources("*.cu").items()}
+        objects["cuda_module.o"] = (CSRC / "cuda_module.cpp", python)
+        objects |= {f"{name}.o": (source, python) for name, source in sources("cuda_bind.cpp").items()}
 
     def command(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")

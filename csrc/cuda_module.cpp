@@ -1,5 +1,5 @@
-// What all CUDA kernels take, in a file of its own: `_C` has it where it was built with nvcc, and tests bind the same
-// kernels compiled for the CPU (WALT_EMULATE_CUDA).
+// What all CUDA kernels take, bound for `_C` where it is built with nvcc, and for the module in which tests run the
+// same kernels compiled for the CPU (WALT_EMULATE_CUDA).
 #include "common/bind.h"
 #include "common/checks.h"
 #include "common/cuda_call.h"
@@ -12,8 +12,8 @@ const Binding binding([](py::module_& m) {
   const auto arguments = Arguments<C>()
                              .required({{"stream", &C::stream}, {"processors", &C::processors}})
                              .required({{"workspace", &C::workspace}, {"workspace_bytes", &C::workspace_bytes}});
-  py::class_<C>(m, "CudaCall", py::module_local()).def(py::init([=](const py::kwargs& given) {
-    const C call = arguments.read("CudaCall", given);
+  py::class_<C>(m, "CudaCall", py::module_local()).def(py::init([=](const py::kwargs& kwargs) {
+    const C call = arguments.read("CudaCall", kwargs);
     require(call.processors > 0, "processors must be at least 1");
     return call;
   }));

@@ -10,9 +10,6 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace py = pybind11;
 using walt::TensorView;
@@ -83,7 +80,7 @@ std::string openmp_library() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of walt_kernels: addresses, sizes and strides in; numbers out.";
+  m.doc() = "Native kernels of walt_kernels: tensors as addresses, sizes and strides; outputs in the caller's memory.";
   m.def("build_info", &build_info);
   m.def("set_isa", &set_isa, py::arg("isa"));
   m.def("openmp_library", &openmp_library);

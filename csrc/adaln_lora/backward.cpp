@@ -1,8 +1,8 @@
 // Gradients of residual + gate + LayerNorm + scale + shift, one pass over the rows of tokens.
 //
-// The gradients of modulation rows are sums over tokens, in two stages of fixed order: tokens are cut into parts whose
-// number depends on the shapes alone (not on threads, and not beyond kMaxParts or the number of segments), every part
-// sums into rows of its own, then the parts are added up in order.
+// The gradients of modulation rows are sums over tokens, in two stages of fixed order: tokens are cut into segments
+// that share every modulation row, and those into parts, whose number depends on the shapes alone, not on threads. Each
+// part sums into its own row, then the parts are added up in order.
 #include <numeric>
 
 #include "adaln_lora/params.h"
@@ -114,17 +114,17 @@ void backward(const AdalnBackwardParams& p) {
   const Scratch<A> partial(size * 3), scratch(kNorm ? threads * 2 * width : 0);
   parallel_for(B * rows, threads, [&](int64_t task, int thread) {
     const int64_t b = task / rows, segment = task % rows / parts, part = task % parts;
-    A* own[3];
+    A* sum_rows[3];
     for (int i = 0; i < 3; ++i) {
-      own[i] = partial.data() + i * size + task * width;
-      if (sums[i]->defined()) std::memset(own[i], 0, static_cast<size_t>(width) * sizeof(A));
+      sum_rows[i] = partial.data() + i * size + task * width;
+      if (sums[i]->defined()) std::memset(sum_rows[i], 0, static_cast<size_t>(width) * sizeof(A));
     }
     const int64_t end = segment * tokens + part_begin(tokens, parts, part + 1);
     for (int64_t n = segment * tokens + part_begin(tokens, parts, part); n < end; ++n) {
       Row<T, M, A> row{};
-      row.sum_gate = own[0];
-      row.sum_shift = own[1];
-      row.sum_scale = own[2];
+      row.sum_gate = sum_rows[0];
+      row.sum_shift = sum_rows[1];
+      row.sum_scale = sum_rows[2];
       if (grad_x_new.data != nullptr) row.grad_x_new = grad_x_new.row(b, n);
       if constexpr (kResidual) {
         row.branch = branch.row(b, n);

@@ -1,3 +1,4 @@
+// The kernels of params.h as functions of the module.
 #include "adaln_lora/arguments.h"
 
 namespace walt {

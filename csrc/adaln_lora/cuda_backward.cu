@@ -141,7 +141,7 @@ struct Backward {
     const Piece piece = piece_of(row * tokens, (row + 1) * tokens, begin, end);
     each([&](int slot, int d) {
       float (&values)[kVector] = state.sums[sum][slot];
-      if (piece == Piece::whole) {
+      if (piece == Piece::full) {
         store(row_of<M>(out, at.b, at.n / static_cast<int>(tokens)) + d, values);
       } else {
         store(shape.partial_rows(sum) + partial_row(blockIdx.x, piece) * shape.width + d, values);
@@ -314,7 +314,7 @@ struct Plan {
   int64_t bytes;
 };
 
-Plan plan(const AdalnBackwardParams& p, int processors) {
+Plan make_plan(const AdalnBackwardParams& p, int processors) {
   const TensorView& tokens = p.grad_h.defined() ? p.grad_h : p.grad_x_new;
   const int64_t B = tokens.shape[0], N = tokens.shape[1], D = tokens.shape[2];
   require_int(N, "at most 2^30 tokens in a sample");
@@ -358,17 +358,17 @@ void finish(const AdalnBackwardParams& p, const BackwardShape& shape, const Cuda
 
 int64_t adaln_backward_workspace(const AdalnBackwardParams& p, int processors) {
   check(p);
-  return plan(p, processors).bytes;
+  return make_plan(p, processors).bytes;
 }
 
 void adaln_backward(const AdalnBackwardParams& p, const CudaCall& call) {
   check(p);
   const bool residual = p.branch.defined(), norm = p.grad_h.defined();
   const TensorView& tokens = norm ? p.grad_h : p.grad_x_new;
-  Plan own = plan(p, call.processors);
-  require(call.workspace_bytes >= own.bytes, "the workspace is too small");
-  own.shape.partial = static_cast<float*>(call.workspace);
-  own.shape.totals = own.shape.partial_rows(kSums);
+  Plan plan = make_plan(p, call.processors);
+  require(call.workspace_bytes >= plan.bytes, "the workspace is too small");
+  plan.shape.partial = static_cast<float*>(call.workspace);
+  plan.shape.totals = plan.shape.partial_rows(kSums);
   dispatch_types(tokens.dtype, residual ? p.gate.dtype : p.scale.dtype, [&](auto x_type, auto rows_type) {
     using T = typename decltype(x_type)::type;
     using M = typename decltype(rows_type)::type;
@@ -383,12 +383,12 @@ void adaln_backward(const AdalnBackwardParams& p, const CudaCall& call) {
       launch("adaln_backward", adaln_zero_kernel<M>, grid, dim3(kWarp), call, p);
       return;
     }
-    const dim3 grid(grid_size(own.shape.runs.count)), block(static_cast<unsigned>(own.threads));
-    const BackwardShape& shape = own.shape;
+    const dim3 grid(grid_size(plan.shape.runs.count)), block(static_cast<unsigned>(plan.threads));
+    const BackwardShape& shape = plan.shape;
     dispatch_parts(residual, norm, [&](auto has_branch, auto has_norm) {
       constexpr bool kResidual = decltype(has_branch)::value, kNorm = decltype(has_norm)::value;
-      const auto kernel = own.vectors ? adaln_backward_kernel<kResidual, kNorm, T, M, kVectorBytes / sizeof(T)>
-                                      : adaln_backward_kernel<kResidual, kNorm, T, M, 1>;
+      const auto kernel = plan.vectors ? adaln_backward_kernel<kResidual, kNorm, T, M, kVectorBytes / sizeof(T)>
+                                       : adaln_backward_kernel<kResidual, kNorm, T, M, 1>;
       launch("adaln_backward", kernel, grid, block, call, p, shape);
     });
     finish<M>(p, shape, call);

@@ -1,3 +1,4 @@
+// The kernels of cuda.h as functions of the module.
 #include "adaln_lora/arguments.h"
 #include "adaln_lora/cuda.h"
 

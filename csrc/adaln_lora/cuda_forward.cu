@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   const int threads = static_cast<int>(shape.row_per_warp ? kWarp : blockDim.x);
   const int rows = static_cast<int>(blockDim.x) / threads;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * rows + static_cast<int>(threadIdx.x) / threads;
-  if (n >= shape.N) return;  // only where every warp has a row of its own: no barrier waits for it
+  if (n >= shape.N) return;  // only where every warp has a row to itself: no barrier waits for it
 
   for (int64_t b = blockIdx.y; b < p.x.shape[0]; b += gridDim.y) {
     const T* const x = row_of<const T>(p.x, b, n);
@@ -39,13 +39,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     T* const h = kNorm ? row_of<T>(p.h, b, n) : nullptr;
 
     // x + gate * branch, unrounded
-    const auto combine = [&](const Packed<T, kVector>& own, const Packed<T, kVector>& added, int d,
+    const auto combine = [&](const Packed<T, kVector>& x_packed, const Packed<T, kVector>& branch_packed, int d,
                              float (&v)[kVector]) {
-      own.widen(v);
+      x_packed.widen(v);
       if constexpr (kResidual) {
         float factor[kVector], term[kVector];
         load(gate + d, factor);
-        added.widen(term);
+        branch_packed.widen(term);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) v[i] += factor[i] * term[i];
       }
@@ -59,27 +59,28 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
         if (d < D) f(d, kept[slot]);
       }
       for (int d = (kSlots * threads + lane) * kVector; d < D; d += threads * kVector) {
-        Packed<T, kVector> own, added;
-        own.load(x + d, false);
-        if constexpr (kResidual) added.load(branch + d, false);
+        Packed<T, kVector> x_packed, branch_packed;
+        x_packed.load(x + d, false);
+        if constexpr (kResidual) branch_packed.load(branch + d, false);
         float v[kVector];
-        combine(own, added, d, v);
+        combine(x_packed, branch_packed, d, v);
         f(d, v);
       }
     };
 
-    Packed<T, kVector> own[kSlots], added[kSlots];  // all loads are under way before the first value is needed
+    // All loads are under way before the first value is needed.
+    Packed<T, kVector> x_packed[kSlots], branch_packed[kSlots];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const int d = (slot * threads + lane) * kVector;
       if (d >= D) continue;
-      own[slot].load(x + d, true);
-      if constexpr (kResidual) added[slot].load(branch + d, true);
+      x_packed[slot].load(x + d, true);
+      if constexpr (kResidual) branch_packed[slot].load(branch + d, true);
     }
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const int d = (slot * threads + lane) * kVector;
-      if (d < D) combine(own[slot], added[slot], d, kept[slot]);
+      if (d < D) combine(x_packed[slot], branch_packed[slot], d, kept[slot]);
     }
 
     float sum[1] = {0};

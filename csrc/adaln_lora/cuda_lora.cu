@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) lora_forward_kernel(const LoraForwar
   const T* const cond = static_cast<const T*>(p.cond.data) + first_sample * shape.D;
   const T* const down = static_cast<const T*>(p.down.data) + layer * shape.rank * shape.D;
   const T* const up = static_cast<const T*>(p.up.data) + layer * shape.K * shape.rank;
-  float* const own_hidden = static_cast<float*>(p.hidden.data) + (layer * shape.B + first_sample) * shape.rank;
+  float* const hidden_out = static_cast<float*>(p.hidden.data) + (layer * shape.B + first_sample) * shape.rank;
 
   float sums[kThreadColumns][kSamples] = {};
   for (int64_t first = 0; first < shape.rank; first += kForwardRanks) {
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) lora_forward_kernel(const LoraForwar
           warp_sum(shape.vectors_d ? lane_dot<kLanes<T>>(row, vector, shape.D) : lane_dot<1>(row, vector, shape.D));
       if (threadIdx.x % kWarp != 0) continue;
       hidden[s][j] = dot;
-      if (blockIdx.x == 0) own_hidden[s * shape.rank + first + j] = dot;
+      if (blockIdx.x == 0) hidden_out[s * shape.rank + first + j] = dot;
     }
     __syncthreads();
 #pragma unroll
@@ -131,16 +131,16 @@ __global__ void __launch_bounds__(kThreads) lora_up_kernel(const LoraBackwardPar
       if (k < shape.K) load_ranks(up + k * shape.rank + first, ranks, shape.vectors_r, weights[c]);
     }
     for (int64_t b = 0; b < shape.B; ++b, turn ^= 1) {
-      float own_hidden[kRanks], parts[kRanks] = {};
+      float hidden_ranks[kRanks], parts[kRanks] = {};
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) own_hidden[j] = j < ranks ? hidden[b * shape.rank + first + j] : 0.0f;
+      for (int j = 0; j < kRanks; ++j) hidden_ranks[j] = j < ranks ? hidden[b * shape.rank + first + j] : 0.0f;
 #pragma unroll
       for (int c = 0; c < kThreadColumns; ++c) {
         const int64_t k = first_k + c * kThreads;
         const float g = k < shape.K ? load(grad + b * shape.K + k) : 0.0f;
 #pragma unroll
         for (int j = 0; j < kRanks; ++j) {
-          sums[c][j] += g * own_hidden[j];
+          sums[c][j] += g * hidden_ranks[j];
           parts[j] += g * weights[c][j];
         }
       }

@@ -37,8 +37,8 @@ void outer_rows(const T* weights, T* grad_weights, const A* vectors, A* partial,
     for (int i = 0; i < kRows; ++i) piece.store(grad_weights + (row + i) * length + d, grad[i]);
   };
   int64_t d = 0;
-  for (; d + kLanes<A> <= length; d += kLanes<A>) step(d, Whole<>{});
-  if (d < length) step(d, Part{length - d});
+  for (; d + kLanes<A> <= length; d += kLanes<A>) step(d, FullVector<>{});
+  if (d < length) step(d, PartialVector{length - d});
 }
 
 template <class T, class A, class F>
@@ -104,8 +104,8 @@ void backward(const LoraBackwardParams& p) {
   int64_t up_blocks = K / kMinBlockRows < kMaxBlocks ? K / kMinBlockRows : kMaxBlocks;
   up_blocks = up_blocks > 1 ? up_blocks : 1;
   const int64_t down_blocks = layers * rank < kMaxBlocks ? layers * rank : kMaxBlocks;
-  const int64_t thread_scratch = padded<A>(B * kGroup + 2 * kWideRank * kNarrowColumns);
-  const Scratch<A> hidden(layers * B * rank_width), cond(B * cond_width), scratch(threads * thread_scratch);
+  const int64_t scratch_size = padded<A>(B * kGroup + 2 * kWideRank * kNarrowColumns);
+  const Scratch<A> hidden(layers * B * rank_width), cond(B * cond_width), scratch(threads * scratch_size);
   const Scratch<A> up_partial(layers * up_blocks * B * rank_width), down_partial(down_blocks * B * cond_width);
   pad_rows(static_cast<const A*>(p.hidden.data), hidden.data(), layers * B, rank, rank_width);
   pad_rows(static_cast<const T*>(p.cond.data), cond.data(), B, D, cond_width);
@@ -123,18 +123,19 @@ void backward(const LoraBackwardParams& p) {
   parallel_for(layers * up_blocks, threads, [&](int64_t task, int thread) {
     const int64_t l = task / up_blocks, block = task % up_blocks;
     const int64_t begin = part_begin(K, up_blocks, block), end = part_begin(K, up_blocks, block + 1);
-    const T *const own_up = up + l * K * rank, *const own_grad = grad + l * B * K;
-    T* const own_grad_up = grad_up + l * K * rank;
-    const A* const own_hidden = hidden.data() + l * B * rank_width;
-    A *const partial = up_partial.data() + task * B * rank_width, *const own = scratch.data() + thread * thread_scratch;
+    const T *const layer_up = up + l * K * rank, *const layer_grad = grad + l * B * K;
+    T* const layer_grad_up = grad_up + l * K * rank;
+    const A* const layer_hidden = hidden.data() + l * B * rank_width;
+    A* const partial = up_partial.data() + task * B * rank_width;
+    A* const thread_scratch = scratch.data() + thread * scratch_size;
     if (rank >= kWideRank) {
-      outer_range(own_up, own_grad_up, own_hidden, partial, own, begin, end, rank, rank_width, B,
-                  [&](int64_t b, int64_t k) { return to_float(own_grad[b * K + k]); });
+      outer_range(layer_up, layer_grad_up, layer_hidden, partial, thread_scratch, begin, end, rank, rank_width, B,
+                  [&](int64_t b, int64_t k) { return to_float(layer_grad[b * K + k]); });
       return;
     }
     std::memset(partial, 0, static_cast<size_t>(B * rank_width) * sizeof(A));
     for (int64_t k = begin; k < end; k += kNarrowColumns) {
-      narrow_block(own_up + k * rank, own_grad_up + k * rank, own_grad + k, own_hidden, partial, own,
+      narrow_block(layer_up + k * rank, layer_grad_up + k * rank, layer_grad + k, layer_hidden, partial, thread_scratch,
                    end - k < kNarrowColumns ? end - k : kNarrowColumns, K, rank, rank_width, B);
     }
   });
@@ -151,7 +152,7 @@ void backward(const LoraBackwardParams& p) {
     const int64_t begin = part_begin(layers * rank, down_blocks, block);
     const int64_t end = part_begin(layers * rank, down_blocks, block + 1);
     outer_range(down, grad_down, cond.data(), down_partial.data() + block * B * cond_width,
-                scratch.data() + thread * thread_scratch, begin, end, D, cond_width, B, [&](int64_t b, int64_t row) {
+                scratch.data() + thread * scratch_size, begin, end, D, cond_width, B, [&](int64_t b, int64_t row) {
                   const int64_t l = row / rank, j = row % rank;
                   return up_partial[(l * up_blocks * B + b) * rank_width + j];
                 });

@@ -28,8 +28,8 @@ inline void dot_tile(const T* weights, const A* vectors, int64_t vector_stride, 
     }
   };
   int64_t d = 0;
-  for (; d + kLanes<A> <= length; d += kLanes<A>) step(d, Whole{});
-  if (d < length) step(d, Part{length - d});
+  for (; d + kLanes<A> <= length; d += kLanes<A>) step(d, FullVector{});
+  if (d < length) step(d, PartialVector{length - d});
   if constexpr (kRows * kSamples == kLanes<A>) {  // as many sums as lanes: all at once
     transpose(sums);
     V total = sums[0];
@@ -111,23 +111,23 @@ void forward(const LoraForwardParams& p) {
   parallel_for(layers * blocks, threads, [&](int64_t task, int thread) {
     const int64_t l = task / blocks, begin = task % blocks * up_rows;
     const int64_t end = begin + up_rows < K ? begin + up_rows : K;
-    const A* const own_hidden = hidden + l * B * rank;
-    const T* const own_up = up + l * K * rank;
-    T* const own_out = out + l * B * K;
+    const A* const layer_hidden = hidden + l * B * rank;
+    const T* const layer_up = up + l * K * rank;
+    T* const layer_out = out + l * B * K;
     if (wide) {
-      A* const own_dots = dots.data() + thread * B * up_rows;
-      dot_rows(own_up, own_hidden, rank, rank, begin, end, B,
-               [&](int64_t k, int64_t b, A dot) { own_dots[b * up_rows + k - begin] = dot; });
+      A* const thread_dots = dots.data() + thread * B * up_rows;
+      dot_rows(layer_up, layer_hidden, rank, rank, begin, end, B,
+               [&](int64_t k, int64_t b, A dot) { thread_dots[b * up_rows + k - begin] = dot; });
       for (int64_t b = 0; b < B; ++b) {
         sweep<A>(end - begin, [&](int64_t k, auto piece, int) __attribute__((always_inline)) {
-          const auto sum = piece.load(base + b * K + begin + k) + piece.load(own_dots + b * up_rows + k);
-          piece.store(own_out + b * K + begin + k, sum);
+          const auto sum = piece.load(base + b * K + begin + k) + piece.load(thread_dots + b * up_rows + k);
+          piece.store(layer_out + b * K + begin + k, sum);
         });
       }
       return;
     }
     for (int64_t k = begin; k < end; k += kNarrowColumns) {
-      narrow_block(own_up + k * rank, own_hidden, base + k, own_out + k,
+      narrow_block(layer_up + k * rank, layer_hidden, base + k, layer_out + k,
                    columns.data() + thread * kWideRank * kNarrowColumns,
                    end - k < kNarrowColumns ? end - k : kNarrowColumns, B, rank, K);
     }

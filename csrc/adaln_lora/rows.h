@@ -8,10 +8,10 @@
 
 namespace walt::WALT_ISA::adaln_lora {
 
-// A whole vector of a row, or the part that is left at its end. Lanes beyond the end read as zero. Streamed vectors are
-// stored past the caches.
+// How a vector of a row is read and written: all of it, or the lanes that are left at the row's end; the others read as
+// zero. With kStream vectors are stored past the caches.
 template <bool kStream = false>
-struct Whole {
+struct FullVector {
   template <class T>
   auto load(const T* p) const {
     return walt::WALT_ISA::load(p);
@@ -29,7 +29,7 @@ struct Whole {
     return v;
   }
 };
-struct Part {
+struct PartialVector {
   int64_t count;
   template <class T>
   auto load(const T* p) const {
@@ -46,21 +46,21 @@ struct Part {
   }
 };
 
-// Calls f(d, piece, slot) for the vectors of a row of D elements. Neighbouring calls get different slots (0..3), so
-// that a sum can run in four independent chains.
+// Calls f(d, piece, slot) for the vectors of a row of D elements; piece is a FullVector or a PartialVector. Four
+// neighbouring calls get four slots, so that a sum can run in four independent chains; the last few all get slot 0.
 constexpr int kSlots = 4;
 template <class A, bool kStream = false, class F>
 inline __attribute__((always_inline)) void sweep(int64_t D, F&& f) {
   constexpr int lanes = kLanes<A>;
   int64_t d = 0;
   for (; d + kSlots * lanes <= D; d += kSlots * lanes) {
-    f(d, Whole<kStream>{}, 0);
-    f(d + lanes, Whole<kStream>{}, 1);
-    f(d + 2 * lanes, Whole<kStream>{}, 2);
-    f(d + 3 * lanes, Whole<kStream>{}, 3);
+    f(d, FullVector<kStream>{}, 0);
+    f(d + lanes, FullVector<kStream>{}, 1);
+    f(d + 2 * lanes, FullVector<kStream>{}, 2);
+    f(d + 3 * lanes, FullVector<kStream>{}, 3);
   }
-  for (; d + lanes <= D; d += lanes) f(d, Whole<kStream>{}, 0);
-  if (d < D) f(d, Part{D - d}, 0);
+  for (; d + lanes <= D; d += lanes) f(d, FullVector<kStream>{}, 0);
+  if (d < D) f(d, PartialVector{D - d}, 0);
 }
 
 template <class V>

@@ -33,12 +33,12 @@ struct Runs {
   }
 };
 
-enum class Piece { whole, head, tail };
+enum class Piece { full, head, tail };
 
 // What the run [begin, end) holds of the row that belongs to [first, last).
 __host__ __device__ inline Piece piece_of(int64_t first, int64_t last, int64_t begin, int64_t end) {
   if (first < begin) return Piece::head;
-  return last <= end ? Piece::whole : Piece::tail;
+  return last <= end ? Piece::full : Piece::tail;
 }
 
 // Partial rows of one tensor: head and tail of every run.

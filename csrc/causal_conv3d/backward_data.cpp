@@ -1,4 +1,6 @@
-#include "causal_conv3d/convolve.h"
+// Gradients of x and history: checks, and which positions of grad_y each of theirs reads. The kernels are those of
+// forward, in direct/ and winograd/convolve.cpp.
+#include "causal_conv3d/convolution.h"
 #include "common/checks.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
@@ -33,7 +35,7 @@ void backward_data(const ConvBackwardDataParams& p) {
                           shape.shape[0],
                           std::max(o.threads, 1)};
   for (int i = 0; i < 3; ++i) convolution.source.map[i] = backward_map(convolution.axes[i], axes[i].outputs());
-  dispatch_dtype(grad_y.dtype, [&](auto tag) { convolve<decltype(tag)>(convolution); });
+  convolve(convolution);
 }
 
 }  // namespace walt::WALT_ISA::causal_conv3d

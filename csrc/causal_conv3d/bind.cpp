@@ -1,3 +1,4 @@
+// The kernels of params.h as functions of the module, and the names of their arguments.
 #include "common/bind.h"
 
 #include "causal_conv3d/params.h"

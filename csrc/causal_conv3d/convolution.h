@@ -3,7 +3,7 @@
 // threads nor on neighbours, batch or clip length.
 #pragma once
 
-#include "causal_conv3d/pack.h"
+#include "causal_conv3d/weights.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
 
@@ -17,6 +17,18 @@ struct Convolution {
   int64_t batches;
   int threads;  // at least 1
 };
+
+// Whether Winograd's method computes the positions of these runs. Does not depend on the number of frames.
+bool winograd_takes(const Convolution&, const AxisRun* const run[3]);
+
+// The runs that winograd_takes (winograd/convolve.cpp), and all others (direct/convolve.cpp).
+void winograd_convolve(const Convolution&);
+void direct_convolve(const Convolution&);
+
+inline void convolve(const Convolution& conv) {
+  winograd_convolve(conv);
+  direct_convolve(conv);
+}
 
 // The sums of a block: panels of [pixel][width], the last one vector wide if that is enough.
 template <class A>
@@ -68,20 +80,20 @@ void write_pixels(const PanelSums<A>& sums, int64_t pixel, T* to, int64_t channe
 }
 
 template <class T>
-T* output_address(const Convolution& g, int64_t batch, int64_t channel, int64_t frame, int64_t row, int64_t column) {
-  const TensorView& out = frame < 0 ? *g.out_history : *g.out;
+T* output_address(const Convolution& conv, int64_t batch, int64_t channel, int64_t frame, int64_t row, int64_t column) {
+  const TensorView& out = frame < 0 ? *conv.out_history : *conv.out;
   return static_cast<T*>(out.data) + batch * out.stride[0] + channel * out.stride[1] +
          (frame < 0 ? frame + out.shape[2] : frame) * out.stride[2] + row * out.stride[3] + column * out.stride[4];
 }
 
 // Writes a block's channels from `channel` on.
 template <class T, class A>
-void write_block(const Convolution& g, const Block& block, const PanelSums<A>& sums, int64_t channel) {
+void write_block(const Convolution& conv, const Block& block, const PanelSums<A>& sums, int64_t channel) {
   const int64_t columns = block.count[2], rows = block.count[1];
   for (int64_t i = 0; i < block.count[0]; ++i) {
     const int64_t frame = block.position(0, i);
-    const TensorView& out = frame < 0 ? *g.out_history : *g.out;
-    T* to = output_address<T>(g, block.batch, channel, frame, 0, block.position(2, 0));
+    const TensorView& out = frame < 0 ? *conv.out_history : *conv.out;
+    T* to = output_address<T>(conv, block.batch, channel, frame, 0, block.position(2, 0));
     const int64_t column_stride = out.stride[4] * block.run[2]->step;
     const bool whole_rows = out.stride[3] * block.run[1]->step == columns * column_stride;  // one long run of pixels
     for (int64_t j = 0; j < (whole_rows ? 1 : rows); ++j) {
@@ -93,11 +105,12 @@ void write_block(const Convolution& g, const Block& block, const PanelSums<A>& s
 
 // The bias in float32 or wider, zero where there is none; each group padded to `padded` channels.
 template <class T>
-void load_bias(const Convolution& g, int64_t padded, accumulate_t<T>* bias) {
-  for (int64_t i = 0; i < g.weight.groups * padded; ++i) {
-    const int64_t n = i % padded, channel = i / padded * g.weight.out_channels + n;
-    const bool exists = g.bias->defined() && n < g.weight.out_channels;
-    bias[i] = exists ? to_float(static_cast<const T*>(g.bias->data)[channel * g.bias->stride[0]]) : accumulate_t<T>{};
+void load_bias(const Convolution& conv, int64_t padded, accumulate_t<T>* bias) {
+  for (int64_t i = 0; i < conv.weight.groups * padded; ++i) {
+    const int64_t n = i % padded, channel = i / padded * conv.weight.out_channels + n;
+    const bool exists = conv.bias->defined() && n < conv.weight.out_channels;
+    bias[i] =
+        exists ? to_float(static_cast<const T*>(conv.bias->data)[channel * conv.bias->stride[0]]) : accumulate_t<T>{};
   }
 }
 

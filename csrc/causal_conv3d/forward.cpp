@@ -1,4 +1,5 @@
-#include "causal_conv3d/convolve.h"
+// Forward: checks, and which positions of x each output reads. direct/ and winograd/convolve.cpp hold the kernels.
+#include "causal_conv3d/convolution.h"
 #include "common/checks.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
@@ -28,7 +29,7 @@ void forward(const ConvForwardParams& p) {
       &none,
       x.shape[0],
       std::max(o.threads, 1)};
-  dispatch_dtype(x.dtype, [&](auto tag) { convolve<decltype(tag)>(convolution); });
+  convolve(convolution);
 }
 
 }  // namespace walt::WALT_ISA::causal_conv3d

@@ -75,7 +75,7 @@ inline Axis space_axis(int which, int64_t size, int64_t kernel, const ConvOption
   return {size, kernel, o.stride[which], o.dilation[which], pads[0], pads[1], mode};
 }
 
-// Appends a position, to the last run if it continues it.
+// Adds a position to the first run that it continues, or as a run of its own.
 inline void append(std::vector<AxisRun>& runs, int64_t position, int64_t step, int64_t base, int64_t base_step,
                    std::vector<Tap> taps) {
   for (AxisRun& run : runs) {
@@ -103,8 +103,8 @@ inline std::vector<AxisRun> forward_runs(const Axis& axis, bool skip_zeros) {
 }
 
 // Input positions [begin, end) (negative ones are history) reading output coordinates. Position n collects the gradient
-// of every padded coordinate that copies it. Reads past the ends of the output are zeros in the patch; with
-// `skip_zeros` they are left out.
+// of every padded coordinate that copies it. Reads past the ends of the output are zeros in the patch; they
+// are left out with `skip_zeros`, and for coordinates of padding.
 inline std::vector<AxisRun> backward_runs(const Axis& axis, int64_t begin, int64_t end, bool skip_zeros) {
   const int64_t outputs = axis.outputs();
   std::vector<std::vector<Tap>> taps(static_cast<size_t>(end - begin));
@@ -113,13 +113,13 @@ inline std::vector<AxisRun> backward_runs(const Axis& axis, int64_t begin, int64
     const int64_t source = axis.source(p);
     const int64_t position = source < -1 ? p - axis.before : source;
     if (source == -1 || position < begin || position >= end) continue;
-    const bool own = position == p - axis.before;
+    const bool copied = position != p - axis.before;  // p is padding
     for (int64_t k = 0; k < axis.kernel; ++k) {
       const int64_t numerator = p - k * axis.dilation;
       // Floor division, since far taps reach before the first output.
       const int64_t o = numerator >= 0 ? numerator / axis.stride : -((-numerator + axis.stride - 1) / axis.stride);
       if (o * axis.stride != numerator) continue;
-      if ((o < 0 || o >= outputs) && (skip_zeros || !own)) continue;
+      if ((o < 0 || o >= outputs) && (skip_zeros || copied)) continue;
       taps[static_cast<size_t>(position - begin)].push_back({o - base(position), k});
     }
   }

@@ -1,5 +1,6 @@
 // Arguments of causal_conv3d's kernels. x is [B, C, T, H, W], weight [C_out, C / groups, kt, kh, kw], history
-// [B, C, (kt - 1) * dilation_t, H, W], y [B, C_out, T', H', W'], all with any strides. Optional views are undefined.
+// [B, C, (kt - 1) * dilation_t, H, W], y [B, C_out, T', H', W'], all with any strides. What was left out is an
+// undefined view.
 #pragma once
 
 #include <array>

@@ -111,7 +111,7 @@ inline void copy_transposed_pairs(const bfloat16* from, int64_t from_stride, bfl
   }
 }
 
-// One tensor (and history) as the source of patches.
+// What patches are copied from: a tensor, the frames before it, and where each padded coordinate lies in them.
 struct PatchSource {
   const TensorView* view;
   const TensorView* history;  // may be undefined
@@ -169,8 +169,8 @@ void copy_columns(const T* from, int64_t channel_stride, int64_t column_stride, 
   }
 }
 
-// Fills rows [first_row, end_row) of the patch, counted over frames * rows, from channels [channel, channel +
-// channels). `pitch` >= channels values lie between pixels; the rest of each pixel becomes zero.
+// Fills a block's patch from channels [channel, channel + channels). Pixels lie `pitch` >= channels values apart; what
+// is left of each becomes zero. `pieces` is working memory.
 template <class T, class P>
 void fill_patch(const PatchSource& source, const Block& block, int64_t channel, int64_t channels, int64_t pitch,
                 std::vector<Piece>& pieces, P* patch) {

@@ -25,7 +25,7 @@ struct Binding {
   }
 };
 
-// What a Python value becomes. An op has overloads for types of its own.
+// Converts an argument from Python. An op adds overloads for its own types.
 template <class T>
 void read(py::handle value, T& to) {
   to = value.cast<T>();
@@ -60,11 +60,11 @@ class Arguments {
     return *this;
   }
 
-  Params read(const std::string& function, const py::kwargs& given) const {
+  Params read(const std::string& function, const py::kwargs& kwargs) const {
     Params params;
     size_t known = 0;
     for (const Argument<Params>& argument : list_) {
-      const py::handle value = PyDict_GetItemWithError(given.ptr(), argument.name.ptr());
+      const py::handle value = PyDict_GetItemWithError(kwargs.ptr(), argument.name.ptr());
       known += value.ptr() != nullptr;
       if (value && !value.is_none()) {
         try {
@@ -77,13 +77,13 @@ class Arguments {
         throw py::type_error(function + ": " + std::string(argument.name) + " is missing");
       }
     }
-    if (known < given.size()) refuse_unknown(function, given);
+    if (known < kwargs.size()) refuse_unknown(function, kwargs);
     return params;
   }
 
  private:
-  void refuse_unknown(const std::string& function, const py::kwargs& given) const {
-    for (const auto& item : given) {
+  void refuse_unknown(const std::string& function, const py::kwargs& kwargs) const {
+    for (const auto& item : kwargs) {
       const auto is_named = [&](const Argument<Params>& argument) { return argument.name.equal(item.first); };
       if (std::any_of(list_.begin(), list_.end(), is_named)) continue;
       throw py::type_error(function + ": unknown argument " + std::string(py::str(item.first)));
@@ -96,8 +96,8 @@ class Arguments {
 // name(*extra, **arguments) in Python: kernel(params, extra...) without the GIL.
 template <class... Extra, class Params, class Kernel>
 void define(py::module_& m, const char* name, const Arguments<Params>& arguments, Kernel kernel) {
-  m.def(name, [=](const Extra&... extra, const py::kwargs& given) {
-    const Params params = arguments.read(name, given);
+  m.def(name, [=](const Extra&... extra, const py::kwargs& kwargs) {
+    const Params params = arguments.read(name, kwargs);
     const py::gil_scoped_release no_gil;
     return kernel(params, extra...);
   });

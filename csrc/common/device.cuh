@@ -48,8 +48,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 #endif
 }
 
-// ---- 16-bit floats: pairs of them in 32 bits, the lower one first
-// ----------------------------------------------------
+// ---- 16-bit floats: pairs of them in 32 bits, the lower one first ---------------------------------------------------
 
 template <class T>
 struct Pair;  // unpack(word, low, high), pack(low, high); rounds to nearest, ties to even
@@ -89,8 +88,7 @@ using emulate::bits_to_float;
 using emulate::float_to_bits;
 #endif
 
-// ---- a few neighbouring elements of a row: kVector * sizeof(T) is a multiple of 16 bytes, or kVector is 1
-// --------------
+// ---- a few neighbouring elements of a row: kVector * sizeof(T) is a multiple of 16 bytes, or kVector is 1 -----------
 
 template <class T, int kVector>
 struct Packed {
@@ -197,8 +195,7 @@ inline bool allows_vectors(const TensorView& v) {
   return aligned && v.shape[v.rank - 1] * size % kVectorBytes == 0;
 }
 
-// ---- sums over threads, in an order that is always the same
-// ----------------------------------------------------------
+// ---- sums over threads, in an order that is always the same ---------------------------------------------------------
 
 __device__ inline float warp_sum(float value) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // CUDA's execution model on one CPU thread, for tests: every thread of a block is a fiber, blocks run one after
-// another. A barrier that not all threads reach is an error, and the order in which threads run changes from launch to
-// launch, so that what depends on it does not pass a test twice.
+// another. A barrier that not all threads reach is an error. The order in which threads run changes from launch to
+// launch: a kernel that depends on it gives two results in two launches.
 #pragma once
 
 #include <ucontext.h>

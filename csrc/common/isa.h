@@ -1,6 +1,6 @@
-// One binary, several instruction sets. setup.py compiles the kernels, <op>/*.cpp, once per level with its own compiler
-// flags and with WALT_ISA naming a namespace, in which each op has one of its own, walt::WALT_ISA::<op>; the module
-// calls the best level this processor has.
+// One binary, several instruction sets, called levels. setup.py compiles every .cpp of an op but its bind.cpp once per
+// level, with that level's compiler flags and with WALT_ISA naming its namespace; kernels are in walt::WALT_ISA::<op>.
+// A call runs at the best level that was compiled and that this processor has, or at the one that set_isa chose.
 #pragma once
 
 #include <atomic>

@@ -16,8 +16,8 @@
 
 namespace walt::WALT_ISA {
 
-// WALT_EMULATE_AVX512 compiles the AVX-512 level for any processor: the same widths and the same pairs of bfloat16, in
-// plain vector code. Slow; it lets the level's kernels be tested where it cannot run.
+// WALT_EMULATE_AVX512 compiles the AVX-512 level without its instructions: the same widths and the same pairs of
+// bfloat16, in vector code that AVX2 can run. Slow; it lets the level's kernels be tested where it cannot run.
 #if defined(__AVX512F__) || defined(WALT_EMULATE_AVX512)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
@@ -127,15 +127,15 @@ inline float16 from_float<float16>(float x) {
 
 // ---- whole vectors --------------------------------------------------------------------------------------------------
 
-// Vectors anywhere in memory. Plain dereferences, not memcpy: arrays of vectors that are loaded and stored through
+// Vectors at any address. Plain dereferences, not memcpy: arrays of vectors that are loaded and stored through
 // these stay in registers.
-typedef float vfloat_anywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-typedef double vdouble_anywhere __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
-typedef int32_t vint_anywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef float vfloat_unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef double vdouble_unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+typedef int32_t vint_unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 
-inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat_anywhere*>(p); }
-inline vdouble load(const double* p) { return *reinterpret_cast<const vdouble_anywhere*>(p); }
-inline vint load(const int32_t* p) { return *reinterpret_cast<const vint_anywhere*>(p); }
+inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
+inline vdouble load(const double* p) { return *reinterpret_cast<const vdouble_unaligned*>(p); }
+inline vint load(const int32_t* p) { return *reinterpret_cast<const vint_unaligned*>(p); }
 inline vfloat load(const bfloat16* p) {
 #if defined(__AVX512F__)
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -161,9 +161,9 @@ inline vfloat load(const float16* p) {
 #endif
 }
 
-inline void store(float* p, vfloat v) { *reinterpret_cast<vfloat_anywhere*>(p) = v; }
-inline void store(double* p, vdouble v) { *reinterpret_cast<vdouble_anywhere*>(p) = v; }
-inline void store(int32_t* p, vint v) { *reinterpret_cast<vint_anywhere*>(p) = v; }
+inline void store(float* p, vfloat v) { *reinterpret_cast<vfloat_unaligned*>(p) = v; }
+inline void store(double* p, vdouble v) { *reinterpret_cast<vdouble_unaligned*>(p) = v; }
+inline void store(int32_t* p, vint v) { *reinterpret_cast<vint_unaligned*>(p) = v; }
 inline void store(bfloat16* p, vfloat v) {
   const vuint bits = (vuint)v;
   const vuint rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

@@ -36,7 +36,7 @@ struct TensorView {
   }
 };
 
-// 16-bit floats are storage only: kernels load them into float32 and round once on the way out.
+// 16-bit floats are storage only: kernels sum in float32.
 struct bfloat16 {
   uint16_t bits;
 };

@@ -1,8 +1,10 @@
+// Gradients of window attention. A task walks over the windows of its group; for each it computes the scores of a block
+// of queries again, and with the lse of the forward pass the weights.
 #include <limits>
 #include <utility>
 
+#include "window_attention/attention.h"
 #include "window_attention/params.h"
-#include "window_attention/tile.h"
 
 namespace walt::WALT_ISA::window_attention {
 namespace {
@@ -29,9 +31,9 @@ struct BackwardScratch {
   using A = accumulate_t<T>;
   using Unit = typename Attention<T>::Unit;
   A *keys, *values, *grad_keys, *grad_values, *key_stats, *context_keys, *context_values;
-  A *queries, *grads, *grad_queries, *query_stats, *scores, *slopes, *lse, *row;
+  A *queries, *grads, *grad_queries, *query_stats, *scores, *grad_scores, *lse, *row;
   Unit *key_along, *key_across, *value_along, *query_along, *query_across, *query_columns, *grad_along, *grad_across,
-      *grad_columns, *weight_along, *slope_along, *slope_across;
+      *grad_columns, *weight_along, *grad_score_along, *grad_score_across;
 
   BackwardScratch(const Attention<T>& at, Arena& arena) {
     const bool paired = Attention<T>::kPaired;
@@ -41,7 +43,7 @@ struct BackwardScratch {
     for (A** part : {&context_keys, &context_values}) *part = arena.take<A>(at.context * ld);
     for (A** part : {&queries, &grads, &grad_queries}) *part = arena.take<A>(block);
     query_stats = arena.take<A>(2 * kBlock);
-    for (A** part : {&scores, &slopes}) *part = arena.take<A>(rows * kBlock + at.lanes);
+    for (A** part : {&scores, &grad_scores}) *part = arena.take<A>(rows * kBlock + at.lanes);
     lse = arena.take<A>(kBlock);
     row = arena.take<A>(ld);
     for (Unit** part : {&query_columns, &grad_columns}) *part = arena.take<Unit>(at.units * kBlock);
@@ -49,7 +51,7 @@ struct BackwardScratch {
     key_across = arena.take<Unit>(paired ? size / 2 : 0);
     for (Unit** part : {&query_along, &grad_along}) *part = arena.take<Unit>(paired ? block : 0);
     for (Unit** part : {&query_across, &grad_across}) *part = arena.take<Unit>(paired ? block / 2 : 0);
-    for (Unit** part : {&weight_along, &slope_along, &slope_across}) {
+    for (Unit** part : {&weight_along, &grad_score_along, &grad_score_across}) {
       *part = arena.take<Unit>(paired ? rows * kBlock / 2 : 0);
     }
   }
@@ -67,7 +69,6 @@ class Backward {
   using V = vector_t<A>;
   using U = typename Attention<T>::U;
   using Unit = typename U::Unit;
-  using Scratched = BackwardScratch<T>;
   static constexpr int lanes = kLanes<A>;
 
  public:
@@ -84,7 +85,7 @@ class Backward {
 
   void run() {
     Arena counter(nullptr);
-    Scratched{at, counter};
+    BackwardScratch<T>{at, counter};
     const int threads = std::max(p.threads, 1);
     Scratch<char> memory(counter.used() * threads);
     const int64_t norm_size = at.shape.padded, tasks = groups.count * at.heads;
@@ -96,7 +97,7 @@ class Backward {
 
     parallel_for(tasks, threads, [&](int64_t task, int thread) {
       Arena arena(memory.data() + thread * counter.used());
-      const Scratched scratch(at, arena);
+      const BackwardScratch<T> scratch(at, arena);
       A* norm = norms.data() + 2 * task * norm_size;
       const Partial<A> partial{wants_table ? tables.data() + task * table_size : nullptr, norm, norm + norm_size};
       one_task(task % at.heads, task / at.heads, windows[static_cast<size_t>(thread)],
@@ -127,7 +128,7 @@ class Backward {
     }
   }
 
-  void one_task(int64_t head, int64_t group, Window& window, std::vector<Run>& runs, const Scratched& s,
+  void one_task(int64_t head, int64_t group, Window& window, std::vector<Run>& runs, const BackwardScratch<T>& s,
                 const Partial<A>& partial) const {
     clear(partial.table, wants_table ? table_size : 0);
     clear(partial.q_norm, at.shape.padded);
@@ -166,7 +167,7 @@ class Backward {
     });
   }
 
-  void one_window(const Window& window, int64_t head, std::vector<Run>& runs, const Scratched& s,
+  void one_window(const Window& window, int64_t head, std::vector<Run>& runs, const BackwardScratch<T>& s,
                   const Partial<A>& partial) const {
     const int64_t tokens = window.tokens(), ld = at.shape.ld, block = at.block_size(tokens);
     const int64_t keys = at.load_keys(window, head, p.k, p.context_k, &at.k_norm, s.key_stats, s.keys);
@@ -187,12 +188,12 @@ class Backward {
       at.bias.runs(window, begin, end, lanes, runs);
       at.start_scores(window, head, runs, keys, count, s.scores);
       gemm<U, false>(keys, vectors, at.units, key_along, ld, s.query_columns, kBlock, s.scores, kBlock);
-      clear(s.slopes, keys * kBlock);
-      gemm<U, false>(keys, vectors, at.units, value_along, ld, s.grad_columns, kBlock, s.slopes, kBlock);
+      clear(s.grad_scores, keys * kBlock);
+      gemm<U, false>(keys, vectors, at.units, value_along, ld, s.grad_columns, kBlock, s.grad_scores, kBlock);
       int64_t i = 0;
       for (; i + 2 * lanes <= queries; i += 2 * lanes) softmax_backward<2>(keys, i, s);
       for (; i < queries; i += lanes) softmax_backward<1>(keys, i, s);
-      if (wants_table) add_to_table(window, runs, s.slopes, partial.table);
+      if (wants_table) add_to_table(window, runs, s.grad_scores, partial.table);
       if (wants_v) {
         const Unit* grad_across = at.across(s.grads, count, s.grad_across);
         gemm<U, false>(keys, at.shape.vectors, at.unit_rows(count), pick(s.scores, s.weight_along), kBlock / U::kStep,
@@ -200,13 +201,13 @@ class Backward {
       }
       if (wants_k) {
         const Unit* query_across = at.across(s.queries, count, s.query_across);
-        gemm<U, false>(keys, at.shape.vectors, at.unit_rows(count), pick(s.slopes, s.slope_along), kBlock / U::kStep,
-                       query_across, ld, s.grad_keys, ld);
+        gemm<U, false>(keys, at.shape.vectors, at.unit_rows(count), pick(s.grad_scores, s.grad_score_along),
+                       kBlock / U::kStep, query_across, ld, s.grad_keys, ld);
       }
       if (wants_q) {
         at.clear_rows(s.grad_queries, 0, count);
-        gemm<U, true>(count, at.shape.vectors, at.unit_rows(keys), pick(s.slopes, s.slope_across), kBlock, key_across,
-                      ld, s.grad_queries, ld);
+        gemm<U, true>(count, at.shape.vectors, at.unit_rows(keys), pick(s.grad_scores, s.grad_score_across), kBlock,
+                      key_across, ld, s.grad_queries, ld);
         finish_queries(window, head, begin, end, s, partial);
       }
     }
@@ -214,7 +215,7 @@ class Backward {
     if (wants_v) finish_values(window, head, s);
   }
 
-  // Scores and slopes as units: themselves, or their packed pairs.
+  // Scores and their gradients as units: themselves, or their packed pairs.
   static const Unit* pick([[maybe_unused]] const A* plain, [[maybe_unused]] const Unit* packed) {
     if constexpr (Attention<T>::kPaired) {
       return packed;
@@ -225,7 +226,7 @@ class Backward {
 
   // Rows of grad_out, and lse: infinite beyond the last query, so that weights there are zero.
   void load_grads(const Window& window, int64_t head, int64_t begin, int64_t end, int64_t padded,
-                  const Scratched& s) const {
+                  const BackwardScratch<T>& s) const {
     window.each_token(begin, end, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       const T* from = at.data(b.grad_out) + window.offset(b.grad_out, head, frame, row, column);
       prefetch_row(from + b.grad_out.stride[2], at.shape.dim);
@@ -236,11 +237,11 @@ class Backward {
     for (int64_t n = end - begin; n < padded; ++n) s.lse[n] = std::numeric_limits<A>::infinity();
   }
 
-  // For `Vectors` vectors of queries: scores become weights P = exp(score - lse), slopes dP become
+  // For `Vectors` vectors of queries: scores become weights P = exp(score - lse), their gradients dP become
   // dS = P (dP - sum_j P dP). Weights are normalised again: the rounding of a large lse would scale a whole row.
   template <int Vectors>
-  static void softmax_backward(int64_t keys, int64_t i, const Scratched& s) {
-    A *scores = s.scores + i, *slopes = s.slopes + i;
+  static void softmax_backward(int64_t keys, int64_t i, const BackwardScratch<T>& s) {
+    A *scores = s.scores + i, *grad_scores = s.grad_scores + i;
     V lse[Vectors], sum[Vectors], product[Vectors];
     for (int v = 0; v < Vectors; ++v) {
       lse[v] = load(s.lse + i + v * lanes);
@@ -251,7 +252,7 @@ class Backward {
         const int64_t cell = n * kBlock + v * lanes;
         const V weight = exp(load(scores + cell) - lse[v]);
         sum[v] += weight;
-        product[v] += weight * load(slopes + cell);
+        product[v] += weight * load(grad_scores + cell);
         store(scores + cell, weight);
       }
     }
@@ -265,7 +266,7 @@ class Backward {
         const int64_t cell = n * kBlock + v * lanes;
         const V weight = load(scores + cell) * factor[v];
         store(scores + cell, weight);
-        store(slopes + cell, weight * (load(slopes + cell) - delta[v]));
+        store(grad_scores + cell, weight * (load(grad_scores + cell) - delta[v]));
       }
     }
     if constexpr (Attention<T>::kPaired) {
@@ -274,7 +275,7 @@ class Backward {
   }
 
   static void pack_pairs([[maybe_unused]] int64_t keys, [[maybe_unused]] int64_t i,
-                         [[maybe_unused]] const Scratched& s) {
+                         [[maybe_unused]] const BackwardScratch<T>& s) {
 #ifdef WALT_HAS_BF16_DOT
     if constexpr (Attention<T>::kPaired) {
       const auto along = [&](const float* from, Unit* to) {  // half a vector of units
@@ -283,31 +284,31 @@ class Backward {
       };
       for (int64_t n = 0; n < keys; ++n) {
         along(s.scores + n * kBlock + i, s.weight_along + (n * kBlock + i) / 2);
-        along(s.slopes + n * kBlock + i, s.slope_along + (n * kBlock + i) / 2);
+        along(s.grad_scores + n * kBlock + i, s.grad_score_along + (n * kBlock + i) / 2);
       }
       for (int64_t n = 0; n < keys; n += 2) {
-        const V odd = n + 1 < keys ? load(s.slopes + (n + 1) * kBlock + i) : V{};
-        store(s.slope_across + n / 2 * kBlock + i, pair_bf16(load(s.slopes + n * kBlock + i), odd));
+        const V odd = n + 1 < keys ? load(s.grad_scores + (n + 1) * kBlock + i) : V{};
+        store(s.grad_score_across + n / 2 * kBlock + i, pair_bf16(load(s.grad_scores + n * kBlock + i), odd));
       }
     }
 #endif
   }
 
-  void add_to_table(const Window& window, const std::vector<Run>& runs, const A* slopes, A* table) const {
+  void add_to_table(const Window& window, const std::vector<Run>& runs, const A* grad_scores, A* table) const {
     V index{};
     for (int i = 0; i < lanes; ++i) index[i] = static_cast<A>(i);
     window.each_token(0, window.tokens(), [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       A* to = table + at.bias.center - at.bias.position(frame, row, column);
-      const A* from = slopes + n * kBlock;
+      const A* from = grad_scores + n * kBlock;
       for (const Run& run : runs) {
-        const V slope = load(from + run.offset);
-        const V inside = index < broadcast(static_cast<A>(run.length)) ? slope : V{};
+        const V grad = load(from + run.offset);
+        const V inside = index < broadcast(static_cast<A>(run.length)) ? grad : V{};
         store(to + run.position, load(to + run.position) + inside);
       }
     });
   }
 
-  void finish_queries(const Window& window, int64_t head, int64_t begin, int64_t end, const Scratched& s,
+  void finish_queries(const Window& window, int64_t head, int64_t begin, int64_t end, const BackwardScratch<T>& s,
                       const Partial<A>& partial) const {
     window.each_token(begin, end, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       A* grad = s.grad_queries + n * at.shape.ld;
@@ -325,7 +326,7 @@ class Backward {
     });
   }
 
-  void finish_keys(const Window& window, int64_t head, const Scratched& s, const Partial<A>& partial) const {
+  void finish_keys(const Window& window, int64_t head, const BackwardScratch<T>& s, const Partial<A>& partial) const {
     const auto through_norm = [&](const T* x, int64_t stride, int64_t n) {
       A* grad = s.grad_keys + n * at.shape.ld;
       if (at.k_norm.defined()) {
@@ -348,7 +349,7 @@ class Backward {
     });
   }
 
-  void finish_values(const Window& window, int64_t head, const Scratched& s) const {
+  void finish_values(const Window& window, int64_t head, const BackwardScratch<T>& s) const {
     const int64_t tokens = window.tokens();
     if (b.grad_v.defined()) {
       window.each_token(0, tokens, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {

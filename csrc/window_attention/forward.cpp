@@ -1,5 +1,7 @@
+#include "window_attention/attention.h"
+// Window attention. A task is one head of one window; its image tokens pass through, its video tokens attend, a block
+// of queries at a time.
 #include "window_attention/params.h"
-#include "window_attention/tile.h"
 
 namespace walt::WALT_ISA::window_attention {
 namespace {

@@ -16,7 +16,7 @@ struct PlainUnits {
   using V = vector_t<A>;
   using Unit = A;
   static constexpr int kStep = 1;  // numbers of the k axis in one unit
-  static V spread(const Unit* p) { return broadcast(*p); }
+  static V load_broadcast(const Unit* p) { return broadcast(*p); }
   static V vector(const Unit* p) { return load(p); }
   static V multiply_add(V sum, V a, V b) { return sum + a * b; }
 };
@@ -27,7 +27,7 @@ struct Bf16Pairs {
   using V = vfloat;
   using Unit = int32_t;
   static constexpr int kStep = 2;
-  static vint spread(const Unit* p) { return *p - vint{}; }
+  static vint load_broadcast(const Unit* p) { return *p - vint{}; }
   static vint vector(const Unit* p) { return load(p); }
   static V multiply_add(V sum, vint a, vint b) { return dot_bf16(sum, a, b); }
 };
@@ -52,7 +52,7 @@ inline void micro_kernel(int64_t k, const typename U::Unit* a, int64_t lda, cons
     for (int v = 0; v < Vectors; ++v) row[v] = U::vector(b + v * lanes);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
-      const auto x = U::spread(a + (kUnitRow ? r : r * lda));
+      const auto x = U::load_broadcast(a + (kUnitRow ? r : r * lda));
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) sum[r][v] = U::multiply_add(sum[r][v], x, row[v]);
     }

@@ -1,7 +1,7 @@
 // Arguments of the window attention kernels. q, k, v and their gradients are [B, T, H, W, heads, dim] with any strides;
 // out is contiguous in that order and lse is [B, heads, T, H, W]. Bias table [heads, 2t-1, 2h-1, 2w-1], norms [dim] and
-// their gradients are contiguous in the accumulation type of q. Views that are not given are undefined; a gradient that
-// is not wanted is an undefined view.
+// their gradients are contiguous in the accumulation type of q. What was left out, and a gradient that is not
+// wanted, is an undefined view.
 #pragma once
 
 #include <array>

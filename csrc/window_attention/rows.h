@@ -78,7 +78,7 @@ inline void scale_row(A* row, A factor, int64_t vectors) {
   for (int64_t i = 0; i < vectors * kLanes<A>; i += kLanes<A>) store(row + i, load(row + i) * broadcast(factor));
 }
 
-// LayerNorm over a row, without bias, times a weight; nothing when the weight is not given.
+// LayerNorm over a row, without bias, times a weight; without a weight it does nothing.
 template <class A>
 class RowNorm {
   using V = vector_t<A>;
@@ -115,13 +115,13 @@ class RowNorm {
     stats[1] = rstd;
   }
 
-  // dy -> dx in place, given the row x before the norm; adds to grad_weight.
-  void backward(A* dy, const A* x, const A* stats, A* grad_weight) const {
+  // The gradient of the row, in place, from its gradient after the norm and x, the row before it; adds to grad_weight.
+  void backward(A* grad, const A* x, const A* stats, A* grad_weight) const {
     if (!defined()) return;
     const V mean = broadcast(stats[0]), rstd = broadcast(stats[1]);
     V sum{}, product{};
     for (int64_t i = 0; i < shape_.vectors; ++i) {
-      const V normal = (load(x + i * lanes) - mean) * rstd, d = load(dy + i * lanes);
+      const V normal = (load(x + i * lanes) - mean) * rstd, d = load(grad + i * lanes);
       store(grad_weight + i * lanes, load(grad_weight + i * lanes) + d * normal);
       const V scaled = d * weight(i);
       sum += scaled;
@@ -131,7 +131,7 @@ class RowNorm {
     const V mean_product = broadcast(reduce_add(product) / static_cast<A>(shape_.dim));
     for (int64_t i = 0; i < shape_.vectors; ++i) {
       const V normal = (load(x + i * lanes) - mean) * rstd;
-      store(dy + i * lanes, rstd * (load(dy + i * lanes) * weight(i) - mean_sum - normal * mean_product));
+      store(grad + i * lanes, rstd * (load(grad + i * lanes) * weight(i) - mean_sum - normal * mean_product));
     }
   }
 

@@ -1,16 +1,16 @@
-// The convolution as it is defined: one product for every tap and channel, a few pixels by one panel of output channels
-// at a time.
-#pragma once
-
+// Forward and backward data as they are defined: one product for every tap and channel, a few pixels by one panel of
+// output channels at a time.
 #include "causal_conv3d/convolution.h"
+#include "causal_conv3d/direct/pack.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
+namespace {
 
 constexpr int64_t kBlockSums = 65536;     // accumulators of a block: 256 KiB
-constexpr int64_t kReductionRows = 1536;  // of packed weights between two looks at the accumulators: 192 KiB
+constexpr int64_t kReductionRows = 1536;  // of packed weights between two loads of the accumulators: 192 KiB
 
 // Cuts runs so that the packed weights of each part stay in the second-level cache over a whole block.
-inline std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& runs, int64_t step) {
+std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& runs, int64_t step) {
   const int64_t limit = kReductionRows * step;
   std::vector<std::vector<Run>> parts(1);
   int64_t used = 0;
@@ -29,9 +29,9 @@ inline std::vector<std::vector<Run>> split_reduction(const std::vector<Run>& run
   return parts;
 }
 
-inline int64_t block_limit(const Convolution& g, int64_t sums_per_pixel, int64_t chunks) {
-  int64_t outputs = g.batches;
-  for (const std::vector<AxisRun>& axis : g.axes) {
+int64_t block_limit(const Convolution& conv, int64_t sums_per_pixel, int64_t chunks) {
+  int64_t outputs = conv.batches;
+  for (const std::vector<AxisRun>& axis : conv.axes) {
     int64_t positions = 0;
     for (const AxisRun& run : axis) positions += run.count;
     outputs *= positions;
@@ -39,10 +39,9 @@ inline int64_t block_limit(const Convolution& g, int64_t sums_per_pixel, int64_t
   // Few enough pixels for the sums to stay near, unless they wait for further chunks anyway, and for all threads to
   // work.
   const int64_t near = std::max<int64_t>(kBlockSums / sums_per_pixel, chunks > 1 ? 768 : 0);
-  return std::max<int64_t>(std::min(near, outputs / (4 * g.threads)), 192);
+  return std::max<int64_t>(std::min(near, outputs / (4 * conv.threads)), 192);
 }
 
-// The blocks that are `wanted`, a predicate of three runs.
 template <class T>
 class DirectKernel {
   using Pack = Packing<T>;
@@ -51,12 +50,12 @@ class DirectKernel {
   using Layout = PanelLayout<T>;
 
  public:
-  template <class Wanted>
-  DirectKernel(const Convolution& g, Wanted&& wanted)
-      : g_(g),
-        layout_(g.weight.in_channels, g.weight.out_channels, g.weight.taps()),
-        blocks_(make_blocks(g.axes, g.batches, layout_.chunks.widest() * static_cast<int64_t>(sizeof(Value)),
-                            block_limit(g, layout_.panels * Layout::width, layout_.chunks.count), wanted)) {
+  explicit DirectKernel(const Convolution& conv)
+      : conv_(conv),
+        layout_(conv.weight.in_channels, conv.weight.out_channels, conv.weight.taps()),
+        blocks_(make_blocks(conv.axes, conv.batches, layout_.chunks.widest() * static_cast<int64_t>(sizeof(Value)),
+                            block_limit(conv, layout_.panels * Layout::width, layout_.chunks.count),
+                            [&](const AxisRun* const* run) { return !winograd_takes(conv, run); })) {
     for (const Block& block : blocks_) {
       pixels_ = std::max(pixels_, block.pixels());
       if (block.empty()) continue;
@@ -64,21 +63,21 @@ class DirectKernel {
     }
     patch_size_ *= layout_.chunks.widest();
     // Few blocks: several tasks share one, each with its own panels.
-    const int64_t tasks = static_cast<int64_t>(blocks_.size()) * g.weight.groups;
-    splits_ = tasks == 0 ? 1 : std::min(layout_.panels, (4 * g.threads + tasks - 1) / tasks);
+    const int64_t tasks = static_cast<int64_t>(blocks_.size()) * conv.weight.groups;
+    splits_ = tasks == 0 ? 1 : std::min(layout_.panels, (4 * conv.threads + tasks - 1) / tasks);
   }
 
   void run() {
     if (blocks_.empty()) return;
-    const int64_t groups = g_.weight.groups, split_panels = (layout_.panels + splits_ - 1) / splits_;
+    const int64_t groups = conv_.weight.groups, split_panels = (layout_.panels + splits_ - 1) / splits_;
     Scratch<typename Pack::Lane> packed(groups * layout_.panels * layout_.panel_size());
     Scratch<A> bias(groups * layout_.panels * Layout::width);
-    Scratch<Value> patches(g_.threads * patch_size_);
-    Scratch<A> sums(g_.threads * split_panels * pixels_ * Layout::width);
-    Scratch<int64_t> offsets(g_.threads * pixels_);
-    pack_weights<T>(g_.weight, g_.threads, packed.data());
-    load_bias<T>(g_, layout_.panels * Layout::width, bias.data());
-    parallel_for(static_cast<int64_t>(blocks_.size()) * groups * splits_, g_.threads, [&](int64_t task, int thread) {
+    Scratch<Value> patches(conv_.threads * patch_size_);
+    Scratch<A> sums(conv_.threads * split_panels * pixels_ * Layout::width);
+    Scratch<int64_t> offsets(conv_.threads * pixels_);
+    pack_weights<T>(conv_.weight, conv_.threads, packed.data());
+    load_bias<T>(conv_, layout_.panels * Layout::width, bias.data());
+    parallel_for(static_cast<int64_t>(blocks_.size()) * groups * splits_, conv_.threads, [&](int64_t task, int thread) {
       const Block& block = blocks_[static_cast<size_t>(task / splits_ / groups)];
       const int64_t group = task / splits_ % groups, split = task % splits_;
       const int64_t first = group * layout_.panels;
@@ -93,7 +92,7 @@ class DirectKernel {
   // Panels [first, end) of one group over one block.
   void compute(const Block& block, int64_t group, int64_t first, int64_t end, const typename Pack::Lane* packed,
                const A* bias, Value* patch, int64_t* offsets, A* sums) const {
-    const WeightView& weight = g_.weight;
+    const WeightView& weight = conv_.weight;
     const int64_t kernel[3] = {weight.kernel(0), weight.kernel(1), weight.kernel(2)};
     const int64_t panel_sums = pixels_ * Layout::width;
     if (block.empty()) {  // a stride that skips these positions
@@ -102,7 +101,7 @@ class DirectKernel {
     std::vector<Piece> pieces;
     for (int64_t chunk = 0; chunk < layout_.chunks.count && !block.empty(); ++chunk) {
       const int64_t pitch = layout_.chunks.pitch(chunk);
-      fill_patch<T>(g_.source, block, group * weight.in_channels + layout_.chunks.begin(chunk),
+      fill_patch<T>(conv_.source, block, group * weight.in_channels + layout_.chunks.begin(chunk),
                     layout_.chunks.size(chunk), pitch, pieces, patch);
       pixel_offsets(block, pitch, offsets);
       const auto parts = split_reduction(reduction_runs(block, pitch, kernel, weight.transposed), Pack::step);
@@ -117,7 +116,7 @@ class DirectKernel {
     }
     const int64_t channel = first * Layout::width;
     const int64_t channels = std::min(weight.out_channels, end * Layout::width) - channel;
-    write_block<T>(g_, block, PanelSums<A>{sums, panel_sums, bias + channel, channels},
+    write_block<T>(conv_, block, PanelSums<A>{sums, panel_sums, bias + channel, channels},
                    group * weight.out_channels + channel);
   }
 
@@ -131,10 +130,16 @@ class DirectKernel {
     }
   }
 
-  const Convolution& g_;
+  const Convolution& conv_;
   const Layout layout_;
   const std::vector<Block> blocks_;
   int64_t pixels_ = 0, patch_size_ = 0, splits_ = 1;
 };
+
+}  // namespace
+
+void direct_convolve(const Convolution& conv) {
+  dispatch_dtype(conv.source.view->dtype, [&](auto tag) { DirectKernel<decltype(tag)>(conv).run(); });
+}
 
 }  // namespace walt::WALT_ISA::causal_conv3d

@@ -1,7 +1,7 @@
 // Rows of tiles to Winograd's transformed positions and back, a vector of channels at a time.
 #pragma once
 
-#include "causal_conv3d/winograd.h"
+#include "causal_conv3d/winograd/transforms.h"
 #include "common/simd.h"
 
 namespace walt::WALT_ISA::causal_conv3d {

@@ -7,9 +7,8 @@
 // Each function below is one factor, applied along one axis: from[i * stride] -> to[i * stride]. X is a vector or a
 // number; `from` and `to` may be the same memory.
 //
-// For m = 2 an output depends on its own three inputs only, to the bit: the terms that it does not share with its
-// neighbour hold nothing else. For m = 4 what it does not depend on cancels, to the rounding of float32 times about
-// ten: less than a 16-bit output shows.
+// For m = 2 an output depends on the three inputs under its taps only, to the bit. For m = 4 the other inputs of its
+// tile cancel up to about ten times the rounding of float32: less than a 16-bit output shows.
 #pragma once
 
 #include <cstdint>

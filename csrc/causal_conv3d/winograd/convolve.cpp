@@ -1,45 +1,31 @@
-// The convolution by Winograd's minimal filtering, for runs of positions that read a plain 3 x 3 of each frame: tiles
-// of m x m output pixels from (m + 2)^2 products per channel and time tap. A task walks over the frames of one part of
-// the plane, and each frame is transformed once:
+// Forward and backward data by Winograd's minimal filtering, for runs of positions that read a plain 3 x 3 of each
+// frame: tiles of m x m output pixels from (m + 2)^2 products per channel and time tap. A task walks over the frames of
+// one part of the plane, and each frame is transformed once:
 //
 //   source  ->  transformed[position][frame][tile][channel]                     a ring of frames
 //           ->  products[position][panel][frame][tile][width]                   sums over time taps and channels
 //           ->  m x m pixels, bias added, written
 //
 // Where tiles lie depends on the run alone, so neither batch, clip length nor threads change a result.
-#pragma once
-
 #include "causal_conv3d/convolution.h"
-#include "causal_conv3d/winograd_pack.h"
-#include "causal_conv3d/winograd_tiles.h"
+#include "causal_conv3d/winograd/pack.h"
+#include "causal_conv3d/winograd/tiles.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
+namespace {
 
 // The larger tile needs 4 / 2.25 times fewer products and rounds more: for outputs of 16 bits.
 template <class T>
 constexpr int kWinogradTile = sizeof(T) == 2 ? 4 : 2;
 
-// Source positions 0, 1, 2 past each output's own, by kernel index 0, 1, 2 or 2, 1, 0.
-inline bool three_taps(const AxisRun& run) {
+// Whether neighbouring outputs read three neighbouring source positions each, by kernel index 0, 1, 2 or 2, 1, 0.
+bool three_taps(const AxisRun& run) {
   if (run.taps.size() != 3 || run.step != 1 || run.base_step != 1) return false;
   for (int64_t i = 0; i < 3; ++i) {
     const Tap &tap = run.taps[static_cast<size_t>(i)], &first = run.taps[0];
     if (tap.offset != first.offset + i || tap.kernel != (first.kernel == 2 ? 2 - i : i)) return false;
   }
   return true;
-}
-
-// Whether Winograd's kernel computes the positions of these runs. Must not depend on the number of frames.
-template <class T>
-bool winograd_takes(const WeightView& weight, const AxisRun* const run[3]) {
-#if defined(WALT_HAS_BF16_DOT)
-  if (std::is_same_v<T, bfloat16>) return false;
-#endif
-  if (run[0]->taps.empty() || weight.kernel(1) != 3 || weight.kernel(2) != 3) return false;
-  if (!three_taps(*run[1]) || !three_taps(*run[2])) return false;
-  // Measured: from 8 channels on both sides and 2 x 2 tiles on. Frames of far more channels would not fit the scratch.
-  const bool fits = weight.in_channels * weight.kernel(0) <= 16384;
-  return fits && std::min(weight.in_channels, weight.out_channels) >= 8 && std::min(run[1]->count, run[2]->count) >= 3;
 }
 
 constexpr int64_t kTransformedBytes = 4 << 20;  // of the source, of one thread
@@ -83,20 +69,22 @@ class WinogradKernel {
   };
 
  public:
-  template <class Wanted>
-  WinogradKernel(const Convolution& g, Wanted&& wanted)
-      : g_(g), source_(g.source), layout_(g.weight, g.axes[0]), pitch_((layout_.channels + lanes - 1) / lanes * lanes) {
-    for (const AxisRun& h : g.axes[1]) {
-      for (const AxisRun& w : g.axes[2]) {
-        for (const AxisRun& t : g.axes[0]) {
+  explicit WinogradKernel(const Convolution& conv)
+      : conv_(conv),
+        source_(conv.source),
+        layout_(conv.weight, conv.axes[0]),
+        pitch_((layout_.channels + lanes - 1) / lanes * lanes) {
+    for (const AxisRun& h : conv.axes[1]) {
+      for (const AxisRun& w : conv.axes[2]) {
+        for (const AxisRun& t : conv.axes[0]) {
           const AxisRun* const run[3] = {&t, &h, &w};
-          if (!wanted(run)) continue;
+          if (!winograd_takes(conv, run)) continue;
           planes_.push_back(plane(h, w));
           break;
         }
       }
     }
-    if (planes_.empty() || g.batches == 0) return;
+    if (planes_.empty() || conv.batches == 0) return;
     for (int axis = 1; axis < 3; ++axis) source_.map[axis].position.insert(source_.map[axis].position.end(), m, -1);
     choose_blocks();
     make_steps();
@@ -105,20 +93,20 @@ class WinogradKernel {
 
   void run() {
     if (tasks_.empty()) return;
-    const int64_t groups = g_.weight.groups, padded = layout_.panels * width;
+    const int64_t groups = conv_.weight.groups, padded = layout_.panels * width;
     const int64_t patch = (m * row_limit_ + 2) * (m * column_limit_ + 2) * patch_channels();
     const int64_t pixels = panel_limit_ * m * m * column_limit_ * width;
     Scratch<A> packed(groups * positions * pass_limit_ * layout_.panel_size()), bias(groups * padded);
-    Scratch<A> patches(g_.threads * patch), transformed(g_.threads * positions * slice_);
-    Scratch<A> products(g_.threads * positions * product_slice_), outputs(g_.threads * pixels);
-    load_bias<T>(g_, padded, bias.data());
+    Scratch<A> patches(conv_.threads * patch), transformed(conv_.threads * positions * slice_);
+    Scratch<A> products(conv_.threads * positions * product_slice_), outputs(conv_.threads * pixels);
+    load_bias<T>(conv_, padded, bias.data());
     const bool flipped = planes_[0].rows.taps[0].kernel == 2;
     const int64_t passes = (layout_.panels + pass_limit_ - 1) / pass_limit_;
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t first = part_begin(layout_.panels, passes, pass),
                     end = part_begin(layout_.panels, passes, pass + 1);
-      pack_winograd<T, m>(g_.weight, layout_, first, end, flipped, g_.threads, packed.data());
-      parallel_for(static_cast<int64_t>(tasks_.size()) * splits_, g_.threads, [&](int64_t i, int thread) {
+      pack_winograd<T, m>(conv_.weight, layout_, first, end, flipped, conv_.threads, packed.data());
+      parallel_for(static_cast<int64_t>(tasks_.size()) * splits_, conv_.threads, [&](int64_t i, int thread) {
         ThreadScratch scratch{patches.data() + thread * patch,
                               transformed.data() + thread * positions * slice_,
                               products.data() + thread * positions * product_slice_,
@@ -148,7 +136,7 @@ class WinogradKernel {
   // Source frames from the first to the last that `frames` neighbouring output frames read.
   int64_t span(int64_t frames) const {
     int64_t most = 1;
-    for (const AxisRun& t : g_.axes[0]) {
+    for (const AxisRun& t : conv_.axes[0]) {
       if (!t.taps.empty()) most = std::max(most, t.extent(std::min(frames, t.count)));
     }
     return most;
@@ -157,7 +145,7 @@ class WinogradKernel {
   // Blocks as large as the cache allows: weights are read once per block and step.
   void choose_blocks() {
     int64_t longest = 1;
-    for (const AxisRun& t : g_.axes[0]) longest = std::max(longest, t.count);
+    for (const AxisRun& t : conv_.axes[0]) longest = std::max(longest, t.count);
     int64_t widest = 1, tallest = 1;
     for (const Plane& plane : planes_) {
       widest = std::max(widest, plane.column_tiles);
@@ -191,7 +179,8 @@ class WinogradKernel {
     panel_limit_ = std::max<int64_t>(
         1, std::min(layout_.panels, kProductBytes / (positions * sums * static_cast<int64_t>(sizeof(A)))));
     product_slice_ = panel_limit_ * sums + 5 * 64 / static_cast<int64_t>(sizeof(A));
-    const int64_t panel_bytes = g_.weight.groups * positions * layout_.panel_size() * static_cast<int64_t>(sizeof(A));
+    const int64_t panel_bytes =
+        conv_.weight.groups * positions * layout_.panel_size() * static_cast<int64_t>(sizeof(A));
     pass_limit_ = std::max<int64_t>(1, std::min(layout_.panels, kWeightBytes / panel_bytes));
     for (Plane& plane : planes_) {
       plane.row_parts = (plane.row_tiles + row_limit_ - 1) / row_limit_;
@@ -200,7 +189,7 @@ class WinogradKernel {
   }
 
   void make_steps() {
-    for (const AxisRun& t : g_.axes[0]) {
+    for (const AxisRun& t : conv_.axes[0]) {
       if (t.taps.empty()) continue;
       const int64_t parts = (t.count + frame_limit_ - 1) / frame_limit_;
       for (int64_t i = 0; i < parts; ++i) {
@@ -214,19 +203,19 @@ class WinogradKernel {
   void make_tasks() {
     int64_t blocks = 0;
     for (const Plane& plane : planes_) blocks += plane.row_parts * plane.column_parts;
-    blocks *= g_.batches * g_.weight.groups;
-    const int64_t steps = static_cast<int64_t>(steps_.size()), wanted = (8 * g_.threads + blocks - 1) / blocks;
+    blocks *= conv_.batches * conv_.weight.groups;
+    const int64_t steps = static_cast<int64_t>(steps_.size()), wanted = (8 * conv_.threads + blocks - 1) / blocks;
     const int64_t segments = std::min((steps + 3) / 4, wanted);
     splits_ = std::min((pass_limit_ + 1) / 2, (wanted + segments - 1) / segments);
     for (const Plane& plane : planes_) {
       const int64_t parts = plane.row_parts * plane.column_parts;
-      for (int64_t i = 0; i < g_.batches * g_.weight.groups * parts * segments; ++i) {
+      for (int64_t i = 0; i < conv_.batches * conv_.weight.groups * parts * segments; ++i) {
         const int64_t segment = i % segments, part = i / segments % parts, sample = i / segments / parts;
         const int64_t row = part / plane.column_parts, column = part % plane.column_parts;
         Task task{};
         task.plane = &plane;
-        task.batch = sample / g_.weight.groups;
-        task.group = sample % g_.weight.groups;
+        task.batch = sample / conv_.weight.groups;
+        task.group = sample % conv_.weight.groups;
         task.row = part_begin(plane.row_tiles, plane.row_parts, row);
         task.rows = part_begin(plane.row_tiles, plane.row_parts, row + 1) - task.row;
         task.column = part_begin(plane.column_tiles, plane.column_parts, column);
@@ -280,7 +269,7 @@ class WinogradKernel {
     }
   }
 
-  int vectors(int64_t panel) const { return g_.weight.out_channels - panel * width <= lanes ? 1 : 2; }
+  int vectors(int64_t panel) const { return conv_.weight.out_channels - panel * width <= lanes ? 1 : 2; }
 
   void multiply(const Task& task, const Step& step, int64_t first, int64_t end, const Weights& weights,
                 ThreadScratch& scratch) const {
@@ -322,7 +311,7 @@ class WinogradKernel {
     const Plane& plane = *task.plane;
     const int64_t frame_size = row_limit_ * column_limit_, panel_pixels = m * m * task.columns * width;
     const int64_t frame = step.run->first + (step.begin + f) * step.run->step;
-    const int64_t channel = first * width, channels = std::min(g_.weight.out_channels, end * width) - channel;
+    const int64_t channel = first * width, channels = std::min(conv_.weight.out_channels, end * width) - channel;
     const int64_t columns = std::min(task.columns * m, plane.width - task.column * m);
     for (int64_t row = 0; row < task.rows; ++row) {
       for (int64_t panel = first; panel < end; ++panel) {
@@ -334,15 +323,15 @@ class WinogradKernel {
       const PanelSums<A> sums{scratch.pixels, panel_pixels, bias + channel, channels};
       const int64_t y = (task.row + row) * m;
       for (int64_t i = 0; i < std::min<int64_t>(m, plane.height - y); ++i) {
-        T* to = output_address<T>(g_, task.batch, task.group * g_.weight.out_channels + channel, frame,
+        T* to = output_address<T>(conv_, task.batch, task.group * conv_.weight.out_channels + channel, frame,
                                   plane.rows.first + y + i, plane.columns.first + task.column * m);
-        const TensorView& out = frame < 0 ? *g_.out_history : *g_.out;
+        const TensorView& out = frame < 0 ? *conv_.out_history : *conv_.out;
         write_pixels(sums, i * task.columns * m, to, out.stride[1], out.stride[4], columns);
       }
     }
   }
 
-  const Convolution& g_;
+  const Convolution& conv_;
   PatchSource source_;  // the Convolution's, with zeros beyond the far edges for tiles that overhang
   const Layout layout_;
   const int64_t pitch_;  // channels of a transformed tile, whole vectors
@@ -353,5 +342,24 @@ class WinogradKernel {
   int64_t pass_limit_ = 1, splits_ = 1;  // panels whose weights are there at a time, parts of them in different tasks
   int64_t ring_ = 1, slice_ = 0, product_slice_ = 0;
 };
+
+}  // namespace
+
+bool winograd_takes(const Convolution& conv, const AxisRun* const run[3]) {
+#if defined(WALT_HAS_BF16_DOT)
+  if (conv.source.view->dtype == DType::bfloat16) return false;
+#endif
+  const WeightView& weight = conv.weight;
+  if (run[0]->taps.empty() || weight.kernel(1) != 3 || weight.kernel(2) != 3) return false;
+  if (!three_taps(*run[1]) || !three_taps(*run[2])) return false;
+  // Measured: from 8 channels on both sides and 3 x 3 outputs on. Frames of far more channels would not fit the
+  // scratch.
+  const bool fits = weight.in_channels * weight.kernel(0) <= 16384;
+  return fits && std::min(weight.in_channels, weight.out_channels) >= 8 && std::min(run[1]->count, run[2]->count) >= 3;
+}
+
+void winograd_convolve(const Convolution& conv) {
+  dispatch_dtype(conv.source.view->dtype, [&](auto tag) { WinogradKernel<decltype(tag)>(conv).run(); });
+}
 
 }  // namespace walt::WALT_ISA::causal_conv3d

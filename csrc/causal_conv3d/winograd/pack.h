@@ -2,8 +2,8 @@
 // [group][position][panel][time tap][channel][width].
 #pragma once
 
-#include "causal_conv3d/pack.h"
-#include "causal_conv3d/winograd.h"
+#include "causal_conv3d/weights.h"
+#include "causal_conv3d/winograd/transforms.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
 

@@ -1,11 +1,15 @@
-// Where a panel of weight gradients goes: any strides, the long way round only where neither taps nor channels are
-// dense.
+// What both methods of backward weight share: how a panel of gradients is written, to any strides.
 #pragma once
 
 #include "causal_conv3d/params.h"
 #include "causal_conv3d/patch.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
+
+// Whether Winograd's method computes these gradients; and the two methods, in the folders of their names.
+bool winograd_pays(const ConvBackwardWeightParams&, const Axis (&axes)[3]);
+void winograd_backward_weight(const ConvBackwardWeightParams&, const Axis (&axes)[3]);
+void direct_backward_weight(const ConvBackwardWeightParams&, const Axis (&axes)[3]);
 
 constexpr int64_t kStoreChannels = 16;  // at a time: long runs of memory from little scratch
 

@@ -1,4 +1,5 @@
-// The inner loops: a few pixels times one panel of output channels, held in registers over the whole reduction.
+// The inner loops: tiles of sums that stay in registers over the whole reduction. In forward and backward data a tile
+// is a few pixels by one panel of output channels; in backward weight a few rows of the weight by one panel.
 #pragma once
 
 #include "causal_conv3d/geometry.h"
@@ -6,7 +7,8 @@
 
 namespace walt::WALT_ISA::causal_conv3d {
 
-// With 64-byte vectors: 24 accumulators, 2 weights and a broadcast of 32 registers; 12 + 3 addresses of 16.
+// Pixels, or rows, of a tile. A panel is two vectors wide, so that 64-byte vectors take 24 sums, 2 weights and a
+// broadcast of 32 vector registers, and 12 + 3 addresses of 16 others; 32-byte vectors 12 + 2 + 1 of 16.
 constexpr int kTilePixels = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 6 : 4;
 
 // How the numbers of dtype T lie in patches and packed weights. 16-bit floats are widened, except bfloat16 where the
@@ -28,17 +30,17 @@ struct Packing<bfloat16> {
 };
 #endif
 
-inline vfloat spread(const float* p) { return broadcast(*p); }
-inline vdouble spread(const double* p) { return broadcast(*p); }
+inline vfloat load_broadcast(const float* p) { return broadcast(*p); }
+inline vdouble load_broadcast(const double* p) { return broadcast(*p); }
 inline vfloat accumulate(vfloat acc, vfloat a, vfloat b) { return acc + a * b; }
 inline vdouble accumulate(vdouble acc, vdouble a, vdouble b) { return acc + a * b; }
 #if defined(WALT_HAS_BF16_DOT)
-inline vint spread(const bfloat16* p) {
+inline vint load_broadcast(const bfloat16* p) {
   int32_t pair;
   std::memcpy(&pair, p, sizeof pair);
   return vint{} + pair;
 }
-inline vint spread(const int32_t* p) { return vint{} + *p; }
+inline vint load_broadcast(const int32_t* p) { return vint{} + *p; }
 inline vfloat accumulate(vfloat acc, vint a, vint b) { return dot_bf16(acc, a, b); }
 #endif
 
@@ -69,7 +71,7 @@ void tile_kernel(const typename Packing<T>::Value* patch, const int64_t* offsets
       for (int v = 0; v < vectors; ++v) row[v] = load(w + v * lanes);
 #pragma GCC unroll 16
       for (int p = 0; p < pixels; ++p) {
-        const auto value = spread(x[p] + k);
+        const auto value = load_broadcast(x[p] + k);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) sum[p][v] = accumulate(sum[p][v], value, row[v]);
       }
@@ -96,6 +98,70 @@ template <class T>
 TileKernel<T> tile_kernel_for(int pixels, int vectors) {
   constexpr auto sequence = std::make_integer_sequence<int, kTilePixels>{};
   return vectors == 1 ? find_tile_kernel<T, 1>(pixels, sequence) : find_tile_kernel<T, 2>(pixels, sequence);
+}
+
+// ---- backward weight ------------------------------------------------------------------------------------------------
+
+// It sums over pixels. Where the processor multiplies pairs of bfloat16, a pair is two neighbouring pixels of a row, so
+// patches and gradients hold 32-bit lanes of (pixel, next pixel).
+template <class T>
+struct PixelPacking {
+  using Acc = accumulate_t<T>;
+  using Lane = accumulate_t<T>;
+  static constexpr int step = 1;
+};
+#if defined(WALT_HAS_BF16_DOT)
+template <>
+struct PixelPacking<bfloat16> {
+  using Acc = float;
+  using Lane = int32_t;
+  static constexpr int step = 2;
+};
+#endif
+
+// sum[i][n] += sum over p of patch[offset_p + i] * grad[p][n] for i < rows.
+template <class T, int rows, int vectors>
+void weight_tile(const typename PixelPacking<T>::Lane* patch, const int64_t* offsets, int64_t pixels,
+                 const typename PixelPacking<T>::Lane* grad, typename PixelPacking<T>::Acc* sum) {
+  using A = typename PixelPacking<T>::Acc;
+  constexpr int lanes = kLanes<A>, width = vectors * lanes;
+  vector_t<A> acc[rows][vectors] = {};
+  for (int64_t p = 0; p < pixels; ++p, grad += width) {
+    const typename PixelPacking<T>::Lane* x = patch + offsets[p];
+    decltype(load(grad)) row[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) row[v] = load(grad + v * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const auto value = load_broadcast(x + i);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) acc[i][v] = accumulate(acc[i][v], value, row[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      A* at = sum + i * width + v * lanes;
+      store(at, load(at) + acc[i][v]);
+    }
+  }
+}
+
+template <class T>
+using WeightTile = void (*)(const typename PixelPacking<T>::Lane*, const int64_t*, int64_t,
+                            const typename PixelPacking<T>::Lane*, typename PixelPacking<T>::Acc*);
+
+template <class T, int vectors, int... index>
+WeightTile<T> find_weight_tile(int rows, std::integer_sequence<int, index...>) {
+  static constexpr WeightTile<T> table[] = {weight_tile<T, index + 1, vectors>...};
+  return table[rows - 1];
+}
+
+template <class T>
+WeightTile<T> weight_tile_for(int rows, int vectors) {
+  constexpr auto sequence = std::make_integer_sequence<int, kTilePixels>{};
+  return vectors == 1 ? find_weight_tile<T, 1>(rows, sequence) : find_weight_tile<T, 2>(rows, sequence);
 }
 
 }  // namespace walt::WALT_ISA::causal_conv3d

@@ -15,8 +15,8 @@
 
 namespace walt::WALT_ISA::window_attention {
 
-// Whole blocks of the micro-kernel's rows, and rows of scores an odd number of cache lines long, so that a column of
-// scores spreads over all cache sets.
+// Queries of a block, at most: whole vectors. 48 is also a multiple of the micro-kernel's rows, and in float32 makes
+// rows of scores an odd number of cache lines long, so that a column of scores spreads over all cache sets.
 constexpr int64_t kBlock = kVectorBytes == 64 ? 64 : 48;
 
 // Units for products of tensors of T.

@@ -5,32 +5,17 @@
 // A slab of the clip (some frames of some tiles) is transformed once, by all threads; then, for each of the 16
 // positions, all taps in time multiply the same transformed frames, shifted. Every product adds to one set of sums in
 // the order of the slabs, whichever thread does it: the same bits on any number of threads.
-#pragma once
-
-#include "causal_conv3d/pack.h"
-#include "causal_conv3d/weight_store.h"
-#include "causal_conv3d/weight_tile.h"
-#include "causal_conv3d/winograd.h"
+#include "causal_conv3d/weight_gradient.h"
+#include "causal_conv3d/weights.h"
+#include "causal_conv3d/winograd/transforms.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
+namespace {
 
 constexpr int64_t kUnitChannels = 128;   // input and output channels at a time: 3 MiB of sums for 3 taps in time
 constexpr int64_t kSlabBytes = 6 << 20;  // of transformed tiles; with the sums they stay in a third-level cache
 constexpr int64_t kSlabColumns = 64;     // tiles
 constexpr int64_t kPieceTiles = 128;     // a panel of gradients and as many lines of inputs stay in the first level
-
-// Whether fewer products make up for the transforms, whose cost all channels of the other tensor and all taps in time
-// share, and for the halves of tiles that lie past an odd size.
-inline bool winograd_pays(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {
-  int64_t tiles = 1, pixels = 1;
-  for (int i = 1; i < 3; ++i) {
-    if (axes[i].kernel != 3 || axes[i].stride != 1 || axes[i].dilation != 1) return false;
-    pixels *= axes[i].outputs();
-    tiles *= (axes[i].outputs() + 1) / 2;
-  }
-  const int64_t channels = p.x.shape[1] / p.groups;
-  return p.grad_weight.defined() && channels >= 8 && channels * axes[0].kernel >= 16 && 20 * tiles <= 9 * pixels;
-}
 
 template <class T>
 class WinogradWeightKernel {
@@ -78,7 +63,7 @@ class WinogradWeightKernel {
     const int64_t patch_size = 2 * (columns_ + 1) * std::max(4 * in_.widest(), 2 * panels_ * panel_width);
     const int64_t rows_size = kStoreChannels * 9 * time_.kernel * panel_width;
     Scratch<A> scratch(threads_ * std::max(patch_size, rows_size));
-    const auto room = [&](int thread) { return scratch.data() + thread * std::max(patch_size, rows_size); };
+    const auto thread_scratch = [&](int thread) { return scratch.data() + thread * std::max(patch_size, rows_size); };
     for (int64_t i = 0; i < groups_ * in_.count * out_.count; ++i) {
       const Unit unit{i / (in_.count * out_.count), i / out_.count % in_.count, i % out_.count};
       const int64_t panels = (out_.size(unit.out) + panel_width - 1) / panel_width;
@@ -90,8 +75,8 @@ class WinogradWeightKernel {
         find_frames(slab);
         const int64_t inputs = static_cast<int64_t>(frames_.size()) * slab.count[1];
         parallel_for(inputs + slab.count[0] * slab.count[1], threads_, [&](int64_t task, int thread) {
-          if (task < inputs) return transform_input(unit, slab, task, room(thread), x.data());
-          transform_gradient(unit, slab, task - inputs, room(thread), y.data());
+          if (task < inputs) return transform_input(unit, slab, task, thread_scratch(thread), x.data());
+          transform_gradient(unit, slab, task - inputs, thread_scratch(thread), y.data());
         });
         parallel_for(positions * panels, threads_, [&](int64_t task, int) {
           const int64_t position = task / panels, panel = task % panels;
@@ -105,7 +90,7 @@ class WinogradWeightKernel {
       parallel_for(panels * parts, threads_, [&](int64_t task, int thread) {
         const int64_t panel = task / parts;
         store_panel(unit, panel, task % parts * kStoreChannels, sums.data() + panel * in_.widest() * panel_width,
-                    room(thread));
+                    thread_scratch(thread));
       });
       if (p_.grad_bias.defined() && unit.in == 0) store_bias(unit, bias.data());
     }
@@ -245,17 +230,17 @@ class WinogradWeightKernel {
 #pragma GCC unroll 2
         for (int s = 0; s < 2; ++s) {
           const vector_t<A> column[2] = {load(grad + s * pitch + c), load(grad + row_pitch + s * pitch + c)};
-          vector_t<A> spread[4];
-          Tile::output_gradient(column, spread, 1);
+          vector_t<A> transformed[4];
+          Tile::output_gradient(column, transformed, 1);
 #pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) d[2 * r + s] = spread[r];
+          for (int r = 0; r < 4; ++r) d[2 * r + s] = transformed[r];
         }
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
-          vector_t<A> spread[4];
-          Tile::output_gradient(d + 2 * r, spread, 1);
+          vector_t<A> transformed[4];
+          Tile::output_gradient(d + 2 * r, transformed, 1);
 #pragma GCC unroll 4
-          for (int s = 0; s < 4; ++s) store(to + (4 * r + s) * y_stride_, spread[s]);
+          for (int s = 0; s < 4; ++s) store(to + (4 * r + s) * y_stride_, transformed[s]);
         }
       }
     }
@@ -332,5 +317,27 @@ class WinogradWeightKernel {
   int64_t columns_, rows_, x_pitch_, x_stride_, y_stride_, sum_stride_;
   std::vector<int64_t> frames_, offsets_, starts_;  // of the present slab
 };
+
+}  // namespace
+
+// Whether fewer products make up for the transforms, whose cost all channels of the other tensor and all taps in time
+// share, and for the halves of tiles that lie past an odd size.
+bool winograd_pays(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {
+#if defined(WALT_HAS_BF16_DOT)
+  if (p.x.dtype == DType::bfloat16) return false;
+#endif
+  int64_t tiles = 1, pixels = 1;
+  for (int i = 1; i < 3; ++i) {
+    if (axes[i].kernel != 3 || axes[i].stride != 1 || axes[i].dilation != 1) return false;
+    pixels *= axes[i].outputs();
+    tiles *= (axes[i].outputs() + 1) / 2;
+  }
+  const int64_t channels = p.x.shape[1] / p.groups;
+  return p.grad_weight.defined() && channels >= 8 && channels * axes[0].kernel >= 16 && 20 * tiles <= 9 * pixels;
+}
+
+void winograd_backward_weight(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {
+  dispatch_dtype(p.x.dtype, [&](auto tag) { WinogradWeightKernel<decltype(tag)>(p, axes).run(); });
+}
 
 }  // namespace walt::WALT_ISA::causal_conv3d
