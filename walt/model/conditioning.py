@@ -83,7 +83,7 @@ class TextEmbedding(nn.Module):
             if table is not None:
                 nn.init.normal_(table)
 
-    def nothing(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def null_text(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tokens and mask of `batch` samples without text."""
         shape = (batch, 1) if self.vocabulary else (batch, 1, self.text_width)
         tokens = torch.zeros(shape, dtype=torch.int64 if self.vocabulary else torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""2D-to-3D inflation: a video tokenizer that starts from a trained image tokenizer (MAGVIT-v2's central inflation)."""
+"""A trained network in another form: an image tokenizer for videos, a denoiser for other sizes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from walt.model.config import TokenizerConfig, TransformerConfig
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 
-__all__ = ["inflate"]
+__all__ = ["inflate", "interpolate"]
 
 
 @torch.no_grad()
 def inflate(image_tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
-    """A video tokenizer of `config` that codes every frame it looks at as `image_tokenizer` would code it alone.
+    """2D-to-3D inflation (MAGVIT-v2's central inflation): a video tokenizer of `config` that codes every frame it looks
+    at as `image_tokenizer` would code it alone.
 
     Each kernel goes into the last time slice of the video tokenizer's, where the present frame is; the other slices are
     zero. The channels of an up-sampling layer are repeated for each of the frames that it makes. To rounding, then,
@@ -53,7 +54,11 @@ CHANGEABLE = ("latent_size", "spatial_window", "spacetime_window")
 
 @torch.no_grad()
 def interpolate(model: Transformer, config: TransformerConfig) -> Transformer:
-    """A new Transformer of `config`, in the model's dtype and on its device, with the model's weights.
+    """The denoiser for another latent size or other windows, its position tables resampled; dtype and device stay.
+
+    The paper fine-tunes the 128x128 model on 128x224 clips after interpolating its absolute and its relative tables;
+    how, it leaves open. Ours: bicubic for the space table, over patch centres; linear for the time table, frame 0
+    staying frame 0; trilinear for the bias tables, from the largest offset to the largest, offset 0 staying offset 0.
 
     Only latent_size, spatial_window and spacetime_window may differ from the model's own configuration (ValueError
     otherwise). Tables whose shape stays are the same bits.

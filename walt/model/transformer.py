@@ -254,7 +254,7 @@ class Transformer(nn.Module):
         config, shape = self.config, tuple(z_t.shape)
         channels = [z_t]
         if config.self_condition:
-            channels.append(_given("self_condition", self_condition, shape, z_t))
+            channels.append(_as_z_t("self_condition", self_condition, shape, z_t))
         elif self_condition is not None:
             raise ValueError("self_condition: got a tensor; expected None, since the model has no self-conditioning")
         if (frames is None) != (known is None):
@@ -265,7 +265,7 @@ class Transformer(nn.Module):
                 known = torch.zeros(shape[0], dtype=torch.int64, device=z_t.device)
             if known.dtype != torch.int64 or tuple(known.shape) != shape[:1]:
                 raise ValueError(f"known: got {known.dtype} {tuple(known.shape)}; expected torch.int64 [{shape[0]}]")
-            channels.append(frame_condition(_given("frames", frames, shape, z_t), known))
+            channels.append(frame_condition(_as_z_t("frames", frames, shape, z_t), known))
         elif frames is not None:
             raise ValueError("frames: got a tensor; expected None, since the model has no frame_condition")
         if self.upscale is not None:
@@ -275,7 +275,7 @@ class Transformer(nn.Module):
                         f"{name}: got None; expected a tensor, since the model is a super-resolution stage"
                     )
             half = (*shape[:3], shape[3] // 2, shape[4] // 2)
-            channels.append(self.upscale(_given("low_resolution", low_resolution, half, z_t)))
+            channels.append(self.upscale(_as_z_t("low_resolution", low_resolution, half, z_t)))
         elif low_resolution is not None or noise_level is not None:
             name = "noise_level" if low_resolution is None else "low_resolution"
             raise ValueError(f"{name}: got a tensor; expected None, since the model is no super-resolution stage")
@@ -303,7 +303,7 @@ class Transformer(nn.Module):
         if text is None:
             if mask is not None:
                 raise ValueError("text_mask: got a tensor; expected None without text")
-            text, mask = self.embed_text.nothing(z_t.shape[0], z_t.device)
+            text, mask = self.embed_text.null_text(z_t.shape[0], z_t.device)
         if text.shape[:1] != z_t.shape[:1]:
             raise ValueError(f"text: got {text.shape[0]} texts; expected {z_t.shape[0]}, one for each sample")
         if mask is None:
@@ -340,7 +340,7 @@ class Transformer(nn.Module):
                 )
 
 
-def _given(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _as_z_t(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """The tensor in z_t's dtype, zeros for None; ValueError unless it has the shape."""
     if tensor is None:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

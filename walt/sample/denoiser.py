@@ -42,9 +42,9 @@ def load_denoiser(folder: str | Path) -> tuple[Denoiser, dict[str, Any]]:
 
 def check_fit(tokenizer: Tokenizer, stages: Sequence[Denoiser], text: TextEncoder | None) -> None:
     """Raise ValueError, naming the field, unless the base model and the super-resolution stages after it fit."""
-    parts = [("transformer" if i == 0 else f"sr{i}", stage) for i, stage in enumerate(stages)]
-    for i, (name, stage) in enumerate(parts):
-        config, clip = stage.transformer.config, stage.clip
+    parts = [("transformer" if i == 0 else f"sr{i}", denoiser) for i, denoiser in enumerate(stages)]
+    for i, (name, denoiser) in enumerate(parts):
+        config, clip = denoiser.transformer.config, denoiser.clip
         channels, *size = tokenizer.config.latent_shape(clip.frames, clip.height, clip.width)
         _expect(f"{name} latent_channels", config.latent_channels, channels, "as the tokenizer has")
         _expect(f"{name} latent_size", config.latent_size, tuple(size), f"the tokenizer's of {clip}")

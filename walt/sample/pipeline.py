@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Labels = str | int | Sequence[str | int] | None
 Texts = str | Sequence[str] | None
 
+# What sets the noises of one sample apart, after its number: a key of `sample_noise`. Those of `generate` have none.
+EXTENSION, UPSCALING, LOW_RESOLUTION = 1, 2, 3
 OVERLAP = 5  # pixel frames that a continuation is given: 2 latent frames
 LARGE = 32 * 32  # latent sites of a frame above which one latent frame is decoded at a time
 
@@ -62,8 +64,8 @@ class WaltPipeline:
         self.tokenizer, self.transformer = tokenizer.eval(), transformer.eval()
         self.diffusion, self.clip, self.classes = diffusion, clip, tuple(map(normal, classes))
         self.text, self.upscalers = text, tuple(upscalers)
-        for stage in upscalers:
-            stage.transformer.eval()
+        for denoiser in upscalers:
+            denoiser.transformer.eval()
         check_fit(tokenizer, (self.base, *self.upscalers), text)
 
     @property
@@ -72,7 +74,7 @@ class WaltPipeline:
 
     def to(self, device: torch.device | str) -> WaltPipeline:
         """Move all models, in place."""
-        for model in (self.tokenizer, self.transformer, *(stage.transformer for stage in self.upscalers)):
+        for model in (self.tokenizer, self.transformer, *(denoiser.transformer for denoiser in self.upscalers)):
             model.to(device)
         return self
 
@@ -122,12 +124,12 @@ class WaltPipeline:
         description = tokenizer_description(self.tokenizer.config)
         save_checkpoint(folder / "tokenizer", "tokenizer", description, {"model": self.tokenizer.state_dict()})
         key = fingerprint(load_tokenizer(folder / "tokenizer"))  # as it is read back, in float32
-        for name, stage in zip(("transformer", "sr1", "sr2"), (self.base, *self.upscalers), strict=False):
-            config = stage.transformer.config
+        for name, denoiser in zip(("transformer", "sr1", "sr2"), (self.base, *self.upscalers), strict=False):
+            config = denoiser.transformer.config
             description = transformer_description(
-                config, stage.diffusion.config, stage.clip, self.classes, text if config.text_width else ""
+                config, denoiser.diffusion.config, denoiser.clip, self.classes, text if config.text_width else ""
             )
-            tensors = {"model": stage.transformer.state_dict()}
+            tensors = {"model": denoiser.transformer.state_dict()}
             save_checkpoint(folder / name, "transformer", {**description, "tokenizer": key}, tensors)
 
     def label(self, name: str | int | None) -> int | None:
@@ -200,9 +202,9 @@ class WaltPipeline:
         if chunks < 1:
             raise WaltError(f"chunks: got {chunks}; expected at least 1")
         for chunk in range(chunks):
-            given = min(self._overlap(), OVERLAP if videos.shape[1] >= OVERLAP else 1)
-            latent = self._generate(label, len(videos), text, videos[:, -given:], False, sampling, (1, chunk))
-            videos = np.concatenate([videos, self.decode(latent, batch=sampling.batch)[:, given:]], axis=1)
+            overlap = min(self._overlap(), OVERLAP if videos.shape[1] >= OVERLAP else 1)
+            latent = self._generate(label, len(videos), text, videos[:, -overlap:], False, sampling, (EXTENSION, chunk))
+            videos = np.concatenate([videos, self.decode(latent, batch=sampling.batch)[:, overlap:]], axis=1)
         return videos if video.ndim == 5 else videos[0]
 
     def upscale(
@@ -243,11 +245,11 @@ class WaltPipeline:
             clips = np.stack([videos[:, start : start + length] for start in starts], axis=1)
             latent = self._encode(clips.reshape(-1, *clips.shape[2:]), sampling.batch)
         num = len(latent) // len(starts)  # clips of one video are neighbours
-        for number, stage in enumerate(self.upscalers[:wanted]):
-            given = self._given(stage, label, text, num)
-            given = {name: tensor.repeat_interleave(len(starts), dim=0) for name, tensor in given.items()}
+        for number, denoiser in enumerate(self.upscalers[:wanted]):
+            conditions = self._conditions(denoiser, label, text, num)
+            conditions = {name: tensor.repeat_interleave(len(starts), dim=0) for name, tensor in conditions.items()}
             keys = [(i, number, start) for i in range(num) for start in starts]
-            latent = self._upscale(stage, latent, given, noise, keys, sampling, f"upscale {number + 1}")
+            latent = self._upscale(denoiser, latent, conditions, noise, keys, sampling, f"upscale {number + 1}")
         clips = self.decode(latent, batch=sampling.batch)
         joined = join_clips(clips.reshape(num, len(starts), *clips.shape[1:]), starts)
         return joined if isinstance(video, Tensor) or video.ndim == 5 else joined[0]
@@ -284,48 +286,50 @@ class WaltPipeline:
     ) -> Tensor:
         base, config = self.base, self.transformer.config
         shape = self.tokenizer.config.latent_shape(self.clip.frames, self.clip.height, self.clip.width)
-        given = self._given(base, label, text, num)
+        conditions = self._conditions(base, label, text, num)
         desc = "sample"
         if images:  # each is a stack of one
             shape, desc = (shape[0], 1, *shape[2:]), "sample images"
-            given["image"] = torch.ones(num, dtype=torch.bool)
+            conditions["image"] = torch.ones(num, dtype=torch.bool)
             sampling = replace(sampling, batch=sampling.batch * config.latent_size[0])
         if frames is not None:
-            given |= self._known(frames, num, shape, sampling.batch)
-        return sample_batches(base, given, [(i, *key) for i in range(num)], shape, sampling, desc)
+            conditions |= self._known(frames, num, shape, sampling.batch)
+        return sample_batches(base, conditions, [(i, *key) for i in range(num)], shape, sampling, desc)
 
     def _upscale(
         self,
-        stage: Denoiser,
+        denoiser: Denoiser,
         latent: Tensor,
-        given: dict[str, Tensor],
+        conditions: dict[str, Tensor],
         noise: float,
         keys: Sequence[tuple[int, ...]],
         sampling: Sampling,
         desc: str,
     ) -> Tensor:
         """One stage: noise on the low-resolution latents, then samples of twice the height and width."""
-        trained = stage.diffusion.config.low_resolution_noise
+        trained = denoiser.diffusion.config.low_resolution_noise
         if not 0 <= noise <= trained:
             raise WaltError(f"noise: got {noise}; expected 0 to {trained}, which {desc} was trained on")
-        level = max(0, round(noise * stage.diffusion.config.steps) - 1)
+        level = max(0, round(noise * denoiser.diffusion.config.steps) - 1)
         levels = torch.full((len(latent),), level)
         with as_user_error(desc):
-            low = stage.diffusion.add_noise(
-                latent, sample_noise(sampling.seed, [(i, 3, *rest) for i, *rest in keys], latent.shape[1:]), levels
+            low = denoiser.diffusion.add_noise(
+                latent,
+                sample_noise(sampling.seed, [(i, LOW_RESOLUTION, *rest) for i, *rest in keys], latent.shape[1:]),
+                levels,
             )
-        given = {**given, "low_resolution": low, "noise_level": levels}
+        conditions = {**conditions, "low_resolution": low, "noise_level": levels}
         channels, frames, height, width = latent.shape[1:]
         shape = (channels, frames, 2 * height, 2 * width)
-        return sample_batches(stage, given, [(i, 2, *rest) for i, *rest in keys], shape, sampling, desc)
+        return sample_batches(denoiser, conditions, [(i, UPSCALING, *rest) for i, *rest in keys], shape, sampling, desc)
 
-    def _given(self, stage: Denoiser, label: Labels, text: Texts, num: int) -> dict[str, Tensor]:
+    def _conditions(self, denoiser: Denoiser, label: Labels, text: Texts, num: int) -> dict[str, Tensor]:
         """Label and text as the stage takes them, one for each of `num` samples; a super-resolution stage may not."""
-        config = stage.transformer.config
-        given: dict[str, Tensor] = {}
+        config = denoiser.transformer.config
+        conditions: dict[str, Tensor] = {}
         numbers = [self.label(name) for name in _each("labels", label, num)]
         if config.classes and any(number is not None for number in numbers):
-            given["label"] = torch.tensor([config.classes if number is None else number for number in numbers])
+            conditions["label"] = torch.tensor([config.classes if number is None else number for number in numbers])
         texts = _each("texts", text, num)
         if not all(text is None or isinstance(text, str) for text in texts):
             raise WaltError(f"text: got {text!r}; expected a sentence, or one for each sample")
@@ -334,8 +338,8 @@ class WaltPipeline:
         sentences = [(text or "").strip() for text in texts]
         if self.text is not None and config.text_width and any(sentences):
             with as_user_error("text"):
-                given["text"], given["text_mask"] = encode_sentences(self.text, sentences)
-        return given
+                conditions["text"], conditions["text_mask"] = encode_sentences(self.text, sentences)
+        return conditions
 
     def _known(self, frames: np.ndarray, num: int, shape: Sequence[int], batch: int) -> dict[str, Tensor]:
         """First frames as the denoiser takes them: their latents, zeros after them, and how many they are."""

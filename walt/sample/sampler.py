@@ -58,8 +58,8 @@ class Sampling:
 
 
 def sample_batches(
-    stage: Denoiser,
-    given: dict[str, Tensor],
+    denoiser: Denoiser,
+    conditions: dict[str, Tensor],
     keys: Sequence[tuple[int, ...]],
     shape: Sequence[int],
     sampling: Sampling,
@@ -67,10 +67,10 @@ def sample_batches(
 ) -> Tensor:
     """A sample of `shape` for each key of its noise, a batch after another -> float32 [len(keys), *shape] on the CPU.
 
-    given: the conditions of `Diffusion.sample`, each with a row for every sample.
+    conditions: the conditions of `Diffusion.sample`, each with a row for every sample.
     """
     with as_user_error(desc):
-        total = -(-len(keys) // sampling.batch) * len(stage.diffusion.timesteps(sampling.steps))
+        total = -(-len(keys) // sampling.batch) * len(denoiser.diffusion.timesteps(sampling.steps))
     latents = []
     with tqdm(total=total, desc=desc, unit="step", disable=not sampling.progress, leave=False) as bar:
 
@@ -82,14 +82,14 @@ def sample_batches(
         for first in range(0, len(keys), sampling.batch):
             part = slice(first, first + sampling.batch)
             with as_user_error(desc):
-                latent = stage.diffusion.sample(
-                    stage.transformer,
+                latent = denoiser.diffusion.sample(
+                    denoiser.transformer,
                     sample_noise(sampling.seed, keys[part], shape),
                     steps=sampling.steps,
                     guidance=sampling.guidance,
                     guidance_power=sampling.guidance_power,
                     preview=show,
-                    **{name: tensor[part] for name, tensor in given.items()},
+                    **{name: tensor[part] for name, tensor in conditions.items()},
                 )
             latents.append(latent.float().cpu())
     return torch.cat(latents)
