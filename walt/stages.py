@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from walt.checkpoint import fingerprint
-from walt.data.loading import Batch, Draw
+from walt.data.loading import Batch, Source
 from walt.data.pixels import to_model, to_pixels
 from walt.data.simulator import Clips
 from walt.model.config import (
@@ -28,42 +28,32 @@ from walt.model.diffusion import Diffusion
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.settings import TokenizerLossConfig, TrainingConfig
-from walt.train.losses import decorrelation_loss, reconstruction_loss
-from walt.train.objective import Loss, Phase
+from walt.train.losses import DecorrelationTerm, DenoiserLoss, ReconstructionTerm, TokenizerLoss
+from walt.train.objective import Objective
 from walt.train.tokenizer import STATISTICS, set_statistics
 from walt.train.trainer import Trainer
 
 IMAGE_STRIDE = 4  # every fourth frame of a clip also serves as an image
 
 
-def tokenizer_draw(clips: Clips, batch: int, frames: int) -> Draw:
-    """`batch` random clips, and a random run of `frames` frames of them.
+def tokenizer_source(clips: Clips, frames: int) -> Source:
+    """Random clips, and a random run of `frames` frames of them.
 
     The tokenizer is causal, so short runs teach it what whole clips would and cost less. Frames stay whole: its norms
     pool over a frame, and what they learn on crops does not hold for frames.
     """
+    video = torch.from_numpy(clips.video)
 
-    def draw(generator: torch.Generator) -> Batch:
-        index = torch.randint(len(clips), (batch,), generator=generator)
-        return {
-            "index": index,
-            "start": int(torch.randint(clips.video.shape[1] - frames + 1, (1,), generator=generator)),
-        }
+    def source(shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
+        start = int(torch.randint(video.shape[1] - frames + 1, (), generator=shared))
+        index = [int(torch.randint(len(clips), (), generator=own)) for own in samples.values()]
+        return {"video": to_model(video[index, start : start + frames])}
 
-    return draw
+    return source
 
 
-def tokenizer_loss(clips: Clips, frames: int) -> Loss:
-    """Reconstruct the runs that `tokenizer_draw` chose."""
-    video, weight = torch.from_numpy(clips.video), TokenizerLossConfig.decorrelation
-
-    def loss(model: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        assert isinstance(model, Tokenizer)
-        target = to_model(video[rows["index"], rows["start"] : rows["start"] + frames])
-        latent = model.encode(target)
-        return reconstruction_loss(model.decode(latent), target) + weight * decorrelation_loss(latent), {}
-
-    return loss
+def tokenizer_loss() -> TokenizerLoss:
+    return TokenizerLoss(TokenizerLossConfig(reconstruction=1.0), [ReconstructionTerm(), DecorrelationTerm()])
 
 
 @dataclass(frozen=True)
@@ -105,32 +95,27 @@ def prepare_latents(tokenizer: Tokenizer, clips: Clips) -> Latents:
     return Latents(video, label, image[order], image_label[order], key)
 
 
-def transformer_draw(diffusion: Diffusion, latents: Latents, batch: int, images: int) -> Draw:
+def transformer_source(diffusion: Diffusion, latents: Latents, batch: int, images: int) -> Source:
     """Joint training (paper, section 3.2): `batch - images` videos and `images` stacks of 1+t images of one class."""
     counts = torch.bincount(latents.image_label)
     starts = counts.cumsum(0) - counts
-    shape = (batch, *latents.video.shape[1:])
 
-    def draw(generator: torch.Generator) -> Batch:
-        index = torch.randint(len(latents.video), (batch,), generator=generator)
+    def sample(image: bool, own: torch.Generator) -> tuple[Tensor, Tensor]:
+        index = torch.randint(len(latents.video), (), generator=own)
         label = latents.video_label[index]
-        place = (torch.rand(batch, shape[2], generator=generator) * counts[label, None]).long()
-        rows = {"index": index, "label": label, "stack": starts[label, None] + place}
-        return {**rows, "image": torch.arange(batch) >= batch - images, **diffusion.draw(shape, generator)}
+        if not image:
+            return latents.video[index], label
+        place = torch.rand(latents.video.shape[2], generator=own) * counts[label]
+        return latents.image[starts[label] + place.long()].transpose(0, 1), label
 
-    return draw
+    def source(shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
+        image = [number >= batch - images for number in samples]
+        latent, label = zip(*map(sample, image, samples.values()), strict=True)
+        randoms = diffusion.randoms(latents.video.shape[1:], list(samples.values()))
+        batch_of = {"latent": torch.stack(latent), "label": torch.stack(label)}
+        return {**batch_of, "image": torch.tensor(image), "randoms": randoms}
 
-
-def transformer_loss(diffusion: Diffusion, latents: Latents) -> Loss:
-    """The diffusion loss of what `transformer_draw` chose."""
-
-    def loss(model: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        stacks = latents.image[rows["stack"]].transpose(1, 2)  # [B, c, 1+t, h, w]
-        x0 = torch.where(rows["image"].reshape(-1, 1, 1, 1, 1), stacks, latents.video[rows["index"]])
-        draws = {name: rows[name] for name in diffusion.DRAWS}
-        return diffusion.loss(model, x0, draws, label=rows["label"], image=rows["image"]), {}
-
-    return loss
+    return source
 
 
 def train_tokenizer(
@@ -150,13 +135,13 @@ def train_tokenizer(
     """
     torch.manual_seed(training.seed)
     trainer: Trainer[Tokenizer] = Trainer(
-        [Phase("model", Tokenizer(config), tokenizer_loss(clips, frames))],
-        tokenizer_draw(clips, batch, frames),
-        training,
+        [Objective(Tokenizer(config), tokenizer_loss(), training, average=True)],
+        tokenizer_source(clips, frames),
         folder,
+        batch=batch,
+        frames=frames,
         kind="tokenizer",
         description={**tokenizer_description(config), "data": dict(data)},
-        frames_per_step=batch * frames,
     )
     trainer.resume()
     tokenizer = trainer.averaged
@@ -186,13 +171,13 @@ def train_transformer(
     """Second stage, from its checkpoint in `folder` if there is one -> the averaged transformer."""
     description = transformer_description(transformer.config, diffusion.config, clip, classes)
     trainer: Trainer[Transformer] = Trainer(
-        [Phase("model", transformer, transformer_loss(diffusion, latents))],
-        transformer_draw(diffusion, latents, batch, images),
-        training,
+        [Objective(transformer, DenoiserLoss(diffusion), training, average=True)],
+        transformer_source(diffusion, latents, batch, images),
         folder,
+        batch=batch,
+        frames=clip.frames,
         kind="transformer",
         description={**description, "data": dict(data), "tokenizer": latents.tokenizer},
-        frames_per_step=batch * clip.frames,
     )
     trainer.resume()
     trainer.run(seconds=None if seconds is None else trainer.elapsed + seconds)
