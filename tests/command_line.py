@@ -23,10 +23,7 @@ def command(*arguments: str, **options) -> subprocess.Popen:
 
 def fails(capsys, *arguments: object) -> str:
     """Run in this process; exit code 2 and exactly one line on stderr, which is returned."""
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
+    code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "error: " in line]
     assert code == 2, captured.err

@@ -2,39 +2,68 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 from command_line import command, fails
 
-from walt import commands
-from walt.cli import main, parser
+from walt.cli import COMMANDS, main, parse
+from walt.commands import info
+from walt.commands.data import Prepare
+from walt.commands.options import SHORT, Command
 from walt.demo.demo import DemoConfig
 from walt.errors import WaltError
+from walt.settings import SECTIONS
 
-COMMANDS = (
+NAMES = (
     *("demo", "demo-data", "prepare", "train", "sample", "extend", "upscale", "encode", "decode", "evaluate"),
     *("info", "doctor"),
 )
 
 
 def help_of(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--help"])
-    assert stop.value.code == 0
+    assert main([*arguments, "--help"]) == 0
     return capsys.readouterr().out
+
+
+def options_of(text: str) -> dict[str, str]:
+    """The options in a help text, by their last name, and what is said of them."""
+    entries = re.split(r"^  (?=-|\{|\[)", text, flags=re.MULTILINE)[1:]
+    found = {}
+    for entry in entries:
+        names = re.match(r"((?:-{1,2}[\w.-]+(?: [^\s,]+(?: \.\.\.)?)?(?:, )?)+)", entry)
+        if names:
+            name = re.findall(r"-{1,2}[\w.-]+", names[1])[-1]
+            found[name] = " ".join(entry[names.end() :].partition("\n\n")[0].split())
+    return found
 
 
 class TestHelp:
     def test_top_lists_every_command(self, capsys):
         text = help_of(capsys)
-        assert tuple(re.findall(r"^    ([a-z-]+)\b", text, re.MULTILINE)) == COMMANDS
+        assert tuple(re.findall(r"^    ([a-z-]+)\b", text, re.MULTILINE)) == NAMES
 
-    @pytest.mark.parametrize("name", COMMANDS)
-    def test_examples_are_commands(self, name, capsys):
+    def test_top_imports_nothing_heavy(self):
+        """Neither PyTorch nor what reads the options, and so within a second."""
+        heavy = {"torch", "tyro", "numpy", "yaml", "walt_kernels", "walt.settings"}
+        code = f"import sys; from walt.cli import main; main(['--help']); print({heavy} & sys.modules.keys())"
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert time.monotonic() - began < 1
+        assert done.stdout.endswith("\nset()\n")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_examples_are_commands(self, name, capsys, tmp_path, monkeypatch):
         """Every example parses, and would run the command whose help it is in."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "base.yaml").write_text("training: {lr: 3e-4}")
         text = help_of(capsys, name)
         examples = text[text.index("example:  ") + len("example:  ") :].splitlines()
         assert examples
@@ -42,24 +71,41 @@ class TestHelp:
             words = shlex.split(line)
             start = words.index("walt") + 1
             assert " ".join(words[:start]) in ("walt", "torchrun --nproc-per-node 2 -m walt")
-            arguments = parser().parse_args(words[start:])
-            assert arguments.command == name
-            assert callable(arguments.run)
+            assert words[start] == name
+            assert isinstance(parse(name, words[start + 1 :]), Command)
 
-    @pytest.mark.parametrize("name", COMMANDS)
+    @pytest.mark.parametrize("name", NAMES)
     def test_every_option_is_explained(self, name, capsys):
-        help_of(capsys, name)
-        choices = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-        for action in choices[name]._actions:
-            assert action.help, f"{name} {action.dest}"
+        options = options_of(help_of(capsys, name))
+        place, _ = COMMANDS[name]
+        module, _, kind = place.partition(".")
+        fields = dataclasses.fields(getattr(importlib.import_module(f"walt.commands.{module}"), kind))
+        assert len(options) >= len(fields)
+        for option, text in options.items():
+            assert text.partition(" (default: ")[0].partition("(required)")[0], f"{name} {option}"
 
-    def test_defaults_are_told_as_numbers(self, capsys):
-        for name in COMMANDS:
-            assert "%(" not in help_of(capsys, name)
+    def test_train_lists_every_setting(self, capsys):
+        """With the default of the stage and the preset."""
+        options = options_of(help_of(capsys, "train", "base", "--preset", "L"))
+        for section, name in SECTIONS.items():
+            for field in dataclasses.fields(section):
+                option = f"--{name}.{field.name}".replace("_", "-")
+                assert "(default: " in options[option], option
+        assert options["--training.steps"].endswith("(default: 60000)")
+        assert options["--transformer.latent-size"].endswith("(default: 5 16 16)")
+        assert options["--data.flip"] == "mirror half of the clips (default: false)"
+        options = options_of(help_of(capsys, "train", "tokenizer"))
+        assert options["--data.frames"].endswith("(default: 5)")
+        assert SHORT.keys() <= options.keys()
+
+    def test_fits_a_narrow_terminal(self, capsys):
+        for name in NAMES:
+            _usage, *lines = help_of(capsys, name).partition("example:")[0].splitlines()
+            assert max(map(len, lines)) <= 100, name
 
     def test_demo_options_cover_the_settings(self, capsys):
         text = help_of(capsys, "demo")
-        assert f"default: {DemoConfig().minutes}" in text
+        assert f"default: {DemoConfig().minutes:g}" in text
         for option in ("--minutes", "--seed", "--tokenizer-steps", "--transformer-steps", "--scenarios"):
             assert option in text
 
@@ -72,7 +118,9 @@ class TestInfo:
         assert "313.2 M" in text
 
     def test_all(self, capsys, monkeypatch):
-        monkeypatch.setattr(commands, "table", lambda batch: f"the table for {batch}")  # takes seconds: test_info.py
+        monkeypatch.setattr(
+            "walt.commands.info.table", lambda batch: f"the table for {batch}"
+        )  # takes seconds: test_cost.py
         assert main(["info", "--all", "--batch", "3"]) == 0
         assert capsys.readouterr().out == "the table for 3\n"
 
@@ -82,12 +130,19 @@ class TestInfo:
 
 class TestBadInput:
     def test_unknown_command_and_option(self, capsys):
-        assert "invalid choice: 'dance'" in fails(capsys, "dance")
+        assert "unknown command 'dance'; there are demo, demo-data, prepare, " in fails(capsys, "dance")
+        assert fails(capsys, "evaluat").endswith("unknown command 'evaluat'; did you mean evaluate?")
+        assert "expected a command; there are demo, " in fails(capsys)
+        line = fails(capsys, "sample", "--from", "x", "--guidence", 3)
+        assert line == "walt sample: error: unknown option --guidence; did you mean --guidance?"
+        assert fails(capsys, "info", "L", "XL").endswith("error: unknown argument 'XL'")
+        assert fails(capsys, "prepare", "--data", "x", "--out").endswith("error: --out: expected a value")
+        assert fails(capsys, "prepare", "--data", "--out", "y").endswith("error: --data: expected a value")
         assert "--steps: 'many' is not a whole number" in fails(capsys, "sample", "--from", "x", "--steps", "many")
         assert "--minutes: -1 must be above 0" in fails(capsys, "demo", "--minutes", "-1")
         assert "--num: 0 must be at least 1" in fails(capsys, "sample", "--from", "x", "--num", "0")
         assert "--seed: -1 must not be negative" in fails(capsys, "sample", "--from", "x", "--seed", "-1")
-        assert "--size: 'big' is not a whole number" in fails(capsys, "prepare", "--data", "x", "--size", "big")
+        assert "--size: 'big' is not a whole number" in fails(capsys, "train", "base", "--size", "big")
         assert "required: --from" in fails(capsys, "sample")
 
     def test_sizes_of_the_demo(self, capsys, tmp_path):
@@ -116,16 +171,87 @@ class TestBadInput:
         def broken(_):
             raise WaltError("first\n   second\n\nthird")
 
-        monkeypatch.setattr(commands, "info", broken)
+        monkeypatch.setattr(info.Info, "run", broken)
         assert fails(capsys, "info").endswith("error: first second third")
 
-    def test_interrupted(self, capsys, monkeypatch):
+    @pytest.mark.parametrize(("number", "code"), [(None, 130), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_interrupted(self, capsys, monkeypatch, number, code):
         def interrupt(_):
-            raise KeyboardInterrupt("halfway")
+            interruption = KeyboardInterrupt("halfway")
+            if number is not None:
+                interruption.signal = number
+            raise interruption
 
-        monkeypatch.setattr(commands, "prepare", interrupt)
-        assert main(["prepare", "--data", "x", "--out", "y"]) == 130
+        monkeypatch.setattr(Prepare, "run", interrupt)
+        assert main(["prepare", "--data", "x", "--out", "y"]) == code
         assert "interrupted: halfway; run the same command again to go on" in capsys.readouterr().err
+
+
+class TestSettings:
+    """Of `walt train`: one line that names the setting."""
+
+    def parse(self, *words: object):
+        return parse("train", ["base", "--data", "x", "--out", "y", *map(str, words)]).settings
+
+    def test_over_the_file_and_the_preset(self, tmp_path):
+        (tmp_path / "a.yaml").write_text("preset: tiny-text\ntraining: {lr: 1e-4, steps: 7, warmup: 3}\n")
+        made = self.parse(
+            "--config", tmp_path / "a.yaml", "--steps", 9, "--training.save-every=5", "--training.lr", "2e-4"
+        )
+        assert (made.preset, made.training.steps, made.training.warmup) == ("tiny-text", 9, 3)
+        assert (made.training.save_every, made.training.lr) == (5, 2e-4)
+        assert self.parse("--config", tmp_path / "a.yaml", "--preset", "tiny").transformer.text_vocabulary == 0
+
+    def test_spellings(self):
+        made = self.parse("--training.save_every", 5, "--training.betas", 0, "9e-1", "--data.flip", "true")
+        assert (made.training.save_every, made.training.betas, made.data.flip) == (5, (0.0, 0.9), True)
+        made = self.parse("--transformer.spatial-window=[1, 2, 2]", "--training.tensorboard", "null", "--data.text", "")
+        assert (made.transformer.spatial_window, made.training.tensorboard, made.data.text) == ((1, 2, 2), None, "")
+
+    def test_short_names(self):
+        made = self.parse("--steps", 3, "--batch", 2, "--frames", 9, "--fps", 12, "--lr", "1e-5", "--seed", 4)
+        assert (made.training.steps, made.training.lr, made.training.seed) == (3, 1e-5, 4)
+        assert (made.data.batch, made.data.frames, made.data.fps) == (2, 9, 12.0)
+        made = self.parse("--size", "16x24", "--data.width", 32)
+        assert (made.data.height, made.data.width) == (16, 32)
+
+    def test_fields_that_must_fit_one_another(self):
+        for words in (("--transformer.width=60", "--transformer.heads=5"),) * 2:
+            made = self.parse(*words)
+            assert (made.transformer.width, made.transformer.heads) == (60, 5)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--training.lrr", "3"], "unknown option --training.lrr; did you mean --training.lr?"),
+            (["--trainng.lr", "3"], "unknown option --trainng.lr; did you mean --training.lr?"),
+            (["--warmup", "3"], "unknown option --warmup; did you mean --training.warmup?"),
+            (["--training.save_evry=3"], "unknown option --training.save-evry; did you mean --training.save-every?"),
+            (["--zzz"], "unknown option --zzz"),
+            (["--training.lr", "fast"], "--training.lr: got 'fast'; expected a number"),
+            (["--lr", "-1"], "--training.lr: got -1.0; expected a number > 0"),
+            (["--lr"], "--lr: expected a value"),
+            (["--training.lr", "--steps", "3"], "--training.lr: expected a value"),
+            (["--transformer.heads", "5"], "--transformer.heads: got 5; expected a divisor of width=192"),
+            (["--transformer.latent-size", "5", "8"], "--transformer.latent_size: got (5, 8); expected 3 ints >= 1"),
+            (["--data.flip", "maybe"], "--data.flip: got 'maybe'; expected true or false"),
+            (["--preset", "huge"], "unknown preset 'huge'; there are tiny, L, "),
+            (["-s", "training.lr=3"], "-s training.lr=3 is now an option of its own: --training.lr 3"),
+            (["--set", "data.flip=true"], "--set data.flip=true is now an option of its own: --data.flip true"),
+        ],
+    )
+    def test_bad_ones(self, capsys, tmp_path, words, message):
+        line = fails(capsys, "train", "base", "--data", tmp_path, "--out", tmp_path / "out", *words)
+        assert line.startswith(f"walt train: error: {message}")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_stage_comes_first(self, capsys):
+        for words in ((), ("--data", "x", "base"), ("bass",)):
+            line = fails(capsys, "train", *words)
+            assert line.startswith(
+                f"walt train: error: got {(words or ('',))[0]!r}; expected a stage first: tokenizer, base"
+            )
+        assert line.endswith("tokenizer, base, sr; did you mean base?")
 
 
 def test_no_traceback_from_the_real_process(tmp_path):

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from walt import info
+from walt.commands import info
+from walt.commands.info import describe, networks, table
 from walt.errors import WaltError
-from walt.info import describe, networks, table
 from walt.model.config import TokenizerConfig, TransformerConfig
 from walt.model.cost import activation_bytes, saved_bytes
 from walt.model.tokenizer import Tokenizer

@@ -8,8 +8,9 @@ import pytest
 import torch
 from command_line import fails
 
-from walt import commands
-from walt.cli import parser
+from walt.cli import COMMANDS as ALL
+from walt.cli import main
+from walt.commands import model
 from walt.distributed import process_group
 from walt.errors import WaltError
 
@@ -24,9 +25,12 @@ COMMANDS = {
 }
 
 
-def test_the_commands_with_devices():
-    choices = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert {name for name, command in choices.items() if "--device" in command.format_help()} == COMMANDS.keys()
+def test_the_commands_with_devices(capsys):
+    def options(name: str) -> str:
+        assert main([name, "--help"]) == 0
+        return capsys.readouterr().out
+
+    assert {name for name in ALL if "--device" in options(name)} == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -68,7 +72,7 @@ def test_every_device(device, message, tmp_path, capsys):
 
 def test_an_accelerator_of_another_kind(tmp_path, capsys, monkeypatch):
     """What PyTorch says is there is asked for."""
-    monkeypatch.setattr(commands, "_devices", lambda: ["cpu", "hpu:0"])
+    monkeypatch.setattr(model, "devices", lambda: ["cpu", "hpu:0"])
     line = fails(capsys, "sample", "--from", tmp_path, "--device", "hpu:0")
     assert NO_PLACE not in line
     assert line.endswith("; there is cpu, hpu:0")

@@ -79,10 +79,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     """Run one command, in this process unless it starts others, and check what it says it has written -> its output."""
     program, *arguments = shlex.split(command)
     if program == "walt":
-        try:
-            code: int | str | None = main(arguments)
-        except SystemExit as stop:
-            code = stop.code
+        code = main(arguments)
         captured = capsys.readouterr()
         output, errors = captured.out, captured.err
     else:

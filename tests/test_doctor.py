@@ -1,4 +1,4 @@
-"""walt.doctor: what it says of cuDNN, packages, codecs and the disk."""
+"""`walt doctor`: what it says of cuDNN, packages, codecs and the disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from walt.cli import main
-from walt.doctor import OPTIONAL, codec_lines, cudnn_line, doctor, existing
+from walt.commands.doctor import OPTIONAL, codec_lines, cudnn_line, diagnose, existing
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_packages(quiet, monkeypatch, tmp_path):
     there = {"PIL", "vizdoom", "tensorboard"}
     known = lambda name: object() if name in there else None  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: known(name) if name in OPTIONAL else find(name))
-    lines = [*doctor(tmp_path)]
+    lines = [*diagnose(tmp_path)]
     for name, (purpose, command) in OPTIONAL.items():
         (line,) = [line for line in lines if line[2:].startswith(f"{name} ")]
         assert purpose in line
@@ -62,7 +62,7 @@ def test_packages(quiet, monkeypatch, tmp_path):
 def test_disk(quiet, monkeypatch, tmp_path):
     def room(gigabytes):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(gigabytes * 2**30)))
-        return [*doctor(tmp_path / "not" / "yet")][-1]
+        return [*diagnose(tmp_path / "not" / "yet")][-1]
 
     assert room(200) == f"  disk       200.0 GiB free for {tmp_path / 'not' / 'yet'}"
     assert room(1.5) == f"! disk       1.5 GiB free for {tmp_path / 'not' / 'yet'}, of 10 wished for"
@@ -91,7 +91,7 @@ def test_codecs(monkeypatch):
 
 def test_kernels_that_do_not_load(quiet, tmp_path):
     quiet.returncode, quiet.stderr = 1, "Traceback\nImportError: undefined symbol\n"
-    assert "! kernels    python -m walt_kernels fails: ImportError: undefined symbol" in [*doctor(tmp_path)]
+    assert "! kernels    python -m walt_kernels fails: ImportError: undefined symbol" in [*diagnose(tmp_path)]
 
 
 def test_the_command(capsys, tmp_path):

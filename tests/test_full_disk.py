@@ -18,9 +18,10 @@ from on_ranks import fit, regression
 from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, moving
 from tiny_runs import fit as fit_stage
 
-from walt import atomic, checkpoint, commands
+from walt import atomic, checkpoint
 from walt.checkpoint import read_tensors
 from walt.cli import main
+from walt.commands.info import Info
 from walt.data.video import write_mp4
 from walt.errors import WaltError
 from walt.train.log import read_log
@@ -200,12 +201,12 @@ def model(films, tmp_path_factory):
     return out
 
 
-OVERRIDES = [word for text in (*TOKENIZER, *TRANSFORMER, *SHORT) for word in ("-s", text)]
+OVERRIDES = [f"--{text}" for text in (*TOKENIZER, *TRANSFORMER, *SHORT)]
 QUICK = ["--from", "MODEL", "--steps", "1"]
 COMMANDS = {  # and what cannot be written
     "prepare": (["prepare", "--data", "FILMS", "--out", "OUT/cache", "--size", "16"], "OUT/cache"),
     "train tokenizer": (["train", "tokenizer", "--data", "FILMS", "--out", "OUT/run", *OVERRIDES], "OUT/run/"),
-    "train base": (["train", "base", "--data", "FILMS", "--out", "MODEL", *OVERRIDES, "-s", "data.frames=1"], "MODEL/"),
+    "train base": (["train", "base", "--data", "FILMS", "--out", "MODEL", *OVERRIDES, "--data.frames=1"], "MODEL/"),
     "sample mp4": (["sample", *QUICK, "--out", "OUT/a.mp4"], "OUT/a.mp4"),
     "sample gif": (["sample", *QUICK, "--out", "OUT/a.gif"], "OUT/a.gif"),
     "sample png": (["sample", *QUICK, "--images", "--out", "OUT/a.png"], "OUT/a.png"),
@@ -255,7 +256,7 @@ class TestCommands:
         def broken(_):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), "some/file")
 
-        monkeypatch.setattr(commands, "info", broken)
+        monkeypatch.setattr(Info, "run", broken)
         assert fails(capsys, "info").endswith("error: [Errno 30] Read-only file system: 'some/file'")
 
     def test_in_a_thread(self, capsys, monkeypatch):
@@ -264,7 +265,7 @@ class TestCommands:
             thread.start()
             thread.join()
 
-        monkeypatch.setattr(commands, "info", broken)
+        monkeypatch.setattr(Info, "run", broken)
         hook = threading.excepthook
         assert main(["info"]) == 0
         assert capsys.readouterr().err == "walt: [Errno 2] No such file or directory: 'no/such/file'\n"

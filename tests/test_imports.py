@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import pickle
 import pkgutil
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -69,3 +71,19 @@ def test_an_op_is_a_function(op: str) -> None:
 def test_walt_has_no_function_that_hides_a_module() -> None:
     for module in pkgutil.iter_modules(walt.__path__):
         assert isinstance(getattr(walt, module.name, walt), ModuleType), module.name
+
+
+def test_the_names_of_walt_are_found_when_they_are_asked_for() -> None:
+    """So that `import walt` is quick."""
+    code = "import sys, walt; print('torch' in sys.modules, walt.Tokenizer.__module__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "walt.model.tokenizer", "True"]
+    assert set(walt.__all__) <= set(dir(walt))
+    for name in set(walt.__all__) - {"PRESETS"}:
+        kind = getattr(walt, name)
+        assert kind is getattr(importlib.import_module(kind.__module__), name)
+        assert pickle.loads(pickle.dumps(kind)) is kind
+    with pytest.raises(AttributeError, match="module 'walt' has no attribute 'nothing'"):
+        walt.nothing  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        run("from walt import nothing")

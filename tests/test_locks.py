@@ -30,7 +30,7 @@ HOLD = (
 
 
 def training(films, out, stage: str = "tokenizer") -> list[str]:
-    overrides = [word for text in (*TOKENIZER, *TRANSFORMER, *SHORT) for word in ("-s", text)]
+    overrides = [f"--{text}" for text in (*TOKENIZER, *TRANSFORMER, *SHORT)]
     return ["train", stage, "--data", str(films), "--out", str(out), *overrides]
 
 

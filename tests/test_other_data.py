@@ -147,7 +147,7 @@ def test_of_an_older_walt(data, tmp_path, capsys):
     index = out / "data-16x16/index.json"
     write_json(index, {**read_json(index), "version": 1})
     command = ["train", "tokenizer", "--data", data, "--out", out]
-    command += [word for text in (*TOKENIZER, *SHORT, *MORE) for word in ("-s", text)]
+    command += [f"--{text}" for text in (*TOKENIZER, *SHORT, *MORE)]
     line = fails(capsys, *command)
     assert line.endswith(
         "index.json has version 1; this walt reads version 2: delete that folder, or prepare into another one"

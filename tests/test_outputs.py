@@ -14,9 +14,9 @@ from command_line import fails
 from safetensors.torch import load_file, save_file
 from tiny_runs import fit, make, moving, write_films
 
-from walt import commands
 from walt.checkpoint import write_tensors
 from walt.cli import main
+from walt.commands import latents, sample
 from walt.data.video import (
     check_output,
     check_size,
@@ -57,7 +57,7 @@ def unused(monkeypatch):
         raise AssertionError("the model is read")
 
     monkeypatch.setattr(WaltPipeline, "from_pretrained", refuse)
-    monkeypatch.setattr(commands, "load_tokenizer", refuse)
+    monkeypatch.setattr("walt.commands.model.load_tokenizer", refuse)
 
 
 def run(*arguments: object) -> None:
@@ -134,8 +134,8 @@ class TestRate:
             decode = ("decode", "--from", model, "--latents", tmp_path / "a.safetensors", "--out", tmp_path / "b.mp4")
             assert message in fails(capsys, *decode)
         for text, message in (
-            ("0", "0 must be above 0"),
-            ("24/0", "0 must be above 0"),
+            ("0", "0 must be from 0.001 to 1000"),
+            ("24/0", "'24/0' is not a number"),
             ("PAL", "'PAL' is not a number"),
         ):
             assert message in fails(capsys, *decode, "--fps", text)
@@ -266,9 +266,9 @@ class TestBeforeTheWork:
             assert f"it would have {pixels} pixels; viewers take a .png of at most" in line
 
     def test_sizes_of_upscaled_and_decoded(self, model, tmp_path, capsys, monkeypatch):
-        monkeypatch.setitem(commands.check_size.__globals__["SIDES"], ".mp4", 24)
+        monkeypatch.setitem(check_size.__globals__["SIDES"], ".mp4", 24)
         monkeypatch.setattr(WaltPipeline, "upscale", lambda *_, **__: pytest.fail("it samples"))
-        monkeypatch.setattr(commands, "decode_tiled", lambda *_, **__: pytest.fail("it decodes"))
+        monkeypatch.setattr(latents, "decode_tiled", lambda *_, **__: pytest.fail("it decodes"))
         source = film(tmp_path / "a.mp4", 8)
         line = fails(capsys, "upscale", "--from", model, "--video", source, "--out", tmp_path / "b.mp4")
         assert "32x32 pixels; .mp4 takes at most 24 a side" in line
@@ -299,7 +299,7 @@ class TestAfterTheWork:
         def broken(*_, **__):
             raise error
 
-        monkeypatch.setattr(commands, "write_video", broken)
+        monkeypatch.setattr(sample, "write_video", broken)
         video = ("--class", "up") if command == "sample" else ("--video", film(tmp_path / "film.mp4", 8))
         out = tmp_path / "a.mp4"
         line = fails(capsys, command, "--from", model, *video, "--out", out)

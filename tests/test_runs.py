@@ -15,7 +15,7 @@ from tiny_runs import fit, make, write_films
 from torch import nn
 
 from walt.checkpoint import fingerprint
-from walt.commands import train_stage
+from walt.commands.train import train_stage
 from walt.data.loading import make_batch
 from walt.data.pixels import to_model
 from walt.data.video import read_video, write_png
@@ -73,7 +73,7 @@ class TestTheWholeModel:
     def test_statistics_of_the_latents(self, model, films):
         """Mean 0 and deviation 1 over the clips they were taken from, which are all there are here."""
         tokenizer = load_tokenizer(model / "tokenizer")
-        cache = open_data(films, model, load_settings("base", overrides=["data.height=16", "data.width=16"]))
+        cache = open_data(films, model, load_settings("base", overrides={"data.height": 16, "data.width": 16}))
         rows = cache.windows(5)
         assert len(rows) == 4 * 5
         with torch.inference_mode():
@@ -143,7 +143,7 @@ class TestRefused:
     def test_other_data(self, model, films, tmp_path):
         other = write_films(tmp_path / "other")
         (other / "up" / "1.mp4").unlink()
-        cache = open_data(other, tmp_path / "cache", load_settings("base", overrides=["data.height=16"]))
+        cache = open_data(other, tmp_path / "cache", load_settings("base", overrides={"data.height": 16}))
         run = make("tokenizer", films, model)
         with pytest.raises(WaltError, match=r"tokenizer was trained on other data than .*1 file fewer: up/1.mp4"):
             train_stage(replace(run, cache=cache))

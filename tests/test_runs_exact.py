@@ -16,7 +16,7 @@ from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, make
 from torch import distributed
 
 from walt.checkpoint import read_tensors
-from walt.commands import train_stage
+from walt.commands.train import train_stage
 from walt.pretrained import load_tokenizer
 from walt.train import tokenizer as tokenizer_training
 from walt.train.log import read_log
@@ -165,7 +165,7 @@ def test_two_processes(films, tokenizer, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "walt"]
     command += ["train", "base", "--data", str(films), "--out", str(two)]
     for override in (*TOKENIZER, *TRANSFORMER, *SHORT, *options):
-        command += ["-s", override]
+        command.append(f"--{override}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

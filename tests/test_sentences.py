@@ -73,7 +73,7 @@ class TestCuts:
         rewrite(tmp_path / "films", LONG)
         (tmp_path / "run").mkdir()
         shutil.copytree(model / "tokenizer", tmp_path / "run" / "tokenizer")
-        overrides = [word for text in (*TOKENIZER, *TRANSFORMER, *SHORT, *TEXT) for word in ("-s", text)]
+        overrides = [f"--{text}" for text in (*TOKENIZER, *TRANSFORMER, *SHORT, *TEXT)]
         run("train", "base", "--data", tmp_path / "films", "--out", tmp_path / "run", *overrides)
         lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
         assert lines == [f"walt: warning: 1 of 4 captions is {CUT} is cut: up/0.mp4"]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
-from walt.commands import train_stage
+from walt.commands.train import train_stage
 from walt.data.video import write_mp4
 from walt.settings import load_settings
 from walt.train.run import Run, captions_of, open_data
@@ -43,7 +44,8 @@ def write_films(folder: Path) -> Path:
 
 
 def settings(stage: str, *overrides: str, preset: str | None = None):
-    return load_settings(stage, preset=preset, overrides=[*TOKENIZER, *TRANSFORMER, *SHORT, *overrides])
+    pairs = (text.partition("=") for text in (*TOKENIZER, *TRANSFORMER, *SHORT, *overrides))
+    return load_settings(stage, preset=preset, overrides={name: yaml.safe_load(value) for name, _, value in pairs})
 
 
 def make(stage: str, data: Path, out: Path, *overrides: str, preset: str | None = None, new_settings: bool = False):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from walt.model.config import DiffusionConfig, TokenizerConfig, TransformerConfig
-from walt.model.diffusion import Diffusion
-from walt.model.tokenizer import Tokenizer
-from walt.model.transformer import Transformer
-from walt.presets import PRESETS
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from walt.model.config import DiffusionConfig, TokenizerConfig, TransformerConfig
+    from walt.model.diffusion import Diffusion
+    from walt.model.tokenizer import Tokenizer
+    from walt.model.transformer import Transformer
+    from walt.presets import PRESETS
 
 __all__ = [
     "PRESETS",
@@ -17,3 +21,24 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
 ]
+
+# Where they are: importing them imports PyTorch, for which `walt --help` need not wait.
+_MODULES = {
+    "PRESETS": "walt.presets",
+    "Diffusion": "walt.model.diffusion",
+    "DiffusionConfig": "walt.model.config",
+    "Tokenizer": "walt.model.tokenizer",
+    "TokenizerConfig": "walt.model.config",
+    "Transformer": "walt.model.transformer",
+    "TransformerConfig": "walt.model.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'walt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

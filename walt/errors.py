@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import ModuleType
 
 from tqdm import tqdm
@@ -48,3 +49,18 @@ def as_user_error(what: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise WaltError(f"{what}: {error}") from error
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of an error about a name that there is not: the nearest one that there is, if any is near.
+
+    What follows a section's dot has to be near: all settings of a section begin alike.
+    """
+
+    def last(name: str) -> str:
+        return name.rpartition(".")[2].lstrip("-")
+
+    near = difflib.get_close_matches(last(name), {*map(last, known)}, 1)
+    best = [other for other in known if last(other) in near]
+    best.sort(key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+    return f"; did you mean {best[-1]}?" if best else ""

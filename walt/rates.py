@@ -31,3 +31,13 @@ def expect_rate(fps: Any) -> float:
     if not is_rate(fps) and (fps != 0 or isinstance(fps, bool)):
         raise ValueError(f"fps: got {fps}; expected {RATES[0]} to {RATES[1]} frames a second, or 0 for every frame")
     return float(fps)
+
+
+def as_float(value: Any) -> float:
+    """A number, or a text that is one or a fraction such as 30000/1001; ValueError for other texts."""
+    if not isinstance(value, str):
+        return float(value)
+    top, slash, bottom = value.partition("/")
+    if slash and float(bottom) == 0:
+        raise ValueError(f"{value!r} is no number")
+    return float(top) / float(bottom) if slash else float(top)

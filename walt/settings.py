@@ -1,22 +1,24 @@
-"""Settings of a training run: a preset, a YAML file over it, dotted overrides over both; saved with the run."""
+"""Settings of a training run: a preset, a YAML file over it, single settings over both; saved with the run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from walt.atomic import atomic_write
-from walt.errors import WaltError, as_user_error
+from walt.errors import WaltError, as_user_error, did_you_mean
 from walt.model.config import Config, DiffusionConfig, TokenizerConfig, TransformerConfig, expect, expect_positive
 from walt.presets import PRESETS
-from walt.rates import expect_rate
+from walt.rates import as_float, expect_rate
 from walt_kernels.values import is_int
+
+Section = TypeVar("Section", bound=Config)
 
 # Steps, batch, learning rate, optimizer and whether there is an average: table 8 of the paper, and for the presets that
 # it gives in epochs (imagenet-L, k600-L) that number of samples. The decay of the average is ours.
@@ -50,16 +52,16 @@ FREE = frozenset((*SPREAD, *WRITTEN))
 class TokenizerLossConfig(Config):
     """Weights of the first stage's losses. MAGVIT-v2's, but for those marked as ours."""
 
-    reconstruction: float = 5.0
+    reconstruction: float = 5.0  # squared and absolute error of the pixels
     absolute: float = 0.1  # of the absolute error within the reconstruction loss; ours
-    perceptual: float = 0.1
+    perceptual: float = 0.1  # distance of the features of frames
     perceptual_frames: int = 2  # drawn from each video for the perceptual loss, which bounds its cost; ours
-    adversarial: float = 0.1
-    decorrelation: float = 0.02  # ours
-    r1: float = 10.0
+    adversarial: float = 0.1  # of the discriminator's verdict
+    decorrelation: float = 0.02  # squared correlations between latent channels; ours
+    r1: float = 10.0  # gradient penalty of the discriminator
     r1_every: int = 16  # discriminator steps for one with the penalty, which then weighs as many times more; ours
-    lecam: float = 0.001
-    lecam_decay: float = 0.999
+    lecam: float = 0.001  # LeCAM regularisation of the discriminator
+    lecam_decay: float = 0.999  # of its averages
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,26 +83,26 @@ class TrainingConfig(Config):
     the root mean square of the parameter (Shazeer and Stern 2018), so lr is relative; it has no betas.
     """
 
-    steps: int
-    lr: float = 1e-3
-    warmup: int = 50
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
+    steps: int  # in all
+    lr: float = 1e-3  # learning rate
+    warmup: int = 50  # steps over which lr rises from 0
+    weight_decay: float = 0.0  # decoupled
+    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
     clip_norm: float = 1.0  # of the gradient of each network; 0: no clipping
     ema_decay: float = 0.99  # of the averaged weights, which are kept in float32; 0: none
-    save_every: int = 200
-    log_every: int = 10
-    seed: int = 0  # of weights, batches and dropout
+    save_every: int = 200  # steps from checkpoint to checkpoint
+    log_every: int = 10  # steps from row to row of the log
+    seed: int = 0  # of weights, batches, noise and dropout
     schedule: str = "cosine"  # or "constant"
     optimizer: str = "adamw"  # or "adafactor"
     accumulate: int = 1  # microbatches into which each process cuts its samples, one after the other
     precision: str = "float32"  # or "bfloat16": autocast; parameters and optimizer stay as they are
-    compile: bool = False
-    checkpointing: bool = False  # set on every module that has an attribute of this name
+    compile: bool = False  # torch.compile
+    checkpointing: bool = False  # transformers run each layer again in the backward pass
     strategy: str = "ddp"  # or "fsdp": parameters, optimizer and averages sharded; for one process both are the same
-    preview_every: int = 0  # 0: never
+    preview_every: int = 0  # steps from preview to preview; 0: never
     keep: int = 1  # checkpoints that stay on the disk, the last one included
-    tensorboard: bool | None = None  # None: if it is installed
+    tensorboard: bool | None = None  # null: if it is installed
     workers: int = 1  # threads that make batches ready while the device computes
     profile: int = 0  # steps to trace into a file beside the log; 0: none
     peak_tflops: float = 0.0  # TFLOP/s that the device could do, for the log's mfu; 0: stated or measured where known
@@ -137,12 +139,12 @@ def _is_number(value: Any) -> bool:
 class DataConfig(Config):
     """Which clips a stage sees. Sizes are in pixels and frames; `batch` counts samples of a step, over all ranks."""
 
-    frames: int = 17
-    height: int = 64
-    width: int = 64
+    frames: int = 17  # of a clip, 1 + 4k
+    height: int = 64  # in pixels, a multiple of 8
+    width: int = 64  # in pixels, a multiple of 8
     stride: int = 1  # every stride-th frame of a film
     fps: float = 0.0  # films are taken at this rate by their time stamps; 0: every frame
-    batch: int = 4
+    batch: int = 4  # samples of a step, over all ranks
     images: int = 1  # of the batch: stacks of 1+t images; for the tokenizer the share of steps with single images
     flip: bool = False  # mirror half of the clips
     shots: bool = True  # no clip crosses a cut
@@ -173,52 +175,54 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, section by section."""
-        sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "preset"}
-        return {"preset": self.preset, **{name: section.to_dict() for name, section in sections.items()}}
+        return {"preset": self.preset, **{name: getattr(self, name).to_dict() for name in SECTIONS.values()}}
 
     def save(self, path: Path) -> None:
         """Write the YAML file that `load_settings` reads back to the same settings."""
         with atomic_write(path) as temporary:
             temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
+    def check(self, stage: str) -> None:
+        """What no section can check alone: clips that the tokenizer takes, and a model for the stage."""
+        with as_user_error("data"):
+            self.tokenizer.latent_shape(self.data.frames, self.data.height, self.data.width)
+        if stage != "tokenizer" and self.transformer.low_resolution != stage.startswith("sr"):
+            raise WaltError(
+                f"transformer.low_resolution is {str(self.transformer.low_resolution).lower()}, which does not fit the"
+                f" stage {stage}; give it another --preset than {self.preset} (walt info --all)"
+            )
+
+
+SECTIONS = {kind: name for name, kind in get_type_hints(Settings).items() if name != "preset"}
+
 
 def load_settings(
-    stage: str, *, preset: str | None = None, file: Path | None = None, overrides: Iterable[str] = ()
+    stage: str, *, preset: str | None = None, file: Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Settings:
-    """The settings of a stage: defaults of the preset, then the file's sections, then `section.field=value` overrides.
+    """The settings of a stage: defaults of the preset, then the file's sections, then overrides by "section.field".
 
-    Values are YAML. Raises WaltError that names the file or override and the field, for unknown and for bad ones.
+    Raises WaltError that names the setting, and the file it is in, for unknown and for bad ones.
     """
+    settings = merge_settings(stage, preset, file, overrides or {})
+    settings.check(stage)
+    return settings
+
+
+def merge_settings(stage: str, preset: str | None, file: Path | None, overrides: Mapping[str, Any]) -> Settings:
+    """`load_settings` without the check of the sections against one another, for settings that are to change yet."""
     given = _read(file) if file is not None else {}
     name = preset or given.get("preset") or ("tiny-sr" if stage.startswith("sr") else "tiny")
     if not isinstance(name, str) or name not in PRESETS:
         raise WaltError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     tokenizer, transformer = PRESETS[name]
     settings = Settings(name, tokenizer, transformer, **_recipe(name, stage))
-    settings = _apply(settings, {k: v for k, v in given.items() if k != "preset"}, str(file))
+    settings = _apply(settings, {k: v for k, v in given.items() if k != "preset"}, f"{file}: ")
     # Those of a section together: fields that must fit one another can then change in any order.
     sections: dict[str, dict[str, Any]] = {}
-    texts: dict[str, list[str]] = {}
-    for text in overrides:
-        section, field_name, value = _override(text)
-        sections.setdefault(section, {})[field_name] = value
-        texts.setdefault(section, []).append(text)
-    for section, values in sections.items():
-        settings = _apply(settings, {section: values}, " ".join(texts[section]))
-    _check(settings, stage)
-    return settings
-
-
-def _check(settings: Settings, stage: str) -> None:
-    """What no section can check alone: clips that the tokenizer takes, and a model for the stage."""
-    data = settings.data
-    with as_user_error("data"):
-        settings.tokenizer.latent_shape(data.frames, data.height, data.width)
-    if stage != "tokenizer" and settings.transformer.low_resolution != stage.startswith("sr"):
-        raise WaltError(
-            f"transformer.low_resolution is {str(settings.transformer.low_resolution).lower()}, which does not fit the"
-            f" stage {stage}; give it another --preset than {settings.preset} (walt info --all)"
-        )
+    for path, value in overrides.items():
+        section_name, _, key = path.partition(".")
+        sections.setdefault(section_name, {})[key] = value
+    return _apply(settings, sections, "")
 
 
 def _recipe(preset: str, stage: str) -> dict[str, Any]:
@@ -261,42 +265,42 @@ def _read(file: Path) -> dict[str, Any]:
     return document
 
 
-def _override(text: str) -> tuple[str, str, Any]:
-    """ "section.field=value" -> section, field, value."""
-    path, equals, value = text.partition("=")
-    section, dot, name = path.partition(".")
-    if not (equals and dot and section and name):
-        raise WaltError(f"{text!r} is no override; expected section.field=value, such as training.lr=1e-4")
-    try:
-        return section, name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise WaltError(f"{text!r}: the value is not YAML") from error
-
-
 def _apply(settings: Settings, sections: Mapping[str, Any], origin: str) -> Settings:
-    known = [f.name for f in dataclasses.fields(settings) if f.name != "preset"]
+    names = {name: kind for kind, name in SECTIONS.items()}
     changed = {}
     for name, values in sections.items():
-        if name not in known:
-            raise WaltError(f"{origin}: unknown section {name!r}; there are {', '.join(known)}")
+        if name not in names:
+            raise WaltError(f"{origin}unknown section {name!r}; there are {', '.join(names)}")
         if not isinstance(values, dict):
-            raise WaltError(f"{origin}: section {name} holds {values!r}, expected fields with values")
-        section = getattr(settings, name)
-        hints = get_type_hints(type(section))
-        with as_user_error(origin):
-            typed = {key: _typed(f"{name}.{key}", value, hints.get(key)) for key, value in values.items()}
-            changed[name] = type(section).from_dict({**section.to_dict(), **typed})
+            raise WaltError(f"{origin}section {name} holds {values!r}, expected fields with values")
+        changed[name] = section(names[name], {**vars(getattr(settings, name)), **values}, origin)
     return dataclasses.replace(settings, **changed)
+
+
+def section(kind: type[Section], values: Mapping[str, Any], origin: str) -> Section:
+    """A section of settings from values as YAML has them; WaltError that names what is unknown or bad in it.
+
+    `origin` is what comes before the name: the file, or the dashes of an option.
+    """
+    name, hints = SECTIONS[kind], get_type_hints(kind)
+    for key in values.keys() - hints.keys():
+        nearest = did_you_mean(f"{name}.{key}", [f"{name}.{known}" for known in hints])
+        raise WaltError(f"{origin}unknown setting {name}.{key}{nearest or '; walt train --help lists all'}")
+    try:
+        return kind(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
+    except (ValueError, TypeError) as error:
+        raise WaltError(f"{origin}{name}.{error}") from error
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """The value as a field of this type has it; the section then checks what it may be.
 
-    YAML reads 1e-4 as text and 1 as an int; a float means numbers by both. ValueError where there is no number.
+    YAML reads 1e-4 as text and 1 as an int; a float means numbers by both, and fractions. ValueError where there is no
+    number.
     """
     if kind is float:
         try:
-            return float(value if not isinstance(value, bool) else "")
+            return as_float(value if not isinstance(value, bool) else "")
         except (TypeError, ValueError):
             raise ValueError(f"{name}: got {value!r}; expected a number") from None
     if kind is int:

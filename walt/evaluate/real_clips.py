@@ -51,7 +51,7 @@ def real_clips(
             raise WaltError(f"{source} has {len(film)} frames; clips of {needed} are wanted")
         tell_other_rate(source, (fps or frame_rate(source)) / stride, model, rate)
         return np.stack([film[start : start + needed : stride] for start in starts][:count]), [], []
-    overrides = [f"data.height={size[0]}", f"data.width={size[1]}", f"data.fps={fps}"]
+    overrides = {"data.height": size[0], "data.width": size[1], "data.fps": fps}
     cache = open_data(source, model / "evaluation", load_settings("base", overrides=overrides))
     prepared = cache.settings.fps
     if rate and prepared != fps and not same_rate(prepared, rate * stride):

@@ -83,14 +83,14 @@ class TokenizerConfig(Config):
     `kind` "image" codes each frame alone: no kernel reaches over time, and there are as many latent frames as frames.
     """
 
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    channels: int = 128  # of the first stage
+    multipliers: tuple[int, ...] = (1, 2, 2, 4)  # of the channels, one for each stage
     blocks: int = 4  # residual blocks of a stage
     middle_blocks: int = 4  # residual blocks at the latent resolution, in each of encoder and decoder
-    latent_channels: int = 8
+    latent_channels: int = 8  # of the latent
     groups: int = 32  # of the per-frame GroupNorm
-    time_padding: str = "first_frame"  # the papers leave both padding modes open
-    space_padding: str = "zeros"
+    time_padding: str = "first_frame"  # or "zeros"; the papers leave both padding modes open
+    space_padding: str = "zeros"  # or "replicate" or "reflect"
     adaptive_norm: bool = True  # decoder norms modulated by the latent; their form is ours
     kind: str = "video"  # or "image", which `inflate` can turn into a "video" one
 
@@ -153,28 +153,28 @@ class TransformerConfig(Config):
     and videos needs; with "all", in the layer's own window, and the model takes videos only.
     """
 
-    layers: int = 24
-    width: int = 1024
-    heads: int = 16
-    mlp_ratio: int = 4
-    latent_channels: int = 8
+    layers: int = 24  # of attention and MLP each
+    width: int = 1024  # of a token
+    heads: int = 16  # of attention; they divide the width
+    mlp_ratio: int = 4  # hidden width of the MLPs, in widths
+    latent_channels: int = 8  # of the tokenizer
     latent_size: tuple[int, int, int] = (5, 16, 16)  # frames, height, width
-    patch: int = 1
+    patch: int = 1  # height and width of a token, in places of the latent
     spatial_window: tuple[int, int, int] = (1, 16, 16)  # layers 0, 2, ...
     spacetime_window: tuple[int, int, int] = (5, 8, 8)  # layers 1, 3, ...
-    qk_norm: bool = True
-    bias_tables: bool = True
+    qk_norm: bool = True  # queries and keys are normalised
+    bias_tables: bool = True  # a learned relative bias in each window
     adaln: str = "lora"  # or "separate": each layer has its own modulation
-    adaln_rank: int = 2
+    adaln_rank: int = 2  # of each layer's own part of the modulation
     classes: int = 0  # 0: no labels
     text_width: int = 0  # of a text token; 0: no text
     text_length: int = 256  # text tokens at most; ours, the paper has no number
     text_vocabulary: int = 0  # 0: text comes as features; else as token ids, with an embedding of the model's own
-    cross_attention: str = "spatial"  # or "all"
-    self_condition: bool = True
+    cross_attention: str = "spatial"  # or "all": in which windows tokens see the text
+    self_condition: bool = True  # the last estimate is an input
     frame_condition: bool = False  # first frames may be given (frame prediction)
     low_resolution: bool = False  # the same latent at half the height and width is given (super-resolution)
-    time_features: int = 256
+    time_features: int = 256  # sines and cosines of the diffusion step
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -302,11 +302,11 @@ class DiffusionConfig(Config):
     The last three are our values: the paper leaves them open.
     """
 
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    zero_terminal_snr: bool = True
-    self_condition_probability: float = 0.9
+    steps: int = 1000  # of noise
+    beta_start: float = 1e-4  # noise of the first step
+    beta_end: float = 0.02  # and of the last one, on a line
+    zero_terminal_snr: bool = True  # the last step is noise alone
+    self_condition_probability: float = 0.9  # of training steps with an estimate as input
     drop_probability: float = 0.1  # of all that guidance drops: label, text and known frames at once
     frame_probability: float = 0.9  # of 1 or 2 known frames, where the model takes them and they are not dropped
     low_resolution_noise: float = 0.3  # noise on a low-resolution latent: up to this fraction of the steps

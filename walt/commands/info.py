@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
+import tyro
 from torch import nn
 
+from walt.commands.options import Command, Positive, value
 from walt.errors import WaltError
 from walt.model.config import TokenizerConfig, TransformerConfig
 from walt.model.cost import STATES, activation_bytes, count
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.presets import PRESETS
+
+
+@dataclass(kw_only=True)
+class Info(Command):
+    name: tyro.conf.Positional[Annotated[str, value(str, "NAME")]] = "tiny"  # a preset
+    all: bool = False  # every preset, as a table
+    batch: Positive = 1  # for the memory
+
+    examples = ("walt info L", "walt info --all")
+
+    def run(self) -> None:
+        print(table(self.batch) if self.all else describe(self.name, self.batch))
 
 
 def preset(name: str) -> tuple[TokenizerConfig, TransformerConfig]:

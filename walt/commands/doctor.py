@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from walt.commands.options import Command
 
 # Packages beside the required ones: what each is for, and how to get it.
 OPTIONAL = {
@@ -28,7 +31,18 @@ OPTIONAL = {
 ROOM = 10 << 30  # checkpoints and a cache of a small run
 
 
-def doctor(folder: Path) -> Iterator[str]:
+@dataclass(kw_only=True)
+class Doctor(Command):
+    out: Path = Path(".")  # where runs will write
+
+    examples = ("walt doctor",)
+
+    def run(self) -> None:
+        for line in diagnose(self.out):
+            print(line)
+
+
+def diagnose(folder: Path) -> Iterator[str]:
     """The kernels' own report, then a line for every check; those that begin with "!" want attention."""
     kernels = subprocess.run([sys.executable, "-m", "walt_kernels"], capture_output=True, text=True)
     if kernels.returncode:

@@ -1,0 +1,36 @@
+"""`walt demo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from walt.commands.options import Command, Natural, Positive, Real, one_of, value, words
+from walt.demo import demo
+from walt.demo.demo import DemoConfig
+from walt.presets import PRESETS
+
+
+@dataclass(kw_only=True)
+class Demo(Command):
+    out: Path = Path("runs/demo")  # folder for all output
+    scenarios: Annotated[tuple[str, ...], words("NAME ...")] = DemoConfig.scenarios  # ViZDoom's, each one a class
+    preset: Annotated[str, value(one_of(*PRESETS), "NAME")] = DemoConfig.preset  # sizes of the models
+    minutes: Real = DemoConfig.minutes  # budget of wall-clock time
+    clips: Positive = DemoConfig.clips  # training clips a class
+    samples: Positive = DemoConfig.samples  # held-out and generated clips a class
+    frames: Positive = DemoConfig.frames  # frames a clip, 1 + 4k
+    size: Positive = DemoConfig.size  # height and width in pixels, a multiple of 8
+    tokenizer_steps: Positive = DemoConfig.tokenizer_steps  # training steps of the tokenizer, at most
+    transformer_steps: Positive = DemoConfig.transformer_steps  # training steps of the transformer, at most
+    sampling_steps: Positive = DemoConfig.sampling_steps  # DDIM steps
+    seed: Natural = DemoConfig.seed  # of data, weights, batches and samples
+
+    examples = ("walt demo --out runs/demo --minutes 12",)
+
+    def run(self) -> None:
+        options = {**vars(self)}
+        out = options.pop("out")
+        metrics = demo.Demo(DemoConfig(**options), out).run()
+        print("\n".join(demo.summary(metrics, out)))

@@ -1,0 +1,54 @@
+"""The trained model that a command uses, on the device that it asks for."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+import torch
+
+from walt.commands.options import Command
+from walt.errors import WaltError
+from walt.model.tokenizer import Tokenizer
+from walt.pretrained import load_tokenizer
+from walt.sample.denoiser import local_folder
+from walt.sample.pipeline import WaltPipeline
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(kw_only=True)
+class ModelCommand(Command):
+    from_: str  # folder of a trained model, or hub:OWNER/NAME
+    device: str | None = None  # such as cuda (default: a GPU if there is one)
+
+    def pipeline(self) -> WaltPipeline:
+        device = find_device(self.device)  # first: the model may be a download
+        return WaltPipeline.from_pretrained(self.from_).to(device)
+
+    def tokenizer(self) -> Tokenizer:
+        device, folder = find_device(self.device), local_folder(self.from_)
+        if not folder.is_dir():
+            raise WaltError(f"no such folder: {folder}")
+        return load_tokenizer(folder / "tokenizer").to(device)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device that was asked for, after a number was written there and read back."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if name.partition(":")[0] not in {*DEVICES, *(there.partition(":")[0] for there in devices())}:
+            raise ValueError("expected cpu, cuda, cuda:N, mps or xpu")  # PyTorch knows others, that hold no tensors
+        number = torch.zeros(1, device=name)
+        number.item()
+    except (ValueError, RuntimeError, AssertionError, ImportError) as error:  # which of them is the backend's choice
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise WaltError(f"--device {shlex.quote(name)}: {reason}; there is {', '.join(devices())}") from error
+    return number.device
+
+
+def devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    return ["cpu", *(f"{accelerator}:{index}" for index in range(count))]

@@ -1,0 +1,177 @@
+"""`walt sample`, `walt extend` and `walt upscale`: videos and pictures from a trained model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from walt.commands.model import ModelCommand
+from walt.commands.options import Natural, Positive, Rate, Real, Repeated, one_of, value
+from walt.data.pixels import fill
+from walt.data.video import (
+    IMAGE_SUFFIXES,
+    check_output,
+    check_size,
+    frame_rate,
+    keeping,
+    read_image,
+    read_video,
+    sheet_size,
+    tile,
+    write_png,
+    write_video,
+)
+from walt.errors import WaltError, as_user_error
+from walt.rates import check_rate
+from walt.sample.pipeline import OVERLAP
+
+
+@dataclass(kw_only=True)
+class Sampling(ModelCommand):
+    """Options of all that samples."""
+
+    class_: Repeated = field(default_factory=list)  # name or number
+    text: Repeated = field(default_factory=list)  # a sentence, for models with text; "" is no text and no class
+    guidance: Real = 1.0  # weight of what is asked for; 1 is none
+    guidance_power: Real | None = None  # raise it from 1 to W on a power-cosine schedule of this power
+    steps: Positive = 50  # DDIM steps
+    seed: Natural = 0  # of the noise
+    batch: Positive = 16  # samples at a time
+    fps: Rate | None = None  # frames a second, such as 24 or 30000/1001 (default: the video's)
+
+    def sampling(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("steps", "seed", "guidance", "guidance_power", "batch")}
+
+    def conditions(self) -> dict[str, Any]:
+        """The class and the sentence for the one video."""
+        for option, given in (("--class", self.class_), ("--text", self.text)):
+            if len(given) > 1:
+                raise WaltError(f"{option}: given again; expected one, for the one video")
+        return {"label": next(iter(self.class_), None), "text": next(iter(self.text), None)}
+
+    def rate(self, video: Path, default: float) -> float:
+        """Frames a second of what is made from a video: those asked for, or else the video's."""
+        fps = float(self.fps or frame_rate(video) or default)
+        check_rate(fps)
+        return fps
+
+
+@dataclass(kw_only=True)
+class Sample(Sampling):
+    class_: Repeated = field(default_factory=list)  # name or number; given again, a clip of each
+    # A sentence, for models with text; "" is no text and no class; given again, a clip of each.
+    text: Repeated = field(default_factory=list)
+    out: Path | None = None  # .mp4, .gif, or .png for pictures (default: samples.mp4)
+    # Frames a second, such as 24 or 30000/1001 (default: the training data's; with --given 5, the video's).
+    fps: Rate | None = None
+    first_frames: Path | None = None  # picture, or video to take them from
+    given: Annotated[int, value(one_of(1, 5), "{1,5}")] = 1  # frames of it
+    num: Positive | None = None  # samples (default: one, or one of each class)
+    images: bool = False  # independent pictures instead of clips
+
+    examples = ("walt sample --from runs/mine --class basic --num 4 --out basic.mp4",)
+
+    def run(self) -> None:
+        images, labels, texts = self.images, self.class_, self.text
+        out = self.out or Path("samples.png" if images else "samples.mp4")
+        if out.suffix.lower() == ".png" and not images:
+            raise WaltError(f"cannot write {out}: pictures are made with --images, clips are .mp4 or .gif")
+        check_output(out, (".png",) if images else (".mp4", ".gif"))
+        for option, values in (("--class", labels), ("--text", texts)):
+            if self.num and len(values) > self.num:
+                raise WaltError(f"{option}: given {len(values)} times; expected {self.num} at most (--num)")
+        pipeline = self.pipeline()
+        clip, frames, fps = pipeline.clip, None, self.fps or pipeline.clip.fps
+        if self.first_frames is not None:
+            frames = _first_frames(self.first_frames, self.given, clip.height, clip.width)
+            if self.given > 1:  # they have a rate, which a single frame has not
+                fps = self.rate(self.first_frames, clip.fps)
+        if not labels and not texts:
+            labels = list(pipeline.classes)
+        num = self.num or max(len(labels), len(texts), 1)
+        columns = min(num, max(8 if images else 4, math.isqrt(num - 1) + 1))
+        if num > 1 or images:
+            check_size(out, *sheet_size(num, columns, clip.height, clip.width))
+        label, text = _in_turn(labels, num), _in_turn(texts, num)
+        made = pipeline.generate(label, num, text=text, frames=frames, images=images, **self.sampling())
+        with keeping(made, out):
+            if images:
+                write_png(out, tile(made[:, None], columns)[0])
+            else:
+                write_video(out, tile(made, columns) if num > 1 else made[0], fps)
+        names = [*labels[:num], *(" ".join(sentence.split()) or "no text" for sentence in texts[:num])]
+        kind = ("picture" if images else "clip") + "s" * (num > 1)
+        print(f"{out}: {num} {kind} of {', '.join(names) or 'no class'}")
+
+
+def _in_turn(values: list[str], num: int) -> list[str] | None:
+    """`num` of them, from the first again after the last."""
+    return [values[i % len(values)] for i in range(num)] if values else None
+
+
+def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:
+    """The first frames of a video, or a picture, as large as the model's: [count, height, width, 3]."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        frames = read_image(path)[None]
+        if count > 1:
+            raise WaltError(f"--given {count}: {path} is a single picture")
+    else:
+        frames = read_video(path, frames=count)
+    with as_user_error(str(path)):
+        return fill(frames, height, width)
+
+
+@dataclass(kw_only=True)
+class Extend(Sampling):
+    video: Path  # of the model's size
+    frames: Positive = 41  # at least
+    out: Path = Path("extended.mp4")  # .mp4 or .gif
+
+    examples = ("walt extend --from runs/mine --video basic.mp4 --frames 41 --out longer.mp4",)
+
+    def run(self) -> None:
+        conditions = self.conditions()
+        check_output(self.out)
+        pipeline, video = self.pipeline(), read_video(self.video)
+        fps = self.rate(self.video, pipeline.clip.fps)
+        missing = self.frames - len(video)
+        if missing <= 0:
+            raise WaltError(f"--frames {self.frames}: {self.video} has {len(video)} already")
+        if pipeline.clip.frames == 1:
+            raise WaltError(f"{self.from_} makes pictures, which cannot be extended")
+        chunks = chunks_for(missing, pipeline.clip.frames)
+        longer = pipeline.extend(video, chunks, **conditions, **self.sampling())
+        with keeping(longer, self.out):
+            write_video(self.out, longer, fps)
+        print(f"{self.out}: {len(video)} -> {len(longer)} frames, {fps:g} a second")
+
+
+def chunks_for(missing: int, clip: int) -> int:
+    """How often to go on with clips of so many frames, until `missing` frames or more are new."""
+    return -(-missing // (clip - (OVERLAP if clip > OVERLAP else 1)))
+
+
+@dataclass(kw_only=True)
+class Upscale(Sampling):
+    video: Path  # of the base model's size
+    stages: Positive | None = None  # stages to use (default: all that are trained)
+    out: Path = Path("upscaled.mp4")  # .mp4 or .gif
+
+    examples = ("walt upscale --from runs/mine --video longer.mp4 --stages 2 --out large.mp4",)
+
+    def run(self) -> None:
+        conditions = self.conditions()
+        check_output(self.out)
+        pipeline, video = self.pipeline(), read_video(self.video)
+        fps = self.rate(self.video, pipeline.clip.fps)
+        stages = len(pipeline.upscalers)
+        scale = 2 ** min(self.stages or stages, stages)
+        check_size(self.out, scale * video.shape[1], scale * video.shape[2])
+        larger = pipeline.upscale(video, stages=self.stages, **conditions, **self.sampling())
+        with keeping(larger, self.out):
+            write_video(self.out, larger, fps)
+        print(f"{self.out}: {video.shape[2]}x{video.shape[1]} -> {larger.shape[2]}x{larger.shape[1]} pixels")

@@ -1,0 +1,88 @@
+"""`walt train`: which stage, with which settings, on what data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from walt.checkpoint import load_description
+from walt.commands.data import contents
+from walt.commands.options import Command, Size, one_of, read, value
+from walt.distributed import process_group
+from walt.errors import WaltError, did_you_mean
+from walt.sample.preview import denoiser_preview
+from walt.settings import Settings, merge_settings
+from walt.train.denoiser import train_denoiser
+from walt.train.run import Run, alone, check, open_data
+from walt.train.tokenizer import train_tokenizer
+from walt.train.trainer import Trainer
+
+STAGES = ("tokenizer", "base", "sr")
+
+
+@dataclass(kw_only=True)
+class Base(Command):
+    """The options that the defaults of the settings depend on."""
+
+    preset: str | None = None  # sizes of the models (default: tiny, for sr tiny-sr); see walt info --all
+    config: Path | None = None  # YAML file of settings, such as the one that a run leaves in --out
+    size: Size | None = None  # height and width of the clips: --data.height and --data.width
+    level: Annotated[int, value(one_of(1, 2), "{1,2}")] = 1  # of sr; 2 goes on from 1
+
+
+@dataclass(kw_only=True)
+class Train(Base):
+    stage: tyro.conf.Positional[Annotated[str, value(one_of(*STAGES), "{tokenizer,base,sr}")]]  # in this order
+    data: Path  # folder of videos and images, or a prepared one
+    out: Path  # folder for checkpoints, latents and logs
+    captions: Path | None = None  # CSV or JSONL of file, caption (default: one in the folder)
+    new_settings: bool = False  # go on from the checkpoint with other settings of training
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+
+    examples = (
+        "walt train tokenizer --data clips --out runs/mine --steps 500",
+        "walt train base --data clips --out runs/mine --config base.yaml --training.warmup 100",
+        "torchrun --nproc-per-node 2 -m walt train base --data clips --out runs/mine",
+    )
+
+    @classmethod
+    def default(cls, arguments: Sequence[str]) -> Train:
+        """Settings that depend on the stage, which is the first argument, on the preset, the file and the size."""
+        stage = arguments[0] if arguments else ""
+        if {"-h", "--help"} & set(arguments) and stage not in STAGES:
+            stage = "base"
+        if stage not in STAGES:
+            raise WaltError(f"got {stage!r}; expected a stage first: {', '.join(STAGES)}{did_you_mean(stage, STAGES)}")
+        base = read(Base, arguments, "", rest=True)
+        sizes = {"data.height": base.size[0], "data.width": base.size[1]} if base.size else {}
+        settings = merge_settings(stage_name(stage, base.level), base.preset, base.config, sizes)
+        return cls(stage=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, settings=settings, **vars(base))
+
+    def run(self) -> None:
+        stage = stage_name(self.stage, self.level)
+        self.settings.check(stage)
+        if stage != "tokenizer":
+            load_description(self.out / "tokenizer", "tokenizer")  # before the data is prepared, which may take long
+        with process_group() as device, alone(self.out):
+            store = open_data(self.data, self.out, self.settings, self.captions)
+            print(f"data: {contents(store)}")
+            trainer = train_stage(Run(stage, self.settings, store, self.out, device, self.new_settings))
+            print(f"{trainer.folder}: {trainer.step} steps in {trainer.elapsed:.0f} s; losses in {trainer.log_path}")
+
+
+def stage_name(stage: str, level: int) -> str:
+    return f"sr{level}" if stage == "sr" else stage
+
+
+def train_stage(run: Run) -> Trainer[Any]:
+    """Train the stage, from its checkpoint if there is one, to its last step.
+
+    `training.accumulate` and the number of processes change rounding alone, but for the tokenizer's decorrelation loss,
+    which is a statistic of the part of the batch that is at hand: it is then the mean over smaller parts.
+    """
+    check(run)
+    return train_tokenizer(run) if run.stage == "tokenizer" else train_denoiser(run, preview=denoiser_preview)
