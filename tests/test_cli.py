@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from command_line import command, fails
@@ -54,9 +54,9 @@ class TestHelp:
         """Neither PyTorch nor what reads the options, and so within a second."""
         heavy = {"torch", "tyro", "numpy", "yaml", "walt_kernels", "walt.settings"}
         code = f"import sys; from walt.cli import main; main(['--help']); print({heavy} & sys.modules.keys())"
-        began = time.monotonic()
+        began = sum(os.times()[2:4])
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert time.monotonic() - began < 1
+        assert sum(os.times()[2:4]) - began < 1  # seconds of work, whatever else runs here
         assert done.stdout.endswith("\nset()\n")
 
     @pytest.mark.parametrize("name", NAMES)

@@ -35,7 +35,7 @@ SMALLER: list[tuple[str, Replacement]] = [
     (r"(--steps) (\d+)", lambda m: f"{m[1]} {max(2, int(m[2]) // 1000)}"),
     (r"(demo-data .*--num) \d+", r"\1 1"),
     (r"(evaluate .*--num) \d+", r"\1 2"),
-    (r"(preview_every=)\d+", r"\g<1>2"),
+    (r"(preview-every )\d+", r"\g<1>2"),
     (r"(steps=)\d+", r"\g<1>2"),  # in Python
     (r"(preview_every: )\d+", r"\g<1>2"),  # in YAML
 ]

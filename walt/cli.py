@@ -35,7 +35,7 @@ COMMANDS = {
     "decode": ("latents.Decode", "latents back to a video"),
     "evaluate": (
         "evaluate.Evaluate",
-        "measure a tokenizer (PSNR, SSIM) or samples (FVD, Frechet image distance, inception score) against real clips",
+        "measure reconstructions (PSNR, SSIM) or samples (FVD and others) against real clips",
     ),
     "info": ("info.Info", "shapes, parameters, FLOPs and memory of the presets"),
     "doctor": ("doctor.Doctor", "what of this machine would stop or slow down a run"),
@@ -57,16 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name not in COMMANDS:
                 known = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
                 raise WaltError(f"unknown command {name!r}{known}" if name else f"expected a command{known}")
-            speaker = f"walt {name}"
+            speaker = f"walt {name}"  # of what is wrong with the options
             try:
                 command = parse(name, options)
             except SystemExit:  # after --help
-                return _printed()
+                command = None
             speaker = "walt"
-            return _run(name, command)
+            if command:
+                command.run()
+            return _printed() if command is None or name in PRINTING else 0
         except (WaltError, OSError) as error:
             print(f"{speaker}: error: {one_line(error)}", file=sys.stderr)
             return BAD_INPUT
+        except KeyboardInterrupt as interruption:
+            what = f": {interruption}" if str(interruption) else ""
+            again = "; run the same command again to go on" if name in RESUMED else ""
+            print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
+            return 128 + getattr(interruption, "signal", signal.SIGINT)  # as shells report it
 
 
 def _printed() -> int:
@@ -92,17 +99,6 @@ def parse(name: str, arguments: Sequence[str]) -> Command:
     module, _, kind = place.partition(".")
     command: type[Command] = getattr(importlib.import_module(f"walt.commands.{module}"), kind)
     return command.parse(f"walt {name}", text, arguments)
-
-
-def _run(name: str, command: Command) -> int:
-    try:
-        command.run()
-    except KeyboardInterrupt as interruption:
-        what = f": {interruption}" if str(interruption) else ""
-        again = "; run the same command again to go on" if name in RESUMED else ""
-        print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
-        return 128 + getattr(interruption, "signal", signal.SIGINT)  # as shells report it
-    return _printed() if name in PRINTING else 0
 
 
 def _show_warning(

@@ -25,7 +25,8 @@ from walt.sample.denoiser import local_folder
 @dataclass(kw_only=True)
 class Evaluate(ModelCommand):
     data: Path  # real clips: a folder, prepared or not, or a film
-    metrics: Annotated[tuple[str, ...], words("NAME ...", METRICS)] = ("psnr", "ssim")  # fvd and others, too
+    # psnr and ssim of reconstructions; fvd, frechet_image_distance and inception_score of samples
+    metrics: Annotated[tuple[str, ...], words("NAME ...", METRICS)] = ("psnr", "ssim")
     num: Positive = 64  # clips
     frames: Positive | None = None  # 1 + 4k (default: the model's)
     size: Size | None = None  # in pixels (default: the model's)

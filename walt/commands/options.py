@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +63,7 @@ class Command:
         Raises WaltError for what is unknown, missing or bad.
         """
         try:
-            text = textwrap.fill(f"{text[0].upper()}{text[1:]}.", 100)
-            return read(cls, arguments, program, text, cls.default(arguments))
+            return read(cls, arguments, program, f"{text[0].upper()}{text[1:]}.", cls.default(arguments))
         except SystemExit:
             print("\nexample:  " + "\n          ".join(cls.examples))
             raise
@@ -252,10 +249,9 @@ def _registry(seen: _Seen) -> ConstructorRegistry:
         busy.remove(kind)
         assert isinstance(spec, StructConstructorSpec)
         hints = get_type_hints(kind, include_extras=True)
-        read = functools.partial(_field, kind=kind, seen=seen)
-        made = [dataclasses.replace(old, type=read(old, hints[old.name])) for old in spec.fields]
+        fields = [dataclasses.replace(old, type=_field(old, hints[old.name], kind, seen)) for old in spec.fields]
         instantiate = (lambda **values: section(kind, values, "--")) if kind in SECTIONS else spec.instantiate
-        return StructConstructorSpec(instantiate, tuple(made))
+        return StructConstructorSpec(instantiate, tuple(fields))
 
     return registry
 

@@ -25,7 +25,7 @@ STAGES = ("tokenizer", "base", "sr")
 
 
 @dataclass(kw_only=True)
-class Base(Command):
+class SettingsSource(Command):
     """The options that the defaults of the settings depend on."""
 
     preset: str | None = None  # sizes of the models (default: tiny, for sr tiny-sr); see walt info --all
@@ -35,7 +35,7 @@ class Base(Command):
 
 
 @dataclass(kw_only=True)
-class Train(Base):
+class Train(SettingsSource):
     stage: tyro.conf.Positional[Annotated[str, value(one_of(*STAGES), "{tokenizer,base,sr}")]]  # in this order
     data: Path  # folder of videos and images, or a prepared one
     out: Path  # folder for checkpoints, latents and logs
@@ -57,10 +57,10 @@ class Train(Base):
             stage = "base"
         if stage not in STAGES:
             raise WaltError(f"got {stage!r}; expected a stage first: {', '.join(STAGES)}{did_you_mean(stage, STAGES)}")
-        base = read(Base, arguments, "", rest=True)
-        sizes = {"data.height": base.size[0], "data.width": base.size[1]} if base.size else {}
-        settings = merge_settings(stage_name(stage, base.level), base.preset, base.config, sizes)
-        return cls(stage=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, settings=settings, **vars(base))
+        source = read(SettingsSource, arguments, rest=True)
+        sizes = {"data.height": source.size[0], "data.width": source.size[1]} if source.size else {}
+        settings = merge_settings(stage_name(stage, source.level), source.preset, source.config, sizes)
+        return cls(stage=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, settings=settings, **vars(source))
 
     def run(self) -> None:
         stage = stage_name(self.stage, self.level)
