@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from walt.data.simulator import SCENARIOS, Clips, balanced, render_clips
+from walt.data.simulator import SCENARIOS, render_clips
 from walt.evaluate.metrics import clip_distances
 from walt.evaluate.networks import FEATURES, FrameFeatures, Projection
 from walt.model.tokenizer import Tokenizer
 from walt.presets import PRESETS
 from walt.pretrained import load_tokenizer
 from walt.settings import TrainingConfig
-from walt.stages import Latents, decode, encode, prepare_latents, train_tokenizer
+from walt.stages import Clips, Latents, decode, encode, prepare_latents, train_tokenizer
 
 FRAMES, SIZE = 17, 64
 HELD_OUT = 10_000  # first episode that is held out: further than any training set counts
@@ -59,8 +59,7 @@ def prepare(clips: int, held_out: int, tokenizer: Path | None, folder: Path, sec
 
     `tokenizer` is a trained one's folder; if it is None, one is trained in `folder` for `seconds`.
     """
-    train = render_clips(SCENARIOS, range(clips), frames=FRAMES, size=SIZE)
-    test = render_clips(SCENARIOS, range(HELD_OUT, HELD_OUT + held_out), frames=FRAMES, size=SIZE)
+    train, test = rendered(range(clips)), rendered(range(HELD_OUT, HELD_OUT + held_out))
     coder = load_tokenizer(tokenizer) if tokenizer else small_tokenizer(train, folder, seconds)
     latents, test_latents = prepare_latents(coder, train), encode(coder, test.video, desc="encode held-out clips")
     return Material(
@@ -74,6 +73,11 @@ def prepare(clips: int, held_out: int, tokenizer: Path | None, folder: Path, sec
         f"Frechet distance of frames plus that of their steps in time, between {len(test)} generated and as many"
         f" held-out clips, both decoded; {FEATURES}, first {DIMENSIONS} principal components of real frames",
     )
+
+
+def rendered(episodes: range) -> Clips:
+    video = np.stack([video for _, video in render_clips(SCENARIOS, episodes, frames=FRAMES, size=SIZE)])
+    return Clips(video, np.arange(len(SCENARIOS)).repeat(len(episodes)), SCENARIOS)
 
 
 def small_tokenizer(clips: Clips, folder: Path, seconds: float) -> Tokenizer:
@@ -94,7 +98,10 @@ def small_tokenizer(clips: Clips, folder: Path, seconds: float) -> Tokenizer:
 def decoded_distance(tokenizer: Tokenizer, train: Clips, held_out: Tensor) -> Distance:
     """`clip_distances` to the held-out clips as the tokenizer shows them: what is left to the transformer."""
     network = FrameFeatures()
-    project = Projection(network(train.video[balanced(train, 8)]), DIMENSIONS)
+    project = Projection(
+        network(train.video[np.concatenate([np.flatnonzero(train.label == i)[:8] for i in range(len(SCENARIOS))])]),
+        DIMENSIONS,
+    )
 
     def features(latent: Tensor) -> np.ndarray:
         return project(network(decode(tokenizer, latent)))

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from walt.data.loading import Draw
-from walt.data.simulator import Clips
 from walt.model.diffusion import Diffusion
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.presets import PRESETS
 from walt.settings import TrainingConfig
-from walt.stages import Latents, tokenizer_draw, tokenizer_loss, transformer_draw, transformer_loss
+from walt.stages import Clips, Latents, tokenizer_draw, tokenizer_loss, transformer_draw, transformer_loss
 from walt.train.objective import Loss
 from walt_kernels import testing, use_backend
 
@@ -48,7 +47,7 @@ def build(stage: str, batch: int, frames: int, size: int, wide: bool = False) ->
     model: nn.Module
     if stage == "tokenizer tiny":
         video = np.random.default_rng(0).integers(0, 256, (batch, frames, size, size, 3), dtype=np.uint8)
-        clips = Clips(video, np.zeros(batch, np.int64), ("random",) * batch, ("random",))
+        clips = Clips(video, np.zeros(batch, np.int64), ("random",))
         model = Tokenizer(tokenizer)
         loss = step_of(tokenizer_draw(clips, batch, frames), tokenizer_loss(clips, frames))
         if wide:  # the step makes pixels in float32

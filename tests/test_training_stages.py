@@ -12,14 +12,13 @@ from on_ranks import TRANSFORMER
 from test_training import same
 
 from walt.checkpoint import save_checkpoint
-from walt.data.simulator import Clips
 from walt.errors import WaltError
 from walt.model.config import ClipShape, TokenizerConfig
 from walt.presets import PRESETS
 from walt.pretrained import load_tokenizer
 from walt.sample.pipeline import WaltPipeline
 from walt.settings import TrainingConfig
-from walt.stages import new_transformer, prepare_latents, train_tokenizer, train_transformer
+from walt.stages import Clips, new_transformer, prepare_latents, train_tokenizer, train_transformer
 from walt.train.losses import decorrelation_loss, reconstruction_loss
 from walt.train.trainer import Trainer
 
@@ -52,8 +51,7 @@ def moving_bars(count: int = 6) -> Clips:
     right = np.arange(16)[None, :] - 2 * np.arange(5)[:, None]
     video = np.stack([(((c + 3 * i) % 16) * 15) for i in range(count // 2) for c in (column, right)]).astype(np.uint8)
     video = np.broadcast_to(video[:, :, None, :, None], (count, 5, 16, 16, 3)).copy()
-    source = tuple(f"bars/{i}" for i in range(count))
-    return Clips(video, np.arange(count) % 2, source, CLASSES)
+    return Clips(video, np.arange(count) % 2, CLASSES)
 
 
 def train_both(out: Path, steps: int = 6, stop: int | None = None) -> WaltPipeline:

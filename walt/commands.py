@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from walt.doctor import doctor as diagnose
 from walt.errors import WaltError, as_user_error
 from walt.evaluate.evaluate import METRICS as METRIC_NAMES
 from walt.evaluate.evaluate import evaluate as compare
+from walt.evaluate.evaluate import reconstructions
 from walt.evaluate.networks import FrameFeatures, VideoFeatures
 from walt.evaluate.real_clips import real_clips, trained_on
 from walt.info import describe, table
@@ -321,7 +321,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     results = {}
     with as_user_error("evaluate"):
         if paired:
-            results["reconstructions"] = compare(real, np.concatenate(list(_reconstructions(tokenizer, real))), paired)
+            results["reconstructions"] = compare(real, np.concatenate(list(reconstructions(tokenizer, real))), paired)
         if pipeline is not None:
             options = {name: getattr(arguments, name) for name in ("steps", "seed", "guidance")}
             label = [pipeline.label(name) if name in pipeline.classes else None for name in labels] or None
@@ -343,13 +343,6 @@ def _networks(arguments: argparse.Namespace, tokenizer: Tokenizer, metrics: list
     if "frechet_image_distance" in metrics:
         networks["image"] = FrameFeatures(device=device)
     return networks
-
-
-@torch.inference_mode()
-def _reconstructions(tokenizer: Tokenizer, real: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(real), 8):
-        video = to_model(real[start : start + 8]).to(tokenizer.latent_mean)
-        yield to_pixels(tokenizer.decode(tokenizer.encode(video)).cpu())
 
 
 def info(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from walt.checkpoint import fingerprint
 from walt.data.loading import Batch, Draw
 from walt.data.pixels import to_model, to_pixels
-from walt.data.simulator import Clips
 from walt.model.config import (
     ClipShape,
     DiffusionConfig,
@@ -32,6 +31,19 @@ from walt.train.losses import decorrelation_loss, reconstruction_loss
 from walt.train.objective import Loss, Phase
 from walt.train.tokenizer import STATISTICS, set_statistics
 from walt.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Clips:
+    """N clips of equal size: video uint8 [N, T, H, W, 3], label int64 [N]."""
+
+    video: np.ndarray
+    label: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.video)
+
 
 IMAGE_STRIDE = 4  # every fourth frame of a clip also serves as an image
 

@@ -39,7 +39,7 @@ from walt.train.trainer import Trainer
 PREVIEWS = 4  # samples of a preview
 
 
-def train_denoiser(run: Run) -> Trainer[Transformer]:
+def train_denoiser(run: Run, *, seconds: float | None = None) -> Trainer[Transformer]:
     """Second stage and super-resolution: v-prediction on the latents of the tokenizer in the same folder."""
     settings = run.settings
     data = settings.data
@@ -85,7 +85,7 @@ def train_denoiser(run: Run) -> Trainer[Transformer]:
             preview=transformer_preview(run, tokenizer, diffusion, encoder),
         )
     resume_and_save_settings(run, trainer)
-    trainer.run()
+    trainer.run(seconds=None if seconds is None else trainer.elapsed + seconds)
     return trainer
 
 

@@ -27,7 +27,7 @@ from walt.train.run import CLIPS, Run, check_same_data, images_of, resume_and_sa
 from walt.train.trainer import Trainer
 
 
-def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
+def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokenizer]:
     """First stage: reconstruct clips and images, with the losses whose weights are not 0; then latent statistics."""
     settings = run.settings
     check_same_data(run, "tokenizer")
@@ -67,7 +67,7 @@ def train_tokenizer(run: Run) -> Trainer[Tokenizer]:
             if checkpoint_folder(run.out / name) is not None:
                 where = run.out / name
                 say(f"{where} was trained on this tokenizer's latents; afterwards, train it again (walt train {stage})")
-        trainer.run()
+        trainer.run(seconds=None if seconds is None else trainer.elapsed + seconds)
         averaged = trainer.averaged
         set_statistics(averaged, some_clips(run, STATISTICS))
         trainer.save()
