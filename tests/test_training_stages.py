@@ -1,4 +1,4 @@
-"""walt.stages: both stages of training resume to the bit, and the pipeline is read back from their folders."""
+"""Both stages of training, on clips in memory: resumed to the bit, and the pipeline read back from their folders."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ import torch
 from on_ranks import TRANSFORMER
 from test_training import same
 
-from walt.checkpoint import save_checkpoint
+from walt.checkpoint import fingerprint, save_checkpoint
+from walt.data.clips import write_store
+from walt.data.latents import encode_latents
 from walt.errors import WaltError
-from walt.model.config import ClipShape, TokenizerConfig
+from walt.model.config import TokenizerConfig
 from walt.presets import PRESETS
 from walt.pretrained import load_tokenizer
 from walt.sample.pipeline import WaltPipeline
-from walt.settings import TrainingConfig
-from walt.stages import Clips, new_transformer, prepare_latents, train_tokenizer, train_transformer
+from walt.settings import DataConfig, Settings, TokenizerLossConfig, TrainingConfig
+from walt.train.denoiser import train_denoiser
 from walt.train.losses import decorrelation_loss, reconstruction_loss
+from walt.train.run import Run
+from walt.train.tokenizer import train_tokenizer
 from walt.train.trainer import Trainer
 
 TINY_TOKENIZER = TokenizerConfig(
     channels=4, multipliers=(1, 1, 2, 2), blocks=1, middle_blocks=0, latent_channels=4, groups=2
 )
-CLIP = ClipShape(frames=5, height=16, width=16, fps=12)
 CLASSES = ("left", "right")
 
 
@@ -45,48 +48,32 @@ def test_reconstruction_loss():
         reconstruction_loss(target, torch.zeros(1))
 
 
-def moving_bars(count: int = 6) -> Clips:
-    """Bars that move left (class 0) or right (class 1)."""
-    column = np.arange(16)[None, :] + 2 * np.arange(5)[:, None]
-    right = np.arange(16)[None, :] - 2 * np.arange(5)[:, None]
-    video = np.stack([(((c + 3 * i) % 16) * 15) for i in range(count // 2) for c in (column, right)]).astype(np.uint8)
-    video = np.broadcast_to(video[:, :, None, :, None], (count, 5, 16, 16, 3)).copy()
-    return Clips(video, np.arange(count) % 2, CLASSES)
+def moving_bars(out: Path, count: int = 6, speed: int = 2):
+    """A prepared folder of bars that move left (class 0) or right (class 1)."""
+    clips = []
+    for i in range(count):
+        column = np.arange(16)[None, :] + (speed, -speed)[i % 2] * np.arange(5)[:, None]
+        video = (((column + 3 * (i // 2)) % 16) * 15).astype(np.uint8)
+        video = np.broadcast_to(video[:, None, :, None], (5, 16, 16, 3))
+        clips.append((f"{CLASSES[i % 2]}/{i}", video))
+    return write_store(out / "bars", clips, 12)
 
 
-def train_both(out: Path, steps: int = 6, stop: int | None = None) -> WaltPipeline:
-    """Both stages; with `stop`, each is first run with a crash after that many steps and then resumed."""
-    clips = moving_bars()
+def run(stage: str, out: Path, steps: int = 6, **bars: int) -> Run:
+    data = DataConfig(5, 16, 16, **({"batch": 2, "images": 0} if stage == "tokenizer" else {"batch": 4, "images": 1}))
+    losses = TokenizerLossConfig(1.0, perceptual=0.0, adversarial=0.0)
     training = TrainingConfig(steps, save_every=2, log_every=1)
+    settings = Settings("tiny", TINY_TOKENIZER, TRANSFORMER, losses=losses, data=data, training=training)
+    return Run(stage, settings, moving_bars(out, **bars), out, torch.device("cpu"))
 
-    def tokenizer_stage():
-        return train_tokenizer(
-            clips, TINY_TOKENIZER, training, out / "tokenizer", batch=2, frames=5, data={"name": "bars"}
-        )[0]
 
-    def transformer_stage(tokenizer):
-        transformer, diffusion = new_transformer(TRANSFORMER, 0)
-        latents = prepare_latents(tokenizer, clips)
-        trained, _ = train_transformer(
-            transformer,
-            diffusion,
-            latents,
-            training,
-            out / "transformer",
-            batch=4,
-            images=1,
-            clip=CLIP,
-            classes=CLASSES,
-            data={"name": "bars"},
-        )
-        return WaltPipeline(tokenizer, trained, diffusion, clip=CLIP, classes=CLASSES)
-
-    if stop is None:
-        return transformer_stage(tokenizer_stage())
-    crash_after(stop, tokenizer_stage)
-    tokenizer = tokenizer_stage()
-    crash_after(stop, lambda: transformer_stage(tokenizer))
-    return transformer_stage(tokenizer)
+def train_both(out: Path, stop: int | None = None) -> WaltPipeline:
+    """Both stages; with `stop`, each is first run with a crash after that many steps and then resumed."""
+    for stage, train in (("tokenizer", train_tokenizer), ("base", train_denoiser)):
+        if stop is not None:
+            crash_after(stop, lambda stage=stage, train=train: train(run(stage, out)))
+        train(run(stage, out))
+    return WaltPipeline.from_pretrained(out)
 
 
 def crash_after(steps: int, stage) -> None:
@@ -115,16 +102,24 @@ def test_both_stages_resume_to_the_bit(trained, tmp_path):
         assert same(trained[0] / stage, tmp_path / stage)
 
 
-def test_latents_are_normalised(trained):
-    latents = prepare_latents(trained[1].tokenizer, moving_bars())
-    assert latents.video.shape == (6, 4, 2, 2, 2)
-    assert latents.video.mean(dim=(0, 2, 3, 4)).abs().max() < 1e-4
-    assert (latents.video.std(dim=(0, 2, 3, 4)) - 1).abs().max() < 1e-3
+def test_latents_are_normalised(trained, tmp_path):
+    tokenizer = trained[1].tokenizer
+    clip = {"frames": 5, "height": 16, "width": 16}
+    latents = encode_latents(
+        moving_bars(tmp_path),
+        tmp_path / "latents",
+        tokenizer.encode,
+        key=fingerprint(tokenizer),
+        dtype="float32",
+        **clip,
+    )
+    video, image = torch.tensor(latents.video), torch.tensor(latents.image)
+    assert video.shape == (6, 4, 2, 2, 2)
+    assert video.mean(dim=(0, 2, 3, 4)).abs().max() < 1e-4
+    assert (video.std(dim=(0, 2, 3, 4)) - 1).abs().max() < 1e-3
     # Frame 0 of a clip is coded on its own, so it is also an image: the first one of each clip.
-    assert latents.image_label.tolist() == sorted(latents.image_label.tolist())
-    first = latents.video[latents.video_label == 1][0, :, 0]
-    images = latents.image[latents.image_label == 1]
-    assert (images - first).abs().amax(dim=(1, 2, 3)).min() < 1e-4
+    assert latents.image_rows.tolist() == [[item, frame] for item in range(6) for frame in (0, 4)]
+    assert (image[::2] - video[:, :, 0]).abs().amax(dim=(1, 2, 3)).max() < 1e-4
 
 
 def test_a_pipeline_from_its_folder_samples_the_same(trained, tmp_path):
@@ -166,18 +161,9 @@ def test_a_config_that_is_not_ours(trained, tmp_path):
         load_tokenizer(tmp_path / "tokenizer")
 
 
-def test_another_data_set_is_refused(trained):
-    config = replace(TINY_TOKENIZER)
-    with pytest.raises(WaltError, match=r"data\.name is 'bars' there, 'balls' here"):
-        train_tokenizer(
-            moving_bars(),
-            config,
-            TrainingConfig(6, save_every=2, log_every=1),
-            trained[0] / "tokenizer",
-            batch=2,
-            frames=5,
-            data={"name": "balls"},
-        )
+def test_another_data_set_is_refused(trained, tmp_path):
+    with pytest.raises(WaltError, match=r"was trained on other data than .* holds \(6 files changed: left/0, "):
+        train_tokenizer(replace(run("tokenizer", tmp_path, speed=1), out=trained[0]))
 
 
 def test_the_tiny_preset_is_the_demo_shape():
