@@ -24,8 +24,8 @@ from walt.model.config import TransformerConfig
 from walt.model.diffusion import Diffusion
 from walt.model.transformer import Transformer
 from walt.settings import TrainingConfig
-from walt.train.losses import r1_penalty
-from walt.train.objective import Phase
+from walt.train.losses import DenoiserLoss, r1_penalty
+from walt.train.objective import Objective
 from walt.train.trainer import Trainer
 
 STEPS = 4
@@ -52,6 +52,7 @@ class Net(nn.Module):
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
         self.last = nn.Linear(width, 1)
         self.spare = nn.Parameter(torch.ones(3, 2))  # never used, so it gets no gradient and no optimizer state
+        self.unused_parameters = True
         self.dropout = dropout
         self.checkpointing = False
         self.register_buffer("scale", torch.ones(()))
@@ -74,44 +75,54 @@ class Running(nn.Module):
         self.real.lerp_(torch.tensor(values["real"]), 0.1)
 
 
-def draw(generator):
-    x = torch.randn(8, 3, generator=generator)
+BATCH = 8
+
+
+def source(shared, samples):
+    x = torch.stack([torch.randn(3, generator=own) for own in samples.values()])
     return {"x": x, "y": torch.sin(2 * x.sum(1, keepdim=True)) + 3, "exponent": 2}
 
 
-def regression(model, rows):
-    error = model(rows["x"]).float() - rows["y"]
-    return error.pow(rows["exponent"]).mean(), {"error": error.abs().mean()}
+def regression(model, batch):
+    error = model(batch["x"]).float() - batch["y"]
+    return error.pow(batch["exponent"]).mean(), {"error": error.abs().mean()}
+
+
+def trainer_of(objectives, folder: Path, **more) -> Trainer:
+    return Trainer(objectives, source, folder, **{"batch": BATCH, "kind": "net", "description": {}, **more})
 
 
 def fit(
     folder: Path, steps: int = STEPS, *, dropout: float = 0.0, loss=regression, preview=None, **settings
 ) -> Trainer:
-    """One phase."""
+    """One objective."""
     torch.manual_seed(1 + rank())  # all start from the weights of rank 0
     config = TrainingConfig(steps, **{"lr": 0.05, "warmup": 3, "log_every": 1, "clip_norm": 0.5, **settings})
-    phases = [Phase("model", Net(dropout=dropout), loss)]
-    return Trainer(phases, draw, config, folder, kind="net", description={"config": {"width": 5}}, preview=preview)
+    objective = Objective(Net(dropout=dropout), loss, config, average=True)
+    return trainer_of([objective], folder, description={"config": {"width": 5}}, preview=preview)
 
 
 def adversaries(folder: Path, steps: int = STEPS, **settings) -> Trainer:
-    """Two phases, and a module beside them that changes in training."""
+    """Two objectives, and a module beside them that changes in training."""
     torch.manual_seed(1)
     judge, running = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)), Running()
 
-    def generate(model, rows):
-        made = model(rows["x"])
-        return (made - rows["y"]).square().mean() + F.softplus(-judge(made)).mean(), {"made": made.mean()}
+    def generate(model, batch):
+        made = model(batch["x"])
+        return (made - batch["y"]).square().mean() + F.softplus(-judge(made)).mean(), {"made": made.mean()}
 
-    def discriminate(judge, rows):
-        real, made = judge(rows["y"]), judge(model(rows["x"]).detach())
+    def discriminate(judge, batch):
+        real, made = judge(batch["y"]), judge(model(batch["x"]).detach())
         loss = F.softplus(-real).mean() + F.softplus(made).mean() + (made - running.real).square().mean()
-        return loss + r1_penalty(judge, rows["y"]), {"real": real.mean()}
+        return loss + r1_penalty(judge, batch["y"]), {"real": real.mean()}
 
     model = Net()
-    phases = [Phase("model", model, generate), Phase("judge", judge, discriminate, running.follow)]
     config = TrainingConfig(steps, **{"lr": 0.02, "warmup": 3, "log_every": 1, "clip_norm": 0.5, **settings})
-    return Trainer(phases, draw, config, folder, kind="net", description={}, extra_modules={"running": running})
+    objectives = [
+        Objective(model, generate, config, average=True),
+        Objective(judge, discriminate, config, name="judge", after_step=running.follow),
+    ]
+    return trainer_of(objectives, folder, extra_modules={"running": running})
 
 
 TRANSFORMER = TransformerConfig(
@@ -134,18 +145,15 @@ def denoise(folder: Path, **settings) -> Trainer:
     torch.manual_seed(1)
     diffusion = Diffusion()
 
-    def draw(generator):
-        x = torch.randn(4, 4, 2, 2, 2, generator=generator, dtype=torch.float64)
-        rows = {"x": x, "label": torch.tensor([0, 1, 0, 1]), "image": torch.arange(4) >= 2}
-        return {**rows, **diffusion.draw(x.shape, generator)}
+    def latents(shared, samples):
+        generators = [*samples.values()]
+        x = torch.stack([torch.randn(4, 2, 2, 2, generator=own, dtype=torch.float64) for own in generators])
+        label, image = torch.tensor([i % 2 for i in samples]), torch.tensor([i >= 2 for i in samples])
+        return {"latent": x, "label": label, "image": image, "randoms": diffusion.randoms(x.shape[1:], generators)}
 
-    def loss(model, rows):
-        draws = {name: rows[name] for name in diffusion.DRAWS}
-        return diffusion.loss(model, rows["x"], draws, label=rows["label"], image=rows["image"]), {}
-
-    phases = [Phase("model", Transformer(TRANSFORMER).double(), loss)]
     config = TrainingConfig(STEPS, **{"lr": 0.02, "warmup": 2, "log_every": 1, "clip_norm": 0.1, **settings})
-    return Trainer(phases, draw, config, folder, kind="transformer", description={})
+    objective = Objective(Transformer(TRANSFORMER).double(), DenoiserLoss(diffusion), config, average=True)
+    return Trainer([objective], latents, folder, batch=4, kind="transformer", description={})
 
 
 # name: (run, what all ranks do alike, what only the run on two ranks does)
@@ -169,8 +177,8 @@ def step_two(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.step000000002")
 
 
-def nan_on_one_rank(model, rows):
-    loss, values = regression(model, rows)
+def nan_on_one_rank(model, batch):
+    loss, values = regression(model, batch)
     return loss * (float("nan") if rank() == 1 and trainers[-1].step == 2 else 1.0), values
 
 
@@ -233,10 +241,10 @@ def on_ranks(out: Path) -> dict:
     except WaltError as error:
         said["full"] = str(error)
 
-    def healed(model, rows):
+    def healed(model, batch):
         if trainers[-1].step == 2:
             walt.checkpoint.write_tensors = write
-        return regression(model, rows)
+        return regression(model, batch)
 
     trainers.append(fit(out / "outlived", loss=healed, strategy="fsdp", save_every=1))
     trainers[-1].run()

@@ -148,12 +148,13 @@ class TestDemo:
             capsys, *demo(demo_run, tokenizer=13)
         )
 
-    def test_a_training_that_is_no_demo_is_refused(self, demo_run, tmp_path, capsys):
-        """Such as a demo's from before it wrote its clips into the folder."""
-        shutil.copytree(demo_run / "tokenizer", tmp_path / "old" / "tokenizer")
+    @pytest.mark.parametrize("name", ["tokenizer", "data"])
+    def test_a_folder_that_is_not_a_demos_is_refused(self, demo_run, tmp_path, capsys, name):
+        """Such as that of a demo from before it wrote its clips there; and data of the user's are not replaced."""
+        shutil.copytree(demo_run / name, tmp_path / "old" / name)
         line = fails(capsys, *demo(tmp_path / "old"))
-        assert f"{tmp_path / 'old'} holds what walt train, or the demo of an older walt, has trained" in line
-        assert [path.name for path in (tmp_path / "old").iterdir()] == ["tokenizer"]
+        assert f"{tmp_path / 'old' / name} is there already, of an older demo or from elsewhere" in line
+        assert [path.name for path in (tmp_path / "old").iterdir()] == [name]
 
     def test_a_preset_without_classes_is_refused(self, needs_demo, tmp_path, capsys):
         line = fails(capsys, *demo(tmp_path / "out", "--preset", "tiny-text"))

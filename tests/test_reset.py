@@ -26,7 +26,7 @@ from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.train.discriminator import Discriminator
 from walt.train.losses import LeCam
-from walt.train.objective import Phase, _Loss
+from walt.train.objective import LossModule
 from walt.train.perceptual import EfficientNetFeatures, PerceptualLoss
 from walt_kernels.nn import AdaLNLoRA, CausalConv3d, WindowAttention, reset_children
 
@@ -59,7 +59,7 @@ EXAMPLES: dict[str, Callable[[], nn.Module]] = {
     "lecam": LeCam,
     "perceptual": lambda: PerceptualLoss(EfficientNetFeatures(efficientnet())),
     "i3d": I3D,
-    "wrapped": lambda: _Loss(Phase("phase", LeCam(), lambda module, rows: None), "cpu", narrow=False),
+    "wrapped": lambda: LossModule(LeCam(), lambda network, batch: None, "float32"),
 }
 FIELDS = {"layers": 2, "width": 32, "heads": 2, "latent_channels": 4, "latent_size": (3, 4, 4), "time_features": 16}
 

@@ -16,10 +16,11 @@ from torch import nn
 
 from walt.checkpoint import fingerprint
 from walt.commands import train_stage
-from walt.data.loading import Batch
+from walt.data.loading import make_batch
 from walt.data.pixels import to_model
 from walt.data.video import read_video, write_png
 from walt.errors import WaltError, WaltWarning
+from walt.model.diffusion import Diffusion
 from walt.pretrained import load_tokenizer
 from walt.sample.pipeline import WaltPipeline
 from walt.settings import load_settings
@@ -243,9 +244,8 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("images", [0, 2, 4])
     def test_share_of_steps_with_images(self, films, tmp_path, images):
-        source = tokenizer_training.pixel_source(make("tokenizer", films, tmp_path, f"data.images={images}"))
-        generator = torch.Generator().manual_seed(0)
-        drawn = [source.load(source.draw(generator))["video"].shape[2] for _ in range(40)]
+        source = tokenizer_training.TokenizerSource(make("tokenizer", films, tmp_path, f"data.images={images}"))
+        drawn = [make_batch(source, 0, step, range(1))["video"].shape[2] for step in range(40)]
         assert set(drawn) == {0: {5}, 2: {1, 5}, 4: {1}}[images]
         assert images != 2 or 10 < drawn.count(1) < 30
 
@@ -302,14 +302,16 @@ def test_features_of_captions_are_computed_once(model, films, tmp_path, monkeypa
     assert trainer.model.config.text_width == 3
     assert sorted(calls) == ["", "stripes go down", "stripes go up"]
     coder = load_tokenizer(model / "tokenizer")
-    source = denoiser.latent_source(
+    source = denoiser.denoiser_source(
         make("base", films, tmp_path, "data.text=lengths"),
         coder,
         fingerprint(coder),
         trainer.model.config,
+        Diffusion(),
         Lengths(),
     )
-    loaded: Batch = source.load(source.draw(torch.Generator().manual_seed(0)))
-    assert set(loaded) == {"latent", "image", "text", "text_mask"}
+    loaded = make_batch(source, 0, 0, range(4))
+    assert set(loaded) == {"latent", "image", "text", "text_mask", "randoms"}
+    assert "low_noise" not in loaded["randoms"]
     assert loaded["text"].unique().tolist() in ([13.0], [15.0], [13.0, 15.0])
     assert len(calls) == 3

@@ -5,41 +5,36 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from on_ranks import adversaries, fit, regression, step_two
+from on_ranks import BATCH, adversaries, fit, regression, source, step_two, trainer_of
 from torch import nn
 
 from walt.checkpoint import read_tensors
+from walt.data.loading import make_batch
 from walt.errors import WaltError
 from walt.settings import TrainingConfig
 from walt.train.log import read_log
-from walt.train.objective import Phase
+from walt.train.objective import Objective
 from walt.train.optimizers import learning_rate
 from walt.train.trainer import Trainer
 
 
 def line_fit(folder: Path, steps: int, crash_at: int | None = None, **settings) -> Trainer:
-    """A small regression that draws from the generator and from torch's own, and may crash."""
+    """A small regression that draws from its samples' generators and from torch's own, and may crash."""
     torch.manual_seed(0)
     slope = torch.tensor([[1.0, -2.0, 0.5]])
 
-    draws = count()  # ahead of the trainer, in another thread
-
-    def draw(generator):
-        if next(draws) == crash_at:
+    def loss(model, batch):
+        if trainer.step == crash_at:
             raise RuntimeError("the power went out")
-        return {"x": torch.randn(8, 3, generator=generator)}
-
-    def loss(model, rows):
-        return (model(rows["x"]) - rows["x"] @ slope.T + 0.01 * torch.randn(8, 1)).square().mean(), {}
+        return (model(batch["x"]) - batch["x"] @ slope.T + 0.01 * torch.randn(8, 1)).square().mean(), {}
 
     config = TrainingConfig(steps, **{"lr": 0.05, "warmup": 3, "log_every": 1, "save_every": 5, **settings})
-    phases = [Phase("model", nn.Linear(3, 1), loss)]
-    trainer = Trainer(phases, draw, config, folder, kind="line", description={"config": {"inputs": 3}})
+    objective = Objective(nn.Linear(3, 1), loss, config, average=True)
+    trainer = trainer_of([objective], folder, kind="line", description={"config": {"inputs": 3}})
     return trainer
 
 
@@ -76,7 +71,7 @@ def test_resume_after_a_crash_equals_no_crash(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_every_phase_resumes_to_the_bit(tmp_path, optimizer):
+def test_every_objective_resumes_to_the_bit(tmp_path, optimizer):
     settings = {"optimizer": optimizer, "save_every": 2, "keep": 2, "accumulate": 2, "weight_decay": 0.01}
     adversaries(tmp_path / "whole", **settings).run()
     shutil.copytree(step_two(tmp_path / "whole"), tmp_path / "parts")
@@ -85,22 +80,22 @@ def test_every_phase_resumes_to_the_bit(tmp_path, optimizer):
     assert resumed.step == 2
     resumed.run()
     names = {path.stem for path in (tmp_path / "whole").glob("*.safetensors")}
-    assert names == {"model", "judge", "running", "ema", "optimizer", "optimizer-judge", "random"}
+    assert names == {"model", "judge", "running", "ema", "optimizer", "optimizer-judge"}
     assert same(tmp_path / "whole", tmp_path / "parts")
     assert not same(tmp_path / "whole", step_two(tmp_path / "whole"))
 
 
-def test_phases_are_simultaneous_and_train_only_their_own(tmp_path):
+def test_objectives_are_simultaneous_and_train_only_their_own(tmp_path):
     """One step equals the gradients of both losses at the weights before it."""
     trainer = adversaries(tmp_path / "a", 1, clip_norm=0.0)
     expected = adversaries(tmp_path / "b", 1)
-    batch = expected.draw(torch.Generator().manual_seed(0))
+    batch = make_batch(source, expected.config.seed, 0, range(BATCH))
     trainer.run()
-    for i, phase in enumerate(expected.phases):
-        loss, _ = phase.loss(phase.module, batch)
-        gradients = torch.autograd.grad(loss, list(phase.module.parameters()), allow_unused=True)
-        for gradient, parameter in zip(gradients, trainer.phases[i].module.parameters(), strict=True):
-            moment = trainer.optimizers[i].state[parameter].get("exp_avg")
+    for objective, trained in zip(expected.objectives, trainer.objectives, strict=True):
+        loss, _ = objective.forward(batch)
+        gradients = torch.autograd.grad(loss, list(objective.network.parameters()), allow_unused=True)
+        for gradient, parameter in zip(gradients, trained.network.parameters(), strict=True):
+            moment = trained.optimizer.state[parameter].get("exp_avg")
             torch.testing.assert_close(moment, None if gradient is None else 0.1 * gradient)
 
 
@@ -141,7 +136,8 @@ def test_learning_rate():
 def test_ema_is_the_warmed_up_average(tmp_path):
     trainer = line_fit(tmp_path / "a", 30, ema_decay=0.6)
     weights: list[torch.Tensor] = []
-    trainer.optimizers[0].register_step_post_hook(lambda *_: weights.append(trainer.model.weight.detach().double()))
+    optimizer = trainer.objectives[0].optimizer
+    optimizer.register_step_post_hook(lambda *_: weights.append(trainer.model.weight.detach().double()))
     trainer.run()
     expected = weights[0]
     for n, weight in enumerate(weights[1:], start=1):
@@ -152,14 +148,11 @@ def test_ema_is_the_warmed_up_average(tmp_path):
 
 
 def test_averages_are_in_float32(tmp_path):
-    def loss(model, rows):
-        return model(rows["x"].to(torch.bfloat16)).float().square().mean(), {}
+    def loss(model, batch):
+        return model(batch["x"].to(torch.bfloat16)).float().square().mean(), {}
 
     model = nn.Linear(3, 1).to(torch.bfloat16)
-    config = TrainingConfig(3)
-    draw = fit(tmp_path / "unused").draw
-    trainer = Trainer([Phase("model", model, loss)], draw, config, tmp_path / "a", kind="line", description={})
-    trainer.run()
+    trainer_of([Objective(model, loss, TrainingConfig(3), average=True)], tmp_path / "a").run()
     assert {tensor.dtype for tensor in read_tensors(tmp_path / "a" / "ema.safetensors").values()} == {torch.float32}
     assert {tensor.dtype for tensor in read_tensors(tmp_path / "a" / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -178,6 +171,7 @@ def test_other_settings_are_refused(tmp_path):
     with pytest.raises(WaltError, match=r"training.steps is 7 there, 8 here\); give the same ones, or another --out"):
         line_fit(tmp_path / "a", 8).resume()
     spread = {"accumulate": 2, "strategy": "fsdp", "save_every": 3, "log_every": 2, "keep": 4, "tensorboard": False}
+    spread |= {"workers": 2, "profile": 1, "peak_tflops": 2.0}
     assert line_fit(tmp_path / "a", 7, **spread).resume()
     longer = line_fit(tmp_path / "a", 9)
     assert longer.resume(new_settings=True)
@@ -192,8 +186,8 @@ def test_other_settings_are_refused(tmp_path):
 def breaking(at: int, what: str):
     """A regression whose loss, or only whose gradient, breaks at a step."""
 
-    def loss(model, rows):
-        value, values = regression(model, rows)
+    def loss(model, batch):
+        value, values = regression(model, batch)
         if runs[-1].step == at:
             if what == "loss":
                 return value * float("nan"), values
@@ -214,7 +208,7 @@ def test_a_diverged_run_stops_at_the_last_good_step(tmp_path, what):
     last = read_log(tmp_path / "a.jsonl")[-1]
     assert last["step"] == 4
     pattern = (
-        rf"the {what} of the net, phase 'model', became (nan|inf) at step 5 "
+        rf"the {what} of the net, objective 'model', became (nan|inf) at step 5 "
         rf"\(its last finite loss was {re.escape(format(last['loss'], '.6g'))}, at step 4\); "
         r".*/a holds step 4, to go on from with a lower learning rate"
     )
@@ -228,14 +222,14 @@ def test_a_diverged_run_stops_at_the_last_good_step(tmp_path, what):
     assert same(tmp_path / "whole", tmp_path / "a")
 
 
-def test_a_second_phase_that_breaks_leaves_the_first_one_alone(tmp_path):
+def test_a_second_objective_that_breaks_leaves_the_first_one_alone(tmp_path):
     trainer = adversaries(tmp_path / "a", 5, save_every=3)
-    judge = trainer.phases[1].loss
-    trainer._parts[1].wrapped.function = lambda module, rows: (
-        judge(module, rows)[0] * (float("inf") if trainer.step == 3 else 1.0),
-        judge(module, rows)[1],
+    judge = trainer.objectives[1].forward.loss
+    trainer.objectives[1].forward.loss = lambda network, batch: (
+        judge(network, batch)[0] * (float("inf") if trainer.step == 3 else 1.0),
+        judge(network, batch)[1],
     )
-    with pytest.raises(WaltError, match=r"phase 'judge', became inf at step 4"):
+    with pytest.raises(WaltError, match=r"objective 'judge', became inf at step 4"):
         trainer.run()
     adversaries(tmp_path / "whole", 5, save_every=3, keep=2).run()
     assert same(tmp_path / "whole.step000000003", tmp_path / "a")

@@ -10,15 +10,14 @@ from typing import ClassVar
 
 import pytest
 import torch
-from on_ranks import Net, Running, adversaries, draw, fit, regression
+from on_ranks import Net, Running, adversaries, fit, regression, trainer_of
 from torch import nn
 
 from walt.checkpoint import read_tensors
 from walt.errors import WaltError
 from walt.settings import TrainingConfig
 from walt.train.log import RunLog, read_log
-from walt.train.objective import Phase
-from walt.train.trainer import Trainer
+from walt.train.objective import TIMES, Objective
 
 
 def losses(path) -> list[float]:
@@ -28,10 +27,10 @@ def losses(path) -> list[float]:
 def test_bfloat16(tmp_path):
     seen = []
 
-    def loss(model, rows):
-        out = model(rows["x"])
+    def loss(model, batch):
+        out = model(batch["x"])
         seen.append((out.dtype, model.first.weight.dtype))
-        return (out.float() - rows["y"]).square().mean(), {}
+        return (out.float() - batch["y"]).square().mean(), {}
 
     for name, precision in (("wide", "float32"), ("narrow", "bfloat16")):
         fit(tmp_path / name, 12, loss=loss, precision=precision, accumulate=2).run()
@@ -58,9 +57,9 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
 
 
 def test_checkpointing_of_modules_that_cannot(tmp_path):
-    phases = [Phase("model", nn.Linear(3, 1), regression)]
+    objective = Objective(nn.Linear(3, 1), regression, TrainingConfig(1, checkpointing=True))
     with pytest.raises(ValueError, match="checkpointing: got True; expected False"):
-        Trainer(phases, draw, TrainingConfig(1, checkpointing=True), tmp_path, kind="line", description={})
+        trainer_of([objective], tmp_path)
 
 
 def test_compiled_modules_keep_their_names(tmp_path, monkeypatch):
@@ -105,7 +104,8 @@ def test_rows_of_the_log(tmp_path):
     rows = read_log(tmp_path / "a.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 7]
     columns = ["step", "loss", "grad_norm", "made", "judge_loss", "judge_grad_norm", "judge_real"]
-    assert all([*row] == [*columns, "lr", "frames_s", "seconds"] for row in rows)
+    times = [name for name in TIMES if name != "mfu"]  # what a step's FLOPs are is not known here
+    assert all([*row] == [*columns, "lr", "frames_s", *times, "seconds"] for row in rows)
     assert rows[-1]["seconds"] >= rows[0]["seconds"] > 0
 
 
@@ -188,7 +188,10 @@ def test_a_log_is_rewound(tmp_path):
         ("strategy", "none", "ddp or fsdp"),
         ("compile", 1, "true or false"),
         ("keep", 0, "an int >= 1"),
-        ("seed", None, "an int"),
+        ("seed", None, "an int >= 0"),
+        ("workers", 0, "an int >= 1"),
+        ("profile", -1, "an int >= 0"),
+        ("peak_tflops", -1.0, "a number >= 0"),
     ],
 )
 def test_settings_that_are_refused(name, value, expected):
@@ -196,50 +199,45 @@ def test_settings_that_are_refused(name, value, expected):
         TrainingConfig(**{"steps": 5, name: value})
 
 
-def test_a_phase_trains_its_own_module_only(tmp_path):
-    """The second phase's loss would have a gradient for the first one's module."""
+def test_an_objective_trains_its_own_network_only(tmp_path):
+    """The second one's loss would have a gradient for the first one's network."""
 
     def judged(detached: bool):
         torch.manual_seed(1)
         judge = nn.Linear(1, 1)
 
-        def loss(module, rows):
-            made = model(rows["x"])
-            return module(made.detach() if detached else made).square().mean(), {}
+        def loss(network, batch):
+            made = model(batch["x"])
+            return network(made.detach() if detached else made).square().mean(), {}
 
-        model = Net()
-        phases = [Phase("model", model, regression), Phase("judge", judge, loss)]
-        trainer = Trainer(phases, draw, TrainingConfig(3), tmp_path / str(detached), kind="net", description={})
-        trainer.run()
+        model, config = Net(), TrainingConfig(3)
+        objectives = [Objective(model, regression, config), Objective(judge, loss, config, name="judge")]
+        trainer_of(objectives, tmp_path / str(detached)).run()
         return {**model.state_dict(), **judge.state_dict()}
 
     a, b = judged(True), judged(False)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def trainer_of(tmp_path, phases, config=None, **more) -> Trainer:
-    return Trainer(phases, draw, config or TrainingConfig(2), tmp_path / "a", kind="net", description={}, **more)
+def test_objectives_that_are_refused(tmp_path):
+    def objective(name="model", **settings):
+        return Objective(Net(), regression, TrainingConfig(2, **settings), name=name)
 
-
-def test_phases_that_are_refused(tmp_path):
-    def phase(name):
-        return Phase(name, Net(), regression)
-
-    with pytest.raises(ValueError, match=r"phases: got \[\].*expected one or more"):
-        trainer_of(tmp_path, [])
+    with pytest.raises(ValueError, match=r"objectives: got \[\].*expected one or more"):
+        trainer_of([], tmp_path)
     with pytest.raises(ValueError, match="of different names"):
-        trainer_of(tmp_path, [phase("a"), phase("a")])
+        trainer_of([objective("a"), objective("a")], tmp_path)
     with pytest.raises(ValueError, match="got the name 'ema'"):
-        trainer_of(tmp_path, [phase("model"), phase("ema")])
+        trainer_of([objective(), objective("ema")], tmp_path)
     with pytest.raises(ValueError, match=r"got the name '\.\./x'"):
-        trainer_of(tmp_path, [phase("model")], extra_modules={"../x": Running()})
-    with pytest.raises(ValueError, match="strategy: got 'fsdp' with 2 phases; expected 'ddp'"):
-        trainer_of(tmp_path, [phase("model"), phase("judge")], TrainingConfig(2, strategy="fsdp"))
+        trainer_of([objective()], tmp_path, extra_modules={"../x": Running()})
+    with pytest.raises(ValueError, match="strategy: got 'fsdp' with 2 objectives; expected 'ddp'"):
+        trainer_of([objective(strategy="fsdp"), objective("judge", strategy="fsdp")], tmp_path)
 
 
 def test_values_that_are_refused(tmp_path):
-    def loss(model, rows):
-        return regression(model, rows)[0], {"lr": torch.tensor(1.0)}
+    def loss(model, batch):
+        return regression(model, batch)[0], {"lr": torch.tensor(1.0)}
 
-    with pytest.raises(ValueError, match=r"values of phase 'model': got \['lr'\]; expected other names"):
-        trainer_of(tmp_path, [Phase("model", Net(), loss)]).run()
+    with pytest.raises(ValueError, match=r"values of objective 'model': got \['lr'\]; expected other names"):
+        trainer_of([Objective(Net(), loss, TrainingConfig(2))], tmp_path / "a").run()

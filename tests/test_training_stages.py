@@ -21,7 +21,7 @@ from walt.pretrained import load_tokenizer
 from walt.sample.pipeline import WaltPipeline
 from walt.settings import DataConfig, Settings, TokenizerLossConfig, TrainingConfig
 from walt.train.denoiser import train_denoiser
-from walt.train.losses import decorrelation_loss, reconstruction_loss
+from walt.train.losses import DecorrelationTerm, Reconstruction, ReconstructionTerm
 from walt.train.run import Run
 from walt.train.tokenizer import train_tokenizer
 from walt.train.trainer import Trainer
@@ -33,19 +33,23 @@ CLASSES = ("left", "right")
 
 
 def test_decorrelation_loss():
+    def decorrelation(latent: torch.Tensor) -> torch.Tensor:
+        return DecorrelationTerm()(Reconstruction(latent, latent, latent))
+
     one, other = torch.randn(2, 3, 1, 4, 4, 4)
     apart = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]]).view(1, 2, 1, 1, 4)
-    assert decorrelation_loss(apart).item() == pytest.approx(0, abs=1e-6)
-    assert decorrelation_loss(torch.cat([one, -3 * one + 5], 1)).item() == pytest.approx(1, abs=1e-3)
+    assert decorrelation(apart).item() == pytest.approx(0, abs=1e-6)
+    assert decorrelation(torch.cat([one, -3 * one + 5], 1)).item() == pytest.approx(1, abs=1e-3)
     correlation = torch.corrcoef(torch.cat([one, other], 1).transpose(0, 1).flatten(1))[0, 1].item()
-    assert decorrelation_loss(torch.cat([one, other], 1)).item() == pytest.approx(correlation**2, abs=1e-3)
+    assert decorrelation(torch.cat([one, other], 1)).item() == pytest.approx(correlation**2, abs=1e-3)
 
 
 def test_reconstruction_loss():
-    target = torch.zeros(1, 3, 1, 2, 2)
-    assert reconstruction_loss(target + 0.5, target, absolute=0.2).item() == pytest.approx(0.25 + 0.2 * 0.5)
-    with pytest.raises(ValueError, match=r"output has shape \[1, 3, 1, 2, 2\], expected that of target, \[1\]"):
-        reconstruction_loss(target, torch.zeros(1))
+    video = torch.zeros(1, 3, 1, 2, 2)
+    loss = ReconstructionTerm(absolute=0.2)
+    assert loss(Reconstruction(video, video, video + 0.5)).item() == pytest.approx(0.25 + 0.2 * 0.5)
+    with pytest.raises(ValueError, match=r"output has shape \[1, 3, 1, 2, 2\], expected that of video, \[1\]"):
+        loss(Reconstruction(torch.zeros(1), video, video))
 
 
 def moving_bars(out: Path, count: int = 6, speed: int = 2):
@@ -77,15 +81,15 @@ def train_both(out: Path, stop: int | None = None) -> WaltPipeline:
 
 
 def crash_after(steps: int, stage) -> None:
-    original = Trainer._one_step
+    original = Trainer._step
 
-    def one_step(self, *args):
+    def step(self, *args):
         if self.step == steps:
             raise RuntimeError("the power went out")
-        original(self, *args)
+        return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", one_step)
+        patch.setattr(Trainer, "_step", step)
         with pytest.raises(RuntimeError, match="power"):
             stage()
 

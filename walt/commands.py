@@ -49,6 +49,7 @@ from walt.pretrained import load_tokenizer
 from walt.rates import check_rate
 from walt.sample.denoiser import local_folder
 from walt.sample.pipeline import OVERLAP, WaltPipeline
+from walt.sample.preview import denoiser_preview
 from walt.settings import load_settings
 from walt.train.denoiser import train_denoiser
 from walt.train.run import Run, alone, captions_of, check, open_data, warn_of_cut_captions
@@ -361,4 +362,4 @@ def train_stage(run: Run) -> Trainer[Any]:
     which is a statistic of the part of the batch that is at hand: it is then the mean over smaller parts.
     """
     check(run)
-    return train_tokenizer(run) if run.stage == "tokenizer" else train_denoiser(run)
+    return train_tokenizer(run) if run.stage == "tokenizer" else train_denoiser(run, preview=denoiser_preview)

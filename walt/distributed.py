@@ -129,15 +129,16 @@ def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
 
     "ddp": every rank holds everything. "fsdp": every rank holds its part of each parameter (FSDP2), and gathers one
     layer after the other; the rows of all ranks must then use the same parameters. All ranks start from the weights of
-    the main one.
+    the main one. A module of which a batch may leave parameters without a gradient says so by an attribute
+    `unused_parameters = True`: "ddp" then looks for them in every step, and would wait for them otherwise.
     """
     if world_size() == 1:
         return loss
     for tensor in (*loss.parameters(), *loss.buffers()):
         dist.broadcast(tensor.detach(), 0)
     if strategy == "ddp":
-        # A batch may leave parameters unused, such as those for text in a batch of images. Buffers are not trained.
-        return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
+        unused = getattr(module, "unused_parameters", False)
+        return DistributedDataParallel(loss, find_unused_parameters=unused, broadcast_buffers=False)  # no running means
     from torch.distributed.fsdp import fully_shard
 
     for unit in _units(module):

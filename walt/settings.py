@@ -39,9 +39,11 @@ CHOICES = {
     "tensorboard": (None, True, False),
 }
 COUNTS = {"steps": 1, "warmup": 0, "accumulate": 1, "save_every": 1, "log_every": 1, "preview_every": 0, "keep": 1}
+COUNTS |= {"seed": 0, "workers": 1, "profile": 0}
 # How a run is spread over memory and devices, and what it writes: free to change when it is resumed.
-SPREAD = ("accumulate", "compile", "checkpointing", "strategy")
-FREE = frozenset((*SPREAD, "save_every", "log_every", "preview_every", "keep", "tensorboard"))
+SPREAD = ("accumulate", "compile", "checkpointing", "strategy", "workers")
+WRITTEN = ("save_every", "log_every", "preview_every", "keep", "tensorboard", "profile", "peak_tflops")
+FREE = frozenset((*SPREAD, *WRITTEN))
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,14 @@ class TrainingConfig(Config):
     warmup: int = 50
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0  # of the gradient of each phase; 0: no clipping
+    clip_norm: float = 1.0  # of the gradient of each network; 0: no clipping
     ema_decay: float = 0.99  # of the averaged weights, which are kept in float32; 0: none
     save_every: int = 200
     log_every: int = 10
-    seed: int = 0
+    seed: int = 0  # of weights, batches and dropout
     schedule: str = "cosine"  # or "constant"
     optimizer: str = "adamw"  # or "adafactor"
-    accumulate: int = 1  # parts into which each process cuts its rows, one after the other
+    accumulate: int = 1  # microbatches into which each process cuts its samples, one after the other
     precision: str = "float32"  # or "bfloat16": autocast; parameters and optimizer stay as they are
     compile: bool = False
     checkpointing: bool = False  # set on every module that has an attribute of this name
@@ -99,6 +101,9 @@ class TrainingConfig(Config):
     preview_every: int = 0  # 0: never
     keep: int = 1  # checkpoints that stay on the disk, the last one included
     tensorboard: bool | None = None  # None: if it is installed
+    workers: int = 1  # threads that make batches ready while the device computes
+    profile: int = 0  # steps to trace into a file beside the log; 0: none
+    peak_tflops: float = 0.0  # TFLOP/s that the device could do, for the log's mfu; 0: stated or measured where known
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,13 +111,12 @@ class TrainingConfig(Config):
             value = getattr(self, name)
             good = is_int(value) and value >= least
             self._expect(good, name, f"an int >= {least}")
-        self._expect(is_int(self.seed), "seed", "an int")
         for name, choices in CHOICES.items():
             self._expect(getattr(self, name) in choices, name, " or ".join(map(str, choices)))
         for name in ("compile", "checkpointing"):
             self._expect(isinstance(getattr(self, name), bool), name, "true or false")
         self._expect(_is_number(self.lr) and self.lr > 0, "lr", "a number > 0")
-        for name in ("weight_decay", "clip_norm"):
+        for name in ("weight_decay", "clip_norm", "peak_tflops"):
             value = getattr(self, name)
             self._expect(_is_number(value) and value >= 0, name, "a number >= 0")
         self._expect(_is_number(self.ema_decay) and 0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)")

@@ -1,16 +1,14 @@
-"""Batches of the training data. To draw a batch is to choose its rows, to load it is to make its tensors.
+"""Sources of batches, over the pixels and the latents of the training data.
 
-The two are apart so that each of several processes can draw the same global batch, from equal generators, and load
-its own rows of it, ahead of their turn (`walt.data.loading`). A bucket is one shape of
-batches: videos of one resolution and length, or stacks of 1 + t independent images, with t the latent frames that
-follow a video's first (paper, section 3.2). `Buckets` draws each batch from one of several buckets.
+A source makes the samples that are asked for, each from random numbers of its own (`walt.data.loading`). A bucket is
+one shape of batches: videos of one resolution and length, or stacks of 1 + t independent images, with t the latent
+frames that follow a video's first (paper, section 3.2). `Buckets` takes each batch from one of several buckets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from walt.data.clips import ClipStore
 from walt.data.latents import LatentStore
-from walt.data.loading import Batch
+from walt.data.loading import Batch, Source
 from walt.data.pixels import to_model
 from walt.data.text_features import TextFeatures
 from walt.errors import WaltError
@@ -27,32 +25,21 @@ from walt.model.config import TIME_FACTOR, check_frames
 CONDITIONS = ("label", "caption")
 
 
-class Source(Protocol):
-    """Where batches come from."""
-
-    def draw(self, generator: torch.Generator) -> Batch:
-        """Choose a batch with random numbers from `generator` alone. Each tensor has a leading axis of samples."""
-
-    def load(self, batch: Batch) -> Batch:
-        """The tensors of a drawn batch, or of a part of it. May be called from any thread."""
-
-
 @dataclass(frozen=True)
 class Bucket:
-    """Batches of `batch` videos of `frames` = 1 + 4t frames, every `stride`-th of a film, or of as many stacks of
-    1 + t images: the image files, and every `image_every`-th frame of the videos (None: of none)."""
+    """Videos of `frames` = 1 + 4t frames, every `stride`-th of a film, or stacks of 1 + t images: the image files, and
+    every `image_every`-th frame of the videos (None: of none)."""
 
     frames: int
     height: int
     width: int
-    batch: int
     images: bool = False
     stride: int = 1
     image_every: int | None = 4
 
     def __post_init__(self) -> None:
         check_frames(self.frames, "frames")
-        for name in ("height", "width", "batch", "stride"):
+        for name in ("height", "width", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected an int >= 1")
 
@@ -92,31 +79,30 @@ class PixelSource:
             raise WaltError(f"{cache.folder} holds {_shortage(cache, bucket)}")
         self._stacks = Stacks(conditions(cache, self.rows, condition)) if bucket.images else None
 
-    def draw(self, generator: torch.Generator) -> Batch:
-        """rows int64 [B, 2] or [B, 1+t, 2], offset float32 of the same shape, flip bool [B] or [B, 1+t]."""
-        size = self.bucket.batch
+    def sample_indices(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one sample, rows int64 [2] or [1+t, 2], offset float32 of the same shape, flip bool [] or [1+t]."""
         if self._stacks is None:
-            chosen = torch.randint(len(self.rows), (size,), generator=generator)
+            index = torch.randint(len(self.rows), (), generator=generator)
         else:
-            chosen = self._stacks.draw(size, self.bucket.depth, generator)
-        middle = torch.full((*chosen.shape, 2), 0.5)
-        return {
-            "rows": self.rows[chosen],
-            "offset": torch.rand((*chosen.shape, 2), generator=generator) if self.random_crop else middle,
-            "flip": (torch.rand(chosen.shape, generator=generator) < 0.5) & self.flip,
-        }
+            index = self._stacks.sample_indices(self.bucket.depth, generator)
+        offset = torch.full((*index.shape, 2), 0.5)
+        if self.random_crop:
+            offset = torch.rand((*index.shape, 2), generator=generator)
+        return self.rows[index], offset, (torch.rand(index.shape, generator=generator) < 0.5) & self.flip
 
-    def load(self, batch: Batch) -> Batch:
+    def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
         """video float32 [B, 3, T, H, W] in [-1, 1] (T = 1+t independent images in a stack), label int64 [B] (after the
         last class: none), caption B texts (of a stack, its first image's; "": none) and image bool [B]."""
-        bucket, rows = self.bucket, batch["rows"]
+        indices = map(self.sample_indices, samples.values())
+        rows, offset, flip = (torch.stack(tensors) for tensors in zip(*indices, strict=True))
+        bucket = self.bucket
         pixels = self.cache.read(
             rows.flatten(0, -2).numpy(),
             1 if bucket.images else bucket.frames,
             stride=bucket.stride,
             crop=(bucket.height, bucket.width),
-            offset=batch["offset"].flatten(0, -2).numpy(),
-            flip=batch["flip"].flatten().numpy(),
+            offset=offset.flatten(0, -2).numpy(),
+            flip=flip.flatten().numpy(),
         )
         video = to_model(pixels.reshape(len(rows), -1, *pixels.shape[2:]))
         items = (rows[:, 0] if bucket.images else rows)[:, 0]
@@ -146,7 +132,7 @@ def conditions(cache: ClipStore, rows: Tensor, condition: str) -> Tensor:
 
 
 class Stacks:
-    """Draws stacks of images that share a condition, given as numbers int64 [M].
+    """Stacks of images that share a condition, given as numbers int64 [M].
 
     The first image is any, so conditions come as often as their images do; the others are drawn with replacement.
     """
@@ -157,13 +143,13 @@ class Stacks:
         self.counts = condition.bincount()
         self.starts = self.counts.cumsum(0) - self.counts
 
-    def draw(self, count: int, depth: int, generator: torch.Generator) -> Tensor:
-        """Indices int64 [count, depth] into the M images."""
-        first = torch.randint(len(self.condition), (count, 1), generator=generator)
-        shared = self.condition[first]
-        fraction = torch.rand((count, depth - 1), generator=generator, dtype=torch.float64)
-        others = self.order[self.starts[shared] + (fraction * self.counts[shared]).long()]
-        return torch.cat([first, others], dim=1)
+    def sample_indices(self, depth: int, generator: torch.Generator) -> Tensor:
+        """Of one stack, int64 [depth] into the M images."""
+        first = torch.randint(len(self.condition), (1,), generator=generator)
+        condition = self.condition[first]
+        fraction = torch.rand(depth - 1, generator=generator, dtype=torch.float64)
+        others = self.order[self.starts[condition] + (fraction * self.counts[condition]).long()]
+        return torch.cat([first, others])
 
 
 class Buckets:
@@ -176,20 +162,17 @@ class Buckets:
         if not good or not self.weights.isfinite().all():
             raise ValueError(f"weights: got {weights}; expected {len(self.sources)} numbers >= 0, not all 0")
 
-    def draw(self, generator: torch.Generator) -> Batch:
-        """What the chosen source draws, and bucket, its index."""
-        index = int(torch.multinomial(self.weights, 1, generator=generator))
-        return {"bucket": index, **self.sources[index].draw(generator)}
-
-    def load(self, batch: Batch) -> Batch:
-        """What the chosen source loads, and bucket."""
-        return {"bucket": batch["bucket"], **self.sources[batch["bucket"]].load(batch)}
+    def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
+        """What the source of the step's bucket gives, and bucket, its index."""
+        index = int(torch.multinomial(self.weights, 1, generator=shared))
+        return {"bucket": index, **self.sources[index](shared, samples)}
 
 
 class LatentSource:
-    """Joint batches over latents (paper, section 3.2): `batch - images` clips and `images` stacks of 1 + t images.
+    """Joint batches over latents (paper, section 3.2): `batch - images` clips, then `images` stacks of 1 + t images.
 
-    The images of a stack share what `condition` names, as in `PixelSource`. With `text`, batches also have features.
+    The images of a stack share what `condition` names, as in `PixelSource`. With `text`, batches also have features;
+    with `low`, the latents of the same clips and images at half the size.
     """
 
     def __init__(
@@ -200,43 +183,49 @@ class LatentSource:
         *,
         condition: str = "label",
         text: TextFeatures | None = None,
+        low: LatentStore | None = None,
     ) -> None:
         if not 0 <= images <= batch or batch < 1:
             raise ValueError(f"images: got {images} of a batch of {batch}; expected 0 .. {batch}, and a batch >= 1")
-        for count, kind, held in ((batch - images, "clip", latents.video), (images, "image", latents.image)):
-            if count and not len(held):
-                raise WaltError(f"{latents.folder} holds no {kind}, but batches are to have some")
-        self.latents, self.text = latents, text
-        self.batch, self.images = batch, images
+        for store in filter(None, (latents, low)):
+            for count, kind, held in ((batch - images, "clip", store.video), (images, "image", store.image)):
+                if count and not len(held):
+                    raise WaltError(f"{store.folder} holds no {kind}, but batches are to have some")
+        self.latents, self.text, self.low = latents, text, low
+        self.clips, self.images = batch - images, images
         self.depth = latents.video.shape[2] if len(latents.video) else 1
         self._rows = torch.from_numpy(latents.video_rows), torch.from_numpy(latents.image_rows)
         self._stacks = Stacks(conditions(latents.cache, self._rows[1], condition)) if images else None
 
-    def draw(self, generator: torch.Generator) -> Batch:
-        """image bool [B], and index int64 [B, 1+t] into the latents: of one clip, repeated, or of 1+t images."""
-        clips = self.batch - self.images
-        index = torch.zeros((self.batch, self.depth), dtype=torch.int64)
-        if clips:
-            index[:clips] = torch.randint(len(self.latents.video), (clips, 1), generator=generator)
-        if self._stacks is not None:
-            index[clips:] = self._stacks.draw(self.images, self.depth, generator)
-        return {"index": index, "image": torch.arange(self.batch) >= clips}
+    def sample_indices(self, number: int, generator: torch.Generator) -> Tensor:
+        """int64 [1] of sample `number`'s clip, or [1+t] of its images."""
+        if number < self.clips or self._stacks is None:
+            return torch.randint(len(self.latents.video), (1,), generator=generator)
+        return self._stacks.sample_indices(self.depth, generator)
 
-    def load(self, batch: Batch) -> Batch:
+    def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
         """latent float32 [B, c, 1+t, h, w], image bool [B], label int64 [B] and caption B texts as in `PixelSource`;
-        with text features also text float32 [B, L, D] and text_mask bool [B, L]."""
-        samples, items = [], []
-        for index, image in zip(batch["index"], batch["image"].tolist(), strict=True):
-            if image:
-                samples.append(self.latents.image[index.numpy()].swapaxes(0, 1))
-            else:
-                samples.append(self.latents.video[int(index[0])])
-            items.append(int(self._rows[image][index[0], 0]))
-        loaded = {
-            "latent": torch.from_numpy(np.stack(samples).astype(np.float32)),
-            "image": batch["image"],
+        with low also low_resolution [B, c, 1+t, h/2, w/2]; with text features also text float32 [B, L, D] and
+        text_mask bool [B, L]."""
+        indices = [self.sample_indices(number, generator) for number, generator in samples.items()]
+        images = [number >= self.clips for number in samples]
+        items = [int(self._rows[image][index[0], 0]) for index, image in zip(indices, images, strict=True)]
+        batch = {
+            "latent": _latents(self.latents, indices, images),
+            "image": torch.tensor(images),
             **described(self.latents.cache, torch.tensor(items)),
         }
+        if self.low is not None:
+            batch["low_resolution"] = _latents(self.low, indices, images)
         if self.text is not None:
-            loaded["text"], loaded["text_mask"] = self.text(loaded["caption"])
-        return loaded
+            batch["text"], batch["text_mask"] = self.text(batch["caption"])
+        return batch
+
+
+def _latents(store: LatentStore, indices: Sequence[Tensor], images: Sequence[bool]) -> Tensor:
+    """float32 [B, c, 1+t, h, w]: of each sample a clip, or a stack of images."""
+    stacked = [
+        store.image[index.numpy()].swapaxes(0, 1) if image else store.video[int(index[0])]
+        for index, image in zip(indices, images, strict=True)
+    ]
+    return torch.from_numpy(np.stack(stacked).astype(np.float32))

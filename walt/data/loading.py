@@ -1,71 +1,86 @@
-"""The parts of a batch that one process computes, drawn and loaded in a thread while the step before runs."""
+"""Batches as a function of seed, step and sample, and the share of one process, made ahead in threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from walt.distributed import rank, world_size
+from walt.model.diffusion import keyed_generator
 
-# Tensors share their leading dimension, the rows of the global batch; other values (int, str) go to every row.
+# Tensors share their leading dimension, the samples; other values (int, str) go for all of them.
 Batch = dict[str, Any]
-Draw = Callable[[torch.Generator], Batch]
-Load = Callable[[Batch], Batch]
+
+# Called with the generator of what a whole batch shares, such as its shape, and with the generator of each sample that
+# is wanted by its number, 0 .. batch - 1. Draws from no others, may be called in several threads at a time.
+Source = Callable[[torch.Generator, Mapping[int, torch.Generator]], Batch]
 
 
-def part_of(batch: Batch, part: int, parts: int) -> Batch:
-    """Rows `part`, `part` + `parts`, ... of the batch's tensors: kinds of rows that stand together (the images of a
-    joint batch) are dealt out evenly. ValueError if the parts would not be equal.
-    """
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    counts = {name: len(value) for name, value in tensors.items()}
-    rows = set(counts.values())
-    if len(rows) != 1 or 0 in rows or min(rows) % parts:
-        raise ValueError(f"batch: got tensors of {counts} rows; expected the same multiple of {parts} (ranks x parts)")
-    return {**batch, **{name: value[part::parts] for name, value in tensors.items()}}
+def make_batch(source: Source, seed: int, step: int, samples: Iterable[int]) -> Batch:
+    """The samples with these numbers of a step's batch: the same ones, whenever and wherever they are asked for."""
+    own = {sample: keyed_generator(seed, step, 1 + sample) for sample in samples}
+    return source(keyed_generator(seed, step, 0), own)
 
 
 class Loader:
-    """This rank's `parts` parts of batch after batch, each part loaded (`load`; None: as it was drawn).
+    """This rank's `accumulate` microbatches of step after step from `step` on, made ahead by so many threads.
 
-    A batch is drawn from a copy of the generator's state, and the generator moves on when the batch is taken: at no
-    time does its state tell of the batch that is being made ready. One that was made ready for another state, because
-    a run was resumed or took a step back, is dropped.
+    Of n microbatches over all ranks, the i-th is made of the samples i, i + n, i + 2n, ...: kinds of samples that stand
+    together (the images of a joint batch) are dealt out evenly. ValueError if they would not be equal.
+    With pin, tensors lie in memory from which a GPU copies while the host goes on.
     """
 
-    def __init__(self, draw: Draw, load: Load | None, parts: int) -> None:
-        self.draw, self.load = draw, load
-        self.own = [rank() * parts + part for part in range(parts)]
-        self.total = world_size() * parts
-        self._pool = ThreadPoolExecutor(1)
-        self._ahead: tuple[Tensor, Future[tuple[list[Batch], Tensor]]] | None = None  # what it starts from, and gives
+    def __init__(
+        self,
+        source: Source,
+        batch: int,
+        seed: int,
+        *,
+        step: int = 0,
+        accumulate: int = 1,
+        workers: int = 1,
+        pin: bool = False,
+    ) -> None:
+        total = world_size() * accumulate
+        if batch < 1 or batch % total:
+            raise ValueError(f"batch: got {batch}; expected a multiple of {total} (ranks x microbatches)")
+        self.source, self.seed, self.pin = source, seed, pin
+        self._samples = [range(rank() * accumulate + i, batch, total) for i in range(accumulate)]
+        self._ahead = -(-workers // accumulate)  # steps
+        self._steps = count(step)
+        self._pool = ThreadPoolExecutor(workers)
+        self._ready: deque[list[Future[Batch]]] = deque()
 
-    def take(self, generator: torch.Generator) -> list[Batch]:
-        """The parts of the next batch, on the CPU. An error in drawing or loading it is raised here."""
-        state = generator.get_state()
-        ready = self._ahead is not None and torch.equal(self._ahead[0], state)
-        _, future = self._ahead if ready and self._ahead is not None else self._begin(state)
-        parts, after = future.result()
-        generator.set_state(after)
-        self._ahead = self._begin(after)
-        return parts
+    def take(self) -> list[Batch]:
+        """The microbatches of the next step, on the CPU. An error in making them is raised here."""
+        while len(self._ready) <= self._ahead:
+            step = next(self._steps)
+            self._ready.append([self._pool.submit(self._make, step, samples) for samples in self._samples])
+        return [future.result() for future in self._ready.popleft()]
 
-    def _begin(self, state: Tensor) -> tuple[Tensor, Future[tuple[list[Batch], Tensor]]]:
-        return state, self._pool.submit(self._work, state)
-
-    def _work(self, state: Tensor) -> tuple[list[Batch], Tensor]:
-        generator = torch.Generator()
-        generator.set_state(state)
-        batch = self.draw(generator)
-        parts = [part_of(batch, part, self.total) for part in self.own]
-        return parts if self.load is None else [self.load(part) for part in parts], generator.get_state()
+    def _make(self, step: int, samples: range) -> Batch:
+        batch = make_batch(self.source, self.seed, step, samples)
+        return map_tensors(Tensor.pin_memory, batch) if self.pin else batch
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """The batch with function(tensor) in the place of each tensor, also of those in dicts within."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return map_tensors(function, value)
+        return function(value) if isinstance(value, Tensor) else value
+
+    return {name: mapped(value) for name, value in batch.items()}

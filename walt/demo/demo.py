@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from walt.atomic import read_json, write_json
-from walt.checkpoint import checkpoint_folder, fingerprint
+from walt.atomic import latest_complete, read_json, write_json
+from walt.checkpoint import fingerprint
 from walt.data.clips import INDEX, ClipStore, write_store
 from walt.data.simulator import DEMO_FPS, SCENARIOS, demo_clips
 from walt.demo import report
@@ -147,7 +147,7 @@ class Demo:
         return self.config.minutes * 60 - (time.monotonic() - self.started)
 
     def _claim(self) -> None:
-        """Note which clips the folder is for; WaltError if it holds a demo of others, or a training that is no demo."""
+        """Note which clips the folder is for; WaltError if it is for others, or not a demo's."""
         path, asked = self.out / "demo.json", {name: getattr(self.config, name) for name in DATA}
         if path.is_file():
             found = read_json(path)
@@ -157,10 +157,12 @@ class Demo:
                         f"{self.out} holds a demo of other clips ({name} is {found.get(name)} there, {value} here);"
                         " give the same settings, or another --out"
                     )
-        elif any(checkpoint_folder(self.out / name) for name in ("tokenizer", "transformer")):
-            raise WaltError(
-                f"{self.out} holds what walt train, or the demo of an older walt, has trained; give another --out"
-            )
+        else:
+            for name in ("tokenizer", "transformer", "data", "held-out"):
+                if latest_complete(self.out / name).exists():
+                    raise WaltError(
+                        f"{self.out / name} is there already, of an older demo or from elsewhere; give another --out"
+                    )
         write_json(path, asked)
 
     def _data(self) -> tuple[ClipStore, ClipStore]:

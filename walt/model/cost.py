@@ -1,14 +1,16 @@
-"""`walt info`: shapes, parameters, FLOPs and memory of the presets. The networks are built without memory."""
+"""Parameters, FLOPs and memory of networks, which are built without memory."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from walt.model.config import TransformerConfig
+from walt.model.config import DiffusionConfig, TokenizerConfig, TransformerConfig
+from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 
 STATES = 4  # float32 numbers for each parameter that AdamW with an average keeps: weight, two moments, average
@@ -62,3 +64,23 @@ def saved_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = 
 
 def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def denoiser_flops(config: TransformerConfig, diffusion: DiffusionConfig) -> int:
+    """FLOPs of training on one sample: of a forward pass three times, with self-conditioning four times."""
+    passes = 4 if config.self_condition and diffusion.self_condition_probability > 0 else 3
+    return passes * sum(config.flops().values())
+
+
+@functools.cache
+def tokenizer_flops(config: TokenizerConfig, frames: int, height: int, width: int) -> int:
+    """FLOPs of training on one video: to encode it, to decode it, and the way back, as PyTorch counts products.
+
+    Of the tokenizer alone: what the discriminator and the perceptual loss compute is not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # here, as it imports Triton
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        tokenizer = Tokenizer(config)
+        tokenizer.decode(tokenizer.encode(torch.zeros(1, 3, frames, height, width))).sum().backward()
+    return counter.get_total_flops()

@@ -19,17 +19,16 @@ Preview = Callable[[int, int, Tensor], None]
 
 
 class Diffusion:
-    """x_t = sqrt(gamma_t) x0 + sqrt(1 - gamma_t) noise, with alpha_bar from 1 (clean) to 0 (noise alone).
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise, with alpha_bar from 1 (clean) to 0 (noise alone).
 
     The model predicts v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0, the standard form. (The one printed in the
     W.A.L.T paper has sqrt(alpha_bar) before x0; with it x0 could not be recovered where alpha_bar = 0.)
     """
 
-    DRAWS = ("time", "noise", "chosen", "dropped", "known", "low_time", "low_noise")  # what `draw` returns
-
     def __init__(self, config: DiffusionConfig | None = None) -> None:
         self.config = config if config is not None else DiffusionConfig()
         self.alpha_bar = noise_schedule(self.config)  # float64 [steps], on the CPU
+        self._copies: dict[torch.device, Tensor] = {}  # of alpha_bar, on other devices
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """x_t for integer steps `time` [B]."""
@@ -53,49 +52,67 @@ class Diffusion:
 
     def _roots(self, like: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of each sample, shaped to multiply `like`, in its dtype."""
-        alpha_bar = self.alpha_bar.to(like.device)[time.to(like.device)]
+        alpha_bar = self._alpha_bar_on(like.device)[time.to(like.device)]
         alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
 
-    def draw(self, shape: Sequence[int], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """All random numbers of `loss` for latents of `shape` [B, c, T, h, w], each a tensor with B in front.
+    def _alpha_bar_on(self, device: torch.device) -> Tensor:
+        """alpha_bar there, copied once: a copy in every call would have the host wait for the device."""
+        if device == self.alpha_bar.device:
+            return self.alpha_bar
+        if device not in self._copies:
+            self._copies[device] = self.alpha_bar.to(device)
+        return self._copies[device]
 
-        They can be drawn for a whole batch and sliced for its parts, so that a batch gives the same losses however it
-        is split. They are on the generator's device (the CPU without one) and the same for every model.
+    def randoms(
+        self, shape: Sequence[int], generators: Sequence[torch.Generator], *, low_resolution: bool = False
+    ) -> dict[str, Tensor]:
+        """All random numbers of `loss` for a latent of `shape` [c, T, h, w] from each of B generators.
+
+        A sample's numbers come from its own generator, so a batch gives the same losses however it is split. They are
+        on the generators' device and, but for `low_resolution`, the same for every model.
 
         Returns:
             time: int64 [B], uniform over the steps. noise: [B, c, T, h, w].
-            chosen: bool [B], with self-conditioning. dropped: bool [B], without label, text and known frames.
-            known: int64 [B], 0, 1 or 2 known frames. low_time: int64 [B] and low_noise [B, c, T, h/2, w/2], the noise
-            on a low-resolution latent: its level is uniform up to `low_resolution_noise` of the steps.
+            self_conditioned: bool [B], with self-conditioning. dropped: bool [B], without label, text and known frames.
+            known: int64 [B], 0, 1 or 2 known frames.
+            With low_resolution also low_time: int64 [B] and low_noise [B, c, T, h/2, w/2], the noise on a
+            low-resolution latent: its level is uniform up to `low_resolution_noise` of the steps.
         """
-        config, batch = self.config, shape[0]
-        where = generator.device if generator is not None else None
+        samples = [self._sample_randoms(shape, generator, low_resolution) for generator in generators]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def _sample_randoms(
+        self, shape: Sequence[int], generator: torch.Generator, low_resolution: bool
+    ) -> dict[str, Tensor]:
+        config, where = self.config, generator.device
 
         def probable(probability: float) -> Tensor:
-            return torch.rand(batch, generator=generator, device=where) < probability
+            return torch.rand((), generator=generator, device=where) < probability
 
         def below(limit: int) -> Tensor:
-            return torch.randint(limit, (batch,), generator=generator, device=where)
+            return torch.randint(limit, (), generator=generator, device=where)
 
         def normal(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, device=where)
 
-        return {
+        numbers = {
             "time": below(config.steps),
             "noise": normal(*shape),
-            "chosen": probable(config.self_condition_probability),
+            "self_conditioned": probable(config.self_condition_probability),
             "dropped": probable(config.drop_probability),
             "known": probable(config.frame_probability) * (1 + below(2)),
-            "low_time": below(max(1, round(config.low_resolution_noise * config.steps))),
-            "low_noise": normal(*shape[:3], shape[3] // 2, shape[4] // 2),
         }
+        if low_resolution:
+            numbers["low_time"] = below(max(1, round(config.low_resolution_noise * config.steps)))
+            numbers["low_noise"] = normal(*shape[:2], shape[2] // 2, shape[3] // 2)
+        return numbers
 
     def loss(
         self,
         model: nn.Module,
         x0: Tensor,
-        draws: Mapping[str, Tensor] | None = None,
+        randoms: Mapping[str, Tensor] | None = None,
         *,
         generator: torch.Generator | None = None,
         label: Tensor | None = None,
@@ -106,39 +123,41 @@ class Diffusion:
     ) -> Tensor:
         """Mean squared error on v over the batch x0 [B, c, T, h, w]; a scalar.
 
-        A model with self-conditioning first estimates x0 from nothing, without gradient, and for the `chosen` samples
-        sees that estimate in the pass that is trained. A model with frame_condition is given first frames of x0, but
-        at least one stays unknown, and none are given in a stack of images. A super-resolution stage is given
+        A model with self-conditioning first estimates x0 from nothing, without gradient, and for the `self_conditioned`
+        samples sees that estimate in the pass that is trained. A model with frame_condition is given first frames of
+        x0, but at least one stays unknown, and none are given in a stack of images. A super-resolution stage is given
         `low_resolution` [B, c, T, h/2, w/2], clean; it is noised here.
 
-        draws: what `draw(x0.shape)` returns, or a slice of it; drawn from `generator` if None.
+        randoms: what `randoms` returns for the samples; None: from `generator`, one sample after another.
         The conditions are those of `Transformer.forward`.
         """
         config = model_config(model)
-        draws = self.draw(x0.shape, generator) if draws is None else draws
-        for name, tensor in draws.items():
+        if randoms is None:
+            one = generator if generator is not None else torch.default_generator
+            randoms = self.randoms(x0.shape[1:], [one] * len(x0), low_resolution=low_resolution is not None)
+        for name, tensor in randoms.items():
             if tensor.shape[:1] != x0.shape[:1]:
-                raise ValueError(f"draws[{name!r}]: got {len(tensor)} samples; expected {len(x0)}, as x0 has")
-        draws = {name: tensor.to(x0.device) for name, tensor in draws.items()}
-        time, noise, dropped = draws["time"], draws["noise"].to(x0), draws["dropped"]
+                raise ValueError(f"randoms[{name!r}]: got {len(tensor)} samples; expected {len(x0)}, as x0 has")
+        randoms = {name: tensor.to(x0.device) for name, tensor in randoms.items()}
+        time, noise, dropped = randoms["time"], randoms["noise"].to(x0), randoms["dropped"]
 
-        given = _given(label=label, text=text, text_mask=text_mask, image=image)
+        given = conditions(label=label, text=text, text_mask=text_mask, image=image)
         if config.frame_condition:
-            known = draws["known"].clamp_max(x0.shape[2] - 1)
+            known = randoms["known"].clamp_max(x0.shape[2] - 1)
             given |= {"frames": x0, "known": known if image is None else known.masked_fill(image, 0)}
-        for name, nothing in _nothing(given, config).items():
-            given[name] = torch.where(dropped.reshape(-1, *[1] * (nothing.ndim - 1)), nothing, given[name])
+        for name, null in null_conditions(given, config).items():
+            given[name] = torch.where(dropped.reshape(-1, *[1] * (null.ndim - 1)), null, given[name])
         if low_resolution is not None:
-            low_time = draws["low_time"]
-            low = self.add_noise(low_resolution, draws["low_noise"].to(low_resolution), low_time)
+            low_time = randoms["low_time"]
+            low = self.add_noise(low_resolution, randoms["low_noise"].to(low_resolution), low_time)
             given |= {"low_resolution": low, "noise_level": low_time}
 
         x_t = self.add_noise(x0, noise, time)
         if config.self_condition and self.config.self_condition_probability > 0:
             with torch.no_grad():
                 first = model(x_t, time, **given).to(x_t.dtype)
-                chosen = draws["chosen"].reshape(-1, *[1] * (x0.ndim - 1))
-                given["self_condition"] = torch.where(chosen, self.x0_from_velocity(x_t, first, time), 0)
+                conditioned = randoms["self_conditioned"].reshape(-1, *[1] * (x0.ndim - 1))
+                given["self_condition"] = torch.where(conditioned, self.x0_from_velocity(x_t, first, time), 0)
             # Before 2.11, PyTorch's autocast gives the pass below the weights that it cast here, without a gradient.
             torch.clear_autocast_cache()
         v = model(x_t, time, **given)
@@ -153,7 +172,7 @@ class Diffusion:
 
     def ddim_step(self, x_t: Tensor, v: Tensor, time: int, following: int | None) -> tuple[Tensor, Tensor]:
         """From step `time` to the less noisy step `following` (None: clean). Returns (x_following, estimate of x0)."""
-        steps = torch.full(x_t.shape[:1], time)
+        steps = torch.full(x_t.shape[:1], time, device=x_t.device)
         x0 = self.x0_from_velocity(x_t, v, steps)
         if following is None:
             return x0, x0
@@ -192,7 +211,7 @@ class Diffusion:
         """Deterministic DDIM from `noise` [B, c, T, h, w] to x0; everything is moved to the model's device.
 
         A model with self-conditioning sees its last estimate of x0. With guidance w other than 1,
-        v = v_nothing + w_t (v - v_nothing), where v_nothing is without label, text and known frames; both come from one
+        v = v_null + w_t (v - v_null), where v_null is without label, text and known frames; both come from one
         call (`guidance_power`: see `guidance_weight`). Known frames come back as they were given.
         `preview(done, steps, estimate of x0)` is called after each step. The conditions are those of
         `Transformer.forward`.
@@ -203,7 +222,7 @@ class Diffusion:
         if guidance_power is not None and not (math.isfinite(guidance_power) and guidance_power > 0):
             raise ValueError(f"guidance_power: got {guidance_power}; expected a number > 0, or None")
         parameter = next(model.parameters())
-        given = _given(
+        given = conditions(
             label=label,
             text=text,
             text_mask=text_mask,
@@ -215,10 +234,10 @@ class Diffusion:
         )
         given = {name: tensor.to(parameter.device) for name, tensor in given.items()}
         if guidance != 1:
-            nothing = _nothing(given, config)
-            if not nothing:
+            null = null_conditions(given, config)
+            if not null:
                 raise ValueError(f"guidance: got {guidance}; expected 1 without label, text and known frames")
-            given = {name: torch.cat([tensor, nothing.get(name, tensor)]) for name, tensor in given.items()}
+            given = {name: torch.cat([tensor, null.get(name, tensor)]) for name, tensor in given.items()}
 
         # float32 between steps, whatever the model's dtype (float64 for a float64 model).
         dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -229,8 +248,8 @@ class Diffusion:
             step = torch.full((copies * len(x),), time, device=x.device)
             v = model(x.to(parameter.dtype).repeat(copies, 1, 1, 1, 1), step, **given).to(dtype)
             if copies == 2:
-                v, v_nothing = v.chunk(2)
-                v = torch.lerp(v_nothing, v, self.guidance_weight(guidance, guidance_power, time))
+                v, v_null = v.chunk(2)
+                v = torch.lerp(v_null, v, self.guidance_weight(guidance, guidance_power, time))
             x, x0 = self.ddim_step(x, v, time, times[i + 1] if i + 1 < steps else None)
             if config.self_condition:
                 given["self_condition"] = x0.to(parameter.dtype).repeat(copies, 1, 1, 1, 1)
@@ -246,18 +265,27 @@ def sample_noise(seed: int, keys: Sequence[Sequence[int]], shape: Sequence[int])
 
     A key is a sample's number and what else sets one noise apart from another, such as the chunk of a long video.
     """
+    return torch.stack([torch.randn(tuple(shape), generator=keyed_generator(seed, *key)) for key in keys])
+
+
+def keyed_generator(seed: int, *key: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on the seed and the key alone; ValueError for numbers below 0.
+
+    NumPy takes the numbers that a key lacks for zeros: no two keys may differ by zeros at their ends alone.
+    """
+    return torch.Generator().manual_seed(keyed_seed(seed, *key))
+
+
+def keyed_seed(seed: int, *key: int) -> int:
+    """The seed of `keyed_generator`, for generators that are not made here, such as torch's own."""
     seed = as_int("seed", seed)
     if seed < 0:
         raise ValueError(f"seed: got {seed}; expected an int >= 0")
-    noise = []
-    for key in keys:
-        state = np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)
-        noise.append(torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(state[0]))))
-    return torch.stack(noise)
+    return int(np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)[0])
 
 
 def noise_schedule(config: DiffusionConfig) -> Tensor:
-    """gamma_t = prod(1 - beta), float64 [steps], betas linear; with zero terminal SNR, the last one is exactly 0.
+    """alpha_bar_t = prod(1 - beta), float64 [steps], betas linear; with zero terminal SNR, the last one is exactly 0.
 
     Zero terminal SNR (Lin et al. 2023): sqrt(alpha_bar) is shifted so that its last value is 0 and scaled so that its
     first is what it was.
@@ -282,20 +310,21 @@ def model_config(model: nn.Module) -> TransformerConfig:
     return config
 
 
-def _given(**conditions: Tensor | None) -> dict[str, Tensor]:
-    given = {name: tensor for name, tensor in conditions.items() if tensor is not None}
+def conditions(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are given; a text without a mask is all text."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if "text" in given and "text_mask" not in given:
         given["text_mask"] = torch.ones(given["text"].shape[:2], dtype=torch.bool, device=given["text"].device)
     return given
 
 
-def _nothing(given: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+def null_conditions(given: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """What stands for "no label", "no text" and "no known frames" in place of the conditions that are given."""
-    nothing = {}
+    null = {}
     if "label" in given:
-        nothing["label"] = torch.full_like(given["label"], config.classes)
+        null["label"] = torch.full_like(given["label"], config.classes)
     if "text" in given:
-        nothing["text_mask"] = torch.zeros_like(given["text_mask"])
+        null["text_mask"] = torch.zeros_like(given["text_mask"])
     if "known" in given:
-        nothing["known"] = torch.zeros_like(given["known"])
-    return nothing
+        null["known"] = torch.zeros_like(given["known"])
+    return null

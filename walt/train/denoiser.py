@@ -1,29 +1,30 @@
-"""The later stages of training: base model and super-resolution (`walt.runs`)."""
+"""The later stages of training: base model and super-resolution."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from walt.checkpoint import checkpoint_folder, fingerprint, load_description
-from walt.data.batches import LatentSource, Source
+from walt.data.batches import LatentSource
 from walt.data.latents import LatentStore, encode_latents
 from walt.data.loading import Batch
 from walt.data.text_features import TextFeatures, encode_captions
 from walt.distributed import is_main
 from walt.errors import WaltError, as_user_error, say
 from walt.model.config import TransformerConfig, transformer_description
+from walt.model.cost import denoiser_flops
 from walt.model.diffusion import Diffusion
 from walt.model.text import TextEncoder, text_encoder, with_text
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.pretrained import load_tokenizer, of_another_tokenizer
-from walt.sample.pipeline import WaltPipeline
-from walt.train.objective import Phase
+from walt.train.losses import DenoiserLoss
+from walt.train.objective import Objective
 from walt.train.run import (
     Run,
     check_same_data,
@@ -32,15 +33,20 @@ from walt.train.run import (
     resume_and_save_settings,
     tell_other_rate,
     warn_of_cut_captions,
-    write_preview,
 )
-from walt.train.trainer import Trainer
+from walt.train.trainer import Preview, Trainer
 
-PREVIEWS = 4  # samples of a preview
+# Makes of a run, with its tokenizer, diffusion and text encoder, what a trainer calls with averaged module and step.
+MakePreview = Callable[[Run, Tokenizer, Diffusion, TextEncoder | None], Preview | None]
 
 
-def train_denoiser(run: Run, *, seconds: float | None = None) -> Trainer[Transformer]:
-    """Second stage and super-resolution: v-prediction on the latents of the tokenizer in the same folder."""
+def train_denoiser(
+    run: Run, *, preview: MakePreview | None = None, seconds: float | None = None
+) -> Trainer[Transformer]:
+    """Second stage and super-resolution: v-prediction on the latents of the tokenizer in the same folder.
+
+    seconds: of training, in this call; None: as many as it takes.
+    """
     settings = run.settings
     data = settings.data
     tokenizer = trained_tokenizer(run.out).to(run.device)
@@ -53,36 +59,24 @@ def train_denoiser(run: Run, *, seconds: float | None = None) -> Trainer[Transfo
     if encoder is not None:
         warn_of_cut_captions(run.cache, encoder)
     check_same_data(run, "transformer")
-    source = latent_source(run, tokenizer, key, config, encoder)
+    diffusion = Diffusion(settings.diffusion)
+    source = denoiser_source(run, tokenizer, key, config, diffusion, encoder)
     torch.manual_seed(settings.training.seed)
-    transformer, diffusion = Transformer(config).to(run.device), Diffusion(settings.diffusion)
-    shape = (data.batch, config.latent_channels, *config.latent_size)
-
-    def draw(generator: torch.Generator) -> Batch:
-        return {**source.draw(generator), **diffusion.draw(shape, generator)}
-
-    def load(rows: Batch) -> Batch:
-        return {**{name: rows[name] for name in diffusion.DRAWS}, **source.load(rows)}
-
-    def loss(module: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        draws = {name: rows[name] for name in diffusion.DRAWS}
-        given = {name: value for name, value in rows.items() if name not in draws}
-        return diffusion.loss(module, given.pop("latent"), draws, **given), {}
-
+    transformer = Transformer(config).to(run.device)
     description = transformer_description(
         config, settings.diffusion, run.clip, run.cache.classes if config.classes else (), data.text
     )
     with as_user_error("training"):
         trainer: Trainer[Transformer] = Trainer(
-            [Phase("model", transformer, loss)],
-            draw,
-            settings.training,
+            [Objective(transformer, DenoiserLoss(diffusion), settings.training, average=True)],
+            source,
             run.folder,
+            batch=data.batch,
+            frames=data.frames,
+            flops=lambda: data.batch * denoiser_flops(config, settings.diffusion),
             kind="transformer",
             description={**description, **run.description(), "tokenizer": key},
-            load=load,
-            frames_per_step=data.batch * data.frames,
-            preview=transformer_preview(run, tokenizer, diffusion, encoder),
+            preview=preview(run, tokenizer, diffusion, encoder) if preview is not None else None,
         )
     resume_and_save_settings(run, trainer)
     trainer.run(seconds=None if seconds is None else trainer.elapsed + seconds)
@@ -149,44 +143,44 @@ def transformer_config(run: Run, tokenizer: Tokenizer, encoder: TextEncoder | No
         return config.resized(tokenizer.config.latent_shape(size.frames, size.height, size.width), classes)
 
 
-class _Joined:
-    """What `walt.data.batches.Source` asks for, over latents: what the model's conditions need and nothing else."""
+class DenoiserSource:
+    """Batches of `DenoiserLoss`: latents, the random numbers of the diffusion, and the model's conditions."""
 
     def __init__(
-        self, latents: LatentSource, low: LatentSource | None, config: TransformerConfig, encoder: TextEncoder | None
+        self, latents: LatentSource, diffusion: Diffusion, config: TransformerConfig, encoder: TextEncoder | None
     ) -> None:
-        self.latents, self.low, self.config, self.encoder = latents, low, config, encoder
+        self.latents, self.diffusion, self.config, self.encoder = latents, diffusion, config, encoder
         captions = [caption for caption in latents.latents.cache.caption if caption]
         # As with `TextFeatures`, texts are as long as the longest caption of all: the rest of them would be padding.
         self.longest = max(encoder.count(captions), default=1) if encoder is not None and encoder.vocabulary else 0
 
-    def draw(self, generator: torch.Generator) -> Batch:
-        return self.latents.draw(generator)
-
-    def load(self, batch: Batch) -> Batch:
-        """The arguments of `Diffusion.loss`, x0 under the name "latent"."""
-        loaded = self.latents.load(batch)
-        captions = loaded.pop("caption")
+    def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
+        batch = self.latents(shared, samples)
+        captions = batch.pop("caption")
         if not self.config.classes:
-            del loaded["label"]
+            del batch["label"]
         if not self.latents.images:
-            del loaded["image"]
-        if self.encoder is not None and "text" not in loaded:
+            del batch["image"]
+        if self.encoder is not None and "text" not in batch:
             text, mask = self.encoder.encode(captions)
-            loaded["text"], loaded["text_mask"] = text[:, : self.longest], mask[:, : self.longest]
-        if self.low is not None:
-            loaded["low_resolution"] = self.low.load(batch)["latent"]
-        return loaded
+            batch["text"], batch["text_mask"] = text[:, : self.longest], mask[:, : self.longest]
+        shape, low = batch["latent"].shape[1:], self.config.low_resolution
+        batch["randoms"] = self.diffusion.randoms(shape, list(samples.values()), low_resolution=low)
+        return batch
 
 
-def latent_source(
-    run: Run, tokenizer: Tokenizer, key: str, config: TransformerConfig, encoder: TextEncoder | None
-) -> Source:
+def denoiser_source(
+    run: Run,
+    tokenizer: Tokenizer,
+    key: str,
+    config: TransformerConfig,
+    diffusion: Diffusion,
+    encoder: TextEncoder | None,
+) -> DenoiserSource:
     """Latents of the data, encoded once; for super-resolution also those of its clips at half the size.
 
     key: the tokenizer's fingerprint.
     """
-    data = run.settings.data
     features: TextFeatures | None = None
     if encoder is not None and encoder.width:
         frozen, text_key = encoder, f"{encoder.name}, {encoder.length} tokens"
@@ -195,18 +189,15 @@ def latent_source(
             lambda: TextFeatures.open(run.out / "text", key=text_key),
             "captions",
         )
-    condition = "caption" if encoder is not None else "label"
-    sources = [
-        LatentSource(
-            latents(run, tokenizer, key, half),
-            data.batch,
-            images_of(run),
-            condition=condition,
-            text=None if half else features,
-        )
-        for half in ((False, True) if config.low_resolution else (False,))
-    ]
-    return _Joined(sources[0], sources[1] if config.low_resolution else None, config, encoder)
+    source = LatentSource(
+        latents(run, tokenizer, key, half=False),
+        run.settings.data.batch,
+        images_of(run),
+        condition="caption" if encoder is not None else "label",
+        text=features,
+        low=latents(run, tokenizer, key, half=True) if config.low_resolution else None,
+    )
+    return DenoiserSource(source, diffusion, config, encoder)
 
 
 def latents(run: Run, tokenizer: Tokenizer, key: str, half: bool) -> LatentStore:
@@ -234,23 +225,3 @@ def latents(run: Run, tokenizer: Tokenizer, key: str, half: bool) -> LatentStore
         lambda: LatentStore.open(folder, run.cache, key=key),
         str(folder),
     )
-
-
-def transformer_preview(
-    run: Run, tokenizer: Tokenizer, diffusion: Diffusion, encoder: TextEncoder | None
-) -> Callable[[nn.Module, int], None] | None:
-    """previews/base-<step>.mp4: samples of the first classes or captions, the same noise each time."""
-    if run.stage != "base":
-        return None
-    texts = sorted({caption for caption in run.cache.caption if caption})
-
-    def preview(module: nn.Module, step: int) -> None:
-        assert isinstance(module, Transformer)
-        classes = run.cache.classes if module.config.classes else ()
-        pipeline = WaltPipeline(tokenizer, module, diffusion, clip=run.clip, classes=classes, text=encoder)
-        label = [i % len(classes) for i in range(PREVIEWS)] if classes else None
-        text = [texts[i % len(texts)] for i in range(PREVIEWS)] if encoder is not None else None
-        videos = pipeline.generate(label, PREVIEWS, text=text, steps=20, progress=False)
-        write_preview(run, step, videos, columns=PREVIEWS)
-
-    return preview

@@ -1,62 +1,134 @@
-"""Losses of the first stage: reconstruction, perceptual, adversarial, and the two steps that put them together.
+"""What is trained on: a loss for each network, `loss(network, batch) -> (scalar, values to log)`.
 
-The terms and their weights are MAGVIT-v2's (`TokenizerLossConfig`); what is ours is said where it stands. All take
-videos [B, 3, T, H, W], images being videos of one frame.
+The tokenizer's is a weighted sum of terms, each a class here with the name of its weight in `TokenizerLossConfig`;
+terms and weights are MAGVIT-v2's, and what is ours is said where it stands. Videos are [B, 3, T, H, W], images being
+videos of one frame. Values are unweighted, and detached.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from walt.model.tokenizer import Tokenizer
+from walt.data.loading import Batch
+from walt.model.diffusion import Diffusion
 from walt.settings import TokenizerLossConfig
-from walt.train.perceptual import PerceptualLoss
-
-__all__ = [
-    "LeCam",
-    "decorrelation_loss",
-    "discriminator_loss",
-    "discriminator_losses",
-    "generator_loss",
-    "output_losses",
-    "r1_penalty",
-    "reconstruction_loss",
-    "tokenizer_losses",
-]
-
-Losses = tuple[Tensor, dict[str, Tensor]]
+from walt.train.objective import Values, frozen
 
 
-def reconstruction_loss(output: Tensor, target: Tensor, *, absolute: float = 0.1) -> Tensor:
-    """mean (output - target)^2 + absolute * mean |output - target|, for videos of one shape in [-1, 1].
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the terms of the tokenizer's loss look at: output = decode(latent), latent = encode(video)."""
+
+    video: Tensor
+    latent: Tensor
+    output: Tensor
+    perceptual_frames: Tensor | None = None  # int64 [B, n], those that the perceptual loss looks at; None: all
+
+
+class Term(Protocol):
+    name: str  # of the weight, and of the column of the log
+
+    def __call__(self, made: Reconstruction) -> Tensor: ...
+
+
+class ReconstructionTerm:
+    """mean (output - video)^2 + absolute * mean |output - video|, for videos of one shape in [-1, 1].
 
     The paper names a reconstruction loss and not its form. The square is what PSNR measures; the small absolute
     term keeps a gradient on small errors late in training. The weight is ours.
     """
-    if output.shape != target.shape:
-        raise ValueError(f"output has shape {list(output.shape)}, expected that of target, {list(target.shape)}")
-    difference = output - target
-    return difference.square().mean() + absolute * difference.abs().mean()
+
+    name = "reconstruction"
+
+    def __init__(self, absolute: float = TokenizerLossConfig.absolute) -> None:
+        self.absolute = absolute
+
+    def __call__(self, made: Reconstruction) -> Tensor:
+        if made.output.shape != made.video.shape:
+            raise ValueError(
+                f"output has shape {list(made.output.shape)}, expected that of video, {list(made.video.shape)}"
+            )
+        difference = made.output - made.video
+        return difference.square().mean() + self.absolute * difference.abs().mean()
 
 
-def decorrelation_loss(latent: Tensor) -> Tensor:
+class DecorrelationTerm:
     """Mean over channels of the summed squared correlations with the other channels, for latents [B, c, T, H, W].
 
     Left alone, the channels of a small autoencoder all come to carry brightness; differences between them are then
     too small for the second stage to model. Correlations do not change with a channel's scale, so this costs the
     reconstruction nothing. Not in the paper: ours, in the place of the quantizer that keeps MAGVIT-v2's channels apart.
     """
-    rows = latent.transpose(0, 1).flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    rows = rows * (rows.square().mean(1, keepdim=True) + 1e-6).rsqrt()
-    with torch.autocast(rows.device.type, enabled=False):
-        correlation = rows @ rows.T / rows.shape[1]
-    return (correlation - correlation.diag().diag()).square().sum() / len(rows)
+
+    name = "decorrelation"
+
+    def __call__(self, made: Reconstruction) -> Tensor:
+        rows = made.latent.transpose(0, 1).flatten(1)
+        rows = rows - rows.mean(1, keepdim=True)
+        rows = rows * (rows.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+        with torch.autocast(rows.device.type, enabled=False):
+            correlation = rows @ rows.T / rows.shape[1]
+        return (correlation - correlation.diag().diag()).square().sum() / len(rows)
+
+
+class PerceptualTerm:
+    """The distance of some frames in a network's features; `distance(output, video, frames=)` is `PerceptualLoss`."""
+
+    name = "perceptual"
+
+    def __init__(self, distance: nn.Module) -> None:
+        self.distance = distance
+
+    def __call__(self, made: Reconstruction) -> Tensor:
+        return self.distance(made.output, made.video, frames=made.perceptual_frames)
+
+
+class AdversarialTerm:
+    """`generator_loss` of the discriminator's logits for the output. No gradient reaches its parameters, so it is to be
+    the module itself and not a DistributedDataParallel wrapper, which would wait for them."""
+
+    name = "adversarial"
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        self.discriminator = discriminator
+
+    def __call__(self, made: Reconstruction) -> Tensor:
+        with frozen(self.discriminator):
+            return generator_loss(self.discriminator(made.output))
+
+
+class TokenizerLoss:
+    """Weighted sum of terms of the reconstruction of batch["video"]; `config` has a weight for each by its name.
+
+    batch["perceptual_frames"], if it is there: float [B, n] in [0, 1), where in each video the perceptual loss looks.
+    The reconstruction is left in the batch for the discriminator.
+    """
+
+    def __init__(self, config: TokenizerLossConfig, terms: Iterable[Term]) -> None:
+        self.terms = [(getattr(config, term.name), term) for term in terms]
+
+    def __call__(self, network: Any, batch: Batch) -> tuple[Tensor, Values]:
+        video, frames = batch["video"], batch.get("perceptual_frames")
+        latent = network.encode(video)
+        output = network.decode(latent)
+        batch["reconstruction"] = wide(output.detach())
+        if frames is not None:
+            frames = (frames * video.shape[2]).long()
+        made = Reconstruction(video, wide(latent), wide(output), frames)
+        values = {term.name: term(made) for _, term in self.terms}
+        loss = torch.stack([weight * values[term.name] for weight, term in self.terms]).sum()
+        return loss, {name: value.detach() for name, value in values.items()}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, if it was narrower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
@@ -114,91 +186,38 @@ class LeCam(nn.Module):
             anchor.lerp_(torch.as_tensor(logit).to(anchor), 1 - self.decay)
 
 
-def tokenizer_losses(
-    tokenizer: Tokenizer,
-    video: Tensor,
-    config: TokenizerLossConfig,
-    *,
-    perceptual: PerceptualLoss | None = None,
-    discriminator: nn.Module | None = None,
-    frames: Tensor | None = None,
-) -> Losses:
-    """The tokenizer's loss on real videos, see `output_losses`."""
-    latent = tokenizer.encode(video)
-    output = tokenizer.decode(latent)
-    return output_losses(
-        output, latent, video, config, perceptual=perceptual, discriminator=discriminator, frames=frames
-    )
+class DiscriminatorLoss:
+    """The discriminator's loss on batch["video"] and on its reconstruction, as `TokenizerLoss` left it.
 
-
-def output_losses(
-    output: Tensor,
-    latent: Tensor,
-    target: Tensor,
-    config: TokenizerLossConfig,
-    *,
-    perceptual: PerceptualLoss | None = None,
-    discriminator: nn.Module | None = None,
-    frames: Tensor | None = None,
-) -> Losses:
-    """Weighted sum of the losses of `output = decode(latent)`, `latent = encode(target)`, and its terms for a log.
-
-    For training steps that go on to use `output`, as the discriminator's next fake. `perceptual` and `discriminator`
-    may be left out and their terms with them. `frames` int64 [B, n] are those that the perceptual loss looks at (None:
-    all). The log has the unweighted terms, detached and on their device. No gradient reaches the discriminator's
-    parameters, so pass the module itself and not its DistributedDataParallel wrapper, which would wait for them.
+    In steps with batch["penalise"], R1 is added at `r1_every` times its weight: one step of `r1_every` is to have it
+    (lazy regularisation). Values: "real_logit", "fake_logit", "lecam" and, where it was added, "r1".
     """
-    output, latent = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (output, latent))
-    terms = {
-        "reconstruction": (config.reconstruction, reconstruction_loss(output, target, absolute=config.absolute)),
-        "decorrelation": (config.decorrelation, decorrelation_loss(latent)),
-    }
-    if perceptual is not None:
-        distance = perceptual(output, target, frames=frames)
-        terms["perceptual"] = (config.perceptual, distance)
-    if discriminator is not None:
-        with frozen(discriminator):
-            terms["adversarial"] = (config.adversarial, generator_loss(discriminator(output)))
-    loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
-    return loss, {name: term.detach() for name, (_, term) in terms.items()}
+
+    def __init__(self, config: TokenizerLossConfig, lecam: LeCam) -> None:
+        self.config, self.lecam = config, lecam
+
+    def __call__(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Values]:
+        real = batch["video"]
+        real_logits, fake_logits = network(real), network(batch["reconstruction"].detach())
+        values = {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
+        values["lecam"] = self.lecam(real_logits, fake_logits)
+        loss = discriminator_loss(real_logits, fake_logits) + self.config.lecam * values["lecam"]
+        if batch["penalise"]:
+            values["r1"] = r1_penalty(network, real)
+            loss = loss + self.config.r1 * self.config.r1_every * values["r1"]
+        return loss, {name: value.detach() for name, value in values.items()}
+
+    def after_step(self, values: dict[str, float]) -> None:
+        """Move LeCAM's anchors by the means over the global batch, so that they are the same however it is cut."""
+        self.lecam.update(values["real_logit"], values["fake_logit"])
 
 
-def discriminator_losses(
-    discriminator: nn.Module,
-    lecam: LeCam,
-    real: Tensor,
-    fake: Tensor,
-    config: TokenizerLossConfig,
-    *,
-    penalise: bool,
-) -> Losses:
-    """The discriminator's loss on real and reconstructed videos.
+class DenoiserLoss:
+    """`Diffusion.loss` of batch["latent"], with batch["randoms"] and all else in the batch as conditions."""
 
-    The anchors of `lecam` are for the caller to move, by the logged logits: after the step, and with the means over all
-    processes.
+    def __init__(self, diffusion: Diffusion) -> None:
+        self.diffusion = diffusion
 
-    With `penalise`, R1 is added at `r1_every` times its weight: ask for it in one step of `r1_every` (lazy
-    regularisation). The log has "real_logit", "fake_logit", "lecam" and, where asked for, "r1", detached and on their
-    device.
-    """
-    real_logits, fake_logits = discriminator(real), discriminator(fake.detach())
-    anchored = lecam(real_logits, fake_logits)
-    loss = discriminator_loss(real_logits, fake_logits) + config.lecam * anchored
-    logs = {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean(), "lecam": anchored}
-    if penalise:
-        logs["r1"] = r1_penalty(discriminator, real)
-        loss = loss + config.r1 * config.r1_every * logs["r1"]
-    return loss, {name: value.detach() for name, value in logs.items()}
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients go through `module` but not to its parameters, for what is computed inside."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    def __call__(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Values]:
+        conditions = {name: value for name, value in batch.items() if name not in ("latent", "randoms")}
+        return self.diffusion.loss(network, batch["latent"], batch["randoms"], **conditions), {}

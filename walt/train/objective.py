@@ -1,4 +1,4 @@
-"""What a training step is made of: the phases, each with its loss and optimizer."""
+"""An objective: a network, its loss and its optimizer. A training step is `backward` and then `step` of each."""
 
 from __future__ import annotations
 
@@ -6,47 +6,33 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from walt.data.loading import Batch
-from walt.distributed import all_mean, full, parallel, synchronizing
+from walt.distributed import all_mean, full, parallel, synchronizing, world_size
 from walt.settings import TrainingConfig
+from walt.train.averaging import WeightAverage
 from walt.train.optimizers import make_optimizer
 
 Values = Mapping[str, Tensor]
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, Values]]
+Loss = Callable[[Any, Batch], tuple[Tensor, Values]]
 
-COLUMNS = frozenset(("step", "loss", "grad_norm", "lr", "frames_s", "seconds"))  # of the log, with a meaning of its own
-
-
-@dataclass
-class Phase:
-    """One optimizer's share of a step.
-
-    loss(module, rows) -> (scalar, values to log), both means over the rows it is given, so that the mean over equal
-    parts is that of the whole. It may call any method of `module`, and other phases' modules, which it does not train.
-    after(values): called after a step with the values' means over the global batch; the place to follow them with
-    running statistics (LeCAM's), which are then the same on every rank and however the batch is cut.
-    """
-
-    name: str
-    module: nn.Module
-    loss: Loss
-    after: Callable[[dict[str, float]], None] | None = None
+TIMES = ("data_s", "compute_s", "optimizer_s", "save_s", "peak_gib", "mfu")
+COLUMNS = frozenset(("step", "loss", "grad_norm", "lr", "frames_s", "seconds", *TIMES))  # with a meaning of their own
 
 
 @dataclass
-class PhaseResult:
+class Result:
     """Means over the global batch: of the loss, of the values to log; and the norm of the gradient before clipping."""
 
     loss: float
     grad_norm: float
     values: dict[str, float]
 
-    def broken(self) -> str | None:
+    def not_finite(self) -> str | None:
         """The name of what is not finite any more."""
         return next((name for name in ("loss", "grad_norm") if not math.isfinite(getattr(self, name))), None)
 
@@ -56,69 +42,97 @@ class PhaseResult:
         return {prefix + name: value for name, value in columns.items()}
 
 
-class PhaseOptimizer:
-    """A phase, spread over the ranks, and its optimizer. The names in the module's state dict stay what they are."""
+class Objective:
+    """A network spread over the ranks, its loss and its optimizer; with `average`, also the average of its weights.
 
-    def __init__(self, phase: Phase, config: TrainingConfig, device: torch.device) -> None:
-        self.phase, self.config, self.device = phase, config, device
+    loss(network, batch) -> (scalar, values to log), both means over the samples it is given, so that the mean over
+    equal microbatches is that of the whole batch. It may call any method of the network, and other networks, which it
+    does not train. The names in the network's state dict stay what they are.
+    after_step(values): called after a step with the values' means over the global batch; the place to follow them with
+    running statistics (LeCAM's), which are then the same on every rank and however the batch is cut.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Loss,
+        config: TrainingConfig,
+        *,
+        name: str = "model",
+        average: bool = False,
+        after_step: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        self.network, self.config, self.name, self.after_step = network, config, name, after_step
+        self.device = next(network.parameters()).device
+        sharded = config.strategy == "fsdp" and world_size() > 1
+        keeps = sharded or (average and config.ema_decay > 0)
+        self.average = WeightAverage(network, config.ema_decay) if keeps else None
         if config.compile:  # in place, for the sake of the names
-            for module in (phase.module, *phase.module.children()):
+            for module in (network, *network.children()):
                 if type(module).forward is not nn.Module.forward:
                     module.compile()
-        loss = _Loss(phase, device.type, config.precision == "bfloat16")
-        self.wrapped = parallel(loss, phase.module, config.strategy)
-        self.optimizer = make_optimizer(config, phase.module.parameters())
+        self.forward = parallel(LossModule(network, loss, config.precision), network, config.strategy)
+        self.optimizer = make_optimizer(config, network.parameters())
+        self.result: Result | None = None  # of the last backward
+        if sharded and self.average is not None:
+            self.average.shard()
 
-    def gradients(self, parts: Sequence[Batch]) -> PhaseResult:
-        """Leave the clipped gradient of the mean loss over the global batch in the parameters; of it, this rank's parts
-        are given, on the device."""
+    def backward(self, microbatches: Sequence[Batch]) -> Result:
+        """Leave the clipped gradient of the mean loss over the global batch in the parameters; of that batch, this
+        rank's microbatches are given, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        for number, rows in enumerate(parts, 1):
-            with synchronizing(self.wrapped, number == len(parts)):
-                loss, values = self.wrapped(rows)
-                (loss / len(parts)).backward()
+        for number, batch in enumerate(microbatches, 1):
+            with synchronizing(self.forward, number == len(microbatches)):
+                loss, values = self.forward(batch)
+                (loss / len(microbatches)).backward()
             if taken := COLUMNS & values.keys():
-                raise ValueError(f"values of phase {self.phase.name!r}: got {sorted(taken)}; expected other names")
+                raise ValueError(f"values of objective {self.name!r}: got {sorted(taken)}; expected other names")
             for name, value in {"loss": loss, **values}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double() / len(parts)
-        trained = [parameter for parameter in self.phase.module.parameters() if parameter.grad is not None]
+                sums[name] = sums.get(name, 0) + value.detach().double() / len(microbatches)
+        trained = [parameter for parameter in self.network.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in trained], foreach=True)
         if self.config.clip_norm:
             nn.utils.clip_grads_with_norm_(trained, self.config.clip_norm, norm, foreach=True)
         numbers = torch.stack([*sums.values(), full(norm).to(self.device, torch.float64)])
-        loss_value, *others, norm_value = all_mean(numbers).tolist()
-        return PhaseResult(loss_value, norm_value, dict(zip([*sums][1:], others, strict=True)))
+        mean_loss, *means, grad_norm = all_mean(numbers).tolist()
+        self.result = Result(mean_loss, grad_norm, dict(zip([*sums][1:], means, strict=True)))
+        return self.result
 
-    def step(self, rate: float) -> None:
+    def step(self, lr: float) -> None:
+        """Take the step that `backward` prepared, and have averages and running statistics follow it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
+        if self.after_step is not None and self.result is not None:
+            self.after_step(self.result.values)
 
 
 @contextlib.contextmanager
-def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Their parameters take no gradient within."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Gradients go through the modules but not to their parameters, for what is computed inside."""
+    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in parameters:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 
-class _Loss(nn.Module):
-    """What DDP and FSDP wrap: a forward that is the whole loss, so that it may call any methods of the module."""
+class LossModule(nn.Module):
+    """What DDP and FSDP wrap: a forward that is the whole loss, so that it may call any method of the network."""
 
-    def __init__(self, phase: Phase, device_type: str, narrow: bool) -> None:
+    def __init__(self, network: nn.Module, loss: Loss, precision: str) -> None:
         super().__init__()
-        self.module, self.function = phase.module, phase.loss
-        self.device_type, self.narrow = device_type, narrow
+        self.network, self.loss, self.precision = network, loss, precision
 
-    def forward(self, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.narrow):
-            loss, values = self.function(self.module, rows)
+    def forward(self, batch: Batch) -> tuple[Tensor, Values]:
+        device = next(self.network.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            loss, values = self.loss(self.network, batch)
         return loss, {name: value.detach() for name, value in values.items()}

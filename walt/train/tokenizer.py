@@ -1,62 +1,66 @@
-"""The first stage of training: the tokenizer (`walt.runs`)."""
+"""The first stage of training: the tokenizer."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
 
 from walt.checkpoint import checkpoint_folder
-from walt.data.batches import Bucket, Buckets, PixelSource, Source
-from walt.data.loading import Batch
+from walt.data.batches import Bucket, Buckets, PixelSource
+from walt.data.loading import Batch, Source
 from walt.data.pixels import to_pixels
 from walt.distributed import is_main
 from walt.errors import as_user_error, say
 from walt.model.config import tokenizer_description
+from walt.model.cost import tokenizer_flops
 from walt.model.tokenizer import Tokenizer
 from walt.pretrained import DENOISERS
-from walt.settings import Settings
+from walt.settings import Settings, TokenizerLossConfig
 from walt.train.discriminator import Discriminator
-from walt.train.losses import LeCam, discriminator_losses, output_losses
-from walt.train.objective import Phase
+from walt.train.losses import (
+    AdversarialTerm,
+    DecorrelationTerm,
+    DiscriminatorLoss,
+    LeCam,
+    PerceptualTerm,
+    ReconstructionTerm,
+    Term,
+    TokenizerLoss,
+)
+from walt.train.objective import Objective
 from walt.train.perceptual import PerceptualLoss, efficientnet_features
 from walt.train.run import CLIPS, Run, check_same_data, images_of, resume_and_save_settings, some_clips, write_preview
-from walt.train.trainer import Trainer
+from walt.train.trainer import Preview, Trainer
 
 
 def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokenizer]:
-    """First stage: reconstruct clips and images, with the losses whose weights are not 0; then latent statistics."""
-    settings = run.settings
+    """First stage: reconstruct clips and images, with the losses whose weights are not 0; then latent statistics.
+
+    seconds: of training, in this call; None: as many as it takes.
+    """
+    settings, data = run.settings, run.settings.data
     check_same_data(run, "tokenizer")
     torch.manual_seed(settings.training.seed)
-    source = pixel_source(run)
     tokenizer = Tokenizer(settings.tokenizer).to(run.device)
-    phases, extra = tokenizer_phases(tokenizer, settings, run.device)
-
-    def draw(generator: torch.Generator) -> Batch:
-        batch = source.draw(generator)
-        frames = torch.rand(settings.data.batch, settings.losses.perceptual_frames, generator=generator)
-        penalise = int(torch.randint(settings.losses.r1_every, (1,), generator=generator)) == 0
-        return {**batch, "perceptual": frames, "penalise": int(penalise)}
-
-    def load(rows: Batch) -> Batch:
-        return {"video": source.load(rows)["video"], "perceptual": rows["perceptual"], "penalise": rows["penalise"]}
-
+    objectives, extra = tokenizer_objectives(tokenizer, settings)
     description = {**tokenizer_description(settings.tokenizer), "losses": settings.losses.to_dict()}
     description["clip"] = asdict(run.clip)
     with as_user_error("training"):
         trainer: Trainer[Tokenizer] = Trainer(
-            phases,
-            draw,
-            settings.training,
+            objectives,
+            TokenizerSource(run),
             run.folder,
+            batch=data.batch,
+            frames=data.frames,
+            flops=lambda: sum(
+                data.batch * weight * tokenizer_flops(settings.tokenizer, bucket.frames, bucket.height, bucket.width)
+                for bucket, weight in buckets(run).items()
+            ),
             kind="tokenizer",
             description={**description, **run.description()},
-            load=load,
-            frames_per_step=settings.data.batch * settings.data.frames,
             extra_modules=extra,
             preview=tokenizer_preview(run),
         )
@@ -74,57 +78,58 @@ def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokeni
     return trainer
 
 
-def pixel_source(run: Run) -> Source:
+def buckets(run: Run) -> dict[Bucket, float]:
     """Clips, and single images in so large a share of the steps as `data.images` is of `data.batch`."""
     data = run.settings.data
-    video = Bucket(data.frames, data.height, data.width, data.batch, stride=data.stride)
+    video = Bucket(data.frames, data.height, data.width, stride=data.stride)
     image = replace(video, frames=1, images=True)
     share = 1.0 if run.settings.tokenizer.kind == "image" else images_of(run) / data.batch
-    weights = {video: 1 - share, image: share}
-    used = {bucket: weight for bucket, weight in weights.items() if weight > 0}
-    return Buckets([PixelSource(run.cache, bucket, flip=data.flip) for bucket in used], list(used.values()))
+    return {bucket: weight for bucket, weight in {video: 1 - share, image: share}.items() if weight > 0}
 
 
-def tokenizer_phases(
-    tokenizer: Tokenizer, settings: Settings, device: torch.device
-) -> tuple[list[Phase], Mapping[str, nn.Module]]:
-    """The tokenizer's losses and, with an adversarial one, the discriminator's; and modules with running statistics.
+class TokenizerSource:
+    """Batches of `TokenizerLoss` and `DiscriminatorLoss`: videos, where to compare them, and which steps have R1."""
 
-    The discriminator's fakes are the reconstructions of the same step, kept from one phase for the other.
-    """
-    weights = settings.losses
-    perceptual = PerceptualLoss(efficientnet_features()).to(device) if weights.perceptual else None
-    adversary = Discriminator(settings.tokenizer.channels).to(device) if weights.adversarial else None
+    def __init__(self, run: Run) -> None:
+        shares, flip = buckets(run), run.settings.data.flip
+        self.losses = run.settings.losses
+        self.videos: Source = Buckets([PixelSource(run.cache, b, flip=flip) for b in shares], list(shares.values()))
+
+    def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
+        frames = self.losses.perceptual_frames
+        return {
+            "video": self.videos(shared, samples)["video"],
+            "perceptual_frames": torch.stack([torch.rand(frames, generator=own) for own in samples.values()]),
+            "penalise": int(torch.randint(self.losses.r1_every, (), generator=shared)) == 0,
+        }
+
+
+def tokenizer_objectives(tokenizer: Tokenizer, settings: Settings) -> tuple[list[Objective], Mapping[str, nn.Module]]:
+    """The tokenizer's and, with an adversarial loss, the discriminator's; and modules with running statistics."""
+    weights, training, device = settings.losses, settings.training, tokenizer.latent_mean.device
+    discriminator = Discriminator(settings.tokenizer.channels).to(device) if weights.adversarial else None
+    loss = TokenizerLoss(weights, tokenizer_terms(weights, discriminator, device))
+    objectives = [Objective(tokenizer, loss, training, average=True)]
+    if discriminator is None:
+        return objectives, {}
     lecam = LeCam(weights.lecam_decay).to(device)
-    made: deque[tuple[Tensor, Tensor]] = deque()
-
-    def reconstruct(module: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        assert isinstance(module, Tokenizer)
-        video = rows["video"]
-        latent = module.encode(video)
-        output = module.decode(latent)
-        if adversary is not None:
-            made.append((video, output.detach().float()))
-        frames = (rows["perceptual"] * video.shape[2]).long()
-        return output_losses(
-            output, latent, video, weights, perceptual=perceptual, discriminator=adversary, frames=frames
-        )
-
-    def judge(module: nn.Module, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        real, fake = made.popleft()
-        return discriminator_losses(module, lecam, real, fake, weights, penalise=bool(rows["penalise"]))
-
-    phases = [Phase("model", tokenizer, reconstruct)]
-    if adversary is None:
-        return phases, {}
-
-    def after(values: dict[str, float]) -> None:
-        lecam.update(values["real_logit"], values["fake_logit"])
-
-    return [*phases, Phase("discriminator", adversary, judge, after)], {"lecam": lecam}
+    judge = DiscriminatorLoss(weights, lecam)
+    after = judge.after_step
+    objectives.append(Objective(discriminator, judge, training, name="discriminator", after_step=after))
+    return objectives, {"lecam": lecam}
 
 
-def tokenizer_preview(run: Run) -> Callable[[nn.Module, int], None]:
+def tokenizer_terms(weights: TokenizerLossConfig, discriminator: nn.Module | None, device: torch.device) -> list[Term]:
+    """The terms of the tokenizer's loss; those with a network of their own only where they have a weight."""
+    terms: list[Term] = [ReconstructionTerm(weights.absolute), DecorrelationTerm()]
+    if weights.perceptual:
+        terms.append(PerceptualTerm(PerceptualLoss(efficientnet_features()).to(device)))
+    if discriminator is not None:
+        terms.append(AdversarialTerm(discriminator))
+    return terms
+
+
+def tokenizer_preview(run: Run) -> Preview:
     """previews/tokenizer-<step>.mp4: clips of the data above their reconstructions."""
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""One loop for every stage: optimizers, schedule, clipping, averages, a log, and checkpoints it can go on from.
+"""One loop for every stage: it reads data, takes steps, logs where their time goes, and keeps checkpoints.
 
 It runs in one process, or in several under torchrun (`walt.distributed`), with the same result to rounding.
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -26,102 +25,99 @@ from walt.checkpoint import (
     load_description,
     load_optimizer,
     optimizer_tensors,
-    read_tensors,
     save_together,
 )
-from walt.data.loading import Batch, Draw, Load, Loader
-from walt.distributed import all_max, is_main, raise_on_all_ranks, world_size
+from walt.data.loading import Loader, Source, map_tensors
+from walt.distributed import all_max, is_main, raise_on_all_ranks, rank, world_size
 from walt.errors import WaltError, say
+from walt.model.diffusion import keyed_seed
 from walt.settings import FREE, TrainingConfig
-from walt.train.averaging import WeightAverage
+from walt.train.interrupt import Interrupted, stop_signal
 from walt.train.log import RunLog
-from walt.train.objective import Phase, PhaseOptimizer, PhaseResult, frozen
+from walt.train.objective import Objective, Result, frozen
 from walt.train.optimizers import learning_rate
-from walt.train.random_state import RandomState
+from walt.train.timing import PARTS, StepTimes, peak_flops, peak_gib, profiled
 
 DATA = ("data", "clip")  # what of a run's description is of its data
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training, after the running step was finished and the checkpoint written."""
+Preview = Callable[[nn.Module, int], None]
 
 
 class Trainer(Generic[Model]):
-    """Trains the phases' modules; the averaged weights follow those of the first.
+    """Trains the objectives' networks, with the settings of the first; its network is the model.
 
-    draw(generator) makes the random numbers and the indices of data of the whole global batch, the same on every rank.
-    Part i of n (n = ranks x config.accumulate) is made of the rows i, i + n, i + 2n, ...; load(part) makes of it what
-    losses get, once for all phases, and tensors of that are moved to the device of the first module. Both are called
-    in a thread while the step before runs, and draw from no other generator. All losses of a step see the weights from
-    before it (the phases are simultaneous), so that a step is taken whole or not at all.
+    A step's batch has `batch` samples over all ranks, made by `source` from random numbers that the seed, the step and
+    a sample's number decide (`walt.data.loading`), ahead of their turn in threads; each rank makes its own samples
+    only. So the step is all that a run has to know of its data to go on. Other generators, torch's own (dropout), begin
+    every step from the seed, the step and the rank.
 
-    All that a run depends on is in its checkpoint (weights, averages, optimizers, step, random generators, the state of
-    `extra_modules`), so a run that was interrupted and resumed ends in the same bits as one that was not, on the same
-    machine, number of threads and ranks. The data's position is the generator's. Other ranks than the main one have a
-    global generator of their own (dropout).
+    All losses of a step see the weights from before it, so that a step is taken whole or not at all. A run that was
+    interrupted and resumed ends in the same bits as one that was not, on the same machine, number of threads and ranks:
+    weights, averages, optimizers, the state of `extra_modules` and the step are in its checkpoint.
 
     A run has diverged when a loss or a gradient norm is not finite: it stops with a WaltError, and with a checkpoint of
     the step before. preview(averaged module, step) is called on the main rank every config.preview_every steps.
 
     A disk that is full stops no run: what the log, a preview or a checkpoint in between cannot write is told, and the
     last good checkpoint stays. Only the last checkpoint must be written, or WaltError.
+
+    frames: of a sample. flops(): of a step, over all ranks, for the log's mfu.
     """
 
     def __init__(
         self,
-        phases: Sequence[Phase],
-        draw: Draw,
-        config: TrainingConfig,
+        objectives: Sequence[Objective],
+        source: Source,
         folder: str | Path,
         *,
+        batch: int,
         kind: str,
         description: Mapping[str, Any],
-        load: Load | None = None,
-        frames_per_step: int = 1,
+        frames: int = 1,
+        flops: Callable[[], float] | None = None,
         extra_modules: Mapping[str, nn.Module] | None = None,
-        preview: Callable[[nn.Module, int], None] | None = None,
+        preview: Preview | None = None,
     ) -> None:
-        self.phases, self.draw, self.load, self.config = list(phases), draw, load, config
-        self.folder, self.kind, self.description = Path(folder), kind, dict(description)
-        self.frames_per_step, self.extra_modules, self.preview = frames_per_step, dict(extra_modules or {}), preview
-        self._check()
-        self.model = cast(Model, self.phases[0].module)
-        self.device = next(self.model.parameters()).device
+        self.objectives, self.source, self.folder = list(objectives), source, Path(folder)
+        self.batch, self.kind, self.description = batch, kind, dict(description)
+        self.frames_per_step, self.flops = batch * frames, flops
+        self.extra_modules, self.preview = dict(extra_modules or {}), preview
+        self._check_names()
+        self.config = self.objectives[0].config
+        self._check_strategy()
+        self.model = cast(Model, self.objectives[0].network)
+        self.device = self.objectives[0].device
         self._switch_checkpointing()
-        sharded = config.strategy == "fsdp" and world_size() > 1
-        self._average = WeightAverage(self.model, config.ema_decay) if config.ema_decay or sharded else None
-        self._parts = [PhaseOptimizer(phase, config, self.device) for phase in self.phases]
-        self.optimizers = [part.optimizer for part in self._parts]
-        if sharded and self._average is not None:
-            self._average.shard()
-        self.random = RandomState(config.seed, self.device)
         self.step = 0
         self.elapsed = 0.0
         self.finished = False
         self.log_path = self.folder.with_suffix(".jsonl")
-        self._log = RunLog(self.log_path, config.tensorboard) if is_main() else None
+        self._log = RunLog(self.log_path, self.config.tensorboard) if is_main() else None
+        self._times = StepTimes(self.device)
         self._saved: int | None = None  # the step of the checkpoint in the folder
         self._last: dict[str, float] = {}  # the last finite losses
 
-    def _check(self) -> None:
-        names = [phase.name for phase in self.phases]
+    def _check_names(self) -> None:
+        names = [objective.name for objective in self.objectives]
         others = [*names[1:], *self.extra_modules]
-        taken = {"model", "ema", "optimizer", "random"}
+        taken = {"model", "ema", "optimizer"}
         if not names or len({*names, *self.extra_modules}) < len(names) + len(self.extra_modules):
             raise ValueError(
-                f"phases: got {names} and {[*self.extra_modules]}; expected one or more, of different names"
+                f"objectives: got {names} and {[*self.extra_modules]}; expected one or more, of different names"
             )
         if bad := [name for name in others if name in taken or not name.isidentifier()]:
-            raise ValueError(f"phases: got the name {bad[0]!r}; expected an identifier other than {sorted(taken)}")
-        if self.config.strategy == "fsdp" and len(names) > 1:
+            raise ValueError(f"objectives: got the name {bad[0]!r}; expected an identifier other than {sorted(taken)}")
+
+    def _check_strategy(self) -> None:
+        count = len(self.objectives)
+        if self.config.strategy == "fsdp" and count > 1:
             raise ValueError(
-                f"strategy: got 'fsdp' with {len(names)} phases; expected 'ddp', as fsdp trains one module"
+                f"strategy: got 'fsdp' with {count} objectives; expected 'ddp', as fsdp trains one network"
             )
 
     def _switch_checkpointing(self) -> None:
-        able = [m for phase in self.phases for m in phase.module.modules() if hasattr(m, "checkpointing")]
+        able = [m for objective in self.objectives for m in objective.network.modules() if hasattr(m, "checkpointing")]
         if self.config.checkpointing and not able:
             raise ValueError("checkpointing: got True; expected False, as no module of the run can do it")
         for module in able:
@@ -131,14 +127,73 @@ class Trainer(Generic[Model]):
         """Train to the last step, or until `seconds` of training (over all runs) are used up.
 
         With `seconds` the cosine follows whichever is further on, steps or time, so that a slow machine, too, ends with
-        a small learning rate. Ctrl-C finishes the running step, saves and raises Interrupted.
+        a small learning rate. Ctrl-C and SIGTERM finish the running step, save and raise Interrupted.
         """
+        config = self.config
         with raise_on_all_ranks(str(self.log_path)):
             if self._log is not None:
                 self._log.rewind(self.step)
-        for phase in self.phases:
-            phase.module.train()
-        bar = tqdm(
+        for objective in self.objectives:
+            objective.network.train()
+        before, started = self.elapsed, time.monotonic()
+        log = nullcontext() if self._log is None else closing(self._log)
+        trace = profiled(config.profile if is_main() else 0, self.folder.with_suffix(".trace.json.gz"))
+        self._times.restart()
+        with log, self._bar() as bar, self._loader() as loader, trace as trace_step, stop_signal() as stop:
+            while not self.finished:
+                lr = self._learning_rate(seconds)
+                results = self._step(loader, lr)
+                self.elapsed, number = all_max(before + time.monotonic() - started, stop.number)
+                self.finished = self.step >= config.steps or (seconds is not None and self.elapsed >= seconds)
+                interrupted = bool(number) and not self.finished
+                bar.update()
+                if self._is_logged(self.step) or self.finished:
+                    self._write_row(bar, results, lr)
+                with self._times.part("save"):
+                    if interrupted or self.finished or self.step % config.save_every == 0:
+                        self._save_or_keep(last=interrupted or self.finished)
+                    if config.preview_every and self.step % config.preview_every == 0 and not interrupted:
+                        self._preview()
+                if interrupted:
+                    held = f"{self.folder} holds a checkpoint at step {self.step} of {config.steps}"
+                    raise Interrupted(held, int(number))
+                trace_step()
+        for objective in self.objectives:
+            objective.network.eval()
+
+    def _step(self, loader: Loader, lr: float) -> list[Result]:
+        """One step of every objective."""
+        self._times.synchronize = self._is_logged(self.step + 1)
+        torch.manual_seed(keyed_seed(self.config.seed, self.step, rank(), 1))
+        with self._times.part("data"):
+            microbatches = [map_tensors(self._to_device, batch) for batch in loader.take()]
+        results = []
+        with self._times.part("compute"):
+            for objective in self.objectives:
+                with frozen(*(other.network for other in self.objectives if other is not objective)):
+                    results.append(objective.backward(microbatches))
+        self._check_finite(results)
+        with self._times.part("optimizer"):
+            for objective in self.objectives:
+                objective.step(lr)
+        self._times.steps += 1
+        self.step += 1
+        return results
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)  # it lies in pinned memory where that matters
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.config.steps
+
+    def _learning_rate(self, seconds: float | None) -> float:
+        progress = self.step / self.config.steps
+        if seconds is not None:
+            progress = max(progress, self.elapsed / seconds)
+        return learning_rate(self.config, self.step, min(progress, 1.0))
+
+    def _bar(self) -> tqdm[Any]:
+        return tqdm(
             total=self.config.steps,
             initial=self.step,
             desc=f"train {self.kind}",
@@ -146,68 +201,57 @@ class Trainer(Generic[Model]):
             smoothing=0.1,
             disable=not is_main(),
         )
-        started, before = time.monotonic(), self.elapsed
-        loader = Loader(self.draw, self.load, self.config.accumulate)
-        log = nullcontext() if self._log is None else closing(self._log)
-        with log, bar, loader, _interrupt_flag() as flag:
-            while not self.finished:
-                self._one_step(bar, loader, seconds)
-                self.elapsed, interrupted = all_max(before + time.monotonic() - started, flag.is_set())
-                out_of_time = seconds is not None and self.elapsed >= seconds
-                self.finished = self.step >= self.config.steps or out_of_time
-                if interrupted or self.finished or self.step % self.config.save_every == 0:
-                    self._save_or_keep(last=bool(interrupted or self.finished))
-                if interrupted and not self.finished:
-                    raise Interrupted(f"{self.folder} holds a checkpoint at step {self.step} of {self.config.steps}")
-                if self.config.preview_every and self.step % self.config.preview_every == 0:
-                    self._preview()
-        for phase in self.phases:
-            phase.module.eval()
 
-    def _one_step(self, bar: tqdm[Any], loader: Loader, seconds: float | None) -> None:
+    def _loader(self) -> Loader:
         config = self.config
-        progress = self.step / config.steps
-        if seconds is not None:
-            progress = max(progress, self.elapsed / seconds)
-        rate = learning_rate(config, self.step, min(progress, 1.0))
-        random = self.random.get()
-        parts = [self._on_device(part) for part in loader.take(self.random.generator)]
-        results = [self._gradients(phase, parts) for phase in self._parts]
-        for phase, result in zip(self.phases, results, strict=True):
-            if broken := result.broken():
-                self.random.set(random)
-                raise self._diverged(phase.name, broken, result)
-            self._last[phase.name] = result.loss
-        for part in self._parts:
-            part.step(rate)
-        if self._average is not None:
-            self._average.update()
-        for phase, result in zip(self.phases, results, strict=True):
-            if phase.after is not None:
-                phase.after(result.values)
-        self.step += 1
-        bar.update()
-        if self._log is not None and (self.step % config.log_every == 0 or self.step == config.steps):
-            frames = (bar.format_dict["rate"] or 0.0) * self.frames_per_step
-            bar.set_postfix(loss=f"{results[0].loss:.4f}", frames_s=f"{frames:.0f}", refresh=False)
-            row = {"step": self.step, **results[0].columns()}
-            for phase, result in zip(self.phases[1:], results[1:], strict=True):
-                row |= result.columns(f"{phase.name}_")
-            self._log.write({**row, "lr": rate, "frames_s": frames, "seconds": round(self.elapsed, 3)})
+        return Loader(
+            self.source,
+            self.batch,
+            config.seed,
+            step=self.step,
+            accumulate=config.accumulate,
+            workers=config.workers,
+            pin=self.device.type == "cuda",
+        )
 
-    def _on_device(self, part: Batch) -> Batch:
-        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in part.items()}
+    def _write_row(self, bar: tqdm[Any], results: Sequence[Result], lr: float) -> None:
+        """A row of the log, and what of it the progress bar shows."""
+        if self._log is None:
+            return
+        row: dict[str, float | None] = {"step": self.step, **results[0].columns()}
+        for objective, result in zip(self.objectives[1:], results[1:], strict=True):
+            row |= result.columns(f"{objective.name}_")
+        seconds = self._times.means()
+        row |= {"lr": lr, "frames_s": self.frames_per_step / seconds["step"]}
+        row |= {f"{part}_s": seconds[part] for part in PARTS}
+        row |= {"peak_gib": peak_gib(self.device), "mfu": self._mfu(seconds["step"]), "seconds": round(self.elapsed, 3)}
+        self._log.write({name: value for name, value in row.items() if value is not None})
+        shown = {"loss": f"{results[0].loss:.4f}", "frames_s": f"{row['frames_s']:.0f}"}
+        if seconds["data"] > 0.1 * seconds["step"]:
+            shown["waits_for_data"] = f"{seconds['data'] / seconds['step']:.0%}"
+        bar.set_postfix(shown, refresh=False)
+        self._times.restart()
 
-    def _gradients(self, part: PhaseOptimizer, parts: Sequence[Batch]) -> PhaseResult:
-        with frozen([phase.module for phase in self.phases if phase is not part.phase]):
-            return part.gradients(parts)
+    def _mfu(self, seconds: float) -> float | None:
+        """The share of this device's peak that a step's FLOPs took, or None where one of the two is not known."""
+        if self.flops is None:
+            return None
+        stated = self.config.peak_tflops * 1e12
+        peak = stated or peak_flops(self.device, self.config.precision)
+        return self.flops() / world_size() / seconds / peak if peak else None
 
-    def _diverged(self, phase: str, what: str, result: PhaseResult) -> WaltError:
+    def _check_finite(self, results: Sequence[Result]) -> None:
+        """WaltError with the step before saved, if a loss or a gradient is not finite."""
+        for objective, result in zip(self.objectives, results, strict=True):
+            if what := result.not_finite():
+                raise self._diverged(objective.name, what, getattr(result, what))
+            self._last[objective.name] = result.loss
+
+    def _diverged(self, name: str, what: str, value: float) -> WaltError:
         """Save the last good step and say what went wrong after it."""
-        where = f"{self.kind}, phase {phase!r},"
-        message = f"the {what} of the {where} became {getattr(result, what)} at step {self.step + 1}"
-        if phase in self._last:
-            message += f" (its last finite loss was {self._last[phase]:.6g}, at step {self.step})"
+        message = f"the {what} of the {self.kind}, objective {name!r}, became {value} at step {self.step + 1}"
+        if name in self._last:
+            message += f" (its last finite loss was {self._last[name]:.6g}, at step {self.step})"
         if self.step == 0:
             return WaltError(f"{message}; lower the learning rate")
         try:
@@ -218,10 +262,10 @@ class Trainer(Generic[Model]):
         return WaltError(f"{message}; {self.folder} holds step {self.step}, to go on from with a lower learning rate")
 
     def _preview(self) -> None:
-        """All ranks take part in gathering a sharded module. The preview leaves the random state as it was."""
+        """All ranks take part in gathering a sharded module."""
         if self.preview is None:
             return
-        averaged, random = self.averaged, self.random.get()
+        averaged = self.averaged
         if is_main():
             training = averaged.training
             try:
@@ -229,47 +273,49 @@ class Trainer(Generic[Model]):
             except WaltError as error:
                 say(f"{error}; training goes on")
             averaged.train(training)
-        self.random.set(random)
 
     @property
     def averaged(self) -> Model:
         """The first module with the averaged weights, or itself if there is no average. Under FSDP it is a whole copy,
         and every rank must ask for it."""
-        return self.model if self._average is None else cast(Model, self._average.module())
+        average = self.objectives[0].average
+        return self.model if average is None else cast(Model, average.module())
 
     def progress(self) -> dict[str, float]:
         return {"done": self.step, "planned": self.config.steps, "seconds": round(self.elapsed, 1)}
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The groups of tensors that are saved and loaded in place, beside optimizers and random states."""
+        """The groups of tensors that are saved and loaded in place, beside those of optimizers."""
         modules: dict[str, nn.Module] = {
             "model": self.model,
-            **{phase.name: phase.module for phase in self.phases[1:]},
+            **{objective.name: objective.network for objective in self.objectives[1:]},
             **self.extra_modules,
         }
         groups = {name: module.state_dict() for name, module in modules.items()}
-        if self._average is not None and self.config.ema_decay:
-            groups["ema"] = self._average.tensors()
+        average = self.objectives[0].average
+        if average is not None and average.decay:
+            groups["ema"] = average.tensors()
         return groups
 
     def _optimizers(self) -> dict[str, Optimizer]:
-        names = ["optimizer", *(f"optimizer-{phase.name}" for phase in self.phases[1:])]
-        return dict(zip(names, self.optimizers, strict=True))
+        first, *others = self.objectives
+        return {"optimizer": first.optimizer, **{f"optimizer-{other.name}": other.optimizer for other in others}}
 
     def save(self) -> None:
         """Replace the checkpoint in the folder. Every rank must call this."""
+        average = self.objectives[0].average
         optimizers = {name: optimizer_tensors(optimizer) for name, optimizer in self._optimizers().items()}
         state = {
             "step": self.step,
             "elapsed": self.elapsed,
             "finished": self.finished,
-            "ema_updates": self._average.updates if self._average is not None else 0,
+            "ema_updates": average.updates if average is not None else 0,
             "training": self.config.to_dict(),
         }
         keep_as = None
         if self.config.keep > 1 and self._saved not in (None, self.step):
             keep_as = self.folder.with_name(f"{self.folder.name}.step{self._saved:09d}")
-        groups = {**self._tensors(), **optimizers, "random": self.random.of_all_ranks()}
+        groups = {**self._tensors(), **optimizers}
         save_together(self.folder, self.kind, self.description, groups, state, keep_as=keep_as)
         self._saved = self.step
         if is_main():
@@ -290,7 +336,7 @@ class Trainer(Generic[Model]):
         """Go on from the last complete checkpoint in the folder, if there is one. Every rank must call this.
 
         WaltError if it is another run's: of another description, or (unless new_settings) of other settings for
-        training than those that may always change (`walt.train.optimizers.FREE`), as the number of ranks may. With
+        training than those that may always change (`walt.settings.FREE`), as the number of ranks may. With
         new_settings the data may be another, too (DATA of the description).
         """
         folder = checkpoint_folder(self.folder)
@@ -316,33 +362,11 @@ class Trainer(Generic[Model]):
             load_optimizer(optimizer, folder / f"{name}.safetensors")
         for name, targets in self._tensors().items():
             TensorFiles(folder / f"{name}.safetensors").read_into(targets)
-        path = folder / "random.safetensors"
-        self.random.restore(read_tensors(path), path)
-        if self._average is not None:
-            self._average.updates = updates
+        if self.objectives[0].average is not None:
+            self.objectives[0].average.updates = updates
         self.step, self.elapsed, self._saved = step, elapsed, step
         self.finished = finished and not (new_settings and step < self.config.steps)
         return True
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the flag, so that no step is left half done; the second one stops at once."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def handle(_signal: int, _frame: object) -> None:
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _fixed(config: TrainingConfig) -> dict[str, Any]:

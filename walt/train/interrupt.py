@@ -1,0 +1,44 @@
+"""Signals that end a run after its step: Ctrl-C, and SIGTERM, which clusters send before they take a machine away."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal during training, after the running step was finished and the checkpoint written."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class Stop:
+    number = 0  # of the signal that came; 0: none
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """The first of STOPS is noted, so that no step is left half done; a second Ctrl-C stops at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield stop
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.number = number
+
+    before = {number: signal.signal(number, handle) for number in STOPS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
