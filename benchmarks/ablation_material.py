@@ -60,23 +60,17 @@ class Material:
         return statistic.reshape(-1, *[1] * (like.ndim - 2))
 
 
-class RawSource:
-    """A source's batches with latents as the encoder gives them."""
-
-    def __init__(self, source: DenoiserSource, material: Material) -> None:
-        self.source, self.material = source, material
-
-    def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
-        batch = self.source(shared, samples)
-        return {**batch, "latent": self.material.raw(batch["latent"])}
-
-
 def source_of(
     material: Material, config: TransformerConfig, diffusion: Diffusion, *, batch: int, images: int, normalised: bool
 ) -> Source:
-    """What `walt train base` trains on."""
+    """What `walt train base` trains on; latents that are not `normalised` are as the encoder gives them."""
     source = DenoiserSource(LatentSource(material.latents, batch, images), diffusion, config, None)
-    return source if normalised else RawSource(source, material)
+
+    def raw(shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
+        made = source(shared, samples)
+        return {**made, "latent": material.raw(made["latent"])}
+
+    return source if normalised else raw
 
 
 def prepare(clips: int, held_out: int, tokenizer: Path | None, folder: Path, seconds: float, work: Path) -> Material:

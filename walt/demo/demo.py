@@ -99,7 +99,7 @@ class Demo:
             return self._run(features)
 
     def _run(self, features: FrameFeatures) -> dict[str, Any]:
-        self._claim()
+        self._check_folder()
         train, test = self._timed("data", self._data)
         real = self._videos(test)
         tokenizer, first = self._timed("tokenizer", self._tokenizer, train)
@@ -128,10 +128,8 @@ class Demo:
             "settings": asdict(self.config),
             "seconds": {**self.times, "total": round(time.monotonic() - self.started, 1)},
         }
-        one = test.balanced(1)
-        report.write_media(
-            self.out, real[one], reconstruction[one], samples[:: self.config.samples], pictures, DEMO_FPS
-        )
+        one, sampled = test.balanced(1), samples[:: self.config.samples]
+        report.write_media(self.out, real[one], reconstruction[one], sampled, pictures, DEMO_FPS)
         report.write_curves(self.out)
         write_json(self.out / "metrics.json", metrics)
         report.write_html(self.out, metrics)
@@ -146,8 +144,8 @@ class Demo:
     def _left(self) -> float:
         return self.config.minutes * 60 - (time.monotonic() - self.started)
 
-    def _claim(self) -> None:
-        """Note which clips the folder is for; WaltError if it is for others, or not a demo's."""
+    def _check_folder(self) -> None:
+        """WaltError if the folder is another demo's, or no demo's at all; else it is noted whose it is."""
         path, asked = self.out / "demo.json", {name: getattr(self.config, name) for name in DATA}
         if path.is_file():
             found = read_json(path)
@@ -202,10 +200,8 @@ class Demo:
         run = self._training("base", train)
         latents(run, tokenizer, fingerprint(tokenizer), half=False)  # now, so that the time left is for training
         torch.manual_seed(self.config.seed)
-        transformer, diffusion = (
-            Transformer(transformer_config(run, tokenizer, None)),
-            Diffusion(run.settings.diffusion),
-        )
+        transformer = Transformer(transformer_config(run, tokenizer, None))
+        diffusion = Diffusion(run.settings.diffusion)
         pipeline = WaltPipeline(tokenizer, transformer, diffusion, clip=run.clip, classes=train.classes)
         begun = time.monotonic()
         untrained = self._samples(pipeline)
