@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from walt.model.config import TransformerConfig
 from walt.model.diffusion import Diffusion
 from walt.model.transformer import Transformer
 from walt.settings import TrainingConfig
+from walt.train.interrupt import Interrupted
 from walt.train.losses import DenoiserLoss, r1_penalty
 from walt.train.objective import Objective
 from walt.train.trainer import Trainer
@@ -222,6 +224,18 @@ def on_ranks(out: Path) -> dict:
     trainer.save()
     said["averaged"] = averaged(torch.ones(1, 3)).item()
     said["training"] = trainer.averaged.training
+
+    # A signal to one rank is one to both.
+    def struck(model, batch):
+        if rank() == 1 and trainers[-1].step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return regression(model, batch)
+
+    trainers.append(fit(out / "struck", loss=struck))
+    try:
+        trainers[-1].run()
+    except Interrupted as interruption:
+        said["struck"] = [interruption.signal, trainers[-1].step]
 
     # What goes wrong on one rank stops both.
     trainers.append(fit(out / "nan", loss=nan_on_one_rank))

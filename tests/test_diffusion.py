@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from walt.model.config import DiffusionConfig, TransformerConfig
-from walt.model.diffusion import Diffusion, noise_schedule, sample_noise
+from walt.model.diffusion import Diffusion, keyed_generator, noise_schedule, sample_noise
 from walt.model.transformer import Transformer
 
 SHAPE = (2, 4, 3, 6, 5)
@@ -252,6 +252,26 @@ def test_noise_of_a_sample_is_its_own() -> None:
     assert len(flat.unique(dim=0)) == len(flat)
     with pytest.raises(ValueError, match="seed: got -1"):
         sample_noise(-1, [(0,)], shape)
+
+
+def test_randoms_of_a_sample_are_its_own() -> None:
+    diffusion = Diffusion()
+
+    def numbers(samples):
+        return diffusion.randoms((2, 3, 2, 2), [keyed_generator(5, 7, i) for i in samples], low_resolution=True)
+
+    whole, part = numbers(range(6)), numbers([4, 1])
+    assert whole["noise"].shape == (6, 2, 3, 2, 2)
+    assert all(torch.equal(part[name], tensor[[4, 1]]) for name, tensor in whole.items())
+    assert len(whole["noise"].flatten(1).unique(dim=0)) == 6
+
+
+def test_the_schedule_is_copied_to_a_device_once() -> None:
+    diffusion, there = Diffusion(), torch.device("meta")
+    assert diffusion._alpha_bar_on(torch.device("cpu")) is diffusion.alpha_bar
+    assert diffusion._alpha_bar_on(there) is diffusion._alpha_bar_on(there)
+    assert diffusion._alpha_bar_on(there).device == there
+    assert diffusion.alpha_bar.device.type == "cpu"
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

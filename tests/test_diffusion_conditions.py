@@ -35,24 +35,26 @@ def conditions(batch: int, config: TransformerConfig) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in inputs(batch, config).items() if name in names}
 
 
-def draws(diffusion: Diffusion, shape: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
-    return diffusion.draw(shape, torch.Generator().manual_seed(seed))
+def randoms(diffusion: Diffusion, shape: tuple[int, ...], seed: int = 0, low: bool = True) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return diffusion.randoms(shape[1:], [generator] * shape[0], low_resolution=low)
 
 
 # The loss
 
 
-def test_draws_lead_with_the_batch_and_follow_their_distribution() -> None:
+def test_randoms_lead_with_the_batch_and_follow_their_distribution() -> None:
     diffusion = Diffusion(DiffusionConfig(low_resolution_noise=0.2))
-    drawn = draws(diffusion, (4000, 2, 3, 2, 2))
+    drawn = randoms(diffusion, (4000, 2, 3, 2, 2))
     assert all(tensor.shape[0] == 4000 for tensor in drawn.values())
     assert drawn["noise"].shape == (4000, 2, 3, 2, 2)
     assert drawn["low_noise"].shape == (4000, 2, 3, 1, 1)
+    assert not {"low_time", "low_noise"} & randoms(diffusion, (1, 2, 3, 2, 2), low=False).keys()
     assert drawn["time"].min() < 5
     assert drawn["time"].max() > 994
     assert 190 < drawn["low_time"].max() < 200
     # Four standard deviations of a mean of 4000 draws.
-    for name, mean in (("chosen", 0.9), ("dropped", 0.1)):
+    for name, mean in (("self_conditioned", 0.9), ("dropped", 0.1)):
         assert abs(drawn[name].double().mean() - mean) < 0.02
     shares = torch.bincount(drawn["known"], minlength=3) / 4000
     assert (shares - torch.tensor([0.1, 0.45, 0.45])).abs().max() < 0.032
@@ -63,7 +65,7 @@ def test_a_split_batch_has_the_loss_of_the_whole(config: TransformerConfig) -> N
     diffusion, model = Diffusion(DiffusionConfig(self_condition_probability=0.5, drop_probability=0.5)), make(config)
     x0, given = draw(4, *SHAPE[1:]), conditions(4, config)
     image = torch.tensor([False, True, False, False])
-    drawn = draws(diffusion, x0.shape)
+    drawn = randoms(diffusion, x0.shape, low=config.low_resolution)
     whole = diffusion.loss(model, x0, drawn, image=image, **given)
     close(diffusion.loss(model, x0, generator=torch.Generator().manual_seed(0), image=image, **given), whole)
     for sizes in ([2, 2], [1, 3]):
@@ -74,10 +76,10 @@ def test_a_split_batch_has_the_loss_of_the_whole(config: TransformerConfig) -> N
         close(sum(parts), whole)
 
 
-def test_the_first_pass_runs_whatever_is_chosen() -> None:
-    """Its collectives must meet on all processes, also where a process chose none of its samples."""
+def test_the_first_pass_runs_whatever_is_self_conditioned() -> None:
+    """Its collectives must meet on all processes, also where none of a process's samples see the estimate."""
     diffusion, model = Diffusion(), Recorder(SMALL)
-    drawn = {**draws(diffusion, SHAPE), "chosen": torch.zeros(2, dtype=torch.bool)}
+    drawn = {**randoms(diffusion, SHAPE), "self_conditioned": torch.zeros(2, dtype=torch.bool)}
     diffusion.loss(model, draw(*SHAPE), drawn)
     assert len(model.calls) == 2
     assert not model.calls[1]["self_condition"].any()
@@ -89,7 +91,7 @@ def test_dropping_takes_label_text_and_frames_together() -> None:
     x0, given = draw(4, *SHAPE[1:]), conditions(4, config)
     given["text_mask"].fill_(True)
     dropped = torch.tensor([False, True, True, False])
-    drawn = {**draws(diffusion, x0.shape), "dropped": dropped, "known": torch.tensor([1, 2, 1, 2])}
+    drawn = {**randoms(diffusion, x0.shape), "dropped": dropped, "known": torch.tensor([1, 2, 1, 2])}
     for labels in (given["label"], given["label"][:, None].expand(4, 3)):
         diffusion.loss(model, x0, drawn, **{**given, "label": labels})
         called = model.calls[-1]
@@ -109,7 +111,7 @@ def test_known_frames_leave_one_to_predict_and_stay_out_of_images() -> None:
     model = Recorder(FRAMES)
     for frames, expected in ((3, [1, 2, 0]), (2, [1, 1, 0]), (1, [0, 0, 0])):
         x0 = draw(3, 4, frames, 4, 6)
-        drawn = {**draws(diffusion, x0.shape), "known": torch.tensor([1, 2, 2])}
+        drawn = {**randoms(diffusion, x0.shape), "known": torch.tensor([1, 2, 2])}
         diffusion.loss(model, x0, drawn, image=torch.tensor([False, False, True]))
         assert model.calls[-1]["known"].tolist() == expected
 
@@ -117,7 +119,7 @@ def test_known_frames_leave_one_to_predict_and_stay_out_of_images() -> None:
 def test_low_resolution_is_noised_to_the_level_that_is_told() -> None:
     config = replace(SMALL, low_resolution=True)
     diffusion, model = Diffusion(DiffusionConfig(self_condition_probability=0)), Recorder(config)
-    given, drawn = conditions(2, config), draws(diffusion, SHAPE)
+    given, drawn = conditions(2, config), randoms(diffusion, SHAPE)
     diffusion.loss(model, draw(*SHAPE), drawn, **given)
     called = model.calls[-1]
     assert torch.equal(called["noise_level"], drawn["low_time"])
@@ -129,7 +131,7 @@ def test_gradients_reach_every_parameter_through_the_loss() -> None:
     """Also those for what is absent: the null text and the class table's last row."""
     model = make(EVERYTHING).requires_grad_(True)
     diffusion = Diffusion(DiffusionConfig(drop_probability=0.5))
-    drawn = {**draws(diffusion, (4, *SHAPE[1:])), "dropped": torch.tensor([True, False, True, False])}
+    drawn = {**randoms(diffusion, (4, *SHAPE[1:])), "dropped": torch.tensor([True, False, True, False])}
     diffusion.loss(model, draw(4, *SHAPE[1:]), drawn, **conditions(4, EVERYTHING)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -142,10 +144,10 @@ def test_a_wrapped_model_is_still_known() -> None:
     assert model_config(torch.compile(make(), backend="eager")) == SMALL
 
 
-def test_draws_of_another_batch() -> None:
+def test_randoms_of_another_batch() -> None:
     diffusion = Diffusion()
-    with pytest.raises(ValueError, match=r"draws\['time'\]: got 3 samples; expected 2, as x0 has"):
-        diffusion.loss(make(), draw(*SHAPE), draws(diffusion, (3, *SHAPE[1:])))
+    with pytest.raises(ValueError, match=r"randoms\['time'\]: got 3 samples; expected 2, as x0 has"):
+        diffusion.loss(make(), draw(*SHAPE), randoms(diffusion, (3, *SHAPE[1:])))
     with pytest.raises(TypeError, match="model: got a Linear without a TransformerConfig"):
         diffusion.loss(nn.Linear(2, 2), draw(*SHAPE))
 
@@ -172,7 +174,7 @@ def test_guided_velocity_is_extrapolated_from_nothing(power: float | None) -> No
     noise, given = draw(*SHAPE, seed=9), inputs(2, config)
     for name in ("z_t", "time"):
         del given[name]
-    nothing = {
+    null = {
         **given,
         "label": torch.full((2,), config.classes),
         "text_mask": torch.zeros_like(given["text_mask"]),
@@ -182,9 +184,9 @@ def test_guided_velocity_is_extrapolated_from_nothing(power: float | None) -> No
     x, times = noise, diffusion.timesteps(3)
     for i, time in enumerate(times):
         step = torch.full((2,), time)
-        v, v_nothing = model(x, step, **given), model(x, step, **nothing)
+        v, v_null = model(x, step, **given), model(x, step, **null)
         weight = diffusion.guidance_weight(2.5, power, time)
-        x, _ = diffusion.ddim_step(x, v_nothing + weight * (v - v_nothing), time, times[i + 1] if i < 2 else None)
+        x, _ = diffusion.ddim_step(x, v_null + weight * (v - v_null), time, times[i + 1] if i < 2 else None)
     for b, known in enumerate(given["known"]):
         close(sample[b, :, known:], x[b, :, known:])
         assert torch.equal(sample[b, :, :known], given["frames"][b, :, :known])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -175,6 +176,12 @@ def test_previews_and_averages_of_shards(two):
     net = fit(Path("unused")).model.eval()
     load_weights(net, tensors, out)
     assert net(torch.ones(1, 3)).item() == pytest.approx(said[0]["averaged"], rel=1e-6)
+
+
+def test_a_signal_to_one_rank_stops_all(two):
+    out, said, _ = two
+    assert [ranks["struck"] for ranks in said] == [[signal.SIGTERM, 3]] * 2
+    assert json.loads((out / "struck" / "state.json").read_text())["step"] == 3
 
 
 def test_a_failure_on_one_rank_stops_all(two):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import starmap
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from walt.checkpoint import fingerprint
 from walt.data.batches import LatentSource
 from walt.data.clips import ClipStore, Settings
 from walt.data.latents import LatentStore, encode_latents
-from walt.data.loading import part_of
+from walt.data.loading import make_batch
 from walt.data.pixels import to_model
 from walt.data.prepare import prepare
 from walt.data.text_features import TextFeatures, encode_captions
@@ -67,10 +68,6 @@ def latents(cache, tmp_path) -> LatentStore:
 
 def one_video(cache) -> ClipStore:
     return ClipStore(cache.folder, Settings(16, 16, True), cache.items[1:2], cache._shards)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_latents_are_those_of_the_encoder(cache, latents):
@@ -211,16 +208,22 @@ def test_truncated_latents(cache, latents):
         LatentStore.open(latents.folder, cache)
 
 
+def indices(source: LatentSource, count: int, seed: int = 0) -> list[list[int]]:
+    """Which clip, or which images, each sample of `make_batch` has."""
+    drawn = []
+    make_batch(lambda _, samples: drawn.extend(starmap(source.sample_indices, samples.items())), seed, 0, range(count))
+    return [index.tolist() for index in drawn]
+
+
 def test_joint_batches(cache, latents):
     source = LatentSource(latents, 6, images=3)
-    batch = source.draw(seeded(1))
-    assert batch["image"].tolist() == [False] * 3 + [True] * 3
-    loaded = source.load(batch)
+    loaded = make_batch(source, 1, 0, range(6))
+    assert loaded["image"].tolist() == [False] * 3 + [True] * 3
     assert loaded["latent"].shape == (6, 3, 2, 2, 2)
     assert loaded["latent"].dtype == torch.float32
-    for sample, index in enumerate(batch["index"].tolist()):
+    for sample, index in enumerate(indices(source, 6, seed=1)):
         if sample < 3:
-            assert index[0] == index[1]
+            assert len(index) == 1
             expected, item = latents.video[index[0]], latents.video_rows[index[0], 0]
         else:
             expected = np.stack([latents.image[i] for i in index], axis=1)
@@ -233,11 +236,11 @@ def test_joint_batches(cache, latents):
 
 
 def test_parts_of_the_ranks_join_to_the_batch(latents):
-    source = LatentSource(latents, 6, images=2)
-    batch = source.draw(seeded())
-    whole = source.load(batch)
+    source = LatentSource(latents, 6, images=2, low=latents)
+    whole = make_batch(source, 0, 0, range(6))
+    assert torch.equal(whole["low_resolution"], whole["latent"])  # of the same clips and images
     for rank in range(2):
-        part = source.load(part_of(batch, rank, 2))
+        part = make_batch(source, 0, 0, range(rank, 6, 2))
         for name in ("latent", "label", "image"):
             assert torch.equal(part[name], whole[name][rank::2])
         assert part["caption"] == whole["caption"][rank::2]
@@ -245,10 +248,9 @@ def test_parts_of_the_ranks_join_to_the_batch(latents):
 
 def test_batches_of_one_kind(cache, latents, tmp_path):
     clips = LatentSource(latents, 4)
-    assert not clips.load(clips.draw(seeded()))["image"].any()
+    assert not make_batch(clips, 0, 0, range(4))["image"].any()
     stacks = LatentSource(latents, 4, images=4, condition="caption")
-    index = stacks.draw(seeded())["index"]
-    texts = [{cache.caption[item] for item in latents.image_rows[row, 0]} for row in index.numpy()]
+    texts = [{cache.caption[item] for item in latents.image_rows[row, 0]} for row in indices(stacks, 4)]
     assert all(len(text) == 1 for text in texts)
     no_images = encoded(one_video(cache), tmp_path / "l", image_every=None)
     with pytest.raises(WaltError, match="holds no image, but batches are to have some"):
@@ -257,7 +259,7 @@ def test_batches_of_one_kind(cache, latents, tmp_path):
     with pytest.raises(WaltError, match="holds no clip, but batches are to have some"):
         LatentSource(pictures, 4, images=1)
     only = LatentSource(pictures, 4, images=4)
-    assert only.load(only.draw(seeded()))["latent"].shape == (4, 3, 1, 2, 2)
+    assert make_batch(only, 0, 0, range(4))["latent"].shape == (4, 3, 1, 2, 2)
     with pytest.raises(ValueError, match=r"images: got 5 of a batch of 4; expected 0 \.\. 4"):
         LatentSource(latents, 4, images=5)
 
@@ -309,7 +311,7 @@ def test_text_features_are_made_once(tmp_path):
 def test_batches_with_text(cache, latents, tmp_path):
     text = encode_captions(cache.caption, tmp_path / "t", encode_text, key="k", progress=False)
     source = LatentSource(latents, 8, images=4, condition="caption", text=text)
-    loaded = source.load(source.draw(seeded()))
+    loaded = make_batch(source, 0, 0, range(8))
     assert loaded["text"].shape == (8, 5, 2)
     assert loaded["text_mask"].sum(dim=1).tolist() == [len(caption) for caption in loaded["caption"]]
 

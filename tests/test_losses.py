@@ -15,15 +15,17 @@ from walt.model.tokenizer import Tokenizer
 from walt.settings import TokenizerLossConfig
 from walt.train.discriminator import Discriminator
 from walt.train.losses import (
+    AdversarialTerm,
+    DecorrelationTerm,
+    DiscriminatorLoss,
     LeCam,
-    decorrelation_loss,
+    PerceptualTerm,
+    Reconstruction,
+    ReconstructionTerm,
+    TokenizerLoss,
     discriminator_loss,
-    discriminator_losses,
     generator_loss,
-    output_losses,
     r1_penalty,
-    reconstruction_loss,
-    tokenizer_losses,
 )
 from walt.train.perceptual import PerceptualLoss
 
@@ -46,7 +48,50 @@ class Colours(nn.Module):
         return [frames]
 
 
+def terms(absolute: float = 0.1, perceptual: PerceptualLoss | None = None, discriminator: nn.Module | None = None):
+    wanted = [ReconstructionTerm(absolute), DecorrelationTerm()]
+    wanted += [] if perceptual is None else [PerceptualTerm(perceptual)]
+    return wanted + ([] if discriminator is None else [AdversarialTerm(discriminator)])
+
+
+class Given(nn.Module):
+    """A tokenizer of one latent and one output."""
+
+    def __init__(self, latent: Tensor, output: Tensor) -> None:
+        super().__init__()
+        self.latent, self.output = latent, output
+
+    def encode(self, _video: Tensor) -> Tensor:
+        return self.latent
+
+    def decode(self, _latent: Tensor) -> Tensor:
+        return self.output
+
+
 # Terms
+
+
+def made(output: Tensor, video: Tensor, latent: Tensor | None = None) -> Reconstruction:
+    return Reconstruction(video, torch.zeros(1) if latent is None else latent, output)
+
+
+def test_decorrelation() -> None:
+    def term(latent: Tensor) -> float:
+        return DecorrelationTerm()(made(latent, latent, latent)).item()
+
+    one, other = torch.randn(2, 3, 1, 4, 4, 4)
+    apart = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]]).view(1, 2, 1, 1, 4)
+    assert term(apart) == pytest.approx(0, abs=1e-6)
+    assert term(torch.cat([one, -3 * one + 5], 1)) == pytest.approx(1, abs=1e-3)
+    correlation = torch.corrcoef(torch.cat([one, other], 1).transpose(0, 1).flatten(1))[0, 1].item()
+    assert term(torch.cat([one, other], 1)) == pytest.approx(correlation**2, abs=1e-3)
+
+
+def test_reconstruction() -> None:
+    target = torch.zeros(1, 3, 1, 2, 2)
+    assert ReconstructionTerm(0.2)(made(target + 0.5, target)).item() == pytest.approx(0.25 + 0.2 * 0.5)
+    with pytest.raises(ValueError, match=r"output has shape \[1, 3, 1, 2, 2\], expected that of video, \[1\]"):
+        ReconstructionTerm()(made(target, torch.zeros(1)))
 
 
 def test_the_adversarial_losses_are_cross_entropies() -> None:
@@ -135,26 +180,29 @@ def test_the_tokenizers_loss_is_the_weighted_sum(frames: int) -> None:
     video = draw(2, 3, frames, 16, 16, dtype=torch.float64)
     critic = Mean()
     config = TokenizerLossConfig(2.0, 0.3, 0.7, 1, 0.01, 0.05)
-    loss, logs = tokenizer_losses(tokenizer, video, config, perceptual=PerceptualLoss(Colours()), discriminator=critic)
+    batch = {"video": video}
+    loss, logs = TokenizerLoss(config, terms(0.3, PerceptualLoss(Colours()), critic))(tokenizer, batch)
     latent = tokenizer.encode(video)
     output = tokenizer.decode(latent)
-    terms = {
-        "reconstruction": reconstruction_loss(output, video, absolute=0.3),
-        "decorrelation": decorrelation_loss(latent),
+    torch.testing.assert_close(batch["reconstruction"], output.detach())
+    expected = {
+        "reconstruction": ReconstructionTerm(0.3)(made(output, video)),
+        "decorrelation": DecorrelationTerm()(made(output, video, latent)),
         "perceptual": PerceptualLoss(Colours())(output, video),
         "adversarial": generator_loss(critic(output)),
     }
-    assert set(logs) == set(terms)
-    for name, term in terms.items():
+    assert set(logs) == set(expected)
+    for name, term in expected.items():
         torch.testing.assert_close(logs[name], term.detach())
     weights = {"reconstruction": 2.0, "perceptual": 0.7, "adversarial": 0.01, "decorrelation": 0.05}
-    torch.testing.assert_close(loss, sum(weights[name] * terms[name] for name in terms))
+    torch.testing.assert_close(loss, sum(weights[name] * expected[name] for name in expected))
     assert not any(value.requires_grad or value.ndim for value in logs.values())
 
 
 def test_terms_can_be_left_out() -> None:
     video = draw(1, 3, 1, 8, 8)
-    _, logs = output_losses(video + 0.1, draw(1, 4, 1, 2, 2), video, TokenizerLossConfig())
+    network = Given(draw(1, 4, 1, 2, 2), video + 0.1)
+    _, logs = TokenizerLoss(TokenizerLossConfig(), terms())(network, {"video": video})
     assert set(logs) == {"reconstruction", "decorrelation"}
 
 
@@ -162,7 +210,9 @@ def test_the_tokenizers_loss_teaches_the_tokenizer_alone() -> None:
     torch.manual_seed(0)
     tokenizer, critic = make().requires_grad_(True), Discriminator(2, (2,))
     critic.logit.bias.requires_grad_(False)
-    loss, _ = tokenizer_losses(tokenizer, draw(1, 3, 5, 16, 16), TokenizerLossConfig(), discriminator=critic)
+    loss, _ = TokenizerLoss(TokenizerLossConfig(), terms(discriminator=critic))(
+        tokenizer, {"video": draw(1, 3, 5, 16, 16)}
+    )
     loss.backward()
     assert all(parameter.grad is not None for parameter in tokenizer.parameters())
     assert all(parameter.grad is None for parameter in critic.parameters())
@@ -172,9 +222,10 @@ def test_the_tokenizers_loss_teaches_the_tokenizer_alone() -> None:
 
 def test_the_perceptual_loss_sees_the_frames_that_are_named() -> None:
     video, frames = draw(2, 3, 9, 8, 8), torch.tensor([[0, 4], [8, 2]])
+    batch = {"video": video, "perceptual_frames": torch.tensor([[0.0, 0.5], [0.99, 0.25]])}
     output, perceptual = video + 0.1 * draw(2, 3, 9, 8, 8, seed=9), PerceptualLoss(Colours())
-    options = {"perceptual": perceptual, "frames": frames}
-    _, logs = output_losses(output, draw(1, 4, 1, 2, 2), video, TokenizerLossConfig(), **options)
+    loss = TokenizerLoss(TokenizerLossConfig(), terms(perceptual=perceptual))
+    _, logs = loss(Given(draw(1, 4, 1, 2, 2), output), batch)
     assert logs["perceptual"] == perceptual(output, video, frames=frames) != perceptual(output, video)
 
 
@@ -185,7 +236,8 @@ def test_the_discriminators_loss_is_the_weighted_sum(penalise: bool) -> None:
     real, fake = (0.1 * draw(2, 3, 2, 4, 4, seed=seed, dtype=torch.float64) for seed in (0, 1))
     fake.requires_grad_()
     config = TokenizerLossConfig(r1=3.0, r1_every=5, lecam=0.25)
-    loss, logs = discriminator_losses(critic, lecam, real, fake, config, penalise=penalise)
+    judge = DiscriminatorLoss(config, lecam)
+    loss, logs = judge(critic, {"video": real, "reconstruction": fake, "penalise": penalise})
     real_logits, fake_logits = critic(real), critic(fake)
     expected = discriminator_loss(real_logits, fake_logits) + 0.25 * lecam(real_logits, fake_logits)
     if penalise:
@@ -193,24 +245,28 @@ def test_the_discriminators_loss_is_the_weighted_sum(penalise: bool) -> None:
     torch.testing.assert_close(loss, expected)
     assert set(logs) == {"real_logit", "fake_logit", "lecam"} | ({"r1"} if penalise else set())
     assert not any(value.requires_grad or value.ndim for value in logs.values())
-    assert lecam.anchor_real.item() == pytest.approx(0.1 * 0.3)  # left to the caller
+    assert lecam.anchor_real.item() == pytest.approx(0.1 * 0.3)  # as it was, until the step is taken
     loss.backward()
     assert critic.weight.grad is not None
     assert fake.grad is None
+    judge.after_step({"real_logit": 2.0, "fake_logit": -1.0})
+    assert lecam.anchor_real.item() == pytest.approx(0.9 * 0.1 * 0.3 + 0.1 * 2.0)
+    assert lecam.anchor_fake.item() == pytest.approx(0.9 * 0.1 * -0.2 - 0.1 * 1.0)
 
 
 def test_half_precision_is_summed_in_full() -> None:
     torch.manual_seed(0)
     tokenizer, critic, video = make().requires_grad_(True), Discriminator(2, (2,)), draw(1, 3, 5, 16, 16)
-    options = {"perceptual": PerceptualLoss(Colours()), "discriminator": critic}
+    config = TokenizerLossConfig()
+    generate = TokenizerLoss(config, terms(perceptual=PerceptualLoss(Colours()), discriminator=critic))
+    batch = {"video": video, "penalise": True}
     with torch.autocast("cpu", torch.bfloat16):
-        loss, logs = tokenizer_losses(tokenizer, video, TokenizerLossConfig(), **options)
-        critic_loss, critic_logs = discriminator_losses(
-            critic, LeCam(), video, tokenizer(video), TokenizerLossConfig(), penalise=True
-        )
+        loss, logs = generate(tokenizer, batch)
+        critic_loss, critic_logs = DiscriminatorLoss(config, LeCam())(critic, batch)
+    assert batch["reconstruction"].dtype == torch.float32
     assert {value.dtype for value in (*logs.values(), *critic_logs.values())} == {torch.float32}
     (loss + critic_loss).backward()
-    expected, _ = tokenizer_losses(tokenizer, video, TokenizerLossConfig(), **options)
+    expected, _ = generate(tokenizer, batch)
     torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
 
 
@@ -232,18 +288,19 @@ def test_a_few_steps_of_both(frames: int) -> None:
     video = (0.8 * bars[None, None, :, None, :]).expand(4, 3, -1, 16, -1).contiguous()
     video = video * torch.tensor([1.0, -1.0, 0.6, -0.6])[:, None, None, None, None]
     fake = 0.5 * draw(4, 3, frames, 16, 16)
+    generate, judge = TokenizerLoss(config, terms(discriminator=critic)), DiscriminatorLoss(config, lecam)
     history = []
     for step in range(30):
-        loss, logs = tokenizer_losses(tokenizer, video, config, discriminator=critic)
+        loss, logs = generate(tokenizer, {"video": video})
         tokenizer_optimizer.zero_grad()
         loss.backward()
         tokenizer_optimizer.step()
-        penalise = step % config.r1_every == 0
-        loss, critic_logs = discriminator_losses(critic, lecam, video, fake, config, penalise=penalise)
+        batch = {"video": video, "reconstruction": fake, "penalise": step % config.r1_every == 0}
+        loss, critic_logs = judge(critic, batch)
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        lecam.update(critic_logs["real_logit"], critic_logs["fake_logit"])
+        judge.after_step({name: value.item() for name, value in critic_logs.items()})
         history.append({**logs, **critic_logs})
         assert all(math.isfinite(value) for value in history[-1].values())
     assert history[-1]["reconstruction"] < 0.5 * history[0]["reconstruction"]

@@ -127,7 +127,7 @@ def test_killed_before_the_first_checkpoint_on_other_data(data, tmp_path, monkey
     fit("tokenizer", data, out)
     change(data)
     with monkeypatch.context() as patch:
-        patch.setattr("walt.train.trainer.Trainer.run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("walt.train.trainer.Trainer.run", lambda self, **_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit("tokenizer", data, out, *MORE, new_settings=True)
     with pytest.raises(WaltError, match="holds, or by an older walt; give the same data"):

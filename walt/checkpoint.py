@@ -24,7 +24,7 @@ from walt.distributed import full, is_main, is_sharded, local, local_rows, raise
 from walt.errors import WaltError
 
 FORMAT = "walt-checkpoint"
-VERSION = 1
+VERSION = 2  # those of version 1 hold states of random generators beside the weights
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -208,7 +208,8 @@ def load_description(folder: str | Path, kind: str) -> tuple[Path, dict[str, Any
     if document.get("format") != FORMAT:
         raise WaltError(f'{path} is not a checkpoint of walt (its "format" is {document.get("format")!r})')
     if document.get("version") != VERSION:
-        raise WaltError(f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}")
+        first = ': its weights are the same, so set "version" to 2 in that file' if document.get("version") == 1 else ""
+        raise WaltError(f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}{first}")
     if document.get("kind") != kind:
         raise WaltError(f"{folder} holds a {document.get('kind')}, expected a {kind}")
     return folder, document
