@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from walt.data.simulator import SCENARIOS, Clips, balanced, render_clips
+from walt.checkpoint import fingerprint
+from walt.data.batches import LatentSource
+from walt.data.clips import ClipStore, write_store
+from walt.data.latents import LatentStore, encode_latents
+from walt.data.loading import Batch, Source
+from walt.data.pixels import to_pixels
+from walt.data.simulator import DEMO_FPS, SCENARIOS, render_clips
+from walt.demo.demo import DemoConfig
 from walt.evaluate.metrics import clip_distances
 from walt.evaluate.networks import FEATURES, FrameFeatures, Projection
+from walt.model.config import TransformerConfig
+from walt.model.diffusion import Diffusion
 from walt.model.tokenizer import Tokenizer
-from walt.presets import PRESETS
 from walt.pretrained import load_tokenizer
-from walt.settings import TrainingConfig
-from walt.stages import Latents, decode, encode, prepare_latents, train_tokenizer
+from walt.train.denoiser import DenoiserSource
+from walt.train.run import Run
+from walt.train.tokenizer import train_tokenizer
 
 FRAMES, SIZE = 17, 64
 HELD_OUT = 10_000  # first episode that is held out: further than any training set counts
@@ -30,7 +39,7 @@ Distance = Callable[[Tensor], dict[str, float]]  # normalised latents -> "frames
 class Material:
     """Latents are normalised by the tokenizer's mean and deviation; held out are [N, c, 1+t, h, w] and label [N]."""
 
-    latents: Latents
+    latents: LatentStore
     held_out: Tensor
     label: Tensor
     mean: Tensor  # [c]
@@ -46,58 +55,69 @@ class Material:
     def normalised(self, latent: Tensor) -> Tensor:
         return (latent - self._channels(self.mean, latent)) / self._channels(self.std, latent)
 
-    def raw_latents(self) -> Latents:
-        return replace(self.latents, video=self.raw(self.latents.video), image=self.raw(self.latents.image))
-
     @staticmethod
     def _channels(statistic: Tensor, like: Tensor) -> Tensor:
         return statistic.reshape(-1, *[1] * (like.ndim - 2))
 
 
-def prepare(clips: int, held_out: int, tokenizer: Path | None, folder: Path, seconds: float) -> Material:
+def source_of(
+    material: Material, config: TransformerConfig, diffusion: Diffusion, *, batch: int, images: int, normalised: bool
+) -> Source:
+    """What `walt train base` trains on; latents that are not `normalised` are as the encoder gives them."""
+    source = DenoiserSource(LatentSource(material.latents, batch, images), diffusion, config, None)
+
+    def raw(shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
+        made = source(shared, samples)
+        return {**made, "latent": material.raw(made["latent"])}
+
+    return source if normalised else raw
+
+
+def prepare(clips: int, held_out: int, tokenizer: Path | None, folder: Path, seconds: float, work: Path) -> Material:
     """`clips` a class to train on and `held_out` a class to compare with; the tokenizer is loaded, or trained first.
 
-    `tokenizer` is a trained one's folder; if it is None, one is trained in `folder` for `seconds`.
+    `tokenizer` is a trained one's folder; if it is None, one is trained in `folder` for `seconds`. Clips and latents
+    are written to `work`, which is to outlive the material.
     """
-    train = render_clips(SCENARIOS, range(clips), frames=FRAMES, size=SIZE)
-    test = render_clips(SCENARIOS, range(HELD_OUT, HELD_OUT + held_out), frames=FRAMES, size=SIZE)
+    train, test = (
+        write_store(work / name, render_clips(SCENARIOS, episodes, frames=FRAMES, size=SIZE), DEMO_FPS)
+        for name, episodes in (("data", range(clips)), ("held-out", range(HELD_OUT, HELD_OUT + held_out)))
+    )
     coder = load_tokenizer(tokenizer) if tokenizer else small_tokenizer(train, folder, seconds)
-    latents, test_latents = prepare_latents(coder, train), encode(coder, test.video, desc="encode held-out clips")
+    shown = {"key": fingerprint(coder), "frames": FRAMES, "height": SIZE, "width": SIZE}
+    latents, unseen = (
+        encode_latents(store, work / f"latents-{store.folder.name}", coder.encode, **shown) for store in (train, test)
+    )
+    held = torch.tensor(unseen.video).float()
     return Material(
         latents,
-        test_latents,
+        held,
         torch.from_numpy(test.label),
         coder.latent_mean,
         coder.latent_std,
         train.classes,
-        decoded_distance(coder, train, test_latents),
-        f"Frechet distance of frames plus that of their steps in time, between {len(test)} generated and as many"
+        decoded_distance(coder, train, held),
+        f"Frechet distance of frames plus that of their steps in time, between {len(held)} generated and as many"
         f" held-out clips, both decoded; {FEATURES}, first {DIMENSIONS} principal components of real frames",
     )
 
 
-def small_tokenizer(clips: Clips, folder: Path, seconds: float) -> Tokenizer:
-    """As the demo trains it."""
-    tokenizer, _ = train_tokenizer(
-        clips,
-        PRESETS["tiny"][0],
-        TrainingConfig(20_000, lr=2e-3, warmup=100),
-        folder,
-        batch=1,
-        frames=5,
-        data={"clips": len(clips)},
-        seconds=seconds,
-    )
-    return tokenizer
+def small_tokenizer(clips: ClipStore, folder: Path, seconds: float) -> Tokenizer:
+    """As the demo trains it, in `folder`/tokenizer."""
+    settings = DemoConfig(tokenizer_steps=20_000, frames=FRAMES, size=SIZE).settings("tokenizer")
+    train_tokenizer(Run("tokenizer", settings, clips, folder, torch.device("cpu")), seconds=seconds)
+    return load_tokenizer(folder / "tokenizer")
 
 
-def decoded_distance(tokenizer: Tokenizer, train: Clips, held_out: Tensor) -> Distance:
+def decoded_distance(tokenizer: Tokenizer, train: ClipStore, held_out: Tensor) -> Distance:
     """`clip_distances` to the held-out clips as the tokenizer shows them: what is left to the transformer."""
     network = FrameFeatures()
-    project = Projection(network(train.video[balanced(train, 8)]), DIMENSIONS)
+    project = Projection(network(train.read(train.windows(FRAMES, hop=FRAMES)[train.balanced(8)], FRAMES)), DIMENSIONS)
 
+    @torch.inference_mode()
     def features(latent: Tensor) -> np.ndarray:
-        return project(network(decode(tokenizer, latent)))
+        video = np.concatenate([to_pixels(tokenizer.decode(part)) for part in latent.split(8)])
+        return project(network(video))
 
     reference = features(held_out)
     return lambda latent: clip_distances(features(latent), reference)

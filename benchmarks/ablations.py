@@ -15,18 +15,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from walt.atomic import atomic_write, read_json, write_json
+from walt.data.loading import Source, make_batch
 from walt.errors import WaltError
-from walt.model.config import ClipShape, TransformerConfig
+from walt.model.config import TransformerConfig
 from walt.model.diffusion import Diffusion, sample_noise
 from walt.model.transformer import Transformer
 from walt.settings import TrainingConfig
-from walt.stages import train_transformer, transformer_draw, transformer_loss
+from walt.train.losses import DenoiserLoss
+from walt.train.objective import Objective
+from walt.train.trainer import Trainer
 
-from .ablation_material import FRAMES, SIZE, Material, prepare
+from .ablation_material import Material, prepare, source_of
 from .ablation_table import REAL, UNTRAINED, key, table, total
 from .ablation_variants import BASE, BASELINE, VARIANTS, Variant
 from .machine import machine
@@ -91,25 +95,34 @@ def make(variant: Variant, material: Material, base: TransformerConfig, seed: in
     return Transformer(variant.config(fitted)).eval(), Diffusion(variant.diffusion_config())
 
 
+def training_of(
+    variant: Variant, material: Material, base: TransformerConfig, settings: Settings, training: TrainingConfig
+) -> tuple[Diffusion, Objective, Source]:
+    """A new model's, as `walt train base` has them."""
+    model, diffusion = make(variant, material, base, training.seed)
+    source = source_of(
+        material,
+        model.config,
+        diffusion,
+        batch=settings.batch,
+        images=settings.batch // 4 if variant.images else 0,
+        normalised=variant.normalised,
+    )
+    return diffusion, Objective(model, DenoiserLoss(diffusion), training, average=True), source
+
+
 def run(
     variant: Variant, seed: int, material: Material, settings: Settings, steps: int, base: TransformerConfig = BASE
 ) -> dict[str, Any]:
     """Train one model for `steps` and score it; a row of the results."""
-    transformer, diffusion = make(variant, material, base, seed)
-    latents = material.latents if variant.normalised else material.raw_latents()
+    training = TrainingConfig(steps, lr=settings.lr, warmup=min(50, steps // 4 + 1), save_every=steps, seed=seed)
+    diffusion, objective, source = training_of(variant, material, base, settings, training)
     with tempfile.TemporaryDirectory(prefix="walt-ablation-") as folder:
-        model, trainer = train_transformer(
-            transformer,
-            diffusion,
-            latents,
-            TrainingConfig(steps, lr=settings.lr, warmup=min(50, steps // 4 + 1), save_every=steps, seed=seed),
-            Path(folder) / "transformer",
-            batch=settings.batch,
-            images=settings.batch // 4 if variant.images else 0,
-            clip=ClipShape(FRAMES, SIZE, SIZE, 12),
-            classes=material.classes,
-            data={},
+        trainer: Trainer[Transformer] = Trainer(
+            [objective], source, Path(folder) / "transformer", batch=settings.batch, kind="transformer", description={}
         )
+        trainer.run()
+    model = trainer.averaged.eval()
     return {
         "variant": key(variant),
         "seed": seed,
@@ -150,18 +163,14 @@ def held_out_loss(model: nn.Module, diffusion: Diffusion, latent: Tensor, label:
 
 def step_seconds(variant: Variant, material: Material, settings: Settings) -> float:
     """The faster of two training steps after a first one."""
-    model, diffusion = make(variant, material, BASE, 0)
-    images = settings.batch // 4 if variant.images else 0
-    draw = transformer_draw(diffusion, material.latents, settings.batch, images)
-    loss = transformer_loss(diffusion, material.latents)
-    optimizer = torch.optim.AdamW(model.train().parameters(), fused=True)
-    generator = torch.Generator().manual_seed(0)
+    training = TrainingConfig(3, lr=settings.lr)
+    _, objective, source = training_of(variant, material, BASE, settings, training)
+    objective.network.train()
     times = []
-    for _ in range(3):
+    for step in range(training.steps):
         started = time.perf_counter()
-        loss(model, draw(generator))[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        objective.backward([make_batch(source, 0, step, range(settings.batch))])
+        objective.step(training.lr)
         times.append(time.perf_counter() - started)
     return min(times[1:])
 
@@ -171,11 +180,9 @@ def measured_plan(material: Material, settings: Settings, seconds: float) -> tup
     started = time.perf_counter()
     untrained = score(BASELINE, *make(BASELINE, material, BASE, 0), 0, material, settings)
     scoring = time.perf_counter() - started
-    chosen = torch.linspace(0, len(material.latents.video) - 1, len(material.held_out)).long()
-    yardsticks = {
-        UNTRAINED: untrained,
-        REAL: material.distance(material.latents.video[chosen]),
-    }
+    chosen = np.linspace(0, len(material.latents.video) - 1, len(material.held_out)).astype(int)
+    real = material.distance(torch.tensor(material.latents.video[chosen]).float())
+    yardsticks = {UNTRAINED: untrained, REAL: real}
     step = {key(variant): step_seconds(variant, material, settings) for variant in VARIANTS}
     left = seconds - (time.perf_counter() - started)
     return plan(left, step, scoring, settings.seeds), yardsticks
@@ -245,21 +252,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if results is not None and not left_to_run(results, VARIANTS):
         return results
     seconds = settings.minutes * 60
-    folder = options.json.parent / "tokenizer"
     share = settings.tokenizer_share * seconds
-    material = prepare(settings.clips, settings.held_out, options.tokenizer, folder, share)
-    if results is None:
-        planned, yardsticks = measured_plan(material, settings, seconds - (time.monotonic() - started))
-        results = {
-            "settings": asdict(settings),
-            "plan": asdict(planned),
-            "machine": machine("cpu"),
-            "features": material.features,
-            "yardsticks": yardsticks,
-            "runs": [],
-        }
-    say(f"{results['plan']['steps']} steps for each of {len(VARIANTS)} variants, {results['plan']['seeds']} seeds")
-    run_all(results, lambda now: write_json(options.json, now), material)
+    with tempfile.TemporaryDirectory(prefix="walt-ablations-") as work:
+        material = prepare(settings.clips, settings.held_out, options.tokenizer, options.json.parent, share, Path(work))
+        if results is None:
+            planned, yardsticks = measured_plan(material, settings, seconds - (time.monotonic() - started))
+            results = {
+                "settings": asdict(settings),
+                "plan": asdict(planned),
+                "machine": machine("cpu"),
+                "features": material.features,
+                "yardsticks": yardsticks,
+                "runs": [],
+            }
+        say(f"{results['plan']['steps']} steps for each of {len(VARIANTS)} variants, {results['plan']['seeds']} seeds")
+        run_all(results, lambda now: write_json(options.json, now), material)
     return results
 
 

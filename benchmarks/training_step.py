@@ -1,101 +1,87 @@
-"""A whole training step of walt's tiny preset, as `walt demo` takes it: loss, backward pass, clipping, AdamW.
+"""A whole training step of walt's tiny preset, as `walt demo` takes it: loss, backward pass, clipping, AdamW, average.
 
-Parameters are float32; the 16-bit dtypes are those of autocast. The data are random clips and latents of the right
-shapes, and no weight is zero, so that every kernel has real work.
+Parameters are float32; bfloat16 is that of autocast. The batch is random, made once, and no weight is zero, so that
+every kernel has real work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from walt.data.loading import Draw
-from walt.data.simulator import Clips
+from walt.data.loading import Batch, map_tensors
+from walt.demo.demo import DemoConfig
 from walt.model.diffusion import Diffusion
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
-from walt.presets import PRESETS
-from walt.settings import TrainingConfig
-from walt.stages import Latents, tokenizer_draw, tokenizer_loss, transformer_draw, transformer_loss
-from walt.train.objective import Loss
+from walt.train.losses import DenoiserLoss
+from walt.train.objective import Objective
+from walt.train.tokenizer import tokenizer_objectives
 from walt_kernels import testing, use_backend
 
 from .cases import Case
 from .contender import COMPILED, REFERENCE, Contender, Subject, on_reference
 
 WIDE = f"{REFERENCE} in float32"
-
-Step = Callable[[nn.Module, torch.Generator], Tensor]
-
-
-def step_of(draw: Draw, loss: Loss) -> Step:
-    """The loss of a batch as a trainer draws it."""
-    return lambda model, generator: loss(model, draw(generator))[0]
+LR = 1e-4
 
 
-def build(stage: str, batch: int, frames: int, size: int, wide: bool = False) -> tuple[nn.Module, Step]:
-    """The model and its loss on one batch; ``frames`` and ``size`` are the tokenizer's pixels or the base's latents.
-
-    ``wide`` is for the truth: the same numbers in float64.
+def build(stage: str, batch: int, frames: int, size: int, dtype: torch.dtype, device: str) -> tuple[Objective, Batch]:
+    """The demo's objective of a stage, and a batch; ``frames`` and ``size`` are those of the tokenizer's pixels or the
+    base model's latents. float64 is for the truth: the same numbers in it.
     """
     torch.manual_seed(0)
-    tokenizer, transformer = PRESETS["tiny"]
-    model: nn.Module
+    made: Batch
+    network: nn.Module
+    settings = DemoConfig().settings("tokenizer" if stage == "tokenizer tiny" else "base")
+    precision = "bfloat16" if dtype is torch.bfloat16 else "float32"
+    settings = replace(settings, training=replace(settings.training, precision=precision))
     if stage == "tokenizer tiny":
-        video = np.random.default_rng(0).integers(0, 256, (batch, frames, size, size, 3), dtype=np.uint8)
-        clips = Clips(video, np.zeros(batch, np.int64), ("random",) * batch, ("random",))
-        model = Tokenizer(tokenizer)
-        loss = step_of(tokenizer_draw(clips, batch, frames), tokenizer_loss(clips, frames))
-        if wide:  # the step makes pixels in float32
-            model.encoder.register_forward_pre_hook(lambda _, arguments: (arguments[0].double(), *arguments[1:]))
+        network = Tokenizer(settings.tokenizer)
+        made = {"video": torch.rand(batch, 3, frames, size, size) * 2 - 1}
     else:
-        images, channels, kind = batch // 4, transformer.latent_channels, torch.float64 if wide else torch.float32
-        label = torch.arange(batch) % transformer.classes
-        latents = Latents(
-            torch.randn(batch, channels, frames, size, size).to(kind),
-            label,
-            torch.randn(batch * frames, channels, size, size).to(kind),
-            label.sort().values.repeat_interleave(frames),
-        )
-        model, diffusion = Transformer(transformer), Diffusion()
-        draw = transformer_draw(diffusion, latents, batch, images)
-        loss = step_of(draw, transformer_loss(diffusion, latents))
+        config, diffusion = settings.transformer, Diffusion(settings.diffusion)
+        network, shape = Transformer(config), (config.latent_channels, frames, size, size)
+        made = {
+            "latent": torch.randn(batch, *shape),
+            "label": torch.arange(batch) % config.classes,
+            "image": torch.arange(batch) >= batch - batch // 4,
+            "randoms": diffusion.randoms(shape, [torch.Generator().manual_seed(i) for i in range(batch)]),
+        }
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return (model.double() if wide else model).train(), loss
+    if dtype is torch.float64:
+        network = network.double()
+        made = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, made)
+    network.to(device).train()
+    made = map_tensors(lambda tensor: tensor.to(device), made)
+    if isinstance(network, Tokenizer):
+        return tokenizer_objectives(network, settings)[0][0], made
+    return Objective(network, DenoiserLoss(diffusion), settings.training, average=True), made
 
 
-def evaluate(model: nn.Module, loss: Step, dtype: torch.dtype, device: str) -> Tensor:
-    """The loss; a fresh generator makes it the same batch and noise every time."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(device, dtype if narrow else None, enabled=narrow):
-        return loss(model, torch.Generator().manual_seed(0))
-
-
-def trainer(case: Case, dtype: torch.dtype, device: str, *, reference: bool, compiled: bool = False) -> Contender:
-    """A contender with a model and an optimizer of its own; they are made when it is first called."""
+def trainer(dtype: torch.dtype, device: str, *, reference: bool, compiled: bool = False) -> Contender:
+    """A contender with an objective of its own, which is made when it is first called."""
     state: list[Any] = []
 
     def step(**inputs: Any) -> float:
         if not state:
-            model, loss = build(**inputs)
+            objective, batch = build(**inputs, dtype=dtype, device=device)
             if compiled:
-                for part in (model.encoder, model.decoder) if isinstance(model, Tokenizer) else (model,):
+                network = objective.network
+                for part in (network.encoder, network.decoder) if isinstance(network, Tokenizer) else (network,):
                     part.compile(dynamic=False)
-            state.extend((model.to(device), loss, torch.optim.AdamW(model.parameters(), lr=1e-4)))
-        model, loss, optimizer = state
-        value = evaluate(model, loss, dtype, device)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), TrainingConfig.clip_norm)
-        optimizer.step()
-        return value.item()
+            state.extend((objective, batch))
+        objective, batch = state
+        result = objective.backward([batch])
+        objective.step(LR)
+        return float(result.loss)
 
     return Contender(on_reference(step) if reference else step, compiled=compiled, like=REFERENCE if compiled else "")
 
@@ -103,7 +89,7 @@ def trainer(case: Case, dtype: torch.dtype, device: str, *, reference: bool, com
 def flops(case: Case) -> float:
     """Of one step of the reference, as PyTorch counts its products."""
     with FlopCounterMode(display=False) as counter:
-        trainer(case, torch.float32, "cpu", reference=True).function(**case.inputs(torch.float32))
+        trainer(torch.float32, "cpu", reference=True).function(**case.inputs(torch.float32))
     return float(counter.get_total_flops())
 
 
@@ -112,14 +98,14 @@ def subject(case: Case, dtype: torch.dtype, device: str, quick: bool, backends: 
     assert not backends
     torch._dynamo.reset()
     contenders = {
-        "ours": trainer(case, dtype, device, reference=False),
-        REFERENCE: trainer(case, dtype, device, reference=True),
+        "ours": trainer(dtype, device, reference=False),
+        REFERENCE: trainer(dtype, device, reference=True),
     }
     if dtype is not torch.float32 and device == "cpu":
-        contenders[WIDE] = trainer(case, torch.float32, device, reference=True)
+        contenders[WIDE] = trainer(torch.float32, device, reference=True)
     if quick:
         return Subject(case.inputs(dtype), contenders, (f"{COMPILED}: left out by --quick, it would compile for long",))
-    contenders[COMPILED] = trainer(case, dtype, device, reference=True, compiled=True)
+    contenders[COMPILED] = trainer(dtype, device, reference=True, compiled=True)
     return Subject(case.inputs(dtype), contenders)
 
 
@@ -133,10 +119,10 @@ def check(
     small = case.small()
 
     def results(kind: torch.dtype) -> tuple[Tensor, Tensor]:
-        model, loss = build(**small.inputs(dtype), wide=kind is torch.float64)
-        value = evaluate(model.to(device), loss, kind, device)
-        gradients = torch.autograd.grad(value, list(model.parameters()))
-        return value.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+        objective, batch = build(**small.inputs(dtype), dtype=kind, device=device)
+        loss, _ = objective.forward(batch)
+        gradients = torch.autograd.grad(loss, list(objective.network.parameters()))
+        return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     own = results(dtype)
     with use_backend("reference"):

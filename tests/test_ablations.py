@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from scipy import stats
 
 from benchmarks import ablations
-from benchmarks.ablation_material import Material
+from benchmarks.ablation_material import Material, source_of
 from benchmarks.ablation_table import (
     REAL,
     STUDENT,
@@ -30,11 +31,13 @@ from benchmarks.ablation_table import (
 from benchmarks.ablation_variants import BASE, BASELINE, VARIANTS, FullAttention, Variant, rate_change
 from benchmarks.ablations import Plan, Settings, held_out_loss, load, make, plan, run_all, score, step_seconds
 from walt.atomic import write_json
+from walt.data.clips import write_store
+from walt.data.latents import encode_latents
+from walt.data.loading import make_batch
 from walt.errors import WaltError
 from walt.evaluate.metrics import frechet_distance
 from walt.model.diffusion import Diffusion
 from walt.model.transformer import Transformer
-from walt.stages import Latents
 
 SMALL = replace(BASE, layers=2, width=16, heads=2, latent_size=(2, 4, 4), latent_channels=4)
 SETTINGS = Settings(minutes=1, seeds=2, clips=6, held_out=3, batch=4, sampling_steps=2, loss_draws=2)
@@ -42,25 +45,29 @@ BY_NAME = {key(variant): variant for variant in VARIANTS}
 TWO = BASELINE, BY_NAME["latent normalisation: off"]
 
 
-@pytest.fixture(scope="module")
-def material() -> Material:
+def random_material(folder: Path) -> Material:
     """Random latents of two classes; the distance is that of their channels."""
     random = torch.Generator().manual_seed(0)
-    shape = (4, 2, 4, 4)
+
+    def encode(video: torch.Tensor) -> torch.Tensor:
+        return torch.randn(len(video), 4, 1 + video.shape[2] // 4, 4, 4, generator=random)
 
     def distance(latent: torch.Tensor) -> dict[str, float]:
         first, second = (x.movedim(1, -1).flatten(0, -2).double().numpy() for x in (latent, held_out))
         return {"frames": frechet_distance(first, second), "motion": 1.0}
 
-    held_out = torch.randn(6, *shape, generator=random)
-    latents = Latents(
-        torch.randn(12, *shape, generator=random),
-        torch.arange(12) % 2,
-        torch.randn(24, 4, 4, 4, generator=random),
-        (torch.arange(24) % 2).sort().values,
-    )
+    clips = [(f"{('left', 'right')[i % 2]}/{i}", np.zeros((5, 8, 8, 3), np.uint8)) for i in range(12)]
+    shape = {"frames": 5, "height": 8, "width": 8}
+    store = write_store(folder / "data", clips, 8)
+    latents = encode_latents(store, folder / "latents", encode, key="", progress=False, **shape)
+    held_out = torch.randn(6, 4, 2, 4, 4, generator=random)
     mean, std = torch.tensor([1.0, -2.0, 0.0, 3.0]), torch.tensor([2.0, 0.5, 1.0, 4.0])
     return Material(latents, held_out, torch.arange(6) % 2, mean, std, ("left", "right"), distance, "random latents")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Material:
+    return random_material(tmp_path_factory.mktemp("material"))
 
 
 def results_of(rows: list[dict], seeds: int = 2) -> dict:
@@ -311,10 +318,16 @@ class TestMiniature:
         assert load(tmp_path / "absent.json", SETTINGS) is None
 
     def test_latents_that_are_not_normalised_come_back(self, material):
-        raw = material.raw_latents()
-        assert torch.allclose(material.normalised(raw.video), material.latents.video, atol=1e-6)
-        assert torch.allclose(raw.image[:, 3], material.latents.image[:, 3] * 4 + 3)
-        assert torch.allclose(raw.video[:, 1], material.latents.video[:, 1] * 0.5 - 2)
+        model, diffusion = make(BASELINE, material, SMALL, 0)
+        kinds = {"batch": 4, "images": 1}
+        plain, raw = (
+            make_batch(source_of(material, model.config, diffusion, normalised=kind, **kinds), 0, 0, range(4))
+            for kind in (True, False)
+        )
+        assert torch.allclose(material.normalised(raw["latent"]), plain["latent"], atol=1e-6)
+        assert torch.allclose(raw["latent"][:, 3], plain["latent"][:, 3] * 4 + 3)
+        assert torch.allclose(raw["latent"][:, 1], plain["latent"][:, 1] * 0.5 - 2)
+        assert torch.equal(raw["label"], plain["label"])
 
     def test_score_of_raw_latents_is_measured_normalised(self, material):
         """A model of zeros samples what its noise says; the distance sees it in the normalised latents' scale."""

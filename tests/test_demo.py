@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -56,6 +57,10 @@ def demo_run(needs_demo, tmp_path_factory) -> Path:
 class TestDemo:
     def test_writes_everything(self, demo_run):
         expected = {
+            "data",
+            "demo.json",
+            "held-out",
+            "latents-16x16",
             "samples.mp4",
             "samples.gif",
             "reconstructions.mp4",
@@ -65,9 +70,13 @@ class TestDemo:
             "report.html",
             "metrics.json",
             "tokenizer",
+            "tokenizer.files.json",
             "tokenizer.jsonl",
+            "tokenizer.yaml",
             "transformer",
+            "transformer.files.json",
             "transformer.jsonl",
+            "transformer.yaml",
         }
         assert {path.name for path in demo_run.iterdir()} == expected
 
@@ -134,7 +143,23 @@ class TestDemo:
 
     def test_other_settings_are_refused(self, demo_run, capsys):
         line = fails(capsys, *demo(demo_run, "--clips", "4"))
-        assert "data.clips is 3 there, 4 here" in line
+        assert f"{demo_run} holds a demo of other clips (clips is 3 there, 4 here)" in line
+        assert "belongs to a run with other settings (training.steps is 12 there, 13 here)" in fails(
+            capsys, *demo(demo_run, tokenizer=13)
+        )
+
+    @pytest.mark.parametrize("name", ["tokenizer", "data"])
+    def test_a_folder_that_is_not_a_demos_is_refused(self, demo_run, tmp_path, capsys, name):
+        """Such as that of a demo from before it wrote its clips there; and data of the user's are not replaced."""
+        shutil.copytree(demo_run / name, tmp_path / "old" / name)
+        line = fails(capsys, *demo(tmp_path / "old"))
+        assert f"{tmp_path / 'old' / name} is there already, of an older demo or from elsewhere" in line
+        assert [path.name for path in (tmp_path / "old").iterdir()] == [name]
+
+    def test_a_preset_without_classes_is_refused(self, needs_demo, tmp_path, capsys):
+        line = fails(capsys, *demo(tmp_path / "out", "--preset", "tiny-text"))
+        assert "--preset tiny-text has no classes, which the demo's has to have; give tiny" in line
+        assert not (tmp_path / "out").exists()
 
     def test_full_disk(self, needs_demo, tmp_path, capsys, monkeypatch):
         def no_space(path, _tensors):
@@ -144,7 +169,15 @@ class TestDemo:
         monkeypatch.setattr(checkpoint, "write_tensors", no_space)
         line = fails(capsys, *demo(tmp_path / "out"))
         assert f"cannot write {tmp_path / 'out' / 'tokenizer'}: No space left on device" in line
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.jsonl"]
+        left = {path.name for path in (tmp_path / "out").iterdir()}
+        assert left == {
+            "data",
+            "demo.json",
+            "held-out",
+            "tokenizer.files.json",
+            "tokenizer.jsonl",
+            "tokenizer.yaml",
+        }
 
     def test_interrupt_leaves_a_checkpoint_that_a_second_run_resumes(self, needs_demo, tmp_path):
         out = tmp_path / "run"

@@ -11,12 +11,10 @@ import pytest
 from walt.data.captions import read_captions
 from walt.data.simulator import (
     SCENARIOS,
-    Clips,
-    balanced,
+    Clip,
     demo_clips,
     film_clips,
     film_path,
-    join,
     render_clips,
     write_demo_folder,
 )
@@ -38,18 +36,12 @@ def simulator():
     pytest.importorskip("vizdoom", reason="ViZDoom is not installed")
 
 
-def constant_clips(name: str, value: int, count: int = 2) -> Clips:
-    video = np.full((count, 5, 8, 8, 3), value, np.uint8)
-    return Clips(video, np.zeros(count, np.int64), tuple(f"{name}/{i}" for i in range(count)), (name,))
+def videos(clips: list[Clip]) -> np.ndarray:
+    return np.stack([video for _, video in clips])
 
 
-def test_join_renumbers_classes():
-    first = join([constant_clips("a", 1), constant_clips("b", 2)])
-    both = join([first, constant_clips("b", 3), constant_clips("c", 4)])
-    assert both.classes == ("a", "b", "c")
-    assert both.label.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
-    assert both.video[:, 0, 0, 0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert balanced(both, 1).tolist() == [0, 2, 6]
+def classes(clips: list[Clip]) -> list[str]:
+    return [name.partition("/")[0] for name, _ in clips]
 
 
 @pytest.mark.usefixtures("simulator")
@@ -57,21 +49,21 @@ class TestSimulator:
     def test_same_seed_same_clips(self):
         first = render_clips(["basic", "my_way_home"], range(2), frames=5, size=32, seed=3, progress=False)
         again = render_clips(["basic", "my_way_home"], range(2), frames=5, size=32, seed=3, progress=False)
-        assert np.array_equal(first.video, again.video)
-        assert first.video.shape == (4, 5, 32, 32, 3)
-        assert first.label.tolist() == [0, 0, 1, 1]
+        assert np.array_equal(videos(first), videos(again))
+        assert videos(first).shape == (4, 5, 32, 32, 3)
+        assert classes(first) == ["basic", "basic", "my_way_home", "my_way_home"]
         other = render_clips(["basic", "my_way_home"], range(2), frames=5, size=32, seed=4, progress=False)
-        assert not any(np.array_equal(a, b) for a, b in zip(first.video, other.video, strict=True))
+        assert not any(np.array_equal(a, b) for a, b in zip(videos(first), videos(other), strict=True))
 
     def test_an_episode_does_not_depend_on_those_before_it(self):
         several = render_clips(["defend_the_center"], range(3), frames=5, size=32, progress=False)
         alone = render_clips(["defend_the_center"], range(2, 3), frames=5, size=32, progress=False)
-        assert np.array_equal(several.video[2], alone.video[0])
-        assert several.source[2] == alone.source[0] == "defend_the_center/episode-2"
+        assert np.array_equal(several[2][1], alone[0][1])
+        assert several[2][0] == alone[0][0] == "defend_the_center/episode-2"
 
     def test_clips_move(self):
         clips = render_clips(["basic", "take_cover"], range(3), frames=9, size=32, progress=False)
-        change = np.abs(np.diff(clips.video.astype(int), axis=1)).mean(axis=(1, 2, 3, 4))
+        change = np.abs(np.diff(videos(clips).astype(int), axis=1)).mean(axis=(1, 2, 3, 4))
         assert (change > 0.5).all()
 
     def test_leaves_no_files_and_the_same_folder(self, tmp_path, monkeypatch):
@@ -86,12 +78,12 @@ class TestSimulator:
 
     def test_demo_split_shares_nothing(self, film):
         train, test = demo_clips(3, 2, scenarios=("basic", "take_cover"), frames=5, size=32, seed=0)
-        assert train.classes == test.classes == ("basic", "take_cover", "big_buck_bunny")
-        assert not set(train.source) & set(test.source)
-        assert np.bincount(train.label).tolist() == [3, 3, 3]
-        assert np.bincount(test.label).tolist() == [2, 2, 2]
-        for clip in test.video:
-            assert not (clip == train.video).all(axis=(1, 2, 3, 4)).any()
+        names = ("basic", "take_cover", "big_buck_bunny")
+        assert not {name for name, _ in train} & {name for name, _ in test}
+        assert classes(train) == [name for name in names for _ in range(3)]
+        assert classes(test) == [name for name in names for _ in range(2)]
+        for clip in videos(test):
+            assert not (clip == videos(train)).all(axis=(1, 2, 3, 4)).any()
 
 
 def test_demo_folder(tmp_path, monkeypatch):
@@ -124,21 +116,21 @@ def test_film_clips_stay_in_their_span(tmp_path):
     brightness = np.arange(10, 250, 6, dtype=np.uint8)  # frame i is all 10 + 6 i
     write_mp4(tmp_path / "ramp.mp4", np.broadcast_to(brightness[:, None, None, None], (40, 48, 64, 3)).copy())
     clips = film_clips(tmp_path / "ramp.mp4", (20, 32), 12, name="ramp", frames=5, size=16)
-    index = (clips.video.mean(axis=(2, 3, 4)) - 10) / 6
+    index = (videos(clips).mean(axis=(2, 3, 4)) - 10) / 6
     assert np.abs(index - index.round()).max() < 0.4
     assert index.round().min() >= 20
     assert index.round().max() <= 31
     assert (np.diff(index.round(), axis=1) == 1).all()
     assert len(set(index[:, 0].round())) > 3
-    assert set(clips.source) == {"ramp/frames-20-31"}
+    assert [name for name, _ in clips] == [f"ramp/frames-20-31-clip-{number}" for number in range(12)]
 
 
 def test_the_film(film):
     whole = read_video(film)
     assert whole.shape == (132, 720, 1280, 3)
     clips = film_clips(film, (100, 132), 3, frames=17, size=32)
-    assert clips.video.shape == (3, 17, 32, 32, 3)
-    assert np.array_equal(clips.video, film_clips(film, (100, 132), 3, frames=17, size=32).video)
+    assert videos(clips).shape == (3, 17, 32, 32, 3)
+    assert np.array_equal(videos(clips), videos(film_clips(film, (100, 132), 3, frames=17, size=32)))
 
 
 def test_film_span_too_short(film):

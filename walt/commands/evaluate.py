@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 
 from walt.atomic import check_writable, write_json
 from walt.commands.model import ModelCommand
 from walt.commands.options import Natural, Positive, Real, Size, words
-from walt.data.pixels import to_model, to_pixels
 from walt.errors import WaltError, as_user_error
-from walt.evaluate.evaluate import METRICS, evaluate
+from walt.evaluate.evaluate import METRICS, evaluate, reconstructions
 from walt.evaluate.networks import FrameFeatures, VideoFeatures
 from walt.evaluate.real_clips import real_clips, trained_on
 from walt.model.tokenizer import Tokenizer
@@ -60,7 +57,7 @@ class Evaluate(ModelCommand):
         results = {}
         with as_user_error("evaluate"):
             if paired:
-                made = np.concatenate(list(_reconstructions(tokenizer, real)))
+                made = np.concatenate(list(reconstructions(tokenizer, real)))
                 results["reconstructions"] = evaluate(real, made, paired)
             if pipeline is not None:
                 options = {name: getattr(self, name) for name in ("steps", "seed", "guidance")}
@@ -82,10 +79,3 @@ class Evaluate(ModelCommand):
         if "frechet_image_distance" in metrics:
             networks["image"] = FrameFeatures(device=device)
         return networks
-
-
-@torch.inference_mode()
-def _reconstructions(tokenizer: Tokenizer, real: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(real), 8):
-        video = to_model(real[start : start + 8]).to(tokenizer.latent_mean)
-        yield to_pixels(tokenizer.decode(tokenizer.encode(video)).cpu())

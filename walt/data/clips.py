@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from walt.atomic import read_json, write_json
+from walt.atomic import atomic_folder, read_json, write_json
 from walt.data.folders import PassedOver
 from walt.data.pixels import shrink
 from walt.errors import WaltError
@@ -135,6 +135,41 @@ def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
         raise WaltError(f"{path} is broken: {error}") from error
 
 
+def write_store(folder: Path, clips: Iterable[tuple[str, np.ndarray]], fps: float) -> ClipStore:
+    """A prepared folder of clips that are no files: names and uint8 [T, H, W, 3], all of one height and width.
+
+    As with files, the folder in a name is the class ("basic/7"). Each clip is one shot. WaltError if the disk is full.
+    """
+    items: list[Item] = []
+    with atomic_folder(folder) as temporary:
+        with shard_path(temporary, 0).open("wb") as shard:
+            for name, video in clips:
+                frames, height, width, _ = video.shape
+                pixels = video.tobytes()
+                item = Item(
+                    name=name,
+                    kind="video",
+                    label=normal(Path(name).parent.name) or None,
+                    caption=None,
+                    fps=fps,
+                    variable=False,
+                    height=height,
+                    width=width,
+                    frames=frames,
+                    shots=((0, frames),),
+                    shard=0,
+                    offset=shard.tell(),
+                    digest=hashlib.sha256(pixels).hexdigest(),
+                    size=len(pixels),
+                    modified=0,
+                    changed=0,
+                )
+                shard.write(pixels)
+                items.append(item)
+        write_index(temporary, Settings(items[0].height, items[0].width, shots=False), items)
+    return ClipStore.open(folder)
+
+
 class ClipStore:
     """A prepared folder, read-only. A row (item, first frame) names a clip or, with any frame of an item, an image."""
 
@@ -241,6 +276,10 @@ class ClipStore:
         steps = {"image": 1, "video": every}
         items = [(index, item, steps[item.kind]) for index, item in enumerate(self.items)]
         return _rows([(index, np.arange(0, item.frames, step)) for index, item, step in items if step is not None])
+
+    def balanced(self, count: int) -> np.ndarray:
+        """The first `count` items of each class, class by class: int64."""
+        return np.concatenate([np.flatnonzero(self.label == label)[:count] for label in range(len(self.classes))])
 
     def read(
         self,

@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,56 +127,25 @@ def _moves(clip: np.ndarray) -> bool:
 
 
 FILM = "big_buck_bunny"
-
-
 DEMO_FPS = 17.5  # of the simulator's 35 tics a second, every second one is a frame
 
-
-@dataclass(frozen=True)
-class Clips:
-    """N clips of equal size: video uint8 [N, T, H, W, 3], label int64 [N], and where each came from.
-
-    A source is "name/episode-7" or "name/frames-0-99": two sets are disjoint if their sources are.
-    """
-
-    video: np.ndarray
-    label: np.ndarray
-    source: tuple[str, ...]
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.video)
-
-
-def join(parts: Sequence[Clips]) -> Clips:
-    """All clips of all parts; the classes follow one another in the order of the parts."""
-    classes = tuple(dict.fromkeys(name for part in parts for name in part.classes))
-    labels = [np.array([classes.index(part.classes[i]) for i in part.label], np.int64) for part in parts]
-    source = tuple(name for part in parts for name in part.source)
-    return Clips(np.concatenate([part.video for part in parts]), np.concatenate(labels), source, classes)
-
-
-def balanced(clips: Clips, count: int) -> np.ndarray:
-    """The first `count` indices of each class, class by class."""
-    return np.concatenate([np.flatnonzero(clips.label == label)[:count] for label in range(len(clips.classes))])
+Clip = tuple[str, np.ndarray]  # a name, whose folder is the class, and uint8 [T, H, W, 3]
 
 
 def render_clips(
     scenarios: Iterable[str], episodes: range, *, frames: int = 17, size: int = 64, seed: int = 0, progress: bool = True
-) -> Clips:
-    """One clip for each scenario and episode, the centre square of the screen at size x size."""
+) -> list[Clip]:
+    """One clip for each scenario and episode, "basic/episode-7": the centre square of the screen at size x size."""
     names = tuple(scenarios)
-    videos, labels, sources = [], [], []
+    clips = []
     with tqdm(total=len(names) * len(episodes), desc="render", unit="clip", disable=not progress) as bar:
         for label, name in enumerate(names):
             with open_game(name) as game:
                 for episode in episodes:
                     clip = render_episode(game, frames, (seed, label, episode))
-                    videos.append(shrink(centre_square(clip), size, size))
-                    labels.append(label)
-                    sources.append(f"{name}/episode-{episode}")
+                    clips.append((f"{name}/episode-{episode}", shrink(centre_square(clip), size, size)))
                     bar.update()
-    return Clips(np.stack(videos), np.array(labels, np.int64), tuple(sources), names)
+    return clips
 
 
 def film_path() -> Path:
@@ -194,8 +162,9 @@ def film_path() -> Path:
 
 def film_clips(
     path: Path, span: tuple[int, int], count: int, *, name: str = FILM, frames: int = 17, size: int = 64, seed: int = 0
-) -> Clips:
-    """`count` clips from frames span[0] .. span[1] - 1 of a film: random starts, random square windows at rest."""
+) -> list[Clip]:
+    """`count` clips from frames span[0] .. span[1] - 1 of a film, "<name>/frames-0-99-clip-7": random starts, random
+    square windows at rest."""
     start, stop = span
     if stop - start < frames:
         raise WaltError(f"{path}: frames {start} to {stop - 1} cannot hold a clip of {frames} frames")
@@ -204,29 +173,28 @@ def film_clips(
     low = max(size, min(height, size * 5 // 2))  # the film once at low resolution, so that crops are cheap
     film = shrink(film, low, round(width * low / height))
     random = np.random.default_rng((seed, start, stop))
-    videos = []
-    for _ in range(count):
+    clips = []
+    for number in range(count):
         side = int(random.integers(min(max(size, low * 2 // 3), low), low + 1))
         first = int(random.integers(0, stop - start - frames + 1))
         top = int(random.integers(0, low - side + 1))
         left = int(random.integers(0, film.shape[2] - side + 1))
         crop = film[first : first + frames, top : top + side, left : left + side]
-        videos.append(shrink(crop, size, size))
-    sources = (f"{name}/frames-{start}-{stop - 1}",) * count
-    return Clips(np.stack(videos), np.zeros(count, np.int64), sources, (name,))
+        clips.append((f"{name}/frames-{start}-{stop - 1}-clip-{number}", shrink(crop, size, size)))
+    return clips
 
 
 def demo_clips(
     train_count: int, test_count: int, *, scenarios: Sequence[str], frames: int, size: int, seed: int
-) -> tuple[Clips, Clips]:
+) -> tuple[list[Clip], list[Clip]]:
     """The demo's data, (train, held out), this many clips a class: simulator episodes, and a film split in time."""
     path = film_path()
     film_frames, cut = 132, 100  # the last 32 frames of the film are never trained on
-    train = [render_clips(scenarios, range(train_count), frames=frames, size=size, seed=seed)]
-    test = [render_clips(scenarios, range(train_count, train_count + test_count), frames=frames, size=size, seed=seed)]
-    train.append(film_clips(path, (0, cut), train_count, frames=frames, size=size, seed=seed))
-    test.append(film_clips(path, (cut, film_frames), test_count, frames=frames, size=size, seed=seed))
-    return join(train), join(test)
+    train = render_clips(scenarios, range(train_count), frames=frames, size=size, seed=seed)
+    test = render_clips(scenarios, range(train_count, train_count + test_count), frames=frames, size=size, seed=seed)
+    train += film_clips(path, (0, cut), train_count, frames=frames, size=size, seed=seed)
+    test += film_clips(path, (cut, film_frames), test_count, frames=frames, size=size, seed=seed)
+    return train, test
 
 
 def write_demo_folder(

@@ -4,59 +4,74 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from walt.atomic import write_json
-from walt.data.simulator import DEMO_FPS, SCENARIOS, Clips, balanced, demo_clips
+from walt.atomic import latest_complete, read_json, write_json
+from walt.checkpoint import fingerprint
+from walt.data.clips import INDEX, ClipStore, write_store
+from walt.data.simulator import DEMO_FPS, SCENARIOS, demo_clips
 from walt.demo import report
 from walt.errors import WaltError, as_user_error
+from walt.evaluate.evaluate import reconstructions
 from walt.evaluate.metrics import clip_distances, psnr
 from walt.evaluate.networks import FEATURES, FrameFeatures, Projection
 from walt.locks import locked
-from walt.model.config import ClipShape
 from walt.model.cost import count
+from walt.model.diffusion import Diffusion
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
-from walt.presets import PRESETS
+from walt.pretrained import load_tokenizer
 from walt.sample.pipeline import WaltPipeline
-from walt.settings import TrainingConfig
-from walt.stages import decode, encode, new_transformer, prepare_latents, train_tokenizer, train_transformer
+from walt.settings import Settings, load_settings
+from walt.train.denoiser import latents, train_denoiser, transformer_config
+from walt.train.run import Run
+from walt.train.tokenizer import train_tokenizer
 from walt.train.trainer import Trainer
 
 FEATURE_FRAMES_PER_SECOND = 200  # on two cores, rounded down
+DATA = ("seed", "scenarios", "clips", "samples", "frames", "size")  # what of the settings the clips depend on
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What a demo run does. Steps are upper bounds: the budget of minutes may end a stage before them."""
+    """What a demo run does. The budget of minutes may end a stage before its last step."""
 
-    minutes: float = 12.0
-    preset: str = "tiny"
-    seed: int = 0
-    scenarios: tuple[str, ...] = SCENARIOS
-    clips: int = 96  # for training, a class
-    samples: int = 9  # a class, held out and generated alike
-    frames: int = 17
-    size: int = 64
-    tokenizer_steps: int = 5000
-    tokenizer_batch: int = 1
-    tokenizer_frames: int = 5
+    minutes: float = 12.0  # budget of wall-clock time
+    preset: str = "tiny"  # sizes of the models
+    seed: int = 0  # of data, weights, batches and samples
+    scenarios: tuple[str, ...] = SCENARIOS  # of ViZDoom, each one a class
+    clips: int = 96  # training clips a class
+    samples: int = 9  # held-out and generated clips a class
+    frames: int = 17  # of a clip, 1 + 4k
+    size: int = 64  # height and width in pixels, a multiple of 8
+    tokenizer_steps: int = 5000  # training steps of the tokenizer, at most
+    tokenizer_batch: int = 1  # clips of one of its steps
+    tokenizer_frames: int = 5  # of these clips, at most
     tokenizer_share: float = 0.4  # of the training time
-    transformer_steps: int = 2000
-    transformer_batch: int = 16
-    transformer_images: int = 4  # stacks of images among the batch
-    sampling_steps: int = 50
-    save_every: int = 100
+    transformer_steps: int = 2000  # training steps of the transformer, at most
+    transformer_batch: int = 16  # samples of one of its steps
+    transformer_images: int = 4  # stacks of images among them
+    sampling_steps: int = 50  # DDIM steps
+    save_every: int = 100  # training steps
     dimensions: int = 64  # of the feature space in which sets of clips are compared
 
-    def data(self) -> dict[str, Any]:
-        names = ("seed", "scenarios", "clips", "samples", "frames", "size")
-        return {name: getattr(self, name) for name in names}
+    def settings(self, stage: str) -> Settings:
+        """What `walt train` would train the preset's stage with, but for what is the demo's own."""
+        base = load_settings(stage, preset=self.preset)
+        if stage == "tokenizer":
+            steps, frames = self.tokenizer_steps, min(self.frames, self.tokenizer_frames)
+            batch, images = self.tokenizer_batch, 0
+        else:
+            steps, frames = self.transformer_steps, self.frames
+            batch, images = self.transformer_batch, self.transformer_images
+        training = replace(base.training, steps=steps, save_every=self.save_every, seed=self.seed)
+        data = replace(base.data, frames=frames, height=self.size, width=self.size, batch=batch, images=images)
+        return replace(base, data=data, training=training)
 
 
 class Demo:
@@ -66,12 +81,13 @@ class Demo:
         self.config, self.out = config, Path(out)
         self.started = time.monotonic()
         self.times: dict[str, float] = {}
-        self.tokenizer_config, transformer = PRESETS[config.preset]
         classes = len(config.scenarios) + 1
+        settings = config.settings("base")
+        if not settings.transformer.classes:
+            raise WaltError(f"--preset {config.preset} has no classes, which the demo's has to have; give tiny")
         with as_user_error(f"clips of {config.frames} frames at {config.size}x{config.size}"):
-            latent = self.tokenizer_config.latent_shape(config.frames, config.size, config.size)
-            self.transformer_config = transformer.resized(latent, classes)
-        self.clip = ClipShape(config.frames, config.size, config.size, DEMO_FPS)
+            latent = settings.tokenizer.latent_shape(config.frames, config.size, config.size)
+            settings.transformer.resized(latent, classes)
         report.check_media(self.out, classes, config.size)
 
     def run(self) -> dict[str, Any]:
@@ -83,16 +99,18 @@ class Demo:
             return self._run(features)
 
     def _run(self, features: FrameFeatures) -> dict[str, Any]:
+        self._check_folder()
         train, test = self._timed("data", self._data)
+        real = self._videos(test)
         tokenizer, first = self._timed("tokenizer", self._tokenizer, train)
-        reconstruction = self._timed("reconstruction", self._reconstruct, tokenizer, test)
+        reconstruction = self._timed("reconstruction", self._reconstruct, tokenizer, real)
         pipeline, untrained, second = self._timed("transformer", self._transformer, tokenizer, train)
         samples = self._timed("sampling", self._samples, pipeline)
         pictures = self._timed("sampling images", self._pictures, pipeline)
         # How far the tokenizer alone is from the real clips: samples cannot be much nearer than that.
         sets = {"trained": samples, "untrained": untrained, "reconstructions": reconstruction}
-        distances, dimensions = self._timed("features", self._distances, features, train, test, sets)
-        decibel = psnr(reconstruction, test.video)
+        distances, dimensions = self._timed("features", self._distances, features, train, real, sets)
+        decibel = psnr(reconstruction, real)
         metrics = {
             "psnr": float(decibel.mean()),
             "psnr_by_class": {n: float(decibel[test.label == i].mean()) for i, n in enumerate(test.classes)},
@@ -100,20 +118,18 @@ class Demo:
             "frechet_ratio": distances["untrained"]["frames"] / distances["trained"]["frames"],
             "decoded_ratio": distances["untrained"]["decoded"] / distances["trained"]["decoded"],
             "frechet_features": f"{FEATURES}, first {dimensions} principal components of real training frames",
-            "frechet_clips": len(test),
-            "frechet_frames": len(test) * test.video.shape[1],
+            "frechet_clips": len(real),
+            "frechet_frames": len(real) * real.shape[1],
             "steps": {trainer.kind: trainer.progress() for trainer in (first, second)},
             "parameters": {"tokenizer": count(tokenizer), "transformer": count(pipeline.transformer)},
-            "clips": {"train": len(train), "held out": len(test)},
+            "clips": {"train": len(train.items), "held out": len(test.items)},
             "classes": list(train.classes),
             "threads": torch.get_num_threads(),
             "settings": asdict(self.config),
             "seconds": {**self.times, "total": round(time.monotonic() - self.started, 1)},
         }
-        one = balanced(test, 1)
-        report.write_media(
-            self.out, test.video[one], reconstruction[one], samples[:: self.config.samples], pictures, DEMO_FPS
-        )
+        one, sampled = test.balanced(1), samples[:: self.config.samples]
+        report.write_media(self.out, real[one], reconstruction[one], sampled, pictures, DEMO_FPS)
         report.write_curves(self.out)
         write_json(self.out / "metrics.json", metrics)
         report.write_html(self.out, metrics)
@@ -128,54 +144,72 @@ class Demo:
     def _left(self) -> float:
         return self.config.minutes * 60 - (time.monotonic() - self.started)
 
-    def _data(self) -> tuple[Clips, Clips]:
+    def _check_folder(self) -> None:
+        """WaltError if the folder is another demo's, or no demo's at all; else it is noted whose it is."""
+        path, asked = self.out / "demo.json", {name: getattr(self.config, name) for name in DATA}
+        if path.is_file():
+            found = read_json(path)
+            for name, value in asked.items():
+                if found.get(name) != (list(value) if isinstance(value, tuple) else value):
+                    raise WaltError(
+                        f"{self.out} holds a demo of other clips ({name} is {found.get(name)} there, {value} here);"
+                        " give the same settings, or another --out"
+                    )
+        else:
+            for name in ("tokenizer", "transformer", "data", "held-out"):
+                if latest_complete(self.out / name).exists():
+                    raise WaltError(
+                        f"{self.out / name} is there already, of an older demo or from elsewhere; give another --out"
+                    )
+        write_json(path, asked)
+
+    def _data(self) -> tuple[ClipStore, ClipStore]:
+        """The clips to train on and those that are held out, rendered once: two prepared folders."""
         c = self.config
-        train, test = demo_clips(c.clips, c.samples, scenarios=c.scenarios, frames=c.frames, size=c.size, seed=c.seed)
-        shared = set(train.source) & set(test.source)
-        if shared:
-            raise WaltError(f"{len(shared)} sources are both trained on and held out, such as {min(shared)}")
-        return train, test
+        folders = self.out / "data", self.out / "held-out"
+        if not all((folder / INDEX).is_file() for folder in folders):
+            train, test = demo_clips(
+                c.clips, c.samples, scenarios=c.scenarios, frames=c.frames, size=c.size, seed=c.seed
+            )
+            if shared := {name for name, _ in train} & {name for name, _ in test}:
+                raise WaltError(f"{len(shared)} clips are both trained on and held out, such as {min(shared)}")
+            for folder, clips in zip(folders, (train, test), strict=True):
+                write_store(folder, clips, DEMO_FPS)
+        return ClipStore.open(folders[0]), ClipStore.open(folders[1])
 
-    def _tokenizer(self, clips: Clips) -> tuple[Tokenizer, Trainer[Tokenizer]]:
-        c = self.config
-        return train_tokenizer(
-            clips,
-            self.tokenizer_config,
-            TrainingConfig(c.tokenizer_steps, lr=2e-3, warmup=100, save_every=c.save_every, seed=c.seed),
-            self.out / "tokenizer",
-            batch=c.tokenizer_batch,
-            frames=min(c.frames, c.tokenizer_frames),
-            data=c.data(),
-            seconds=max(1.0, c.tokenizer_share * self._left()),
-        )
+    def _videos(self, store: ClipStore, items: np.ndarray | None = None) -> np.ndarray:
+        """Whole clips (None: all), uint8 [N, T, H, W, 3]."""
+        rows = store.windows(self.config.frames, hop=self.config.frames)  # one for each item
+        return store.read(rows if items is None else rows[items], self.config.frames)
 
-    def _reconstruct(self, tokenizer: Tokenizer, test: Clips) -> np.ndarray:
-        return decode(tokenizer, encode(tokenizer, test.video, desc="reconstruct"))
+    def _training(self, stage: str, store: ClipStore) -> Run:
+        return Run(stage, self.config.settings(stage), store, self.out, torch.device("cpu"))
 
-    def _transformer(self, tokenizer: Tokenizer, clips: Clips) -> tuple[WaltPipeline, np.ndarray, Trainer[Transformer]]:
+    def _tokenizer(self, train: ClipStore) -> tuple[Tokenizer, Trainer[Tokenizer]]:
+        seconds = max(1.0, self.config.tokenizer_share * self._left())
+        trainer = train_tokenizer(self._training("tokenizer", train), seconds=seconds)
+        return load_tokenizer(self.out / "tokenizer"), trainer
+
+    def _reconstruct(self, tokenizer: Tokenizer, real: np.ndarray) -> np.ndarray:
+        return np.concatenate(list(reconstructions(tokenizer, real)))
+
+    def _transformer(
+        self, tokenizer: Tokenizer, train: ClipStore
+    ) -> tuple[WaltPipeline, np.ndarray, Trainer[Transformer]]:
         """Train; also returns what the same network samples before its first step."""
-        c = self.config
-        latents = prepare_latents(tokenizer, clips)
-        transformer, diffusion = new_transformer(self.transformer_config, c.seed)
-        pipeline = WaltPipeline(tokenizer, transformer, diffusion, clip=self.clip, classes=clips.classes)
+        run = self._training("base", train)
+        latents(run, tokenizer, fingerprint(tokenizer), half=False)  # now, so that the time left is for training
+        torch.manual_seed(self.config.seed)
+        transformer = Transformer(transformer_config(run, tokenizer, None))
+        diffusion = Diffusion(run.settings.diffusion)
+        pipeline = WaltPipeline(tokenizer, transformer, diffusion, clip=run.clip, classes=train.classes)
         begun = time.monotonic()
         untrained = self._samples(pipeline)
         # Left for the end: the same sampling again, features of five sets of clips, the report.
-        reserve = 1.3 * (time.monotonic() - begun) + 5 * untrained.shape[0] * c.frames / FEATURE_FRAMES_PER_SECOND + 15
-        pipeline.transformer, trainer = train_transformer(
-            transformer,
-            diffusion,
-            latents,
-            TrainingConfig(c.transformer_steps, lr=1e-3, save_every=c.save_every, seed=c.seed),
-            self.out / "transformer",
-            batch=c.transformer_batch,
-            images=c.transformer_images,
-            clip=self.clip,
-            classes=clips.classes,
-            data=c.data(),
-            seconds=max(1.0, self._left() - reserve),
-        )
-        return pipeline, untrained, trainer
+        frames = untrained.shape[0] * untrained.shape[1]
+        reserve = 1.3 * (time.monotonic() - begun) + 5 * frames / FEATURE_FRAMES_PER_SECOND + 15
+        trainer = train_denoiser(run, seconds=max(1.0, self._left() - reserve))
+        return WaltPipeline.from_pretrained(self.out), untrained, trainer
 
     def _samples(self, pipeline: WaltPipeline) -> np.ndarray:
         """`samples` clips of each class, class by class, from a fixed seed."""
@@ -190,16 +224,16 @@ class Demo:
         return pipeline.generate(labels, len(labels), steps=steps, seed=seed, images=True)
 
     def _distances(
-        self, features: FrameFeatures, train: Clips, test: Clips, sets: Mapping[str, np.ndarray]
+        self, features: FrameFeatures, train: ClipStore, real: np.ndarray, sets: Mapping[str, np.ndarray]
     ) -> tuple[dict[str, dict[str, float]], int]:
         """Frechet distances of each set, and of real training clips (the floor), to the held-out clips.
 
         "decoded" is the distance to the held-out clips as the tokenizer shows them: what is left to the transformer.
         """
-        known = features(train.video[balanced(train, self.config.samples)], desc="features of training clips")
+        known = features(self._videos(train, train.balanced(self.config.samples)), desc="features of training clips")
         dimensions = min(self.config.dimensions, known.shape[0] * known.shape[1] // 4)
         project = Projection(known, dimensions)
-        held_out = project(features(test.video, desc="features of held-out clips"))
+        held_out = project(features(real, desc="features of held-out clips"))
         projected = {name: project(features(video, desc=f"features of {name}")) for name, video in sets.items()}
         projected["real training clips"] = project(known)
         distances = {

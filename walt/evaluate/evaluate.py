@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from walt.data.pixels import to_model, to_pixels
 from walt.evaluate.metrics import frechet_distance, inception_score, psnr, ssim
 from walt.evaluate.networks import FrameFeatures, Network, VideoFeatures, softmax
+from walt.model.tokenizer import Tokenizer
 
 ClipSet = np.ndarray | Iterable[np.ndarray]  # uint8 [N, T, H, W, 3], or any number of such batches
 
@@ -57,6 +60,14 @@ def fvd(real: ClipSet, fake: ClipSet, network: Network) -> float:
 def frechet_image_distance(real: ClipSet, fake: ClipSet, network: Network) -> float:
     """The same of single frames, with the features [N, T, D] of `network` (normally `FrameFeatures()`)."""
     return frechet_distance(_rows(collect(real, network, name="real")), _rows(collect(fake, network, name="fake")))
+
+
+@torch.inference_mode()
+def reconstructions(tokenizer: Tokenizer, clips: np.ndarray) -> Iterator[np.ndarray]:
+    """What the tokenizer makes of clips uint8 [N, T, H, W, 3], in batches."""
+    for batch in batches(clips):
+        video = to_model(batch).to(tokenizer.latent_mean)
+        yield to_pixels(tokenizer.decode(tokenizer.encode(video)).cpu())
 
 
 @dataclass(frozen=True)
