@@ -140,7 +140,7 @@ def test_foreign_checkpoints(saved):
         load_description(saved, "tokenizer")
     config = saved / "config.json"
     config.write_text('{"architectures": ["Other"]}')
-    with pytest.raises(WaltError, match=r'config\.json is not a checkpoint of walt \(its "format" is None\)'):
+    with pytest.raises(WaltError, match=r'config\.json is not that of a checkpoint: its "format" is None'):
         load_description(saved, "line")
     config.write_text('{"format": "walt-checkpoint", "version": 99, "kind": "line"}')
     with pytest.raises(WaltError, match="has version 99; this walt reads version 1"):

@@ -156,7 +156,7 @@ def edited(folder, item=None, **values) -> str:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format": "recipes"}, "is not the index of a cache of walt"),
+        ({"format": "recipes"}, "is not that of a prepared folder"),
         ({"version": 9}, "has version 9; this walt reads version 2"),
         ({"height": None}, "is broken: 'height'"),
         ({"width": "16"}, "is broken: it covers 16 x '16' pixels"),

@@ -124,7 +124,7 @@ def test_interrupted_work_goes_on(cache, latents, tmp_path, call):
     with pytest.raises(KeyboardInterrupt):
         encoded(cache, tmp_path / "again", first)
     assert not (tmp_path / "again").exists()
-    with pytest.raises(WaltError, match="holds nothing encoded"):
+    with pytest.raises(WaltError, match="is not a folder of encoded data"):
         LatentStore.open(tmp_path / "again", cache)
     for raw, rows in (("video.raw", latents.video_rows), ("image.raw", latents.image_rows)):
         size = (latents.folder / raw).stat().st_size // len(rows)  # of a latent: half a batch
@@ -178,7 +178,7 @@ def test_nothing_to_encode(cache, tmp_path):
 def test_other_folders_are_left_alone(cache, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(WaltError, match="holds nothing encoded"):
+    with pytest.raises(WaltError, match="is not a folder of encoded data"):
         encoded(cache, tmp_path / "mine")
     (tmp_path / "mine/index.json").write_text('{"format": "recipes"}')
     with pytest.raises(WaltError, match="'recipes', expected 'walt-latents'"):

@@ -117,7 +117,7 @@ def test_a_video_that_breaks_off_leaves_nothing(folder, tmp_path, monkeypatch):
     def iterate(path, *rate):
         for index, picture in enumerate(iterate_video(path, *rate)):
             if path.name == "one.mp4" and index == 5:
-                raise WaltError(f"{path} breaks off")
+                raise WaltError.of(path, "breaks off")
             yield picture
 
     monkeypatch.setattr(walt.data.prepare, "iterate_video", iterate)
@@ -127,6 +127,20 @@ def test_a_video_that_breaks_off_leaves_nothing(folder, tmp_path, monkeypatch):
     assert (tmp_path / "cache/frames-0.raw").stat().st_size == sum(
         16 * 24 * 7 * 3 if i == 3 else 21 * 16 * 3 for i in range(5)
     )
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(folder, tmp_path, monkeypatch):
+    """As one that is removed while others are decoded."""
+    find = walt.data.prepare.find_files
+
+    def and_another(*arguments):
+        names, passed = find(*arguments)
+        return [*names, "dogs/gone.mp4"], passed
+
+    monkeypatch.setattr(walt.data.prepare, "find_files", and_another)
+    cache, lines = make(folder, tmp_path / "cache")
+    assert [item.name for item in cache.items] == NAMES
+    assert lines == ["passed over, cannot be read: No such file or directory: 1 (dogs/gone.mp4)"]
 
 
 def test_nothing_usable_stops(tmp_path):
@@ -347,7 +361,7 @@ def test_other_settings_need_another_cache(folder, tmp_path):
 def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/index.json").write_text('{"format": "recipes"}')
-    with pytest.raises(WaltError, match=r"is not the index of a cache of walt .*'recipes'"):
+    with pytest.raises(WaltError, match=r"is not that of a prepared folder: .*'recipes'"):
         make(folder, tmp_path / "cache")
     assert (tmp_path / "cache/index.json").read_text() == '{"format": "recipes"}'
     with pytest.raises(WaltError, match="cannot write"):

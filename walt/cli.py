@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 from walt import commands
 from walt.data.simulator import SCENARIOS
 from walt.demo.demo import Demo, DemoConfig, summary
-from walt.errors import WaltError, WaltWarning
+from walt.errors import WaltError, WaltWarning, one_line
 from walt.presets import PRESETS
 from walt.rates import RATES, is_rate
-from walt.terminal import check_output, one_line, terminal
+from walt.terminal import check_output, terminal
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from walt.atomic import read_json, write_json
+from walt.atomic import read_document, read_json, reading, write_json
 from walt.data.folders import PassedOver
 from walt.data.pixels import shrink
-from walt.errors import WaltError
-from walt.names import normal, some
+from walt.errors import WaltError, some
+from walt.names import normal
 from walt.rates import expect_rate, same_rate
 
 FORMAT = "walt-cache"
@@ -112,17 +112,8 @@ def write_index(folder: Path, settings: Settings, items: Iterable[Item]) -> None
 
 
 def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise WaltError(f"{folder} is not a prepared folder: it has no {INDEX}")
-    document = read_json(path)
-    if document.get("format") != FORMAT:
-        raise WaltError(f'{path} is not the index of a cache of walt (its "format" is {document.get("format")!r})')
-    if document.get("version") != VERSION:
-        raise WaltError(
-            f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}: delete that folder, or"
-            " prepare into another one"
-        )
+    path, advice = folder / INDEX, ": delete that folder, or prepare into another one"
+    document = read_document(path, "a prepared folder", FORMAT, VERSION, advice)
     try:
         settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})
         if any(type(size) is not int or size < 1 for size in (settings.height, settings.width)):
@@ -175,10 +166,8 @@ class ClipStore:
             held = path.stat().st_size if path.is_file() else 0
             if held < needed:
                 raise WaltError(f"{path} is broken: it holds {held} bytes, its index speaks of {needed}")
-            try:
+            with reading(path):
                 shards[shard] = np.memmap(path, np.uint8, mode="r")
-            except OSError as error:
-                raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
         return cls(folder, settings, items, shards)
 
     @property

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from walt.atomic import reading
-from walt.errors import WaltError
-from walt.names import LISTED, normal, some
+from walt.errors import LISTED, WaltError, some
+from walt.names import normal
 
 # What other software leaves in a folder, beside names that begin with a dot; in lower case.
 LEFT = {"__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}

@@ -1,9 +1,4 @@
-"""What frozen networks make of a cache, computed once: latents of its clips and images, features of its captions.
-
-Both are folders with an index in JSON and numbers in .raw files, read through memory maps. The index holds a key that
-stands for the network's weights (`fingerprint`) and for what it was shown: other weights or other data, and the folder
-is refused when opened and made anew when encoded. It appears under its name when it is complete.
-"""
+"""What a frozen tokenizer makes of the clips and images of a prepared folder, computed once (`walt.data.encoded`)."""
 
 from __future__ import annotations
 
@@ -18,15 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from walt.atomic import flush, latest_complete, read_json, write_json, writing
+from walt.atomic import flush, write_json, writing
 from walt.data.clips import ClipStore
+from walt.data.encoded import DTYPES, INDEX, VERSION, holds, map_numbers, read_index
 from walt.data.pixels import to_model
 from walt.errors import WaltError
 
 LATENTS = "walt-latents"
-VERSION = 1
-INDEX = "index.json"
-DTYPES = ("float16", "float32")
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -40,15 +33,15 @@ class LatentStore:
     def __init__(self, folder: Path, cache: ClipStore, index: dict[str, Any]) -> None:
         self.folder, self.cache, self.index = folder, cache, index
         self.video_rows, self.image_rows = _rows(cache, index)
-        self.video = _map(folder / "video.raw", (len(self.video_rows), *index["video_shape"]), index["dtype"])
-        self.image = _map(folder / "image.raw", (len(self.image_rows), *index["image_shape"]), index["dtype"])
+        self.video = map_numbers(folder / "video.raw", (len(self.video_rows), *index["video_shape"]), index["dtype"])
+        self.image = map_numbers(folder / "image.raw", (len(self.image_rows), *index["image_shape"]), index["dtype"])
 
     @classmethod
     def open(cls, folder: str | Path, cache: ClipStore, *, key: str | None = None) -> LatentStore:
         """WaltError if the folder is missing, foreign or broken, or belongs to another cache, or to another tokenizer
         than `key` (None: any)."""
         folder = Path(folder)
-        index = _read_index(folder, LATENTS)
+        index = read_index(folder, LATENTS)
         if key is not None and index.get("key") != key:
             raise WaltError(f"{folder} was made by another tokenizer; encode again")
         if index.get("cache") != cache.fingerprint:
@@ -98,10 +91,10 @@ def encode_latents(
         "image_every": image_every,
         "dtype": dtype,
     }
-    if _holds(folder, LATENTS, plan):
+    if holds(folder, LATENTS, plan):
         return LatentStore.open(folder, cache)
     partial = folder.with_name(f"{folder.name}.partial")
-    if not (partial / INDEX).is_file() or not _holds(partial, LATENTS, plan):
+    if not (partial / INDEX).is_file() or not holds(partial, LATENTS, plan):
         shutil.rmtree(partial, ignore_errors=True)
         write_json(partial / INDEX, plan)
     video_rows, image_rows = _rows(cache, plan)
@@ -158,37 +151,6 @@ def _append(
                 bar.update(len(part))
         flush(path)
     return list(one.shape[1:])
-
-
-def _map(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Read-only numbers [shape]; WaltError if the file does not have just as many."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}")
-    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    held = path.stat().st_size if path.is_file() else 0
-    if held != expected:
-        raise WaltError(f"{path} is broken: it holds {held} bytes, its index speaks of {expected}")
-    return np.memmap(path, dtype, mode="r", shape=shape) if expected else np.zeros(shape, dtype)
-
-
-def _read_index(folder: Path, kind: str) -> dict[str, Any]:
-    if not (folder / INDEX).is_file():
-        raise WaltError(f"{folder} holds nothing encoded: it has no {INDEX}")
-    index = read_json(folder / INDEX)
-    if index.get("format") != kind:
-        raise WaltError(f'{folder / INDEX}: its "format" is {index.get("format")!r}, expected {kind!r}')
-    if index.get("version") != VERSION:
-        raise WaltError(f"{folder / INDEX} has version {index.get('version')!r}; this walt reads version {VERSION}")
-    return index
-
-
-def _holds(folder: Path, kind: str, plan: dict[str, Any]) -> bool:
-    """Whether the folder is there and was made to this plan; WaltError if something else is in its place."""
-    folder = latest_complete(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    index = _read_index(folder, kind)
-    return all(index.get(name) == value for name, value in plan.items())
 
 
 def _replace(partial: Path, folder: Path) -> None:

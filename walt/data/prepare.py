@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from walt.atomic import flush, write_json, writing
+from walt.atomic import flush, reading, write_json, writing
 from walt.data.captions import check_captions, read_captions
 from walt.data.clips import INDEX, PASSED_OVER, ClipStore, Item, Settings, read_index, shard_path, write_index
 from walt.data.folders import PassedOver, find_files
@@ -179,7 +179,7 @@ class _Run:
                     if self._stop.is_set():
                         return
                     with self._lock:
-                        self.passed.add(_reason(error, self.source / name), name)
+                        self.passed.add(error.reason.removeprefix("is "), name)
                 else:
                     frames.flush()
                     self._note(item, journal)
@@ -204,7 +204,7 @@ class _Run:
         path = self.source / name
         state = _state(path)
         if not state["size"]:
-            raise WaltError(f"{path} is empty")
+            raise WaltError.of(path, "is empty")
         known = self.known.get(name, self.known.get(normal(name)))
         renewed = None if known is None else replace(known, name=name, **state)
         if known is not None and renewed == known:
@@ -234,7 +234,7 @@ class _Run:
             if self._stop.is_set():
                 raise WaltError("stopped")
         if not count:
-            raise WaltError(f"{path} has no frames")
+            raise WaltError.of(path, "has no frames")
         rate, variable = (0.0, False) if is_image else frame_timing(path)
         return Item(
             name=name,
@@ -255,27 +255,14 @@ class _Run:
 
 def _state(path: Path) -> dict[str, Any]:
     """What of an item tells cheaply that its file has the same bytes: a change of them moves the last number."""
-    with _reading(path):
+    with reading(path):
         status = path.stat()
     return {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
 
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WaltError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _reason(error: WaltError, path: Path) -> str:
-    """The error without the name of the file, which is the same for all files that it befalls."""
-    return str(error).replace(str(path), "").strip(" :").removeprefix("is ")

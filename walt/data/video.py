@@ -47,13 +47,13 @@ def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
     with _open_stream(path) as (container, stream):
         pixel = stream.sample_aspect_ratio or Fraction(1)
         if not 1 <= OBLONG * pixel <= OBLONG**2:
-            raise WaltError(f"{path} has pixels {pixel} as wide as high; expected at most {OBLONG} to 1")
+            raise WaltError.of(path, f"has pixels {pixel} as wide as high; expected at most {OBLONG} to 1")
         frames = container.decode(stream)
         for index, frame in enumerate(resample(_timed(frames, stream), fps, str(path)) if fps else frames):
             picture = _picture(frame, pixel)
             shape = picture.shape if shape is None else shape
             if picture.shape != shape:
-                raise WaltError(f"{path} changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
+                raise WaltError.of(path, f"changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
             yield picture
 
 
@@ -123,15 +123,14 @@ def resample(frames: Iterable[tuple[Fraction, Fraction, Frame]], fps: float, nam
             begin = instant = current[0]
         elif (apart := current[0] - shown[0]) > STILL:
             where = f"frames {index - 1} and {index} are {float(apart):g} s apart"
-            raise WaltError(f"{name}: {where}, expected {STILL} s at most; cut the film there")
+            raise WaltError.of(f"{name}:", f"{where}, expected {STILL} s at most; cut the film there")
         while shown is not None and 2 * instant <= shown[0] + current[0]:
             yield shown[2]
             instant += step
         shown = current
     if shown is not None and (length := shown[1] - shown[0]) > STILL:
-        raise WaltError(
-            f"{name}: its last frame, {index}, is shown for {float(length):g} s, expected {STILL} s at most"
-        )
+        last = f"its last frame, {index}, is shown for {float(length):g} s, expected {STILL} s at most"
+        raise WaltError.of(f"{name}:", last)
     while shown is not None and (instant == begin or instant + step / 2 <= shown[1]):
         yield shown[2]
         instant += step
@@ -181,17 +180,17 @@ def _open_stream(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """
     av = require("av", "video")
     if not Path(path).is_file():
-        raise WaltError(f"no such video: {path}")
+        raise WaltError(f"no such video: {path}", reason="no such video")
     try:
         # Names in it that are no UTF-8 do no harm.
         options = {"metadata_errors": "ignore", "options": {"protocol_whitelist": "none"}}
         with Path(path).open("rb") as file, av.open(file, **options) as container:
             if not container.streams.video:
-                raise WaltError(f"{path} has no video stream")
+                raise WaltError.of(path, "has no video stream")
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
+        why = getattr(error, "strerror", None) or error
+        raise WaltError.of(path, f"is not a video that can be decoded: {why}") from error
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -203,11 +202,11 @@ def read_image(path: str | Path) -> np.ndarray:
     image: Any = require("PIL.Image", "video")
     ops: Any = require("PIL.ImageOps", "video")
     if not Path(path).is_file():
-        raise WaltError(f"no such image: {path}")
+        raise WaltError(f"no such image: {path}", reason="no such image")
     try:
         with image.open(path) as picture:
             if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a photograph with its preview
-                raise WaltError(f"{path} is animated; make it a video, such as an .mp4 or a .gif")
+                raise WaltError.of(path, "is animated; make it a video, such as an .mp4 or a .gif")
             # Pillow before 11 opens 16 bits of a PNG or PGM as 32.
             deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
             _scale_transparent(picture)
@@ -215,7 +214,7 @@ def read_image(path: str | Path) -> np.ndarray:
     except WaltError:
         raise
     except Exception as error:  # on broken files, Pillow's formats raise what they like
-        raise WaltError(f"{path} is not an image that can be decoded: {error}") from error
+        raise WaltError.of(path, f"is not an image that can be decoded: {error}") from error
 
 
 def _scale_transparent(picture: Any) -> None:

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from walt.atomic import read_json, reading, write_json
 from walt.checkpoint import checkpoint_folder, load_description
-from walt.data.captions import warn_of_cuts
 from walt.data.clips import INDEX, ClipStore
 from walt.data.pixels import to_model
 from walt.data.prepare import prepare
 from walt.data.video import tile, write_mp4
 from walt.distributed import is_main, raise_on_all_ranks, world_size
-from walt.errors import WaltError, say
+from walt.errors import WaltError, say, some
 from walt.locks import locked
 from walt.model.config import ClipShape
-from walt.model.text import TextEncoder
-from walt.names import normal, some
+from walt.model.text import TextEncoder, warn_of_cuts
+from walt.names import normal
 from walt.rates import same_rate
 from walt.settings import Settings
 from walt.train.trainer import Trainer
