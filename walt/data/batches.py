@@ -210,7 +210,7 @@ class LatentSource:
         self.batch, self.images = batch, images
         self.depth = latents.video.shape[2] if len(latents.video) else 1
         self._rows = torch.from_numpy(latents.video_rows), torch.from_numpy(latents.image_rows)
-        self._stacks = Stacks(conditions(latents.cache, self._rows[1], condition)) if images else None
+        self._stacks = Stacks(conditions(latents.clips, self._rows[1], condition)) if images else None
 
     def draw(self, generator: torch.Generator) -> Batch:
         """image bool [B], and index int64 [B, 1+t] into the latents: of one clip, repeated, or of 1+t images."""
@@ -235,7 +235,7 @@ class LatentSource:
         loaded = {
             "latent": torch.from_numpy(np.stack(samples).astype(np.float32)),
             "image": batch["image"],
-            **described(self.latents.cache, torch.tensor(items)),
+            **described(self.latents.clips, torch.tensor(items)),
         }
         if self.text is not None:
             loaded["text"], loaded["text_mask"] = self.text(loaded["caption"])

@@ -1,7 +1,7 @@
 """Folders of what a frozen network makes of the data, computed once: latents of clips, features of captions.
 
 Each has an index in JSON and numbers in .raw files, read through memory maps. The index holds a key that stands for the
-network's weights (`walt.checkpoint.fingerprint`), and what it was shown: with other weights or other data, the folder is
+network's weights (`walt.checkpoint.fingerprint`), and what it was shown: with other weights or data, the folder is
 refused when opened and made anew when encoded. It appears under its name when it is complete.
 """
 

@@ -156,7 +156,7 @@ class _Joined:
         self, latents: LatentSource, low: LatentSource | None, config: TransformerConfig, encoder: TextEncoder | None
     ) -> None:
         self.latents, self.low, self.config, self.encoder = latents, low, config, encoder
-        captions = [caption for caption in latents.latents.cache.caption if caption]
+        captions = [caption for caption in latents.latents.clips.caption if caption]
         # As with `TextFeatures`, texts are as long as the longest caption of all: the rest of them would be padding.
         self.longest = max(encoder.count(captions), default=1) if encoder is not None and encoder.vocabulary else 0
 
@@ -219,20 +219,16 @@ def latents(run: Run, tokenizer: Tokenizer, key: str, half: bool) -> LatentStore
         return tokenizer.encode(video.to(run.device))
 
     folder = run.out / (f"latents-{data.height}x{data.width}" + ("-half" if half else ""))
-    return rank0_first(
-        lambda: encode_latents(
-            run.cache,
-            folder,
-            encode,
-            key=key,
-            frames=data.frames,
-            height=data.height,
-            width=data.width,
-            stride=data.stride,
-            image_every=4 if images_of(run) else None,
-        ),
-        lambda: LatentStore.open(folder, run.cache, key=key),
-        str(folder),
+    return encode_latents(
+        run.cache,
+        folder,
+        encode,
+        key=key,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        stride=data.stride,
+        image_every=4 if images_of(run) else None,
     )
 
 
