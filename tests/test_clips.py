@@ -124,7 +124,7 @@ def test_smaller_crops_are_shrunk(cache):
     [
         ("rows: got frames 8 to 12 of b.mp4, which has 12", {"rows": rows((1, 8))}),
         ("rows: got frames -1 to 3 of b.mp4", {"rows": rows((1, -1))}),
-        ("rows: got item 3; the cache has 3", {"rows": rows((3, 0))}),
+        ("rows: got item 3; there are 3", {"rows": rows((3, 0))}),
         ("rows: got item -1", {"rows": rows((-1, 0))}),
         (r"rows: got float64 \[1, 2\]", {"rows": np.zeros((1, 2))}),
         (r"rows: got int64 \[2\]", {"rows": np.zeros(2, np.int64)}),
@@ -157,7 +157,7 @@ def edited(folder, item=None, **values) -> str:
     ("values", "message"),
     [
         ({"format": "recipes"}, "is not that of a prepared folder"),
-        ({"version": 9}, "has version 9; this walt reads version 2"),
+        ({"version": 9}, "has version 9; this walt reads version 3"),
         ({"height": None}, "is broken: 'height'"),
         ({"width": "16"}, "is broken: it covers 16 x '16' pixels"),
         ({"shots": "yes"}, "is broken: shots is 'yes'"),

@@ -150,7 +150,7 @@ def test_of_an_older_walt(data, tmp_path, capsys):
     command += [word for text in (*TOKENIZER, *SHORT, *MORE) for word in ("-s", text)]
     line = fails(capsys, *command)
     assert line.endswith(
-        "index.json has version 1; this walt reads version 2: delete that folder, or prepare into another one"
+        "index.json has version 1; this walt reads version 3: delete that folder, or prepare into another one"
     )
     shutil.rmtree(out / "data-16x16")
     with pytest.raises(WaltError, match=r"was trained on other data than .* holds, or by an older walt; give the same"):

@@ -144,6 +144,9 @@ def _add_data(group: Any) -> None:
         help="take films at N frames a second (default: every frame)",
     )
     prepare.add_argument("--captions", type=Path, help="CSV or JSONL of file, caption (default: one in the folder)")
+    prepare.add_argument(
+        "--held-out", type=_share, metavar="X", help="share of files that training never sees (default: as before, 0)"
+    )
     prepare.add_argument("--no-shots", action="store_true", help="let clips run across cuts")
 
 
@@ -364,6 +367,13 @@ def _positive_float(text: str) -> float:
     value = _number(text, float, "a number")
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _number(text, float, "a number")
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be {'below 1' if value >= 1 else 'at least 0'}")
     return value
 
 

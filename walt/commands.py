@@ -77,6 +77,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         captions=captions_of(arguments.data, arguments.captions),
         shots=not arguments.no_shots,
         fps=arguments.fps,
+        held_out=arguments.held_out,
     )
     print(f"{arguments.out}: {_contents(cache)}")
     warn_of_cut_captions(cache, ByteEncoder())

@@ -81,6 +81,11 @@ def find_files(source: Path, suffixes: Collection[str], ignore: Collection[Path]
     return sorted(names, key=lambda name: (normal(name), name)), passed
 
 
+def class_of(name: str) -> str | None:
+    """The folder that a file lies in; None for a file of the source folder itself."""
+    return normal(Path(name).parent.name) if "/" in name else None
+
+
 def _name(path: Path, source: Path) -> str:
     return path.relative_to(source).as_posix()
 

@@ -58,8 +58,9 @@ class Run:
 
     def description(self) -> dict[str, Any]:
         """What of the data decides the result."""
-        # The rate is that of the data: a folder that was prepared at one gives it to settings that name none.
-        taken = {**self.settings.data.to_dict(), "fps": self.cache.settings.fps}
+        # The rate and what is held out are those of the data: a prepared folder gives them to settings that name none.
+        prepared = self.cache.settings
+        taken = {**self.settings.data.to_dict(), "fps": prepared.fps, "held_out": prepared.held_out}
         data = {"content": self.cache.fingerprint, **taken}
         if self.settings.data.text:
             data["captions"] = hashlib.sha256(json.dumps(self.cache.caption).encode()).hexdigest()
@@ -103,7 +104,12 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
             raise WaltError(
                 f"{data} was prepared {rate}; {size.fps:g} a second are wanted: prepare it with --fps {size.fps:g}"
             )
-        tell([*cache.passed_over.lines(), *cache.uneven()])
+        if size.held_out and size.held_out != cache.settings.held_out:
+            raise WaltError(
+                f"{data} was prepared with {cache.settings.held_out:g} of its files held out; {size.held_out:g} are"
+                f" wanted: prepare it with --held-out {size.held_out:g}"
+            )
+        tell([*cache.passed_over.lines(), *cache.remarks()])
         return cache
     captions = captions_of(data, captions)
     place = out / f"data-{size.height}x{size.width}{f'-{size.fps:.10g}fps' if size.fps else ''}"
@@ -111,7 +117,14 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
         raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
     return rank0_first(
         lambda: prepare(
-            data, place, height=size.height, width=size.width, captions=captions, shots=size.shots, fps=size.fps
+            data,
+            place,
+            height=size.height,
+            width=size.width,
+            captions=captions,
+            shots=size.shots,
+            fps=size.fps,
+            held_out=size.held_out or None,
         ),
         lambda: ClipStore.open(place),
         str(place),
@@ -245,12 +258,18 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(changes) or "the same files, read in another way"
 
 
-def some_clips(run: Run, count: int) -> Iterator[Tensor]:
-    """Up to `count` clips spread over the data (images, if there is none), CLIPS at a time: float32 [N, 3, T, H, W]."""
+def some_clips(run: Run, count: int, *, held_out: bool = False) -> Iterator[Tensor]:
+    """Up to `count` clips spread over the data (images, if there is none), CLIPS at a time: float32 [N, 3, T, H, W].
+
+    They are of the files for training or, with `held_out`, of those that are held out, if they have some.
+    """
     data = run.settings.data
-    rows, frames = run.cache.windows(data.frames, stride=data.stride), data.frames
-    if not len(rows):
-        rows, frames = run.cache.images(), 1
+    for part in (True, False) if held_out else (False,):
+        rows, frames = run.cache.windows(data.frames, stride=data.stride, held_out=part), data.frames
+        if not len(rows):
+            rows, frames = run.cache.images(held_out=part), 1
+        if len(rows):
+            break
     chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
     for first in range(0, len(chosen), CLIPS):
         part = chosen[first : first + CLIPS]

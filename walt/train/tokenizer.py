@@ -125,12 +125,12 @@ def tokenizer_phases(
 
 
 def tokenizer_preview(run: Run) -> Callable[[nn.Module, int], None]:
-    """previews/tokenizer-<step>.mp4: clips of the data above their reconstructions."""
+    """previews/tokenizer-<step>.mp4: clips of the data, held out if some are, above their reconstructions."""
 
     @torch.inference_mode()
     def preview(module: nn.Module, step: int) -> None:
         assert isinstance(module, Tokenizer)
-        clips = next(some_clips(run, CLIPS))
+        clips = next(some_clips(run, CLIPS, held_out=True))
         shown = torch.cat([clips, module.decode(module.encode(clips.to(run.device))).cpu()])
         write_preview(run, step, to_pixels(shown), columns=len(clips))
 
