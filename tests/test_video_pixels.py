@@ -191,7 +191,7 @@ def test_side_data_that_pyav_does_not_know():
             raise ValueError("31 is not a valid Type")
 
     picture = noise(1, seed=1)[0]
-    assert np.array_equal(_upright(Frame(), picture), np.rot90(picture, -1))
+    assert np.array_equal(_upright(Frame())(picture), np.rot90(picture, -1))
 
 
 def write_pixels(path, pixel: Fraction, height: int = 32, width: int = 48, codec: str = "libx264"):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from walt.atomic import atomic_write, check_writable, write_json
-from walt.checkpoint import TensorFiles, fingerprint, load_description, write_tensors
+from walt.atomic import check_writable, write_json
+from walt.checkpoint import TensorFiles, fingerprint, load_description
 from walt.data.clips import ClipStore
 from walt.data.pixels import fill, to_model, to_pixels
 from walt.data.prepare import prepare as prepare_folder
@@ -44,9 +44,9 @@ from walt.info import describe, table
 from walt.model.config import SPACE_FACTOR
 from walt.model.text import ByteEncoder
 from walt.model.tokenizer import Tokenizer
-from walt.model.tokenizer_tiles import decode_tiled, encode_tiled
 from walt.pretrained import load_tokenizer
 from walt.rates import check_rate
+from walt.sample.codec import decode_film, encode_film
 from walt.sample.denoiser import local_folder
 from walt.sample.pipeline import OVERLAP, WaltPipeline
 from walt.settings import load_settings
@@ -57,7 +57,6 @@ from walt.train.trainer import Trainer
 
 METRICS = tuple(METRIC_NAMES)
 DEVICES = ("cpu", "cuda", "mps", "xpu")
-TILE = (1 << 16, 1 << 16)  # the whole frame
 
 
 def demo_data(arguments: argparse.Namespace) -> None:
@@ -248,23 +247,11 @@ def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
 def encode(arguments: argparse.Namespace) -> None:
     check_output(arguments.out, (".safetensors",))
     tokenizer = _tokenizer(arguments)
-    if arguments.video.suffix.lower() in IMAGE_SUFFIXES:
-        video, fps = read_image(arguments.video)[None], 0.0
-    else:
-        video, fps = read_video(arguments.video), frame_rate(arguments.video)
-    factor = tokenizer.config.time_factor
-    frames = 1 + (len(video) - 1) // factor * factor
-    height, width = (side // SPACE_FACTOR * SPACE_FACTOR for side in video.shape[1:3])
-    if min(height, width) < SPACE_FACTOR:
-        raise WaltError(f"{arguments.video}: {video.shape[1]}x{video.shape[2]} pixels; expected at least 8x8")
-    pixels = to_model(video[None, :frames, :height, :width]).to(tokenizer.latent_mean)
     with as_user_error("--tile"):
-        latent = encode_tiled(tokenizer, pixels, **_tiles(arguments))
-    with atomic_write(arguments.out) as temporary:
-        metadata = {"tokenizer": fingerprint(tokenizer)} | ({"fps": str(fps)} if fps else {})
-        write_tensors(temporary, {"latent": latent.cpu()}, metadata)
-    cut = "" if frames == len(video) else f" (of {len(video)}: a clip has 1 + 4k)"
-    print(f"{arguments.out}: {frames} frames{cut} of {height}x{width} -> latent {list(latent.shape)}")
+        count, shape = encode_film(tokenizer, arguments.video, arguments.out, **_tiles(arguments))
+    _, frames, height, width = tokenizer.config.video_shape(*shape[2:])
+    cut = "" if frames == count else f" (of {count}: a clip has 1 + 4k)"
+    print(f"{arguments.out}: {frames} frames{cut} of {height}x{width} -> latent {shape}")
 
 
 def decode(arguments: argparse.Namespace) -> None:
@@ -285,17 +272,14 @@ def decode(arguments: argparse.Namespace) -> None:
         # Pictures have no rate, nor have files from before it was written.
         stored = float(files.metadata.get("fps", 0))
         fps = arguments.fps or stored or trained_on(local_folder(arguments.source))[0]["fps"] or FPS
-        latent = files.read("latent").to(tokenizer.latent_mean)
         check_rate(fps)
-        check_size(arguments.out, *(SPACE_FACTOR * side for side in latent.shape[-2:]))
-        video = decode_tiled(tokenizer, latent, **_tiles(arguments))
-    write_video(arguments.out, to_pixels(video.cpu())[0], fps)
-    print(f"{arguments.out}: {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]}, {fps:g} a second")
+        frames, height, width = decode_film(tokenizer, files, arguments.out, fps, **_tiles(arguments))
+    print(f"{arguments.out}: {frames} frames of {height}x{width}, {fps:g} a second")
 
 
 def _tiles(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.tile is None:
-        return {"tile": TILE, "overlap": 0}
+        return {}
     return {"tile": arguments.tile, "overlap": min(arguments.tile) // 4 // SPACE_FACTOR * SPACE_FACTOR}
 
 
