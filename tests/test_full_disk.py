@@ -203,7 +203,7 @@ def model(films, tmp_path_factory):
 OVERRIDES = [word for text in (*TOKENIZER, *TRANSFORMER, *SHORT) for word in ("-s", text)]
 QUICK = ["--from", "MODEL", "--steps", "1"]
 COMMANDS = {  # and what cannot be written
-    "prepare": (["prepare", "--data", "FILMS", "--out", "OUT/cache", "--size", "16"], "OUT/cache"),
+    "prepare": (["prepare", "--data", "FILMS", "--out", "OUT/prepared", "--size", "16"], "OUT/prepared"),
     "train tokenizer": (["train", "tokenizer", "--data", "FILMS", "--out", "OUT/run", *OVERRIDES], "OUT/run/"),
     "train base": (["train", "base", "--data", "FILMS", "--out", "MODEL", *OVERRIDES, "-s", "data.frames=1"], "MODEL/"),
     "sample mp4": (["sample", *QUICK, "--out", "OUT/a.mp4"], "OUT/a.mp4"),

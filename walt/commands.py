@@ -68,7 +68,7 @@ def demo_data(arguments: argparse.Namespace) -> None:
 
 def prepare(arguments: argparse.Namespace) -> None:
     height, width = arguments.size
-    cache = prepare_folder(
+    store = prepare_folder(
         arguments.data,
         arguments.out,
         height=height,
@@ -78,17 +78,17 @@ def prepare(arguments: argparse.Namespace) -> None:
         fps=arguments.fps,
         held_out=arguments.held_out,
     )
-    print(f"{arguments.out}: {_contents(cache)}")
-    warn_of_cut_captions(cache, ByteEncoder())
+    print(f"{arguments.out}: {_contents(store)}")
+    warn_of_cut_captions(store, ByteEncoder())
 
 
-def _contents(cache: ClipStore) -> str:
-    videos = [item for item in cache.items if item.kind == "video"]
+def _contents(store: ClipStore) -> str:
+    videos = [item for item in store.items if item.kind == "video"]
     shots = sum(len(item.shots) for item in videos)
-    frames = sum(item.frames for item in cache.items)
+    frames = sum(item.frames for item in store.items)
     return (
-        f"{len(videos)} videos with {shots} shots and {len(cache.items) - len(videos)} images, {frames} frames,"
-        f" {len(cache.classes)} classes, {sum(map(bool, cache.caption))} captions"
+        f"{len(videos)} videos with {shots} shots and {len(store.items) - len(videos)} images, {frames} frames,"
+        f" {len(store.classes)} classes, {sum(map(bool, store.caption))} captions"
     )
 
 
@@ -104,9 +104,9 @@ def train(arguments: argparse.Namespace) -> None:
     if stage != "tokenizer":
         load_description(a.out / "tokenizer", "tokenizer")  # before the data is prepared, which may take long
     with process_group() as device, alone(a.out):
-        cache = open_data(a.data, a.out, settings, a.captions)
-        print(f"data: {_contents(cache)}")
-        trainer = train_stage(Run(stage, settings, cache, a.out, device, a.new_settings))
+        store = open_data(a.data, a.out, settings, a.captions)
+        print(f"data: {_contents(store)}")
+        trainer = train_stage(Run(stage, settings, store, a.out, device, a.new_settings))
         print(f"{trainer.folder}: {trainer.step} steps in {trainer.elapsed:.0f} s; losses in {trainer.log_path}")
 
 

@@ -25,7 +25,7 @@ OPTIONAL = {
     "tensorboard": ("TensorBoard logs", 'pip install "walt-kernels[train]"'),
     "huggingface_hub": ("models by hub:OWNER/NAME", 'pip install "walt-kernels[hub]"'),
 }
-ROOM = 10 << 30  # checkpoints and a cache of a small run
+ROOM = 10 << 30  # checkpoints and prepared data of a small run
 
 
 def doctor(folder: Path) -> Iterator[str]:

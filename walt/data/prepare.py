@@ -92,25 +92,21 @@ def prepare(
         if held_out is None and (folder / INDEX).exists():
             settings = replace(settings, held_out=read_index(folder)[0].held_out)
         known = _known(folder, settings)
-        run = _Run(source, folder, settings, files, known, passed, progress)
-        run.decode(workers)
+        decoder = _Decoder(source, folder, settings, files, known, passed, progress)
+        decoder.decode(workers)
         for line in passed.lines():
             say(line)
-        if not run.items:
+        if not decoder.items:
             raise WaltError(f"{source}: none of its {len(files)} videos and images can be used")
         for path in folder.glob("frames-*.raw"):
             flush(path)
         write_json(folder / PASSED_OVER, passed.names)
-        items = [
-            replace(
-                run.items[name],
-                caption=texts.get(normal(name)),
-                held_out=_is_held_out(run.items[name].digest, settings.held_out),
-            )
+        marked = [
+            replace(item, caption=texts.get(normal(name)), held_out=_is_held_out(item.digest, settings.held_out))
             for name in files
-            if name in run.items
+            if (item := decoder.items.get(name)) is not None
         ]
-        write_index(folder, settings, items)
+        write_index(folder, settings, marked)
         (folder / JOURNAL).unlink(missing_ok=True)
     store = ClipStore.open(folder)
     for line in store.remarks():
@@ -161,7 +157,7 @@ def _known(folder: Path, settings: Settings) -> dict[str, Item]:
     return {normal(item.name): item for item in decoded} | {item.name: item for item in decoded}
 
 
-class _Run:
+class _Decoder:
     """The files that one call of `prepare` goes through."""
 
     def __init__(

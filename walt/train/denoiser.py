@@ -51,7 +51,7 @@ def train_denoiser(run: Run) -> Trainer[Transformer]:
     encoder = text_encoder(data.text, settings.transformer.text_length) if data.text else None
     config = transformer_config(run, tokenizer, encoder)
     if encoder is not None:
-        warn_of_cut_captions(run.cache, encoder)
+        warn_of_cut_captions(run.store, encoder)
     check_same_data(run, "transformer")
     source = latent_source(run, tokenizer, key, config, encoder)
     torch.manual_seed(settings.training.seed)
@@ -70,7 +70,7 @@ def train_denoiser(run: Run) -> Trainer[Transformer]:
         return diffusion.loss(module, given.pop("latent"), draws, **given), {}
 
     description = transformer_description(
-        config, settings.diffusion, run.clip, run.cache.classes if config.classes else (), data.text
+        config, settings.diffusion, run.clip, run.store.classes if config.classes else (), data.text
     )
     with as_user_error("training"):
         trainer: Trainer[Transformer] = Trainer(
@@ -142,9 +142,9 @@ def transformer_config(run: Run, tokenizer: Tokenizer, encoder: TextEncoder | No
         raise WaltError("the preset reads text; name an encoder, such as data.text=bytes or data.text=hf:FOLDER")
     if encoder is not None:
         config = with_text(config, encoder)
-        if not any(run.cache.caption):
-            raise WaltError(f"data.text={encoder.name}: {run.cache.folder} has no captions; give --captions")
-    classes = len(run.cache.classes) if config.classes else 0
+        if not any(run.store.caption):
+            raise WaltError(f"data.text={encoder.name}: {run.store.folder} has no captions; give --captions")
+    classes = len(run.store.classes) if config.classes else 0
     with as_user_error(f"clips of {size.frames} frames at {size.height}x{size.width}"):
         return config.resized(tokenizer.config.latent_shape(size.frames, size.height, size.width), classes)
 
@@ -191,7 +191,7 @@ def latent_source(
     if encoder is not None and encoder.width:
         frozen, text_key = encoder, f"{encoder.name}, {encoder.length} tokens"
         features = rank0_first(
-            lambda: encode_captions(run.cache.caption, run.out / "text", frozen.encode, key=text_key),
+            lambda: encode_captions(run.store.caption, run.out / "text", frozen.encode, key=text_key),
             lambda: TextFeatures.open(run.out / "text", key=text_key),
             "captions",
         )
@@ -220,7 +220,7 @@ def latents(run: Run, tokenizer: Tokenizer, key: str, half: bool) -> LatentStore
 
     folder = run.out / (f"latents-{data.height}x{data.width}" + ("-half" if half else ""))
     return encode_latents(
-        run.cache,
+        run.store,
         folder,
         encode,
         key=key,
@@ -238,11 +238,11 @@ def transformer_preview(
     """previews/base-<step>.mp4: samples of the first classes or captions, the same noise each time."""
     if run.stage != "base":
         return None
-    texts = sorted({caption for caption in run.cache.caption if caption})
+    texts = sorted({caption for caption in run.store.caption if caption})
 
     def preview(module: nn.Module, step: int) -> None:
         assert isinstance(module, Transformer)
-        classes = run.cache.classes if module.config.classes else ()
+        classes = run.store.classes if module.config.classes else ()
         pipeline = WaltPipeline(tokenizer, module, diffusion, clip=run.clip, classes=classes, text=encoder)
         label = [i % len(classes) for i in range(PREVIEWS)] if classes else None
         text = [texts[i % len(texts)] for i in range(PREVIEWS)] if encoder is not None else None

@@ -82,7 +82,7 @@ def pixel_source(run: Run) -> Source:
     share = 1.0 if run.settings.tokenizer.kind == "image" else images_of(run) / data.batch
     weights = {video: 1 - share, image: share}
     used = {bucket: weight for bucket, weight in weights.items() if weight > 0}
-    return Buckets([PixelSource(run.cache, bucket, flip=data.flip) for bucket in used], list(used.values()))
+    return Buckets([PixelSource(run.store, bucket, flip=data.flip) for bucket in used], list(used.values()))
 
 
 def tokenizer_phases(
