@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from walt.data.captions import check_captions, read_captions, warn_of_cuts
-from walt.errors import WaltError, WaltWarning
-from walt.model.text import ByteEncoder
+from walt.data.captions import check_captions, read_captions
+from walt.errors import WaltError
 
 EXPECTED = {"a/one.mp4": "A cat, running", "two.mp4": 'Zwei "große" Hunde'}
 CSV = 'file,caption\r\na/one.mp4,"A cat, running"\r\n\r\n./two.mp4,"Zwei ""große"" Hunde"\r\n'
@@ -87,19 +86,6 @@ def test_any_text_is_read_as_it_is(tmp_path, caption):
     (tmp_path / "c.jsonl").write_text(json.dumps({"file": "a", "caption": caption}), encoding="utf-8")
     (tmp_path / "c.csv").write_text(f'file,caption\na,"{caption}"\n', encoding="utf-8")
     assert read_captions(tmp_path / "c.jsonl") == read_captions(tmp_path / "c.csv") == {"a": caption}
-
-
-def test_what_is_cut_is_counted(recwarn):
-    warn_of_cuts("captions", ["a", "b"], ["12345678", "é" * 4], ByteEncoder(8))
-    assert not recwarn
-    message = (
-        r"^1 of 2 captions is longer than the 7 bytes that the text encoder 'bytes' reads \(transformer.text_length\),"
-        " and is cut: b$"
-    )
-    with pytest.warns(WaltWarning, match=message):
-        warn_of_cuts("captions", ["a", "b"], ["1234567", "é" * 4], ByteEncoder(7))
-    with pytest.warns(WaltWarning, match="^7 of 7 captions are longer .* and are cut: 0, 1, 2, 3, 4 and 2 more$"):
-        warn_of_cuts("captions", list("0123456"), ["long"] * 7, ByteEncoder(3))
 
 
 def test_what_has_no_partner_is_listed():

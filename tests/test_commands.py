@@ -207,7 +207,7 @@ class TestSample:
         (tmp_path / "tokenizer").mkdir()
         (tmp_path / "tokenizer" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
         line = fails(capsys, "sample", "--from", tmp_path, "--out", tmp_path / "x.mp4")
-        assert "config.json is not a checkpoint of walt" in line
+        assert "config.json is not that of a checkpoint" in line
 
 
 class TestExtendAndUpscale:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import on_two_ranks
 from on_ranks import RESUMED, RUNS, STEPS, fit, step_two
 from safetensors.torch import load_file
 from torch import distributed
@@ -41,27 +38,7 @@ def two(tmp_path_factory, one) -> tuple[Path, list[dict], list[str]]:
     out = tmp_path_factory.mktemp("two")
     for name in RESUMED:
         shutil.copytree(step_two(one / name), out / f"{name}-from-one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).resolve().parent.parent
-    processes = []
-    for i in range(2):
-        environment = {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, str(root / "tests" / "on_ranks.py"), str(out)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env={**os.environ, **environment}, **pipes))
-    printed = []
-    try:
-        for process in processes:
-            stdout, stderr = process.communicate(timeout=240)
-            assert process.returncode == 0, stderr
-            printed.append(stdout)
-    finally:
-        for process in processes:
-            process.kill()
+    printed = on_two_ranks("on_ranks.py", out)
     return out, [json.loads((out / f"said-{i}.json").read_text()) for i in range(2)], printed
 
 

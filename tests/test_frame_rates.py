@@ -166,8 +166,8 @@ def test_a_jump_of_time(tmp_path, name, jump):
     message = rf"films/{name}: frames 11 and 12 are {jump}.* s apart, expected 60 s at most; cut the film there"
     with pytest.raises(WaltError, match=message):
         list(iterate_video(tmp_path / "films" / name, 24))
-    cache, lines = made(tmp_path / "films", tmp_path / "cache", fps=24)
-    assert [(item.name, item.frames) for item in cache.items] == [("b.mp4", 24)]
+    store, lines = made(tmp_path / "films", tmp_path / "prepared", fps=24)
+    assert [(item.name, item.frames) for item in store.items] == [("b.mp4", 24)]
     assert len(lines) == 1
     assert re.match(
         r"passed over, frames 11 and 12 are .* s apart, expected 60 s at most; cut the film there: 1 ", lines[0]
@@ -194,7 +194,7 @@ def test_frames_that_stand_still():
 def test_one_range_of_rates(tmp_path, capsys, fps):
     message = f"fps: got {fps}; expected 0.001 to 1000 frames a second, or 0 for every frame"
     with pytest.raises(ValueError, match=message):
-        made(tmp_path, tmp_path / "cache", fps=fps)
+        made(tmp_path, tmp_path / "prepared", fps=fps)
     with pytest.raises(ValueError, match=message):
         DataConfig(fps=fps)
     if fps not in (True, "24"):
@@ -237,20 +237,20 @@ def made(folder, out, **options) -> tuple[ClipStore, list[str]]:
 
 
 def test_a_mix_is_told(mixed, tmp_path):
-    lines = made(mixed, tmp_path / "cache")[1]
+    lines = made(mixed, tmp_path / "prepared")[1]
     assert lines == [
         "frames a second differ, and clips take frame after frame (--fps N takes them by time):"
         " variable: 1 (dogs/uneven.mp4); 12: 1 (cats/one.mp4); 23.98: 2 (cats/24.mp4, dogs/24.mp4);"
         " 25: 1 (dogs/two.mp4)"
     ]
-    assert made(mixed, tmp_path / "cache")[1] == lines  # by what is known of the films, too
+    assert made(mixed, tmp_path / "prepared")[1] == lines  # by what is known of the films, too
     for name in ("dogs/uneven.mp4", "cats/one.mp4", "dogs/two.mp4"):
         (mixed / name).unlink()
-    assert made(mixed, tmp_path / "cache")[1] == []
+    assert made(mixed, tmp_path / "prepared")[1] == []
     write_timed(mixed / "cats/uneven.mp4", UNEVEN)
     for i in range(11):
         (mixed / f"cats/like-{i:02}.mp4").write_bytes((mixed / "cats/uneven.mp4").read_bytes())
-    (line,) = made(mixed, tmp_path / "cache")[1]
+    (line,) = made(mixed, tmp_path / "prepared")[1]
     assert "variable: 12 (cats/like-00.mp4, " in line
     assert "cats/like-09.mp4 and 2 more); 23.98: 2 (" in line
 
@@ -264,11 +264,11 @@ def test_a_rate_above_that_of_films_is_told(mixed, tmp_path):
         (23, "2 (cats/one.mp4, dogs/uneven.mp4)"),
         (24, "2 (cats/one.mp4, dogs/uneven.mp4)"),
     ):
-        lines = made(mixed, tmp_path / f"cache-{fps}", fps=fps)[1]
+        lines = made(mixed, tmp_path / f"prepared-{fps}", fps=fps)[1]
         assert lines == ([repeated.format(f"{fps:g}") + films] if films else [])
-    (line,) = made(mixed, tmp_path / "cache", fps=60)[1]
+    (line,) = made(mixed, tmp_path / "prepared", fps=60)[1]
     assert line.startswith(repeated.format(60) + "5 (cats/24.mp4, cats/one.mp4, ")
-    assert made(mixed, tmp_path / "cache", fps=60)[1] == [line]
+    assert made(mixed, tmp_path / "prepared", fps=60)[1] == [line]
 
 
 def test_prepared_folders_are_told_too(mixed, tmp_path, capsys):
@@ -285,29 +285,29 @@ def test_prepared_folders_are_told_too(mixed, tmp_path, capsys):
 def test_a_film_of_one_frame_has_no_rate(tmp_path):
     write_mp4(tmp_path / "films/a.mp4", ramp(24), fps=24)
     write_mp4(tmp_path / "films/b.mp4", ramp(1), fps=5)
-    assert made(tmp_path / "films", tmp_path / "cache")[1] == []
+    assert made(tmp_path / "films", tmp_path / "prepared")[1] == []
     assert made(tmp_path / "films", tmp_path / "24", fps=24)[1] == [
         "frames are repeated in films of fewer than 24 a second: 1 (b.mp4)"  # its fifth of a second is filled
     ]
 
 
 def test_one_rate_for_all(mixed, tmp_path):
-    cache, lines = made(mixed, tmp_path / "cache", fps=12)
+    store, lines = made(mixed, tmp_path / "prepared", fps=12)
     assert lines == ["frames are repeated in films of fewer than 12 a second: 1 (dogs/uneven.mp4)"]
-    assert set(cache.fps) == {0, 12}
-    films = {item.name: item for item in cache.items if item.kind == "video"}
+    assert set(store.fps) == {0, 12}
+    films = {item.name: item for item in store.items if item.kind == "video"}
     assert (films["cats/24.mp4"].fps, films["dogs/two.mp4"].fps) == (24, 25)  # their own
     assert [name for name, item in films.items() if item.variable] == ["dogs/uneven.mp4"]
     frames = {"cats/24.mp4": 12, "cats/one.mp4": 12, "dogs/24.mp4": 12, "dogs/two.mp4": 3, "dogs/uneven.mp4": 16}
     assert {name: item.frames for name, item in films.items()} == frames
-    index = [item.name for item in cache.items].index("dogs/24.mp4")
-    assert numbers(cache.read(np.array([[index, 0]]), 12)[0]).tolist() == list(range(0, 24, 2))
+    index = [item.name for item in store.items].index("dogs/24.mp4")
+    assert numbers(store.read(np.array([[index, 0]]), 12)[0]).tolist() == list(range(0, 24, 2))
     with pytest.raises(
         WaltError, match=r"with height 16, width 16, shots on, 12 frames a second, not with height 16, "
     ):
-        made(mixed, tmp_path / "cache")
+        made(mixed, tmp_path / "prepared")
     with pytest.raises(ValueError, match=r"fps: got -1; expected 0\.001 to 1000 frames a second, or 0 for every frame"):
-        made(mixed, tmp_path / "cache", fps=-1)
+        made(mixed, tmp_path / "prepared", fps=-1)
 
 
 def test_the_rate_of_training(mixed, tmp_path):

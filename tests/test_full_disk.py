@@ -204,7 +204,7 @@ def model(films, tmp_path_factory):
 OVERRIDES = [f"--{text}" for text in (*TOKENIZER, *TRANSFORMER, *SHORT)]
 QUICK = ["--from", "MODEL", "--steps", "1"]
 COMMANDS = {  # and what cannot be written
-    "prepare": (["prepare", "--data", "FILMS", "--out", "OUT/cache", "--size", "16"], "OUT/cache"),
+    "prepare": (["prepare", "--data", "FILMS", "--out", "OUT/prepared", "--size", "16"], "OUT/prepared"),
     "train tokenizer": (["train", "tokenizer", "--data", "FILMS", "--out", "OUT/run", *OVERRIDES], "OUT/run/"),
     "train base": (["train", "base", "--data", "FILMS", "--out", "MODEL", *OVERRIDES, "--data.frames=1"], "MODEL/"),
     "sample mp4": (["sample", *QUICK, "--out", "OUT/a.mp4"], "OUT/a.mp4"),
@@ -214,7 +214,10 @@ COMMANDS = {  # and what cannot be written
     "upscale": (["upscale", *QUICK, "--video", "MODEL/clip.mp4", "--out", "OUT/a.gif"], "OUT/a.gif"),
     "encode": (["encode", *QUICK[:2], "--video", "MODEL/clip.mp4", "--out", "OUT/a.safetensors"], "OUT/a.safetensors"),
     "decode": (["decode", *QUICK[:2], "--latents", "MODEL/l.safetensors", "--out", "OUT/a.mp4"], "OUT/a.mp4"),
-    "evaluate a folder": (["evaluate", *QUICK[:2], "--data", "FILMS"], "MODEL/evaluation"),
+    "decode tiles": (
+        ["decode", *QUICK[:2], "--latents", "MODEL/l.safetensors", "--tile", "8", "--out", "OUT/a.mp4"],
+        "OUT/a.mp4",
+    ),
 }
 
 
@@ -235,8 +238,9 @@ class TestCommands:
         assert "File too large" in line
         assert [found.name for found in tmp_path.glob("a.*")] == []
 
-    def test_numbers_are_printed_before_they_are_written(self, filled, tmp_path, capsys):
-        words = ["evaluate", *QUICK[:2], "--data", "MODEL/clip.mp4", "--json", "OUT/a.json"]
+    @pytest.mark.parametrize("data", ["MODEL/clip.mp4", "FILMS"])
+    def test_numbers_are_printed_before_they_are_written(self, filled, tmp_path, capsys, data):
+        words = ["evaluate", *QUICK[:2], "--data", data, "--json", "OUT/a.json"]
         with no_file_longer_than(0):
             assert main([*map(filled, words)]) == 2
         said = capsys.readouterr()

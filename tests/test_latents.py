@@ -27,12 +27,14 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
+def store(tmp_path_factory):
     """Videos of 12 and 7 frames and 4 images, prepared for 16x16."""
     source = write_folder(tmp_path_factory.mktemp("source"))
     captions = source / "captions.jsonl"
     captions.write_text('{"file": "cats/one.mp4", "caption": "a cat"}\n{"file": "dogs/a.png", "caption": "a dog"}')
-    return prepare(source, source / "cache", height=16, width=16, captions=captions, progress=False, say=lambda _: None)
+    return prepare(
+        source, source / "prepared", height=16, width=16, captions=captions, progress=False, say=lambda _: None
+    )
 
 
 class Encoder:
@@ -48,7 +50,7 @@ class Encoder:
         return video[:, :, ::4, 3::8, 5::8] * 2
 
 
-def encoded(cache, folder, encode=None, **options) -> LatentStore:
+def encoded(store, folder, encode=None, **options) -> LatentStore:
     options = {
         "key": "weights",
         "frames": 5,
@@ -58,78 +60,78 @@ def encoded(cache, folder, encode=None, **options) -> LatentStore:
         "batch": 2,
         "dtype": "float32",
     } | options
-    return encode_latents(cache, folder, encode or Encoder(), progress=False, **options)
+    return encode_latents(store, folder, encode or Encoder(), progress=False, **options)
 
 
 @pytest.fixture
-def latents(cache, tmp_path) -> LatentStore:
-    return encoded(cache, tmp_path / "latents")
+def latents(store, tmp_path) -> LatentStore:
+    return encoded(store, tmp_path / "latents")
 
 
-def one_video(cache) -> ClipStore:
-    return ClipStore(cache.folder, Settings(16, 16, True), cache.items[1:2], cache._shards)
+def one_video(store) -> ClipStore:
+    return ClipStore(store.folder, Settings(16, 16, True), store.items[1:2], store._shards)
 
 
-def test_latents_are_those_of_the_encoder(cache, latents):
-    assert np.array_equal(latents.video_rows, cache.windows(5, hop=2))
-    assert np.array_equal(latents.image_rows, cache.images(4))
+def test_latents_are_those_of_the_encoder(store, latents):
+    assert np.array_equal(latents.video_rows, store.windows(5, hop=2))
+    assert np.array_equal(latents.image_rows, store.images(4))
     assert latents.video.shape == (6, 3, 2, 2, 2)
     assert latents.image.shape == (9, 3, 2, 2)
     assert latents.video.dtype == np.float32
-    assert np.array_equal(latents.video, Encoder()(to_model(cache.read(latents.video_rows, 5))).numpy())
-    assert np.array_equal(latents.image, Encoder()(to_model(cache.read(latents.image_rows)))[:, :, 0].numpy())
-    again = LatentStore.open(latents.folder, cache, key="weights")
+    assert np.array_equal(latents.video, Encoder()(to_model(store.read(latents.video_rows, 5))).numpy())
+    assert np.array_equal(latents.image, Encoder()(to_model(store.read(latents.image_rows)))[:, :, 0].numpy())
+    again = LatentStore.open(latents.folder, store, key="weights")
     assert np.array_equal(again.video, latents.video)
     assert np.array_equal(again.image, latents.image)
 
 
-def test_defaults(cache, tmp_path):
-    latents = encode_latents(cache, tmp_path / "l", Encoder(), key="k", frames=5, height=8, width=8, progress=False)
+def test_defaults(store, tmp_path):
+    latents = encode_latents(store, tmp_path / "l", Encoder(), key="k", frames=5, height=8, width=8, progress=False)
     assert latents.video_rows.tolist() == [[1, 0], [1, 5], [4, 0]]  # end to end
     assert latents.video.dtype == np.float16
-    expected = Encoder()(to_model(cache.read(latents.video_rows, 5, crop=(8, 8)))).half().numpy()
+    expected = Encoder()(to_model(store.read(latents.video_rows, 5, crop=(8, 8)))).half().numpy()
     assert np.array_equal(latents.video, expected)
 
 
-def test_what_is_there_is_not_encoded_again(cache, latents):
+def test_what_is_there_is_not_encoded_again(store, latents):
     encode = Encoder(fails=0)
-    assert np.array_equal(encoded(cache, latents.folder, encode).video, latents.video)
+    assert np.array_equal(encoded(store, latents.folder, encode).video, latents.video)
 
 
 @pytest.mark.parametrize(
     "change", [{"key": "other"}, {"hop": 3}, {"height": 8}, {"dtype": "float16"}, {"image_every": 2}]
 )
-def test_what_is_stale_is_made_anew(cache, latents, change):
+def test_what_is_stale_is_made_anew(store, latents, change):
     encode = Encoder()
-    changed = encoded(cache, latents.folder, encode, **change)
+    changed = encoded(store, latents.folder, encode, **change)
     assert encode.calls > 0
-    assert LatentStore.open(latents.folder, cache, key=change.get("key", "weights")).index == changed.index
+    assert LatentStore.open(latents.folder, store, key=change.get("key", "weights")).index == changed.index
 
 
-def test_stale_latents_are_refused(cache, latents, tmp_path):
+def test_stale_latents_are_refused(store, latents, tmp_path):
     with pytest.raises(WaltError, match="was made by another tokenizer; encode again"):
-        LatentStore.open(latents.folder, cache, key="other")
+        LatentStore.open(latents.folder, store, key="other")
     source = write_folder(tmp_path / "source")
-    other = prepare(source, tmp_path / "cache", height=16, width=24, progress=False)
+    other = prepare(source, tmp_path / "prepared", height=16, width=24, progress=False)
     with pytest.raises(WaltError, match="was made from other data than"):
         LatentStore.open(latents.folder, other)
 
 
 @pytest.mark.parametrize("call", [0, 1, 3, 4, 5, 7])
-def test_interrupted_work_goes_on(cache, latents, tmp_path, call):
+def test_interrupted_work_goes_on(store, latents, tmp_path, call):
     first = Encoder(fails=call)
     with pytest.raises(KeyboardInterrupt):
-        encoded(cache, tmp_path / "again", first)
+        encoded(store, tmp_path / "again", first)
     assert not (tmp_path / "again").exists()
-    with pytest.raises(WaltError, match="holds nothing encoded"):
-        LatentStore.open(tmp_path / "again", cache)
+    with pytest.raises(WaltError, match="is not a folder of encoded data"):
+        LatentStore.open(tmp_path / "again", store)
     for raw, rows in (("video.raw", latents.video_rows), ("image.raw", latents.image_rows)):
         size = (latents.folder / raw).stat().st_size // len(rows)  # of a latent: half a batch
         if (tmp_path / "again.partial" / raw).exists():
             with (tmp_path / "again.partial" / raw).open("ab") as file:
                 file.write(b"\1" * (size + 7))
     second = Encoder()
-    whole = encoded(cache, tmp_path / "again", second)
+    whole = encoded(store, tmp_path / "again", second)
     # 1 clip for the shape and 3 batches, then 1 image and 5 batches.
     assert second.calls == 10 - max(0, min(call, 4) - 1) - max(0, call - 5)
     for name in ("video.raw", "image.raw"):
@@ -138,7 +140,7 @@ def test_interrupted_work_goes_on(cache, latents, tmp_path, call):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
-def test_latents_are_on_the_disk_before_the_index(cache, tmp_path, monkeypatch):
+def test_latents_are_on_the_disk_before_the_index(store, tmp_path, monkeypatch):
     flushed, fsync = [], os.fsync
 
     def spy(handle):
@@ -146,40 +148,40 @@ def test_latents_are_on_the_disk_before_the_index(cache, tmp_path, monkeypatch):
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", spy)
-    encoded(cache, tmp_path / "l")
+    encoded(store, tmp_path / "l")
     last = max(i for i, name in enumerate(flushed) if name.startswith(".index"))
     assert {"video.raw", "image.raw"} <= set(flushed[:last])
 
 
-def test_partial_work_of_other_settings_is_dropped(cache, tmp_path):
+def test_partial_work_of_other_settings_is_dropped(store, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        encoded(cache, tmp_path / "l", Encoder(fails=3), key="other")
+        encoded(store, tmp_path / "l", Encoder(fails=3), key="other")
     encode = Encoder()
-    encoded(cache, tmp_path / "l", encode)
+    encoded(store, tmp_path / "l", encode)
     assert encode.calls == 10
 
 
-def test_latents_that_are_not_finite(cache, tmp_path):
+def test_latents_that_are_not_finite(store, tmp_path):
     with pytest.raises(WaltError, match=r"not finite in float16, for one of cats/one\.mp4"):
-        encoded(cache, tmp_path / "l", lambda video: video[:, :, ::4] * 1e6, dtype="float16")
+        encoded(store, tmp_path / "l", lambda video: video[:, :, ::4] * 1e6, dtype="float16")
     with pytest.raises(WaltError, match="not finite in float32"):
-        encoded(cache, tmp_path / "l", lambda video: video[:, :, ::4] * float("nan"))
+        encoded(store, tmp_path / "l", lambda video: video[:, :, ::4] * float("nan"))
     assert not (tmp_path / "l").exists()
 
 
-def test_nothing_to_encode(cache, tmp_path):
+def test_nothing_to_encode(store, tmp_path):
     with pytest.raises(WaltError, match="holds no image, and no shot of 13 frames"):
-        encoded(one_video(cache), tmp_path / "l", frames=13, image_every=None)
+        encoded(one_video(store), tmp_path / "l", frames=13, image_every=None)
 
 
-def test_other_folders_are_left_alone(cache, tmp_path):
+def test_other_folders_are_left_alone(store, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(WaltError, match="holds nothing encoded"):
-        encoded(cache, tmp_path / "mine")
+    with pytest.raises(WaltError, match="is not a folder of encoded data"):
+        encoded(store, tmp_path / "mine")
     (tmp_path / "mine/index.json").write_text('{"format": "recipes"}')
     with pytest.raises(WaltError, match="'recipes', expected 'walt-latents'"):
-        encoded(cache, tmp_path / "mine")
+        encoded(store, tmp_path / "mine")
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
 
 
@@ -194,18 +196,18 @@ def test_other_folders_are_left_alone(cache, tmp_path):
         ({"frames": "5"}, r"index\.json is broken"),
     ],
 )
-def test_broken_latents(cache, latents, change, message):
+def test_broken_latents(store, latents, change, message):
     path = latents.folder / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(WaltError, match=message):
-        LatentStore.open(latents.folder, cache)
+        LatentStore.open(latents.folder, store)
 
 
-def test_truncated_latents(cache, latents):
+def test_truncated_latents(store, latents):
     path = latents.folder / "image.raw"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(WaltError, match=r"image\.raw is broken: it holds 431 bytes, its index speaks of 432"):
-        LatentStore.open(latents.folder, cache)
+        LatentStore.open(latents.folder, store)
 
 
 def indices(source: LatentSource, count: int, seed: int = 0) -> list[list[int]]:
@@ -215,7 +217,7 @@ def indices(source: LatentSource, count: int, seed: int = 0) -> list[list[int]]:
     return [index.tolist() for index in drawn]
 
 
-def test_joint_batches(cache, latents):
+def test_joint_batches(store, latents):
     source = LatentSource(latents, 6, images=3)
     loaded = make_batch(source, 1, 0, range(6))
     assert loaded["image"].tolist() == [False] * 3 + [True] * 3
@@ -228,11 +230,11 @@ def test_joint_batches(cache, latents):
         else:
             expected = np.stack([latents.image[i] for i in index], axis=1)
             items = latents.image_rows[index, 0]
-            assert len(set(cache.label[items].tolist())) == 1
+            assert len(set(store.label[items].tolist())) == 1
             item = items[0]
         assert np.array_equal(loaded["latent"][sample].numpy(), expected)
-        assert loaded["label"][sample] == cache.label[item]
-        assert loaded["caption"][sample] == (cache.caption[item] or "")
+        assert loaded["label"][sample] == store.label[item]
+        assert loaded["caption"][sample] == (store.caption[item] or "")
 
 
 def test_parts_of_the_ranks_join_to_the_batch(latents):
@@ -246,16 +248,16 @@ def test_parts_of_the_ranks_join_to_the_batch(latents):
         assert part["caption"] == whole["caption"][rank::2]
 
 
-def test_batches_of_one_kind(cache, latents, tmp_path):
+def test_batches_of_one_kind(store, latents, tmp_path):
     clips = LatentSource(latents, 4)
     assert not make_batch(clips, 0, 0, range(4))["image"].any()
     stacks = LatentSource(latents, 4, images=4, condition="caption")
-    texts = [{cache.caption[item] for item in latents.image_rows[row, 0]} for row in indices(stacks, 4)]
+    texts = [{store.caption[item] for item in latents.image_rows[row, 0]} for row in indices(stacks, 4)]
     assert all(len(text) == 1 for text in texts)
-    no_images = encoded(one_video(cache), tmp_path / "l", image_every=None)
+    no_images = encoded(one_video(store), tmp_path / "l", image_every=None)
     with pytest.raises(WaltError, match="holds no image, but batches are to have some"):
         LatentSource(no_images, 4, images=1)
-    pictures = encoded(cache, tmp_path / "p", frames=13, image_every=None)
+    pictures = encoded(store, tmp_path / "p", frames=13, image_every=None)
     with pytest.raises(WaltError, match="holds no clip, but batches are to have some"):
         LatentSource(pictures, 4, images=1)
     only = LatentSource(pictures, 4, images=4)
@@ -308,8 +310,8 @@ def test_text_features_are_made_once(tmp_path):
         TextFeatures.open(tmp_path / "t")
 
 
-def test_batches_with_text(cache, latents, tmp_path):
-    text = encode_captions(cache.caption, tmp_path / "t", encode_text, key="k", progress=False)
+def test_batches_with_text(store, latents, tmp_path):
+    text = encode_captions(store.caption, tmp_path / "t", encode_text, key="k", progress=False)
     source = LatentSource(latents, 8, images=4, condition="caption", text=text)
     loaded = make_batch(source, 0, 0, range(8))
     assert loaded["text"].shape == (8, 5, 2)

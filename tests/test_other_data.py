@@ -45,8 +45,8 @@ def test_a_tokenizer(data, tmp_path):
     with pytest.raises(WaltError, match=r"give the same data, another --out, or --new-settings to go on with this$"):
         fit("tokenizer", data, out, *MORE)
     assert fit("tokenizer", data, out, *MORE, new_settings=True).step == 3
-    cache = ClipStore.open(out / "data-16x16")
-    assert content(out, "tokenizer") == cache.fingerprint
+    store = ClipStore.open(out / "data-16x16")
+    assert content(out, "tokenizer") == store.fingerprint
     assert "up/2.mp4" in read_json(out / "tokenizer.files.json")["file"]
     assert fit("tokenizer", data, out, *MORE).step == 3  # what it holds is now the run's data
 
@@ -59,7 +59,7 @@ def test_a_base_model(data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         denoiser,
         "encode_latents",
-        lambda cache, *a, **k: encoded.append(cache.fingerprint) or encode(cache, *a, **k),
+        lambda store, *a, **k: encoded.append(store.fingerprint) or encode(store, *a, **k),
     )
     fit("tokenizer", data, out)
     text = ("data.text=bytes", "transformer.frame_condition=true")
@@ -74,9 +74,9 @@ def test_a_base_model(data, tmp_path, monkeypatch):
         fit("base", data, out, *text, *MORE)
     assert len(encoded) == 1
     assert fit("base", data, out, *text, *MORE, new_settings=True).step == 3
-    cache = ClipStore.open(out / "data-16x16")
-    assert encoded[1:] == [cache.fingerprint]
-    assert content(out, "transformer") == cache.fingerprint
+    store = ClipStore.open(out / "data-16x16")
+    assert encoded[1:] == [store.fingerprint]
+    assert content(out, "transformer") == store.fingerprint
     assert load_description(out / "transformer", "transformer")[1]["clip"]["fps"] == 8  # of most films
     assert read_json(out / "transformer.files.json")["caption"]["up/0.mp4"] == "other words"
     assert fit("base", data, out, *text, *MORE).step == 3
@@ -150,7 +150,7 @@ def test_of_an_older_walt(data, tmp_path, capsys):
     command += [f"--{text}" for text in (*TOKENIZER, *SHORT, *MORE)]
     line = fails(capsys, *command)
     assert line.endswith(
-        "index.json has version 1; this walt reads version 2: delete that folder, or prepare into another one"
+        "index.json has version 1; this walt reads version 3: delete that folder, or prepare into another one"
     )
     shutil.rmtree(out / "data-16x16")
     with pytest.raises(WaltError, match=r"was trained on other data than .* holds, or by an older walt; give the same"):

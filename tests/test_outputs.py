@@ -16,7 +16,7 @@ from tiny_runs import fit, make, moving, write_films
 
 from walt.checkpoint import write_tensors
 from walt.cli import main
-from walt.commands import latents, sample
+from walt.commands import sample
 from walt.data.video import (
     check_output,
     check_size,
@@ -30,6 +30,7 @@ from walt.data.video import (
 )
 from walt.demo.demo import Demo, DemoConfig
 from walt.errors import WaltError
+from walt.sample import codec
 from walt.sample.pipeline import WaltPipeline
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
@@ -268,7 +269,7 @@ class TestBeforeTheWork:
     def test_sizes_of_upscaled_and_decoded(self, model, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(check_size.__globals__["SIDES"], ".mp4", 24)
         monkeypatch.setattr(WaltPipeline, "upscale", lambda *_, **__: pytest.fail("it samples"))
-        monkeypatch.setattr(latents, "decode_tiled", lambda *_, **__: pytest.fail("it decodes"))
+        monkeypatch.setattr(codec, "decode_pieces", lambda *_, **__: pytest.fail("it decodes"))
         source = film(tmp_path / "a.mp4", 8)
         line = fails(capsys, "upscale", "--from", model, "--video", source, "--out", tmp_path / "b.mp4")
         assert "32x32 pixels; .mp4 takes at most 24 a side" in line

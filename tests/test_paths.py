@@ -63,10 +63,10 @@ def test_folders():
     for name in NAMES:
         write_mp4(f"data/{name}/{name}.mp4", ramp(5))
     lines: list[str] = []
-    cache = prepare("data", "12:30", height=16, width=16, progress=False, say=lines.append)
+    store = prepare("data", "12:30", height=16, width=16, progress=False, say=lines.append)
     assert lines == []
-    assert set(cache.classes) == set(NAMES)
-    assert [item.frames for item in cache.items] == [5] * len(NAMES)
+    assert set(store.classes) == set(NAMES)
+    assert [item.frames for item in store.items] == [5] * len(NAMES)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
@@ -80,8 +80,8 @@ def test_captions_of_names_that_are_almost_alike(tmp_path):
     with open("c.jsonl", "w") as file:
         file.writelines(json.dumps({"file": name, "caption": text}) + "\n" for name, text in rows)
     lines: list[str] = []
-    cache = prepare("data", "out", captions="c.jsonl", height=16, width=16, progress=False, say=lines.append)
-    captions = {item.name: item.caption for item in cache.items}
+    store = prepare("data", "out", captions="c.jsonl", height=16, width=16, progress=False, say=lines.append)
+    captions = {item.name: item.caption for item in store.items}
     assert captions == {"a.mp4": "one", "b/a.mp4": "two", "c/a.mp4": "three", " a.mp4": None, "b\\a.mp4": None}
     assert lines[-1] == "2 files without a caption:  a.mp4, b\\a.mp4"
 

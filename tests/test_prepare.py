@@ -1,4 +1,4 @@
-"""walt.data.prepare: what comes into a cache, what is passed over, and how an interrupted or repeated run goes on."""
+"""walt.data.prepare: what is prepared, what is passed over, and how an interrupted or repeated run goes on."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 NAMES = ["cats/c.png", "cats/one.mp4", "dogs/a.png", "dogs/b.png", "dogs/two.mp4", "still.png"]
 
 
-def make(source, cache, **options) -> tuple[ClipStore, list[str]]:
-    """The cache, and the lines that were said but for that of the two films' frame rates (`test_frame_rates`)."""
+def make(source, store, **options) -> tuple[ClipStore, list[str]]:
+    """The store, and the lines that were said but for that of the two films' frame rates (`test_frame_rates`)."""
     lines: list[str] = []
     options = {"height": 16, "width": 16, "progress": False, "workers": 2, **options}
-    made = prepare(source, cache, say=lines.append, **options)
+    made = prepare(source, store, say=lines.append, **options)
     return made, [line for line in lines if not line.startswith("frames a second differ")]
 
 
-def content(cache: ClipStore) -> list[np.ndarray]:
-    return [cache.read(np.array([[i, 0]]), item.frames)[0] for i, item in enumerate(cache.items)]
+def content(store: ClipStore) -> list[np.ndarray]:
+    return [store.read(np.array([[i, 0]]), item.frames)[0] for i, item in enumerate(store.items)]
 
 
 @pytest.fixture
@@ -57,23 +57,23 @@ def decoded(monkeypatch) -> list[str]:
 
 
 def test_a_folder(folder, tmp_path):
-    cache, lines = make(folder, tmp_path / "cache")
+    store, lines = make(folder, tmp_path / "prepared")
     assert lines == []
-    assert [item.name for item in cache.items] == NAMES
-    assert [item.kind for item in cache.items] == ["image", "video", "image", "image", "video", "image"]
-    assert cache.classes == ("cats", "dogs")
-    assert cache.label.tolist() == [0, 0, 1, 1, 1, 2]  # 2: in no folder
-    assert cache.caption == (None,) * 6
-    assert [item.frames for item in cache.items] == [1, 12, 1, 1, 7, 1]
-    assert {(item.height, item.width) for item in cache.items} == {(16, 24), (21, 16)}  # of 32 x 48 and 40 x 30
-    assert cache.fps.tolist() == [0, 12, 0, 0, 25, 0]
-    clips = content(cache)
+    assert [item.name for item in store.items] == NAMES
+    assert [item.kind for item in store.items] == ["image", "video", "image", "image", "video", "image"]
+    assert store.classes == ("cats", "dogs")
+    assert store.label.tolist() == [0, 0, 1, 1, 1, 2]  # 2: in no folder
+    assert store.caption == (None,) * 6
+    assert [item.frames for item in store.items] == [1, 12, 1, 1, 7, 1]
+    assert {(item.height, item.width) for item in store.items} == {(16, 24), (21, 16)}  # of 32 x 48 and 40 x 30
+    assert store.fps.tolist() == [0, 12, 0, 0, 25, 0]
+    clips = content(store)
     assert numbers(clips[1]).tolist() == list(range(12))
     assert numbers(clips[4]).tolist() == list(range(7))
     assert [int(clips[i].mean()) for i in (2, 3, 0, 5)] == [0, 50, 100, 150]
-    again = ClipStore.open(tmp_path / "cache")
-    assert again.items == cache.items
-    assert (again.height, again.width, again.fingerprint) == (16, 16, cache.fingerprint)
+    again = ClipStore.open(tmp_path / "prepared")
+    assert again.items == store.items
+    assert (again.height, again.width, again.fingerprint) == (16, 16, store.fingerprint)
 
 
 def test_workers_do_not_change_the_content(folder, tmp_path):
@@ -90,8 +90,8 @@ def test_what_cannot_be_read_is_passed_over_and_counted(folder, tmp_path):
     (folder / "cats/._one.mp4").write_text("hidden")
     whole = (folder / "dogs/b.png").read_bytes()
     (folder / "dogs/cut.png").write_bytes(whole[: len(whole) // 2])
-    cache, lines = make(folder, tmp_path / "cache")
-    assert [item.name for item in cache.items] == NAMES
+    store, lines = make(folder, tmp_path / "prepared")
+    assert [item.name for item in store.items] == NAMES
     assert sorted(lines) == [
         "passed over, empty: 1 (cats/empty.mp4)",
         "passed over, hidden or left by other software: 1 (cats/._one.mp4)",
@@ -99,15 +99,15 @@ def test_what_cannot_be_read_is_passed_over_and_counted(folder, tmp_path):
         "passed over, not an image that can be decoded: image file is truncated: 1 (dogs/cut.png)",
         "passed over, unknown ending: 1 (cats/one.txt)",
     ]
-    assert sorted(ClipStore.open(tmp_path / "cache").passed_over.lines()) == sorted(lines)
-    assert numbers(content(cache)[1]).tolist() == list(range(12))
+    assert sorted(ClipStore.open(tmp_path / "prepared").passed_over.lines()) == sorted(lines)
+    assert numbers(content(store)[1]).tolist() == list(range(12))
 
 
 def test_strips_are_skipped_and_not_blown_up(folder, tmp_path):
     write_png(folder / "dogs/strip.png", np.zeros((1, 4000, 3), np.uint8))
     write_mp4(folder / "cats/strip.mp4", np.zeros((3, 1024, 32, 3), np.uint8))
-    cache, lines = make(folder, tmp_path / "cache")
-    assert [item.name for item in cache.items] == NAMES
+    store, lines = make(folder, tmp_path / "prepared")
+    assert [item.name for item in store.items] == NAMES
     (line,) = lines
     assert line.startswith("passed over, so oblong that it would be over 16 times 16x16 to cover that; crop it: 2 (")
     assert line.endswith("(cats/strip.mp4, dogs/strip.png)")
@@ -117,42 +117,56 @@ def test_a_video_that_breaks_off_leaves_nothing(folder, tmp_path, monkeypatch):
     def iterate(path, *rate):
         for index, picture in enumerate(iterate_video(path, *rate)):
             if path.name == "one.mp4" and index == 5:
-                raise WaltError(f"{path} breaks off")
+                raise WaltError.of(path, "breaks off")
             yield picture
 
     monkeypatch.setattr(walt.data.prepare, "iterate_video", iterate)
-    cache, lines = make(folder, tmp_path / "cache", workers=1)
+    store, lines = make(folder, tmp_path / "prepared", workers=1)
     assert lines == ["passed over, breaks off: 1 (cats/one.mp4)"]
-    assert [item.name for item in cache.items] == [name for name in NAMES if name != "cats/one.mp4"]
-    assert (tmp_path / "cache/frames-0.raw").stat().st_size == sum(
+    assert [item.name for item in store.items] == [name for name in NAMES if name != "cats/one.mp4"]
+    assert (tmp_path / "prepared/frames-0.raw").stat().st_size == sum(
         16 * 24 * 7 * 3 if i == 3 else 21 * 16 * 3 for i in range(5)
     )
 
 
+def test_a_file_that_cannot_be_read_is_passed_over(folder, tmp_path, monkeypatch):
+    """As one that is removed while others are decoded."""
+    find = walt.data.prepare.find_files
+
+    def and_another(*arguments):
+        names, passed = find(*arguments)
+        return [*names, "dogs/gone.mp4"], passed
+
+    monkeypatch.setattr(walt.data.prepare, "find_files", and_another)
+    store, lines = make(folder, tmp_path / "prepared")
+    assert [item.name for item in store.items] == NAMES
+    assert lines == ["passed over, cannot be read: No such file or directory: 1 (dogs/gone.mp4)"]
+
+
 def test_nothing_usable_stops(tmp_path):
     with pytest.raises(WaltError, match="no such folder"):
-        make(tmp_path / "nowhere", tmp_path / "cache")
+        make(tmp_path / "nowhere", tmp_path / "prepared")
     source = tmp_path / "source"
     source.mkdir()
     with pytest.raises(WaltError, match=r"source holds no video or image \(looked for \.mp4"):
-        make(source, tmp_path / "cache")
+        make(source, tmp_path / "prepared")
     (source / "a.mp4").write_bytes(b"")
     (source / "b.png").write_bytes(b"")
     with pytest.raises(WaltError, match="none of its 2 videos and images can be used"):
-        make(source, tmp_path / "cache")
+        make(source, tmp_path / "prepared")
     with pytest.raises(WaltError, match="was not prepared to the end"):
-        ClipStore.open(tmp_path / "cache")
+        ClipStore.open(tmp_path / "prepared")
 
 
 def test_captions(folder, tmp_path):
     table = tmp_path / "captions.csv"
     table.write_text("file,caption\ncats/one.mp4,a cat\nlost.mp4,nothing\n")
-    cache, lines = make(folder, tmp_path / "cache", captions=table)
+    store, lines = make(folder, tmp_path / "prepared", captions=table)
     assert lines == [
         "1 captions without a file: lost.mp4",
         "5 files without a caption: cats/c.png, dogs/a.png, dogs/b.png, dogs/two.mp4, still.png",
     ]
-    assert cache.caption == (None, "a cat", None, None, None, None)
+    assert store.caption == (None, "a cat", None, None, None, None)
 
 
 def test_shots(tmp_path):
@@ -165,18 +179,18 @@ def test_shots(tmp_path):
 
 
 def test_a_second_run_decodes_what_changed(folder, tmp_path, decoded):
-    first, _ = make(folder, tmp_path / "cache")
+    first, _ = make(folder, tmp_path / "prepared")
     assert sorted(decoded) == ["one.mp4", "two.mp4"]
     decoded.clear()
     table = tmp_path / "captions.jsonl"
     table.write_text('{"file": "still.png", "caption": "a wall"}')
-    again, _ = make(folder, tmp_path / "cache", captions=table)
+    again, _ = make(folder, tmp_path / "prepared", captions=table)
     assert decoded == []
     assert again.caption[-1] == "a wall"
     assert again.fingerprint == first.fingerprint
     write_mp4(folder / "dogs/two.mp4", ramp(9))
     (folder / "cats/one.mp4").unlink()
-    changed, _ = make(folder, tmp_path / "cache")
+    changed, _ = make(folder, tmp_path / "prepared")
     assert decoded == ["two.mp4"]
     assert [item.name for item in changed.items] == [name for name in NAMES if name != "cats/one.mp4"]
     assert numbers(content(changed)[3]).tolist() == list(range(9))
@@ -185,12 +199,12 @@ def test_a_second_run_decodes_what_changed(folder, tmp_path, decoded):
 
 def test_the_same_bytes_are_the_same_data(folder, tmp_path, decoded):
     """Whenever they were written, wherever they came from."""
-    first, _ = make(folder, tmp_path / "cache")
+    first, _ = make(folder, tmp_path / "prepared")
     decoded.clear()
     os.utime(folder / "cats/one.mp4", (1, 1))
     shutil.copy(folder / "dogs/two.mp4", tmp_path / "copy")
     (tmp_path / "copy").replace(folder / "dogs/two.mp4")
-    again, _ = make(folder, tmp_path / "cache")
+    again, _ = make(folder, tmp_path / "prepared")
     assert (decoded, again.fingerprint) == ([], first.fingerprint)
     for path, newer in zip((folder / "cats/one.mp4", folder / "dogs/two.mp4"), again.items[1::3], strict=True):
         assert newer.modified == path.stat().st_mtime_ns
@@ -200,13 +214,13 @@ def test_the_same_bytes_are_the_same_data(folder, tmp_path, decoded):
 
 def test_other_bytes_are_other_data(folder, tmp_path, decoded):
     """Though neither the size of the file nor its time tells."""
-    first, _ = make(folder, tmp_path / "cache")
+    first, _ = make(folder, tmp_path / "prepared")
     decoded.clear()
     path, whole = folder / "cats/one.mp4", (folder / "cats/one.mp4").read_bytes()
     times = path.stat()
     path.write_bytes(whole.replace(b"Lavf", b"Love"))  # the name of the software, which no frame depends on
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    changed, _ = make(folder, tmp_path / "cache")
+    changed, _ = make(folder, tmp_path / "prepared")
     assert decoded == ["one.mp4"]
     assert changed.items[1].size == first.items[1].size
     assert changed.fingerprint != first.fingerprint
@@ -218,25 +232,25 @@ def test_names_written_by_macos(folder, tmp_path, decoded):
     (folder / "dogs").rename(folder / apart)
     table = tmp_path / "captions.csv"
     table.write_text(f"file,caption\n{whole}/two.mp4,a dog\n", encoding="utf-8")
-    cache, lines = make(folder, tmp_path / "cache", captions=table)
-    assert cache.classes == (whole, "cats")
-    assert [item.caption for item in cache.items if item.name == f"{apart}/two.mp4"] == ["a dog"]
+    store, lines = make(folder, tmp_path / "prepared", captions=table)
+    assert store.classes == (whole, "cats")
+    assert [item.caption for item in store.items if item.name == f"{apart}/two.mp4"] == ["a dog"]
     assert [line.split(":")[0] for line in lines] == ["5 files without a caption"]
     decoded.clear()
     (folder / apart).rename(folder / whole)
-    again, _ = make(folder, tmp_path / "cache", captions=table)
-    assert (decoded, again.fingerprint, again.classes) == ([], cache.fingerprint, cache.classes)
-    assert again.caption == cache.caption
+    again, _ = make(folder, tmp_path / "prepared", captions=table)
+    assert (decoded, again.fingerprint, again.classes) == ([], store.fingerprint, store.classes)
+    assert again.caption == store.caption
 
 
 def test_two_files_of_one_name_to_the_eye(tmp_path, decoded):
     for value, name in enumerate(("cafe\u0301.mp4", "caf\xe9.mp4")):
         write_mp4(tmp_path / "source" / name, ramp(3 + value))
-    cache, _ = make(tmp_path / "source", tmp_path / "cache")
-    assert [item.frames for item in cache.items] == [3, 4]
+    store, _ = make(tmp_path / "source", tmp_path / "prepared")
+    assert [item.frames for item in store.items] == [3, 4]
     decoded.clear()
-    again, _ = make(tmp_path / "source", tmp_path / "cache")
-    assert (decoded, again.items) == ([], cache.items)
+    again, _ = make(tmp_path / "source", tmp_path / "prepared")
+    assert (decoded, again.items) == ([], store.items)
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"name": "dogs/two.mp4", "kind": "vid', b"{}\n[]\n3\n"])
@@ -254,19 +268,22 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch, decoded, torn
     with monkeypatch.context() as patch:
         patch.setattr(walt.data.prepare, "iterate_video", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            make(folder, tmp_path / "cache", workers=1)
+            make(folder, tmp_path / "prepared", workers=1)
     with pytest.raises(WaltError, match="was not prepared to the end"):
-        ClipStore.open(tmp_path / "cache")
+        ClipStore.open(tmp_path / "prepared")
     # What a kill in the middle of writing may leave, besides.
-    with (tmp_path / "cache/journal.jsonl").open("ab") as journal, (tmp_path / "cache/frames-0.raw").open("ab") as raw:
+    with (
+        (tmp_path / "prepared/journal.jsonl").open("ab") as journal,
+        (tmp_path / "prepared/frames-0.raw").open("ab") as raw,
+    ):
         journal.write(torn)
         raw.write(b"x" * 1000)
     assert decoded == ["one.mp4", "two.mp4"]
-    cache, _ = make(folder, tmp_path / "cache", workers=1)
+    store, _ = make(folder, tmp_path / "prepared", workers=1)
     assert decoded == ["one.mp4", "two.mp4", "two.mp4"]
-    assert cache.fingerprint == whole.fingerprint
-    assert (tmp_path / "cache/frames-0.raw").read_bytes() == (tmp_path / "whole/frames-0.raw").read_bytes()
-    assert not (tmp_path / "cache/journal.jsonl").exists()
+    assert store.fingerprint == whole.fingerprint
+    assert (tmp_path / "prepared/frames-0.raw").read_bytes() == (tmp_path / "whole/frames-0.raw").read_bytes()
+    assert not (tmp_path / "prepared/journal.jsonl").exists()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="names of open files are read from /proc")
@@ -278,7 +295,7 @@ def test_frames_are_on_the_disk_before_the_index(folder, tmp_path, monkeypatch):
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", spy)
-    make(folder, tmp_path / "cache", workers=2)
+    make(folder, tmp_path / "prepared", workers=2)
     last = max(i for i, name in enumerate(flushed) if name.startswith(".index"))
     assert {"frames-0.raw", "frames-1.raw"} <= set(flushed[:last])
 
@@ -287,35 +304,35 @@ def test_frames_that_the_disk_has_lost_are_decoded_again(folder, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(walt.data.prepare, "write_index", lambda folder, settings, items: items and 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            make(folder, tmp_path / "cache", workers=1)
+            make(folder, tmp_path / "prepared", workers=1)
     decoded.clear()
-    os.truncate(tmp_path / "cache/frames-0.raw", (tmp_path / "cache/frames-0.raw").stat().st_size // 2)
+    os.truncate(tmp_path / "prepared/frames-0.raw", (tmp_path / "prepared/frames-0.raw").stat().st_size // 2)
     whole, _ = make(folder, tmp_path / "whole", workers=1)
-    cache, _ = make(folder, tmp_path / "cache", workers=1)
+    store, _ = make(folder, tmp_path / "prepared", workers=1)
     assert decoded.count("two.mp4") == 2
-    assert all(np.array_equal(a, b) for a, b in zip(content(cache), content(whole), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(content(store), content(whole), strict=True))
 
 
 def test_one_process_at_a_time(folder, tmp_path):
-    (tmp_path / "cache").mkdir()
-    with (tmp_path / "cache/lock").open("w") as lock:
+    (tmp_path / "prepared").mkdir()
+    with (tmp_path / "prepared/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as another process would
-        other = threading.Thread(target=make, args=(folder, tmp_path / "cache"))
+        other = threading.Thread(target=make, args=(folder, tmp_path / "prepared"))
         other.start()
         other.join(0.3)
         assert other.is_alive()
-        assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
+        assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["lock"]
     other.join(60)
-    assert len(ClipStore.open(tmp_path / "cache").items) == len(NAMES)
+    assert len(ClipStore.open(tmp_path / "prepared").items) == len(NAMES)
 
 
-def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monkeypatch):
-    first, _ = make(folder, tmp_path / "cache", workers=1)
+def test_an_interrupted_second_run_leaves_the_first_store(folder, tmp_path, monkeypatch):
+    first, _ = make(folder, tmp_path / "prepared", workers=1)
     before = content(first)
     # A run that decoded the last file anew, into another shard, was killed; the next one is, too.
     newer = {**vars(first.items[5]), "shard": 1, "offset": 0}
-    (tmp_path / "cache/journal.jsonl").write_text(json.dumps(newer))
-    (tmp_path / "cache/frames-1.raw").write_bytes(bytes(first.items[5].end - first.items[5].offset))
+    (tmp_path / "prepared/journal.jsonl").write_text(json.dumps(newer))
+    (tmp_path / "prepared/frames-1.raw").write_bytes(bytes(first.items[5].end - first.items[5].offset))
     write_mp4(folder / "new.mp4", ramp(5))
 
     def interrupted(path, *rate):
@@ -323,8 +340,8 @@ def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monk
 
     monkeypatch.setattr(walt.data.prepare, "iterate_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path / "cache", workers=1)
-    still = ClipStore.open(tmp_path / "cache")
+        make(folder, tmp_path / "prepared", workers=1)
+    still = ClipStore.open(tmp_path / "prepared")
     assert still.fingerprint == first.fingerprint
     assert all(np.array_equal(a, b) for a, b in zip(content(still), before, strict=True))
 
@@ -332,34 +349,34 @@ def test_an_interrupted_second_run_leaves_the_first_cache(folder, tmp_path, monk
 def test_missing_dependencies_are_no_skipped_files(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(WaltError, match=r'pip install "walt-kernels\[video\]"'):
-        make(folder, tmp_path / "cache")
+        make(folder, tmp_path / "prepared")
 
 
-def test_other_settings_need_another_cache(folder, tmp_path):
-    make(folder, tmp_path / "cache")
+def test_other_settings_need_another_folder(folder, tmp_path):
+    make(folder, tmp_path / "prepared")
     with pytest.raises(WaltError, match="prepared with height 16, width 16, shots on, not with height 8, width 16"):
-        make(folder, tmp_path / "cache", height=8)
-    index = json.loads((tmp_path / "cache/index.json").read_text())
-    (tmp_path / "cache/index.json").write_text(json.dumps({**index, "items": []}))  # an unfinished one begins again
-    assert make(folder, tmp_path / "cache", height=8)[0].items[1].height == 11
+        make(folder, tmp_path / "prepared", height=8)
+    index = json.loads((tmp_path / "prepared/index.json").read_text())
+    (tmp_path / "prepared/index.json").write_text(json.dumps({**index, "items": []}))  # an unfinished one begins again
+    assert make(folder, tmp_path / "prepared", height=8)[0].items[1].height == 11
 
 
 def test_a_folder_of_something_else_is_left_alone(folder, tmp_path):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/index.json").write_text('{"format": "recipes"}')
-    with pytest.raises(WaltError, match=r"is not the index of a cache of walt .*'recipes'"):
-        make(folder, tmp_path / "cache")
-    assert (tmp_path / "cache/index.json").read_text() == '{"format": "recipes"}'
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared/index.json").write_text('{"format": "recipes"}')
+    with pytest.raises(WaltError, match=r"is not that of a prepared folder: .*'recipes'"):
+        make(folder, tmp_path / "prepared")
+    assert (tmp_path / "prepared/index.json").read_text() == '{"format": "recipes"}'
     with pytest.raises(WaltError, match="cannot write"):
-        make(folder, folder / "still.png" / "cache")
+        make(folder, folder / "still.png" / "prepared")
 
 
 def test_writing_that_fails_is_no_skipped_file(folder, tmp_path, monkeypatch):
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "prepared").mkdir()
     os.symlink("/dev/full", tmp_path / "full")
     monkeypatch.setattr(walt.data.prepare, "shard_path", lambda folder, shard: tmp_path / "full")
-    with pytest.raises(WaltError, match=r"cannot write .*cache: No space left on device"):
-        make(folder, tmp_path / "cache")
+    with pytest.raises(WaltError, match=r"cannot write .*prepared: No space left on device"):
+        make(folder, tmp_path / "prepared")
 
 
 def test_films_are_not_held_in_memory(folder, tmp_path, monkeypatch):
@@ -379,8 +396,8 @@ def test_films_are_not_held_in_memory(folder, tmp_path, monkeypatch):
             yield frame
 
     monkeypatch.setattr(walt.data.prepare, "iterate_video", iterate)
-    cache, _ = make(folder, tmp_path / "cache", workers=1)
-    assert cache.items[1].frames == 60
+    store, _ = make(folder, tmp_path / "prepared", workers=1)
+    assert store.items[1].frames == 60
     assert 1 <= most <= 3
 
 

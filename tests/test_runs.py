@@ -73,11 +73,11 @@ class TestTheWholeModel:
     def test_statistics_of_the_latents(self, model, films):
         """Mean 0 and deviation 1 over the clips they were taken from, which are all there are here."""
         tokenizer = load_tokenizer(model / "tokenizer")
-        cache = open_data(films, model, load_settings("base", overrides={"data.height": 16, "data.width": 16}))
-        rows = cache.windows(5)
+        store = open_data(films, model, load_settings("base", overrides={"data.height": 16, "data.width": 16}))
+        rows = store.windows(5)
         assert len(rows) == 4 * 5
         with torch.inference_mode():
-            latent = tokenizer.encode(to_model(cache.read(rows, 5)))
+            latent = tokenizer.encode(to_model(store.read(rows, 5)))
         torch.testing.assert_close(latent.mean((0, 2, 3, 4)), torch.zeros(4), atol=1e-3, rtol=0)
         torch.testing.assert_close(latent.std((0, 2, 3, 4)), torch.ones(4), atol=1e-3, rtol=0)
         assert not torch.equal(tokenizer.latent_std, torch.ones(4))
@@ -143,10 +143,10 @@ class TestRefused:
     def test_other_data(self, model, films, tmp_path):
         other = write_films(tmp_path / "other")
         (other / "up" / "1.mp4").unlink()
-        cache = open_data(other, tmp_path / "cache", load_settings("base", overrides={"data.height": 16}))
+        store = open_data(other, tmp_path / "prepared", load_settings("base", overrides={"data.height": 16}))
         run = make("tokenizer", films, model)
         with pytest.raises(WaltError, match=r"tokenizer was trained on other data than .*1 file fewer: up/1.mp4"):
-            train_stage(replace(run, cache=cache))
+            train_stage(replace(run, store=store))
 
     def test_what_changed(self, films, tmp_path):
         """Other times are no change; other bytes, more and fewer files are told by name."""
@@ -176,10 +176,10 @@ class TestRefused:
         captions.write_text(json.dumps({"file": "up/0.mp4", "caption": "something else"}) + "\n")
         run = make("base", films, model, "data.text=bytes", "transformer.frame_condition=true")
         try:
-            cache = open_data(films, model, run.settings, captions)
+            store = open_data(films, model, run.settings, captions)
             changed = "4 captions changed: down/0.mp4, down/1.mp4, up/0.mp4, up/1.mp4"
             with pytest.raises(WaltError, match=f"transformer was trained on other data than .*{changed}"):
-                train_stage(replace(run, cache=cache))
+                train_stage(replace(run, store=store))
         finally:
             make("base", films, model)  # the folder's own captions again
 
@@ -206,7 +206,7 @@ class TestRefused:
         with pytest.raises(WaltError, match=r"name an encoder, such as data.text=bytes"):
             fit("base", films, model, "data.text=''", preset="tiny-text")
         run = make("base", films, model, "data.text=bytes")
-        run.cache.caption = (None,) * 4
+        run.store.caption = (None,) * 4
         with pytest.raises(WaltError, match=r"data-16x16 has no captions; give --captions"):
             train_stage(run)
 

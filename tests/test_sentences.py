@@ -12,10 +12,9 @@ from command_line import fails
 from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit
 
 from walt.cli import main
-from walt.data.captions import encode_sentences
 from walt.data.video import read_image, read_video
 from walt.errors import WaltError, WaltWarning
-from walt.model.text import ByteEncoder
+from walt.model.text import ByteEncoder, encode_sentences
 from walt.sample.pipeline import WaltPipeline
 
 pytest.importorskip("av", reason="PyAV is not installed")

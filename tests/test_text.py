@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformer_cases import SMALL, make
 
-from walt.errors import WaltError
+from walt.errors import WaltError, WaltWarning
 from walt.model.diffusion import Diffusion
-from walt.model.text import MINILM, ByteEncoder, HuggingFaceEncoder, check_text, text_encoder, with_text
+from walt.model.text import MINILM, ByteEncoder, HuggingFaceEncoder, check_text, text_encoder, warn_of_cuts, with_text
 from walt.presets import PRESETS
 
 TEXTS = ["turning left", "", "a much longer sentence than the others"]
@@ -168,3 +168,16 @@ def test_a_denoiser_for_an_encoder() -> None:
         check_text(replace(config, text_vocabulary=0), ByteEncoder(20))
     preset = PRESETS["tiny-text"][1]
     assert with_text(preset, ByteEncoder(preset.text_length)) == preset
+
+
+def test_what_is_cut_is_counted(recwarn) -> None:
+    warn_of_cuts("captions", ["a", "b"], ["12345678", "é" * 4], ByteEncoder(8))
+    assert not recwarn
+    message = (
+        r"^1 of 2 captions is longer than the 7 bytes that the text encoder 'bytes' reads \(transformer.text_length\),"
+        " and is cut: b$"
+    )
+    with pytest.warns(WaltWarning, match=message):
+        warn_of_cuts("captions", ["a", "b"], ["1234567", "é" * 4], ByteEncoder(7))
+    with pytest.warns(WaltWarning, match="^7 of 7 captions are longer .* and are cut: 0, 1, 2, 3, 4 and 2 more$"):
+        warn_of_cuts("captions", list("0123456"), ["long"] * 7, ByteEncoder(3))

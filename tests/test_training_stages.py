@@ -31,8 +31,8 @@ def trained(films, tmp_path_factory) -> tuple[Path, WaltPipeline]:
 
 
 def test_an_image_has_the_latent_of_a_first_frame(trained, films):
-    cache = make("base", films, trained[0]).cache
-    latents = LatentStore.open(trained[0] / "latents-16x16", cache)
+    store = make("base", films, trained[0]).store
+    latents = LatentStore.open(trained[0] / "latents-16x16", store)
     assert latents.video.shape == (4, 4, 2, 2, 2)
     for row, clip in zip(latents.video_rows, latents.video, strict=True):
         image = latents.image[(latents.image_rows == row).all(axis=1)]

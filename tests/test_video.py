@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 import sys
 
@@ -62,6 +63,18 @@ def test_iterate(tmp_path):
     assert np.array_equal(next(frames), read_video(tmp_path / "clip.mp4")[0])
     assert np.array_equal(np.stack(list(frames)), read_video(tmp_path / "clip.mp4")[1:])
     assert frame_rate(tmp_path / "clip.mp4") == 25
+
+
+def test_frames_are_freed_one_by_one(tmp_path):
+    """Not when Python next looks for cycles: hundreds of large frames may be held until then."""
+    write_mp4(tmp_path / "clip.mp4", moving_square(30))
+    gc.collect()
+    gc.disable()
+    try:
+        assert sum(1 for _ in iterate_video(tmp_path / "clip.mp4")) == 30
+        assert sum(type(thing).__name__ == "VideoFrame" for thing in gc.get_objects()) <= 2
+    finally:
+        gc.enable()
 
 
 def test_a_telephone_held_upright(tmp_path):

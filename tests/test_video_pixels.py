@@ -83,7 +83,7 @@ def test_a_matrix_that_cannot_be_converted(tmp_path, tag):
         list(iterate_video(tmp_path / "films/a.mkv"))
     lines: list[str] = []
     with pytest.raises(WaltError, match="none of its 1 videos and images can be used"):
-        prepare(tmp_path / "films", tmp_path / "cache", height=16, width=16, progress=False, say=lines.append)
+        prepare(tmp_path / "films", tmp_path / "prepared", height=16, width=16, progress=False, say=lines.append)
     assert lines == [f"passed over, {message}: 1 (a.mkv)"]
 
 
@@ -191,7 +191,7 @@ def test_side_data_that_pyav_does_not_know():
             raise ValueError("31 is not a valid Type")
 
     picture = noise(1, seed=1)[0]
-    assert np.array_equal(_upright(Frame(), picture), np.rot90(picture, -1))
+    assert np.array_equal(_upright(Frame())(picture), np.rot90(picture, -1))
 
 
 def write_pixels(path, pixel: Fraction, height: int = 32, width: int = 48, codec: str = "libx264"):

@@ -51,8 +51,8 @@ def settings(stage: str, *overrides: str, preset: str | None = None):
 def make(stage: str, data: Path, out: Path, *overrides: str, preset: str | None = None, new_settings: bool = False):
     """The run, ready for `train`."""
     made = settings(stage, *overrides, preset=preset)
-    cache = open_data(data, out, made, captions_of(data, None))
-    return Run(stage, made, cache, out, torch.device("cpu"), new_settings)
+    store = open_data(data, out, made, captions_of(data, None))
+    return Run(stage, made, store, out, torch.device("cpu"), new_settings)
 
 
 def fit(stage: str, data: Path, out: Path, *overrides: str, preset: str | None = None, new_settings: bool = False):

@@ -32,7 +32,8 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
+        why = error.strerror or error
+        raise WaltError(f"cannot read {path}: {why}", reason=f"cannot be read: {why}") from error
 
 
 @contextlib.contextmanager
@@ -138,6 +139,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise WaltError(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise WaltError(f"{path} holds a {type(document).__name__}, expected an object")
+    return document
+
+
+def read_document(path: Path, what: str, kind: str, version: int, advice: str = "") -> dict[str, Any]:
+    """The object in the JSON file by which a folder is known to be `what`, such as "a checkpoint".
+
+    WaltError unless its "format" is `kind` and its "version" is `version`; `advice` is what to do about another one.
+    """
+    if not path.is_file():
+        raise WaltError(f"{path.parent} is not {what}: it has no {path.name}")
+    document = read_json(path)
+    if document.get("format") != kind:
+        raise WaltError(f'{path} is not that of {what}: its "format" is {document.get("format")!r}, expected {kind!r}')
+    if document.get("version") != version:
+        raise WaltError(f"{path} has version {document.get('version')!r}; this walt reads version {version}{advice}")
     return document
 
 

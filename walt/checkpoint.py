@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from walt.atomic import atomic_folder, flush, latest_complete, read_json, staging
+from walt.atomic import atomic_folder, flush, latest_complete, read_document, staging
 from walt.distributed import full, is_main, is_sharded, local, local_rows, raise_on_all_ranks, rank, world_size
 from walt.errors import WaltError
 
@@ -201,15 +201,8 @@ def load_description(folder: str | Path, kind: str) -> tuple[Path, dict[str, Any
     folder = latest_complete(folder)
     if not folder.is_dir():
         raise WaltError(f"no such checkpoint: {folder}")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise WaltError(f"{folder} is not a checkpoint: it has no config.json")
-    document = read_json(path)
-    if document.get("format") != FORMAT:
-        raise WaltError(f'{path} is not a checkpoint of walt (its "format" is {document.get("format")!r})')
-    if document.get("version") != VERSION:
-        first = ': its weights are the same, so set "version" to 2 in that file' if document.get("version") == 1 else ""
-        raise WaltError(f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}{first}")
+    advice = ': if that is 1, its weights are the same: set "version" to 2 in that file (CHANGELOG)'
+    document = read_document(folder / "config.json", "a checkpoint", FORMAT, VERSION, advice)
     if document.get("kind") != kind:
         raise WaltError(f"{folder} holds a {document.get('kind')}, expected a {kind}")
     return folder, document

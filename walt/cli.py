@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from walt.errors import WaltError, WaltWarning, did_you_mean
-from walt.terminal import check_output, one_line, terminal
+from walt.errors import WaltError, WaltWarning, did_you_mean, one_line
+from walt.terminal import check_output, terminal
 
 if TYPE_CHECKING:
     from walt.commands.options import Command

@@ -11,13 +11,37 @@ from types import ModuleType
 
 from tqdm import tqdm
 
+LISTED = 10  # names in a message
+
 
 class WaltError(Exception):
-    """A wrong file, value or environment that the user can put right. The CLI prints it and exits with code 2."""
+    """A wrong file, value or environment that the user can put right. The CLI prints it and exits with code 2.
+
+    `reason` is the message without the name of the file, for lists of the files that one reason befell.
+    """
+
+    def __init__(self, message: object = "", *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or str(message)
+
+    @classmethod
+    def of(cls, file: object, reason: str) -> WaltError:
+        """The message "<file> <reason>"."""
+        return cls(f"{file} {reason}", reason=reason)
 
 
 class WaltWarning(UserWarning):
     """Something that will not be as the user may think, but can go on. The CLI prints it as one line."""
+
+
+def one_line(error: BaseException | str | None) -> str:
+    return " ".join(str(error).split())
+
+
+def some(names: Collection[str], most: int = LISTED) -> str:
+    """The first names in their order, and how many more there are; what cannot be seen in a name is escaped."""
+    shown = [name if name.isprintable() else ascii(name) for name in sorted(names)[:most]]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def say(line: str) -> None:
@@ -48,7 +72,7 @@ def as_user_error(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise WaltError(f"{what}: {error}") from error
+        raise WaltError(f"{what}: {error}", reason=str(error)) from error
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

@@ -1,12 +1,10 @@
-"""Names of files and classes: which of them are the same, and how a message shows them."""
+"""Names of files and classes: which of them are the same."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection
 from pathlib import PurePosixPath
-
-LISTED = 10  # names in a message
 
 
 def normal(name: str) -> str:
@@ -17,12 +15,6 @@ def normal(name: str) -> str:
 def normal_path(name: str) -> str:
     """The same for a file named relative to its folder, with "/" or "\\" between the parts."""
     return normal(str(PurePosixPath(name.strip().replace("\\", "/"))))
-
-
-def some(names: Collection[str], most: int = LISTED) -> str:
-    """The first names in their order, and how many more there are; what cannot be seen in a name is escaped."""
-    shown = [name if name.isprintable() else ascii(name) for name in sorted(names)[:most]]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def look_alike(names: Collection[str], others: Collection[str]) -> str:

@@ -144,6 +144,7 @@ class DataConfig(Config):
     width: int = 64  # in pixels, a multiple of 8
     stride: int = 1  # every stride-th frame of a film
     fps: float = 0.0  # films are taken at this rate by their time stamps; 0: every frame
+    held_out: float = 0.0  # share of the files that training never sees; 0: that of the prepared folder, or none
     batch: int = 4  # samples of a step, over all ranks
     images: int = 1  # of the batch: stacks of 1+t images; for the tokenizer the share of steps with single images
     flip: bool = False  # mirror half of the clips
@@ -154,6 +155,8 @@ class DataConfig(Config):
         super().__post_init__()
         expect_positive(self, "frames", "height", "width", "stride", "batch")
         object.__setattr__(self, "fps", expect_rate(self.fps))
+        good = _is_number(self.held_out) and 0 <= self.held_out < 1
+        expect(good, "held_out", self.held_out, "a share from 0, below 1")
         good = is_int(self.images) and 0 <= self.images <= self.batch
         expect(good, "images", self.images, f"an int from 0 to batch={self.batch}")
         for name in ("flip", "shots"):

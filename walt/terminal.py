@@ -10,11 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
-from walt.errors import WaltError
-
-
-def one_line(error: BaseException | str | None) -> str:
-    return " ".join(str(error).split())
+from walt.errors import WaltError, one_line
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from walt.commands.options import Command, Natural, Positive, Rate, Size
+from walt.commands.options import Command, Natural, Positive, Rate, Share, Size
 from walt.data.clips import ClipStore
 from walt.data.prepare import prepare
 from walt.data.simulator import write_demo_folder
@@ -38,6 +38,7 @@ class Prepare(Command):
     size: Size = (64, 64)  # in pixels
     fps: Rate | None = None  # take films at so many frames a second (default: every frame)
     captions: Path | None = None  # CSV or JSONL of file, caption (default: one in the folder)
+    held_out: Share | None = None  # of the files, that training never sees (default: as before, 0)
     shots: bool = True  # let clips run across cuts
 
     examples = ("walt prepare --data clips --out clips-64 --size 64",)
@@ -52,6 +53,7 @@ class Prepare(Command):
             captions=captions_of(self.data, self.captions),
             shots=self.shots,
             fps=self.fps or 0.0,
+            held_out=self.held_out,
         )
         print(f"{self.out}: {contents(store)}")
         warn_of_cut_captions(store, ByteEncoder())

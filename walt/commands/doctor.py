@@ -28,7 +28,7 @@ OPTIONAL = {
     "tensorboard": ("TensorBoard logs", 'pip install "walt-kernels[train]"'),
     "huggingface_hub": ("models by hub:OWNER/NAME", 'pip install "walt-kernels[hub]"'),
 }
-ROOM = 10 << 30  # checkpoints and a cache of a small run
+ROOM = 10 << 30  # checkpoints and prepared data of a small run
 
 
 @dataclass(kw_only=True)

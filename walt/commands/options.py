@@ -154,10 +154,18 @@ def _show(default: Any) -> str:
     return default if isinstance(default, str) else json.dumps(default)
 
 
+def share(text: str) -> float:
+    result = number(text, float, "a number")
+    if not 0 <= result < 1:
+        raise ValueError(f"{text} must be {'below 1' if result >= 1 else 'at least 0'}")
+    return float(result)
+
+
 Positive = Annotated[int, value(positive, "N")]
 Natural = Annotated[int, value(natural, "N")]
 Real = Annotated[float, value(positive_float, "X", "{:g}".format)]
 Rate = Annotated[float, value(rate, "X", "{:g}".format)]
+Share = Annotated[float, value(share, "X", "{:g}".format)]
 Size = Annotated[tuple[int, int], value(size, "H[xW]", lambda pair: f"{pair[0]}x{pair[1]}")]
 Repeated = UseAppendAction[list[str]]
 PLAIN = {Path: value(Path, "PATH"), str: value(str, "TEXT")}

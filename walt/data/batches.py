@@ -50,7 +50,7 @@ class Bucket:
 
 
 class PixelSource:
-    """Clips or image stacks of a cache in the shape of one bucket, cropped at random places if `random_crop`.
+    """Clips or image stacks of a store in the shape of one bucket, cropped at random places if `random_crop`.
 
     With `flip` half of them are mirrored: not for captions that tell left from right. The images of a stack share
     what `condition` names, a label or a caption, since one sample is trained on one condition.
@@ -58,26 +58,26 @@ class PixelSource:
 
     def __init__(
         self,
-        cache: ClipStore,
+        store: ClipStore,
         bucket: Bucket,
         *,
         condition: str = "label",
         random_crop: bool = True,
         flip: bool = False,
     ) -> None:
-        self.cache, self.bucket, self.random_crop, self.flip = cache, bucket, random_crop, flip
-        if bucket.height > cache.height or bucket.width > cache.width:
+        self.store, self.bucket, self.random_crop, self.flip = store, bucket, random_crop, flip
+        if bucket.height > store.height or bucket.width > store.width:
             raise WaltError(
-                f"a bucket of {bucket.height}x{bucket.width} pixels needs more than {cache.folder} was prepared for,"
-                f" {cache.height}x{cache.width}"
+                f"a bucket of {bucket.height}x{bucket.width} pixels needs more than {store.folder} was prepared for,"
+                f" {store.height}x{store.width}"
             )
         if bucket.images:
-            self.rows = torch.from_numpy(cache.images(bucket.image_every))
+            self.rows = torch.from_numpy(store.images(bucket.image_every))
         else:
-            self.rows = torch.from_numpy(cache.windows(bucket.frames, stride=bucket.stride))
+            self.rows = torch.from_numpy(store.windows(bucket.frames, stride=bucket.stride))
         if not len(self.rows):
-            raise WaltError(f"{cache.folder} holds {_shortage(cache, bucket)}")
-        self._stacks = Stacks(conditions(cache, self.rows, condition)) if bucket.images else None
+            raise WaltError(f"{store.folder} holds {_shortage(store, bucket)}")
+        self._stacks = Stacks(conditions(store, self.rows, condition)) if bucket.images else None
 
     def sample_indices(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Of one sample, rows int64 [2] or [1+t, 2], offset float32 of the same shape, flip bool [] or [1+t]."""
@@ -96,7 +96,7 @@ class PixelSource:
         indices = map(self.sample_indices, samples.values())
         rows, offset, flip = (torch.stack(tensors) for tensors in zip(*indices, strict=True))
         bucket = self.bucket
-        pixels = self.cache.read(
+        pixels = self.store.read(
             rows.flatten(0, -2).numpy(),
             1 if bucket.images else bucket.frames,
             stride=bucket.stride,
@@ -106,28 +106,28 @@ class PixelSource:
         )
         video = to_model(pixels.reshape(len(rows), -1, *pixels.shape[2:]))
         items = (rows[:, 0] if bucket.images else rows)[:, 0]
-        return {"video": video, "image": torch.full((len(rows),), bucket.images), **described(self.cache, items)}
+        return {"video": video, "image": torch.full((len(rows),), bucket.images), **described(self.store, items)}
 
 
-def _shortage(cache: ClipStore, bucket: Bucket) -> str:
+def _shortage(store: ClipStore, bucket: Bucket) -> str:
     if bucket.images:
         return "no image"
-    shots = [stop - first for item in cache.items if item.kind == "video" for first, stop in item.shots]
+    shots = [stop - first for item in store.items if item.kind == "video" for first, stop in item.shots]
     needed, longest = (bucket.frames - 1) * bucket.stride + 1, max(shots, default=0)
     return f"no clip of {bucket.frames} frames: it takes {needed} frames of a shot, and the longest has {longest}"
 
 
-def described(cache: ClipStore, items: Tensor) -> Batch:
+def described(store: ClipStore, items: Tensor) -> Batch:
     """Label and caption of items int64 [B]."""
-    captions = [cache.caption[index] or "" for index in items.tolist()]
-    return {"label": torch.from_numpy(cache.label)[items], "caption": captions}
+    captions = [store.caption[index] or "" for index in items.tolist()]
+    return {"label": torch.from_numpy(store.label)[items], "caption": captions}
 
 
-def conditions(cache: ClipStore, rows: Tensor, condition: str) -> Tensor:
+def conditions(store: ClipStore, rows: Tensor, condition: str) -> Tensor:
     """int64 [M], equal for those of rows [M, 2] that share their label or caption."""
     if condition not in CONDITIONS:
         raise ValueError(f"condition: got {condition!r}; expected {' or '.join(CONDITIONS)}")
-    known = cache.label if condition == "label" else np.array([text or "" for text in cache.caption])
+    known = store.label if condition == "label" else np.array([text or "" for text in store.caption])
     return torch.from_numpy(np.unique(known, return_inverse=True)[1])[rows[:, 0]]
 
 
@@ -195,7 +195,7 @@ class LatentSource:
         self.clips, self.images = batch - images, images
         self.depth = latents.video.shape[2] if len(latents.video) else 1
         self._rows = torch.from_numpy(latents.video_rows), torch.from_numpy(latents.image_rows)
-        self._stacks = Stacks(conditions(latents.cache, self._rows[1], condition)) if images else None
+        self._stacks = Stacks(conditions(latents.clips, self._rows[1], condition)) if images else None
 
     def sample_indices(self, number: int, generator: torch.Generator) -> Tensor:
         """int64 [1] of sample `number`'s clip, or [1+t] of its images."""
@@ -213,7 +213,7 @@ class LatentSource:
         batch = {
             "latent": _latents(self.latents, indices, images),
             "image": torch.tensor(images),
-            **described(self.latents.cache, torch.tensor(items)),
+            **described(self.latents.clips, torch.tensor(items)),
         }
         if self.low is not None:
             batch["low_resolution"] = _latents(self.low, indices, images)

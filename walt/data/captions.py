@@ -5,17 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from walt.errors import WaltError, WaltWarning
-from walt.model.text import TextEncoder
-from walt.names import look_alike, normal_path, some
-from walt.terminal import one_line
+from walt.atomic import reading
+from walt.errors import WaltError, some
+from walt.names import look_alike, normal_path
 
 LISTED = 5  # names in a message
 
@@ -31,9 +27,8 @@ def read_captions(path: str | Path) -> dict[str, str]:
     if path.suffix.lower() not in readers:
         raise WaltError(f"{path}: captions must be in a file that ends in {' or '.join(readers)}")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
+        with reading(path):
+            text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise WaltError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     captions: dict[str, str] = {}
@@ -99,36 +94,3 @@ def check_captions(captions: Collection[str], files: Collection[str], say: Calla
             say(f"{len(names)} {what}: {some(names, LISTED)}")
     if alike:
         say(alike)
-
-
-def warn_of_cuts(what: str, names: Sequence[str], texts: Sequence[str], encoder: TextEncoder) -> None:
-    """WaltWarning that counts the texts which the encoder cuts, if there are any, and lists the names of some.
-
-    what: the plural that the texts go by.
-    """
-    cut = [name for name, count in zip(names, encoder.count(texts), strict=True) if count > encoder.length]
-    if cut:
-        are = "is" if len(cut) == 1 else "are"
-        limit = f"the {encoder.length} {encoder.unit} that the text encoder {encoder.name!r} reads"
-        which = f"{len(cut)} of {len(texts)} {what}" if len(texts) > 1 else f"the {what.removesuffix('s')}"
-        line = f"{which} {are} longer than {limit} (transformer.text_length), and {are} cut"
-        warnings.warn(WaltWarning(f"{line}: {some(cut, LISTED)}"), stacklevel=3)
-
-
-def encode_sentences(encoder: TextEncoder, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens of the sentences and their mask, no longer than the longest one: padding costs time and changes nothing.
-
-    WaltWarning for sentences that are cut; ValueError for what is no Unicode.
-    """
-    "".join(sentences).encode()  # the encoders' errors are less clear
-    tokens, mask = encoder.encode(sentences)
-    distinct = sorted({*sentences} - {""})
-    warn_of_cuts("sentences", [_beginning(sentence) for sentence in distinct], distinct, encoder)
-    used = mask.any(dim=0)
-    return tokens[:, used], mask[:, used]
-
-
-def _beginning(sentence: str) -> str:
-    """Its first characters on one line: where a language has no spaces, a word may be the whole sentence."""
-    line = one_line(sentence)
-    return repr(line if len(line) <= 60 else f"{line[:57]}...")

@@ -1,8 +1,8 @@
-"""The cache of a folder of videos and images: frames decoded once (`walt.data.prepare`), read through memory maps.
+"""Prepared folders: videos and images with their frames decoded once (`walt.data.prepare`), read through memory maps.
 
-A cache is a folder: index.json holds its settings and an entry for each file, frames-<n>.raw the pixels, uint8, item
-after item, each as [frame, row, column, RGB]. Frames are kept whole, at the smallest size that covers the height and
-width the cache was made for, so that training chooses the crop.
+index.json holds the settings and an entry for each file, frames-<n>.raw the pixels, uint8, item after item, each as
+[frame, row, column, RGB]. Frames are kept whole, at the smallest size that covers the height and width the folder was
+prepared for, so that training chooses the crop.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from typing import Any
 
 import numpy as np
 
-from walt.atomic import atomic_folder, read_json, write_json
+from walt.atomic import atomic_folder, read_document, read_json, reading, write_json
 from walt.data.folders import PassedOver
 from walt.data.pixels import shrink
-from walt.errors import WaltError
-from walt.names import normal, some
+from walt.errors import WaltError, some
+from walt.names import normal
 from walt.rates import expect_rate, same_rate
 
 FORMAT = "walt-cache"
-VERSION = 2
+VERSION = 3
 INDEX = "index.json"
 PASSED_OVER = "passed-over.json"  # names of what the folder holds beside the items, by reason
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all items of a cache share: the size that their frames cover, whether films were split at their cuts, and
-    the frames a second at which they were taken (0: every frame)."""
+    """What all items share: the size that their frames cover, whether films were split at their cuts, the frames a
+    second at which they were taken (0: every frame), and the share of files that training never sees."""
 
     height: int
     width: int
     shots: bool
     fps: float = 0.0
+    held_out: float = 0.0
 
     def __str__(self) -> str:
         rate = f", {self.fps:.10g} frames a second" if self.fps else ""
-        return f"height {self.height}, width {self.width}, shots {'on' if self.shots else 'off'}{rate}"
+        held_out = f", {self.held_out:.10g} of the files held out" if self.held_out else ""
+        return f"height {self.height}, width {self.width}, shots {'on' if self.shots else 'off'}{rate}{held_out}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Item:
     size: int  # of the source file, bytes
     modified: int  # when the source file was, nanoseconds
     changed: int  # the same for the file or what is known of it, such as its name
+    held_out: bool = False  # training never sees it
 
     @property
     def end(self) -> int:
@@ -86,7 +89,7 @@ class Item:
             state = (item.size, item.modified, item.changed)
             whole = all(type(number) is int for number in (*counts, *state, *sum(item.shots, ())))
             texts = isinstance(item.name, str) and isinstance(item.digest, str) and item.kind in ("video", "image")
-            whole = whole and type(item.variable) is bool
+            whole = whole and type(item.variable) is type(item.held_out) is bool
             optional = all(text is None or isinstance(text, str) for text in (item.label, item.caption))
             edges = [0, *(stop for _, stop in item.shots)]
             joined = edges[-1] == item.frames and all(a == s[0] < s[1] for a, s in zip(edges, item.shots, strict=False))
@@ -102,6 +105,13 @@ def _hash(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
+def expect_share(held_out: Any) -> float:
+    """The share of files to hold out as Python's float; ValueError if it is none."""
+    if not isinstance(held_out, (int, float)) or isinstance(held_out, bool) or not 0 <= held_out < 1:
+        raise ValueError(f"held_out: got {held_out!r}; expected a share from 0, below 1")
+    return float(held_out)
+
+
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"frames-{shard}.raw"
 
@@ -112,17 +122,8 @@ def write_index(folder: Path, settings: Settings, items: Iterable[Item]) -> None
 
 
 def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise WaltError(f"{folder} is not a prepared folder: it has no {INDEX}")
-    document = read_json(path)
-    if document.get("format") != FORMAT:
-        raise WaltError(f'{path} is not the index of a cache of walt (its "format" is {document.get("format")!r})')
-    if document.get("version") != VERSION:
-        raise WaltError(
-            f"{path} has version {document.get('version')!r}; this walt reads version {VERSION}: delete that folder, or"
-            " prepare into another one"
-        )
+    path, advice = folder / INDEX, ": delete that folder, or prepare into another one"
+    document = read_document(path, "a prepared folder", FORMAT, VERSION, advice)
     try:
         settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})
         if any(type(size) is not int or size < 1 for size in (settings.height, settings.width)):
@@ -130,6 +131,7 @@ def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
         if type(settings.shots) is not bool:
             raise ValueError(f"shots is {settings.shots!r}")
         expect_rate(settings.fps)
+        expect_share(settings.held_out)
         return settings, tuple(Item.from_dict(values) for values in document["items"])
     except (KeyError, TypeError, ValueError) as error:
         raise WaltError(f"{path} is broken: {error}") from error
@@ -184,6 +186,7 @@ class ClipStore:
         # As `ClassEmbedding` has it, the number after the last class stands for no class.
         self.label = np.array([number.get(item.label or "", len(self.classes)) for item in items], np.int64)
         self.caption = tuple(item.caption for item in items)
+        self.held_out = np.array([item.held_out for item in items])
         # Of the frames that are held; 0 for images, and where the file does not say.
         self.fps = np.array([(item.kind == "video" and settings.fps) or item.fps for item in items])
         self.fingerprint = _hash([vars(settings), [(normal(item.name), item.content) for item in items]])
@@ -210,16 +213,21 @@ class ClipStore:
             held = path.stat().st_size if path.is_file() else 0
             if held < needed:
                 raise WaltError(f"{path} is broken: it holds {held} bytes, its index speaks of {needed}")
-            try:
+            with reading(path):
                 shards[shard] = np.memmap(path, np.uint8, mode="r")
-            except OSError as error:
-                raise WaltError(f"cannot read {path}: {error.strerror or error}") from error
         return cls(folder, settings, items, shards)
 
     @property
     def rate(self) -> float:
         """Frames a second of most films (the median); 0 if no film's is known."""
         return float(np.median(self.fps[self.fps > 0])) if self.fps.any() else 0.0
+
+    def remarks(self) -> Iterator[str]:
+        """What the user should know: how many files are held out, and where frames are not alike in time."""
+        if self.held_out.any():
+            names = [item.name for item in self.items if item.held_out]
+            yield f"held out: {len(names)} of {len(self.items)} files ({some(names)})"
+        yield from self.uneven()
 
     def uneven(self) -> Iterator[str]:
         """A line where frames are not alike in time: without a rate of the settings, the films of each rate if there
@@ -240,10 +248,10 @@ class ClipStore:
             listed = "; ".join(f"{rate}: {len(names)} ({some(names)})" for rate, names in rates.items())
             yield f"frames a second differ, and clips take frame after frame (--fps N takes them by time): {listed}"
 
-    def windows(self, frames: int, *, stride: int = 1, hop: int = 1) -> np.ndarray:
+    def windows(self, frames: int, *, stride: int = 1, hop: int = 1, held_out: bool = False) -> np.ndarray:
         """Rows of all clips of `frames` frames, every `stride`-th one of a video, that lie inside one shot: [N, 2].
 
-        Clips of a shot start `hop` frames apart.
+        Clips of a shot start `hop` frames apart. They are of the files for training, or of those that are held out.
         """
         for name, value in (("frames", frames), ("stride", stride), ("hop", hop)):
             if value < 1:
@@ -252,16 +260,18 @@ class ClipStore:
         rows = [
             (index, np.arange(first, stop - last, hop))
             for index, item in enumerate(self.items)
-            if item.kind == "video"
+            if item.kind == "video" and item.held_out == held_out
             for first, stop in item.shots
         ]
         return _rows(rows)
 
-    def too_short(self, frames: int, *, stride: int = 1) -> PassedOver:
+    def too_short(self, frames: int, *, stride: int = 1, held_out: bool = False) -> PassedOver:
         """Videos and shots that are too short for such a clip."""
         needed, passed = (frames - 1) * stride + 1, PassedOver()
         for item in self.items:
-            short = [(first, stop) for first, stop in item.shots if stop - first < needed and item.kind == "video"]
+            if item.kind != "video" or item.held_out != held_out:
+                continue
+            short = [(first, stop) for first, stop in item.shots if stop - first < needed]
             if len(short) == len(item.shots):
                 passed.add(f"no shot of {needed} frames", item.name)
             else:
@@ -269,13 +279,18 @@ class ClipStore:
                     passed.add(f"shot of fewer than {needed} frames", f"{item.name} from {first} to {stop - 1}")
         return passed
 
-    def images(self, every: int | None = None) -> np.ndarray:
-        """Rows of all images, and of every `every`-th frame of the videos (None: of none): [M, 2]."""
+    def images(self, every: int | None = None, *, held_out: bool = False) -> np.ndarray:
+        """Rows of all images, and of every `every`-th frame of the videos (None: of none): [M, 2].
+
+        They are of the files for training, or of those that are held out.
+        """
         if every is not None and every < 1:
             raise ValueError(f"every: got {every}; expected an int >= 1 or None")
         steps = {"image": 1, "video": every}
-        items = [(index, item, steps[item.kind]) for index, item in enumerate(self.items)]
-        return _rows([(index, np.arange(0, item.frames, step)) for index, item, step in items if step is not None])
+        items = [
+            (index, item.frames, steps[item.kind]) for index, item in enumerate(self.items) if item.held_out == held_out
+        ]
+        return _rows([(index, np.arange(0, frames, step)) for index, frames, step in items if step is not None])
 
     def balanced(self, count: int) -> np.ndarray:
         """The first `count` items of each class, class by class: int64."""
@@ -293,8 +308,8 @@ class ClipStore:
     ) -> np.ndarray:
         """The clips of rows [N, 2] -> uint8 [N, frames, height, width, 3], with (height, width) = `crop`.
 
-        By default `crop` is what the cache was made for, and it may not exceed that. It is the largest part of a frame
-        with its aspect ratio, area-averaged to its size: scale comes from the frame, position from offset [N, 2]
+        By default `crop` is what the folder was prepared for, and it may not exceed that. It is the largest part of a
+        frame with its aspect ratio, area-averaged to its size: scale comes from the frame, position from offset [N, 2]
         (fractions from 0, top or left, to 1; None: the middle). Clips with flip [N] are mirrored left to right.
         """
         rows = np.asarray(rows)
@@ -317,7 +332,7 @@ class ClipStore:
     def _frames(self, index: int, first: int, frames: int, stride: int) -> np.ndarray:
         """The whole frames of a clip, without a copy."""
         if not 0 <= index < len(self.items):
-            raise ValueError(f"rows: got item {index}; the cache has {len(self.items)}")
+            raise ValueError(f"rows: got item {index}; there are {len(self.items)}")
         item = self.items[index]
         stop = first + (frames - 1) * stride + 1
         if not 0 <= first < stop <= item.frames:

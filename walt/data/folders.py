@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from walt.atomic import reading
-from walt.errors import WaltError
-from walt.names import LISTED, normal, some
+from walt.errors import LISTED, WaltError, some
+from walt.names import normal
 
 # What other software leaves in a folder, beside names that begin with a dot; in lower case.
 LEFT = {"__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
@@ -79,6 +79,11 @@ def find_files(source: Path, suffixes: Collection[str], ignore: Collection[Path]
             else:
                 folders.append(path)
     return sorted(names, key=lambda name: (normal(name), name)), passed
+
+
+def class_of(name: str) -> str | None:
+    """The folder that a file lies in; None for a file of the source folder itself."""
+    return normal(Path(name).parent.name) if "/" in name else None
 
 
 def _name(path: Path, source: Path) -> str:

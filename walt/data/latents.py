@@ -1,9 +1,4 @@
-"""What frozen networks make of a cache, computed once: latents of its clips and images, features of its captions.
-
-Both are folders with an index in JSON and numbers in .raw files, read through memory maps. The index holds a key that
-stands for the network's weights (`fingerprint`) and for what it was shown: other weights or other data, and the folder
-is refused when opened and made anew when encoded. It appears under its name when it is complete.
-"""
+"""What a frozen tokenizer makes of the clips and images of a prepared folder, computed once (`walt.data.encoded`)."""
 
 from __future__ import annotations
 
@@ -18,15 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from walt.atomic import flush, latest_complete, read_json, write_json, writing
+from walt.atomic import flush, write_json
 from walt.data.clips import ClipStore
+from walt.data.encoded import DTYPES, INDEX, VERSION, holds, map_numbers, read_index
 from walt.data.pixels import to_model
+from walt.distributed import all_max, is_main, raise_on_all_ranks, rank, world_size
 from walt.errors import WaltError
 
 LATENTS = "walt-latents"
-VERSION = 1
-INDEX = "index.json"
-DTYPES = ("float16", "float32")
+DONE = ".done"  # ending of the list of batches that are written
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -34,34 +29,34 @@ Encode = Callable[[Tensor], Tensor]
 class LatentStore:
     """Latents of clips, video [N, c, 1+t, h, w] of video_rows [N, 2], and of images, image [M, c, h, w] of image_rows.
 
-    Labels and captions are those of `cache`, which the rows belong to.
+    Labels and captions are those of `clips`, the store which the rows belong to.
     """
 
-    def __init__(self, folder: Path, cache: ClipStore, index: dict[str, Any]) -> None:
-        self.folder, self.cache, self.index = folder, cache, index
-        self.video_rows, self.image_rows = _rows(cache, index)
-        self.video = _map(folder / "video.raw", (len(self.video_rows), *index["video_shape"]), index["dtype"])
-        self.image = _map(folder / "image.raw", (len(self.image_rows), *index["image_shape"]), index["dtype"])
+    def __init__(self, folder: Path, clips: ClipStore, index: dict[str, Any]) -> None:
+        self.folder, self.clips, self.index = folder, clips, index
+        self.video_rows, self.image_rows = _rows(clips, index)
+        self.video = map_numbers(folder / "video.raw", (len(self.video_rows), *index["video_shape"]), index["dtype"])
+        self.image = map_numbers(folder / "image.raw", (len(self.image_rows), *index["image_shape"]), index["dtype"])
 
     @classmethod
-    def open(cls, folder: str | Path, cache: ClipStore, *, key: str | None = None) -> LatentStore:
-        """WaltError if the folder is missing, foreign or broken, or belongs to another cache, or to another tokenizer
+    def open(cls, folder: str | Path, clips: ClipStore, *, key: str | None = None) -> LatentStore:
+        """WaltError if the folder is missing, foreign or broken, or belongs to other clips, or to another tokenizer
         than `key` (None: any)."""
         folder = Path(folder)
-        index = _read_index(folder, LATENTS)
+        index = read_index(folder, LATENTS)
         if key is not None and index.get("key") != key:
             raise WaltError(f"{folder} was made by another tokenizer; encode again")
-        if index.get("cache") != cache.fingerprint:
-            raise WaltError(f"{folder} was made from other data than {cache.folder} holds; encode again")
+        if index.get("data") != clips.fingerprint:
+            raise WaltError(f"{folder} was made from other data than {clips.folder} holds; encode again")
         try:
-            return cls(folder, cache, index)
+            return cls(folder, clips, index)
         except (KeyError, TypeError, ValueError) as error:
             raise WaltError(f"{folder / INDEX} is broken: {error}") from error
 
 
 @torch.inference_mode()
 def encode_latents(
-    cache: ClipStore,
+    clips: ClipStore,
     folder: str | Path,
     encode: Encode,
     *,
@@ -79,17 +74,20 @@ def encode_latents(
     """Encode the middle crops of all clips that start `hop` frames apart (None: end to end), and of images as videos of
     one frame, unless `folder` has them already.
 
-    `encode` maps float32 [B, 3, T, H, W] in [-1, 1] to [B, c, t', h, w]; `key` stands for its weights. Work that was
-    killed goes on after its last whole batch. WaltError if nothing can be encoded or a latent is not finite.
+    `encode` maps float32 [B, 3, T, H, W] in [-1, 1] to [B, c, t', h, w]; `key` stands for its weights. All ranks call
+    this, on one file system: of the batches that are missing, rank r of n encodes number r, r + n, ... Work that was
+    killed goes on after the last whole batches, with any number of ranks. WaltError on every rank if nothing can be
+    encoded or a latent is not finite.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; expected {' or '.join(DTYPES)}")
     folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
     plan = {
         "format": LATENTS,
         "version": VERSION,
         "key": key,
-        "cache": cache.fingerprint,
+        "data": clips.fingerprint,
         "frames": frames,
         "height": height,
         "width": width,
@@ -98,101 +96,86 @@ def encode_latents(
         "image_every": image_every,
         "dtype": dtype,
     }
-    if _holds(folder, LATENTS, plan):
-        return LatentStore.open(folder, cache)
-    partial = folder.with_name(f"{folder.name}.partial")
-    if not (partial / INDEX).is_file() or not _holds(partial, LATENTS, plan):
-        shutil.rmtree(partial, ignore_errors=True)
-        write_json(partial / INDEX, plan)
-    video_rows, image_rows = _rows(cache, plan)
+    done = False
+    with raise_on_all_ranks(f"cannot write {folder}"):
+        if is_main():
+            done = holds(folder, LATENTS, plan)
+            if not done and not ((partial / INDEX).is_file() and holds(partial, LATENTS, plan)):
+                shutil.rmtree(partial, ignore_errors=True)
+                write_json(partial / INDEX, plan)
+    if all_max(float(done))[0]:
+        return LatentStore.open(folder, clips)
+    video_rows, image_rows = _rows(clips, plan)
     if not len(video_rows) and not len(image_rows):
-        raise WaltError(f"{cache.folder} holds no image, and no shot of {(frames - 1) * stride + 1} frames")
+        raise WaltError(f"{clips.folder} holds no image, and no shot of {(frames - 1) * stride + 1} frames")
 
-    def clips(rows: np.ndarray) -> np.ndarray:
-        latent = encode(to_model(cache.read(rows, frames, stride=stride, crop=(height, width))))
-        return _finite(latent, dtype, cache, rows)
+    def video(rows: np.ndarray) -> np.ndarray:
+        latent = encode(to_model(clips.read(rows, frames, stride=stride, crop=(height, width))))
+        return _finite(latent, dtype, clips, rows)
 
-    def images(rows: np.ndarray) -> np.ndarray:
-        return _finite(encode(to_model(cache.read(rows, crop=(height, width))))[:, :, 0], dtype, cache, rows)
+    def image(rows: np.ndarray) -> np.ndarray:
+        return _finite(encode(to_model(clips.read(rows, crop=(height, width))))[:, :, 0], dtype, clips, rows)
 
     shapes = {
-        "video_shape": _append(partial / "video.raw", video_rows, batch, clips, "encode clips", progress),
-        "image_shape": _append(partial / "image.raw", image_rows, batch, images, "encode images", progress),
+        "video_shape": _encode(partial / "video.raw", video_rows, batch, video, "encode clips", progress),
+        "image_shape": _encode(partial / "image.raw", image_rows, batch, image, "encode images", progress),
     }
-    write_json(partial / INDEX, {**plan, **shapes})
-    _replace(partial, folder)
-    return LatentStore.open(folder, cache)
+    with raise_on_all_ranks(f"cannot write {folder}"):
+        if is_main():
+            write_json(partial / INDEX, {**plan, **shapes})
+            for path in partial.glob(f"*{DONE}"):
+                path.unlink()
+            # A kill from here on leaves it complete under its first name.
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    return LatentStore.open(folder, clips)
 
 
-def _finite(latent: Tensor, dtype: str, cache: ClipStore, rows: np.ndarray) -> np.ndarray:
+def _finite(latent: Tensor, dtype: str, clips: ClipStore, rows: np.ndarray) -> np.ndarray:
     numbers = latent.to(getattr(torch, dtype)).cpu().numpy()
     if not np.isfinite(numbers).all():
-        names = sorted({cache.items[index].name for index in rows[:, 0]})
+        names = sorted({clips.items[index].name for index in rows[:, 0]})
         raise WaltError(f"the tokenizer gives latents that are not finite in {dtype}, for one of {', '.join(names)}")
     return numbers
 
 
-def _rows(cache: ClipStore, plan: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    clips = cache.windows(plan["frames"], stride=plan["stride"], hop=plan["hop"])
-    return clips, cache.images(plan["image_every"])
+def _rows(clips: ClipStore, plan: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    videos = clips.windows(plan["frames"], stride=plan["stride"], hop=plan["hop"])
+    return videos, clips.images(plan["image_every"])
 
 
-def _append(
+def _encode(
     path: Path, rows: np.ndarray, batch: int, latents: Callable[[np.ndarray], np.ndarray], desc: str, progress: bool
 ) -> list[int]:
-    """Append the latents of those rows that the file does not hold yet -> the shape of one."""
-    with writing(path):
+    """Write this rank's share of the latents that the file does not hold yet -> the shape of one.
+
+    Whole batches only, so that the batches, and with them the bits, do not depend on kills and ranks. Beside the file
+    lies one with a byte for each batch, 1 when that is written.
+    """
+    marks = path.with_suffix(DONE)
+    with raise_on_all_ranks(f"cannot write {path}"):
         path.touch()
-    if not len(rows):
-        return []
-    one = latents(rows[:1])
-    # Whole batches only, so that the batches, and with them the bits, are those of a run that was not interrupted.
-    done = min(path.stat().st_size // one.nbytes, len(rows)) // batch * batch
-    with writing(path):
-        os.truncate(path, done * one.nbytes)
-        with path.open("ab") as file, tqdm(total=len(rows), initial=done, desc=desc, disable=not progress) as bar:
-            for start in range(done, len(rows), batch):
-                part = latents(rows[start : start + batch])
-                file.write(part.tobytes())
+        marks.touch()
+        if not len(rows):
+            return []
+        one = latents(rows[:1])
+        starts = np.arange(0, len(rows), batch)
+        written = np.zeros(len(starts), bool)
+        marked = np.fromfile(marks, np.uint8)[: len(starts)]
+        written[: len(marked)] = marked == 1
+    # Every rank has read what is missing; from here on it changes.
+    mine = np.flatnonzero(~written)[rank() :: world_size()].tolist()
+    with raise_on_all_ranks(f"cannot write {path}"):
+        with path.open("r+b") as file, marks.open("r+b") as done:
+            for index in tqdm(mine, desc=desc, unit="batch", disable=not (progress and is_main())):
+                file.seek(int(starts[index]) * one.nbytes)
+                file.write(latents(rows[starts[index] : starts[index] + batch]).tobytes())
                 file.flush()
-                bar.update(len(part))
+                os.fsync(file.fileno())  # or after a power cut there may be the mark alone
+                done.seek(index)
+                done.write(b"\1")
+                done.flush()
+            if is_main():
+                file.truncate(len(rows) * one.nbytes)
         flush(path)
     return list(one.shape[1:])
-
-
-def _map(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Read-only numbers [shape]; WaltError if the file does not have just as many."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}")
-    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    held = path.stat().st_size if path.is_file() else 0
-    if held != expected:
-        raise WaltError(f"{path} is broken: it holds {held} bytes, its index speaks of {expected}")
-    return np.memmap(path, dtype, mode="r", shape=shape) if expected else np.zeros(shape, dtype)
-
-
-def _read_index(folder: Path, kind: str) -> dict[str, Any]:
-    if not (folder / INDEX).is_file():
-        raise WaltError(f"{folder} holds nothing encoded: it has no {INDEX}")
-    index = read_json(folder / INDEX)
-    if index.get("format") != kind:
-        raise WaltError(f'{folder / INDEX}: its "format" is {index.get("format")!r}, expected {kind!r}')
-    if index.get("version") != VERSION:
-        raise WaltError(f"{folder / INDEX} has version {index.get('version')!r}; this walt reads version {VERSION}")
-    return index
-
-
-def _holds(folder: Path, kind: str, plan: dict[str, Any]) -> bool:
-    """Whether the folder is there and was made to this plan; WaltError if something else is in its place."""
-    folder = latest_complete(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    index = _read_index(folder, kind)
-    return all(index.get(name) == value for name, value in plan.items())
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Give the complete folder its name. A kill on the way leaves it complete under the first name."""
-    with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)

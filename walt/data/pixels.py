@@ -36,16 +36,18 @@ def cover(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def fill(video: np.ndarray, height: int, width: int) -> np.ndarray:
     """Shrunk or enlarged to `cover` height x width, and the middle of that: [T, height, width, 3]."""
-    frames = np.stack([cover(frame, height, width) for frame in video])
-    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
-    return frames[:, top : top + height, left : left + width]
+    return np.stack([middle(cover(frame, height, width), height, width) for frame in video])
+
+
+def middle(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[..., H, W, 3] -> [..., height, width, 3]."""
+    top, left = (picture.shape[-3] - height) // 2, (picture.shape[-2] - width) // 2
+    return picture[..., top : top + height, left : left + width, :]
 
 
 def centre_square(video: np.ndarray) -> np.ndarray:
-    height, width = video.shape[1:3]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return video[:, top : top + side, left : left + side]
+    side = min(video.shape[1:3])
+    return middle(video, side, side)
 
 
 def to_model(video: np.ndarray | torch.Tensor) -> torch.Tensor:

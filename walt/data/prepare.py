@@ -1,8 +1,9 @@
-"""Fill a cache from a folder of videos and images: each file is decoded once, a frame at a time.
+"""Prepare a folder of videos and images for training: each file is decoded once, a frame at a time.
 
 Threads append to one .raw file each, and note every finished file in a journal. The index is written last, so a
-cache is readable or not there; a run that was killed goes on after the last finished file, and a later run decodes
-only what is new or has other bytes. Frames of files that have gone stay in the .raw files until the cache is deleted.
+prepared folder is readable or not there; a run that was killed goes on after the last finished file, and a later run
+decodes only what is new or has other bytes. Frames of files that have gone stay in the .raw files until the prepared
+folder is deleted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,20 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from walt.atomic import flush, write_json, writing
+from walt.atomic import flush, reading, write_json, writing
 from walt.data.captions import check_captions, read_captions
-from walt.data.clips import INDEX, PASSED_OVER, ClipStore, Item, Settings, read_index, shard_path, write_index
-from walt.data.folders import PassedOver, find_files
+from walt.data.clips import (
+    INDEX,
+    PASSED_OVER,
+    ClipStore,
+    Item,
+    Settings,
+    expect_share,
+    read_index,
+    shard_path,
+    write_index,
+)
+from walt.data.folders import PassedOver, class_of, find_files
 from walt.data.pixels import cover
 from walt.data.shots import ShotDetector
 from walt.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_timing, iterate_video, read_image
@@ -41,57 +52,71 @@ Say = Callable[[str], None]
 
 def prepare(
     source: str | Path,
-    cache: str | Path,
+    folder: str | Path,
     *,
     height: int,
     width: int,
     captions: str | Path | None = None,
     shots: bool = True,
     fps: float = 0.0,
+    held_out: float | None = None,
     workers: int | None = None,
     progress: bool = True,
     say: Say = say,
 ) -> ClipStore:
-    """Decode every video and image under `source` into the folder `cache`, so that frames cover height x width.
+    """Decode every video and image under `source` into `folder`, so that frames cover height x width.
 
     The folder that a file lies in is its class. With `shots`, clips do not span a cut (`walt.data.shots`). With `fps`,
-    films are taken at that rate by their time stamps; else frame by frame. `say` gets the lines of
-    `ClipStore.uneven` and a line for each reason why something is passed over (`walt.data.folders`, and what cannot be
-    decoded), with a count and ten names, of which `cache` has all in passed-over.json; and the names that `captions`
-    (a CSV or JSONL file, `walt.data.captions`) and the folder do not share. Of several processes that prepare one
-    cache, one does and the others wait.
+    films are taken at that rate by their time stamps; else frame by frame. `held_out` is the share of files that
+    training never sees (None: as before, or none); which they are depends on their bytes alone (`_is_held_out`).
 
-    WaltError if nothing can be used, if the cache was made with other settings, or if the disk is full.
+    `say` gets `ClipStore.remarks` and a line for each reason why something is passed over (`walt.data.folders`, and
+    what cannot be decoded), with a count and ten names, of which `folder` has all in passed-over.json; and the names
+    that `captions` (a CSV or JSONL file, `walt.data.captions`) and `source` do not share. Of several processes that
+    prepare one folder, one does and the others wait.
+
+    WaltError if nothing can be used, if the folder was prepared with other settings, or if the disk is full.
     """
     if height < 1 or width < 1:
         raise ValueError(f"height, width: got {height}, {width}; expected ints >= 1")
-    settings = Settings(height, width, shots, expect_rate(fps))
+    settings = Settings(height, width, shots, expect_rate(fps), expect_share(held_out or 0.0))
     for module in ("av", "PIL.Image"):
         require(module, "video")
-    source, cache = Path(source), Path(cache)
-    files, passed = _find(source, [cache] if captions is None else [cache, Path(captions)], say)
+    source, folder = Path(source), Path(folder)
+    files, passed = _find(source, [folder] if captions is None else [folder, Path(captions)], say)
     texts = {} if captions is None else read_captions(captions)
     if captions is not None:
         check_captions(texts, {normal(name) for name in files}, say)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
-    with locked(cache, wait=True, say=say), writing(cache):
-        known = _known(cache, settings)
-        run = _Run(source, cache, settings, files, known, passed, progress)
-        run.decode(workers)
+    with locked(folder, wait=True, say=say), writing(folder):
+        if held_out is None and (folder / INDEX).exists():
+            settings = replace(settings, held_out=read_index(folder)[0].held_out)
+        known = _known(folder, settings)
+        decoder = _Decoder(source, folder, settings, files, known, passed, progress)
+        decoder.decode(workers)
         for line in passed.lines():
             say(line)
-        if not run.items:
+        if not decoder.items:
             raise WaltError(f"{source}: none of its {len(files)} videos and images can be used")
-        for path in cache.glob("frames-*.raw"):
+        for path in folder.glob("frames-*.raw"):
             flush(path)
-        write_json(cache / PASSED_OVER, passed.names)
-        items = [run.items[name] for name in files if name in run.items]
-        write_index(cache, settings, [replace(item, caption=texts.get(normal(item.name))) for item in items])
-        (cache / JOURNAL).unlink(missing_ok=True)
-    made = ClipStore.open(cache)
-    for line in made.uneven():
+        write_json(folder / PASSED_OVER, passed.names)
+        marked = [
+            replace(item, caption=texts.get(normal(name)), held_out=_is_held_out(item.digest, settings.held_out))
+            for name in files
+            if (item := decoder.items.get(name)) is not None
+        ]
+        write_index(folder, settings, marked)
+        (folder / JOURNAL).unlink(missing_ok=True)
+    store = ClipStore.open(folder)
+    for line in store.remarks():
         say(line)
-    return made
+    return store
+
+
+def _is_held_out(digest: str, share: float) -> bool:
+    """By the SHA-256 of the file: it stays so when others are added and when it is renamed; copies are on one side."""
+    return int(digest[:16], 16) < share * 2**64
 
 
 def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], PassedOver]:
@@ -105,46 +130,47 @@ def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], 
     return names, passed
 
 
-def _known(cache: Path, settings: Settings) -> dict[str, Item]:
+def _known(folder: Path, settings: Settings) -> dict[str, Item]:
     """What earlier runs decoded, by the index and then the journal. What lies behind it in the shards is cut off."""
     decoded: list[Item] = []
-    if (cache / INDEX).exists():
-        found, items = read_index(cache)
+    if (folder / INDEX).exists():
+        found, items = read_index(folder)
+        found = replace(found, held_out=settings.held_out)  # which is marked anew
         if items and found != settings:
             raise WaltError(
-                f"{cache} was prepared with {found}, not with {settings}; delete that folder, or prepare into another"
+                f"{folder} was prepared with {found}, not with {settings}; delete that folder, or prepare into another"
                 " one"
             )
         if found != settings:
-            (cache / JOURNAL).unlink(missing_ok=True)
+            (folder / JOURNAL).unlink(missing_ok=True)
         decoded += items
     if not decoded:
-        write_index(cache, settings, [])  # an empty index: not finished
-    if (cache / JOURNAL).exists():
-        for line in (cache / JOURNAL).read_bytes().split(b"\n"):
+        write_index(folder, settings, [])  # an empty index: not finished
+    if (folder / JOURNAL).exists():
+        for line in (folder / JOURNAL).read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):  # a line cut short by a kill
                 decoded.append(Item.from_dict(json.loads(line)))
-    sizes = {path: path.stat().st_size for path in cache.glob("frames-*.raw")}
-    decoded = [item for item in decoded if item.end <= sizes.get(shard_path(cache, item.shard), 0)]
+    sizes = {path: path.stat().st_size for path in folder.glob("frames-*.raw")}
+    decoded = [item for item in decoded if item.end <= sizes.get(shard_path(folder, item.shard), 0)]
     for path in sizes:
-        os.truncate(path, max((item.end for item in decoded if shard_path(cache, item.shard) == path), default=0))
+        os.truncate(path, max((item.end for item in decoded if shard_path(folder, item.shard) == path), default=0))
     return {normal(item.name): item for item in decoded} | {item.name: item for item in decoded}
 
 
-class _Run:
+class _Decoder:
     """The files that one call of `prepare` goes through."""
 
     def __init__(
         self,
         source: Path,
-        cache: Path,
+        folder: Path,
         settings: Settings,
         files: list[str],
         known: dict[str, Item],
         passed: PassedOver,
         progress: bool,
     ) -> None:
-        self.source, self.cache, self.settings, self.known, self.passed = source, cache, settings, known, passed
+        self.source, self.folder, self.settings, self.known, self.passed = source, folder, settings, known, passed
         self.items: dict[str, Item] = {}
         self._todo: SimpleQueue[str] = SimpleQueue()
         for name in files:
@@ -155,7 +181,7 @@ class _Run:
         self._bar = tqdm(desc="prepare", unit="frame", disable=not progress)
 
     def decode(self, workers: int) -> None:
-        with self._bar, (self.cache / JOURNAL).open("a") as journal, ThreadPoolExecutor(workers) as pool:
+        with self._bar, (self.folder / JOURNAL).open("a") as journal, ThreadPoolExecutor(workers) as pool:
             journal.write("\n")  # ends a line that a kill cut short
             try:
                 for future in as_completed([pool.submit(self._work, shard, journal) for shard in range(workers)]):
@@ -164,7 +190,7 @@ class _Run:
                 self._stop.set()
 
     def _work(self, shard: int, journal: IO[str]) -> None:
-        with shard_path(self.cache, shard).open("ab") as frames:
+        with shard_path(self.folder, shard).open("ab") as frames:
             while not self._stop.is_set():
                 try:
                     name = self._todo.get_nowait()
@@ -179,7 +205,7 @@ class _Run:
                     if self._stop.is_set():
                         return
                     with self._lock:
-                        self.passed.add(_reason(error, self.source / name), name)
+                        self.passed.add(error.reason.removeprefix("is "), name)
                 else:
                     frames.flush()
                     self._note(item, journal)
@@ -189,7 +215,7 @@ class _Run:
                     self._bar.set_postfix_str(done, refresh=False)
 
     def _note(self, item: Item, journal: IO[str]) -> None:
-        """A file is in the cache."""
+        """A file is prepared."""
         with self._lock:
             self.items[item.name] = item
             if item is not self.known.get(item.name):
@@ -204,7 +230,7 @@ class _Run:
         path = self.source / name
         state = _state(path)
         if not state["size"]:
-            raise WaltError(f"{path} is empty")
+            raise WaltError.of(path, "is empty")
         known = self.known.get(name, self.known.get(normal(name)))
         renewed = None if known is None else replace(known, name=name, **state)
         if known is not None and renewed == known:
@@ -234,12 +260,12 @@ class _Run:
             if self._stop.is_set():
                 raise WaltError("stopped")
         if not count:
-            raise WaltError(f"{path} has no frames")
+            raise WaltError.of(path, "has no frames")
         rate, variable = (0.0, False) if is_image else frame_timing(path)
         return Item(
             name=name,
             kind="image" if is_image else "video",
-            label=normal(path.parent.name) if "/" in name else None,
+            label=class_of(name),
             caption=None,
             fps=rate,
             variable=variable,
@@ -255,27 +281,14 @@ class _Run:
 
 def _state(path: Path) -> dict[str, Any]:
     """What of an item tells cheaply that its file has the same bytes: a change of them moves the last number."""
-    with _reading(path):
+    with reading(path):
         status = path.stat()
     return {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
 
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WaltError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _reason(error: WaltError, path: Path) -> str:
-    """The error without the name of the file, which is the same for all files that it befalls."""
-    return str(error).replace(str(path), "").strip(" :").removeprefix("is ")

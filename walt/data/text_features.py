@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from walt.atomic import atomic_folder, latest_complete, write_json
-from walt.data.latents import DTYPES, INDEX, VERSION, _holds, _map, _read_index
+from walt.data.encoded import DTYPES, INDEX, VERSION, holds, map_numbers, read_index
 from walt.errors import WaltError
 
 TEXT = "walt-text"
@@ -31,13 +31,13 @@ class TextFeatures:
         self._ends = lengths.cumsum()
         self._starts = self._ends - lengths
         self.length = int(lengths.max(initial=1))
-        self._tokens = _map(folder / "tokens.raw", (int(lengths.sum()), index["width"]), index["dtype"])
+        self._tokens = map_numbers(folder / "tokens.raw", (int(lengths.sum()), index["width"]), index["dtype"])
 
     @classmethod
     def open(cls, folder: str | Path, *, key: str | None = None) -> TextFeatures:
         """WaltError if the folder is missing, foreign or broken, or made by another encoder than `key` (None: any)."""
         folder = latest_complete(folder)
-        index = _read_index(folder, TEXT)
+        index = read_index(folder, TEXT)
         if key is not None and index.get("key") != key:
             raise WaltError(f"{folder} was made by another text encoder; encode again")
         try:
@@ -82,7 +82,7 @@ def encode_captions(
         raise ValueError(f"dtype: got {dtype!r}; expected {' or '.join(DTYPES)}")
     folder = Path(folder)
     texts = sorted({caption or "" for caption in captions} | {""})
-    if _holds(folder, TEXT, {"key": key, "dtype": dtype}):
+    if holds(folder, TEXT, {"key": key, "dtype": dtype}):
         features = TextFeatures.open(folder)
         if all(text in features for text in texts):
             return features

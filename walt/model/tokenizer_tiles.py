@@ -7,8 +7,9 @@ tile. Where one tile covers the frame, the result is that of `encode_chunks` or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,21 @@ from torch import Tensor
 from walt.model.config import SPACE_FACTOR
 from walt.model.tokenizer import Tokenizer
 
-__all__ = ["decode_tiled", "encode_tiled"]
+__all__ = ["Piece", "decode_pieces", "decode_tiled", "encode_pieces", "encode_tiled"]
+
+
+class Piece(NamedTuple):
+    """A tile of some frames of what is coded."""
+
+    frame: int  # the first
+    rows: slice
+    columns: slice
+    values: Tensor  # [B, C, t, h, w]
+    weight: Tensor  # float64 [h, w]; at every place those of all tiles sum to 1
+
+
+Place = tuple[slice, slice]  # rows and columns
+Chunks = Callable[[slice, slice], Iterator[Tensor]]  # of a tile's rows and columns, one after the other
 
 
 @torch.no_grad()
@@ -38,14 +53,14 @@ def encode_tiled(
     """
     tokenizer.check_video(video)
     shape = tokenizer.config.latent_shape(*video.shape[2:])
-    _check(tile, overlap, latent_frames)
+    _check_count(latent_frames)
     factor = tokenizer.config.time_factor
 
-    def code(part: Tensor) -> Iterator[Tensor]:
+    def chunks(rows: slice, columns: slice) -> Iterator[Tensor]:
         # 1 + 4 (n - 1) frames, then 4n at a time: every chunk ends with a latent frame.
-        return tokenizer.encode_chunks(_chunks(part, 1 + factor * (latent_frames - 1), factor * latent_frames))
+        return _split(video[..., rows, columns], 1 + factor * (latent_frames - 1), factor * latent_frames)
 
-    return _blend(video, code, shape, tile, overlap, SPACE_FACTOR, 1)
+    return _blend(encode_pieces(tokenizer, chunks, video.shape[3:], tile=tile, overlap=overlap), shape)
 
 
 @torch.no_grad()
@@ -60,58 +75,87 @@ def decode_tiled(
     """`tokenizer.decode(latent)` as `encode_tiled` encodes; tile and overlap count pixels of the video here, too."""
     tokenizer.check_latent(latent)
     shape = tokenizer.config.video_shape(*latent.shape[2:])
-    _check(tile, overlap, latent_frames)
+    _check_count(latent_frames)
 
-    def code(part: Tensor) -> Iterator[Tensor]:
-        return tokenizer.decode_chunks(_chunks(part, latent_frames, latent_frames))
+    def chunks(rows: slice, columns: slice) -> Iterator[Tensor]:
+        return _split(latent[..., rows, columns], latent_frames, latent_frames)
 
-    return _blend(latent, code, shape, tile, overlap, 1, SPACE_FACTOR)
+    return _blend(decode_pieces(tokenizer, chunks, latent.shape[3:], tile=tile, overlap=overlap), shape)
 
 
-def _check(tile: tuple[int, int], overlap: int, latent_frames: int) -> None:
+@torch.no_grad()
+def encode_pieces(
+    tokenizer: Tokenizer, chunks: Chunks, size: Sequence[int], *, tile: tuple[int, int], overlap: int
+) -> Iterator[Piece]:
+    """What `encode_tiled` blends, piece by piece, for films that do not fit into memory.
+
+    `chunks` gives those of a tile as `Tokenizer.encode_chunks` takes them, tile after tile; `size` is the height and
+    width of the frames.
+    """
+    _check_tile(tile, overlap)
+    sites = [side // SPACE_FACTOR for side in size]
+    for source, target, weight in _grid(sites, tile, overlap, SPACE_FACTOR, 1):
+        yield from _pieces(tokenizer.encode_chunks(chunks(*source)), target, weight)
+
+
+@torch.no_grad()
+def decode_pieces(
+    tokenizer: Tokenizer, chunks: Chunks, size: Sequence[int], *, tile: tuple[int, int], overlap: int
+) -> Iterator[Piece]:
+    """The same for `decode_tiled`; `size` is the height and width of the latents."""
+    _check_tile(tile, overlap)
+    for source, target, weight in _grid(size, tile, overlap, 1, SPACE_FACTOR):
+        yield from _pieces(tokenizer.decode_chunks(chunks(*source)), target, weight)
+
+
+def _check_tile(tile: tuple[int, int], overlap: int) -> None:
     if len(tile) != 2 or any(side < SPACE_FACTOR or side % SPACE_FACTOR for side in tile):
         raise ValueError(f"tile: got {tile!r}; expected a height and a width that are multiples of {SPACE_FACTOR}")
     if overlap % SPACE_FACTOR or not 0 <= overlap < min(tile):
         expected = f"a multiple of {SPACE_FACTOR} from 0, below both sides of the tile {tuple(tile)}"
         raise ValueError(f"overlap: got {overlap!r}; expected {expected}")
+
+
+def _check_count(latent_frames: int) -> None:
     if latent_frames < 1:
         raise ValueError(f"latent_frames: got {latent_frames!r}; expected an int >= 1")
 
 
-def _chunks(part: Tensor, first: int, step: int) -> Iterator[Tensor]:
+def _split(part: Tensor, first: int, step: int) -> Iterator[Tensor]:
     yield part[:, :, :first]
     for start in range(first, part.shape[2], step):
         yield part[:, :, start : start + step]
 
 
-def _blend(
-    whole: Tensor,
-    code: Callable[[Tensor], Iterator[Tensor]],
-    shape: tuple[int, int, int, int],
-    tile: tuple[int, int],
-    overlap: int,
-    scale_in: int,
-    scale_out: int,
-) -> Tensor:
-    """Code the tiles of `whole` [B, C, T, H, W] and add them up with their weights; the result is [B, *shape].
+def _pieces(coded: Iterator[Tensor], target: Place, weight: Tensor) -> Iterator[Piece]:
+    frame = 0
+    for values in coded:
+        yield Piece(frame, *target, values, weight)
+        frame += values.shape[2]
 
-    The scales are the pixels of `whole` and of the result along a side of a latent site.
-    """
-    axes = zip(whole.shape[3:], tile, strict=True)
-    rows, columns = (_tiles(size // scale_in, side, overlap, scale_in, scale_out) for size, side in axes)
+
+def _blend(pieces: Iterable[Piece], shape: tuple[int, int, int, int]) -> Tensor:
+    """Add up the pieces, times their weights: [B, *shape]."""
     result = None
-    for (y, target_y, weight_y), (x, target_x, weight_x) in product(rows, columns):
-        weight = torch.outer(weight_y, weight_x)
-        frame = 0
-        for piece in code(whole[..., y, x]):
-            if result is None:  # half precision is too coarse to add up in
-                dtype, exact = piece.dtype, torch.promote_types(piece.dtype, torch.float32)
-                result = torch.zeros(len(whole), *shape, dtype=exact, device=piece.device)
-            end = frame + piece.shape[2]
-            result[:, :, frame:end, target_y, target_x] += piece * weight.to(result)
-            frame = end
+    for frame, rows, columns, values, weight in pieces:
+        if result is None:  # half precision is too coarse to add up in
+            dtype, exact = values.dtype, torch.promote_types(values.dtype, torch.float32)
+            result = torch.zeros(len(values), *shape, dtype=exact, device=values.device)
+        result[:, :, frame : frame + values.shape[2], rows, columns] += values * weight.to(result)
     assert result is not None
     return result.to(dtype)
+
+
+def _grid(
+    size: Sequence[int], tile: tuple[int, int], overlap: int, scale_in: int, scale_out: int
+) -> Iterator[tuple[Place, Place, Tensor]]:
+    """The tiles of `size` latent sites: where they are in the input and in the result, and their weight there.
+
+    The scales are the pixels of either along a side of a latent site.
+    """
+    axes = (_tiles(sites, side, overlap, scale_in, scale_out) for sites, side in zip(size, tile, strict=True))
+    for (y, target_y, weight_y), (x, target_x, weight_x) in product(*axes):
+        yield (y, x), (target_y, target_x), torch.outer(weight_y, weight_x)
 
 
 def _tiles(size: int, side: int, overlap: int, scale_in: int, scale_out: int) -> list[tuple[slice, slice, Tensor]]:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from walt.checkpoint import checkpoint_folder, fingerprint, save_checkpoint
-from walt.data.captions import encode_sentences
 from walt.data.pixels import to_model, to_pixels
 from walt.errors import WaltError, as_user_error
 from walt.model.config import ClipShape, as_int, tokenizer_description, transformer_description
 from walt.model.diffusion import Diffusion, sample_noise
-from walt.model.text import TextEncoder, text_encoder
+from walt.model.text import TextEncoder, encode_sentences, text_encoder
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.names import look_alike, normal

@@ -21,11 +21,11 @@ def denoiser_preview(
     """previews/base-<step>.mp4: samples of the first classes or captions, the same noise each time."""
     if run.stage != "base":
         return None
-    texts = sorted({caption for caption in run.cache.caption if caption})
+    texts = sorted({caption for caption in run.store.caption if caption})
 
     def preview(module: nn.Module, step: int) -> None:
         assert isinstance(module, Transformer)
-        classes = run.cache.classes if module.config.classes else ()
+        classes = run.store.classes if module.config.classes else ()
         pipeline = WaltPipeline(tokenizer, module, diffusion, clip=run.clip, classes=classes, text=encoder)
         label = [i % len(classes) for i in range(PREVIEWS)] if classes else None
         text = [texts[i % len(texts)] for i in range(PREVIEWS)] if encoder is not None else None

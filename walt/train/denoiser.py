@@ -57,14 +57,14 @@ def train_denoiser(
     encoder = text_encoder(data.text, settings.transformer.text_length) if data.text else None
     config = transformer_config(run, tokenizer, encoder)
     if encoder is not None:
-        warn_of_cut_captions(run.cache, encoder)
+        warn_of_cut_captions(run.store, encoder)
     check_same_data(run, "transformer")
     diffusion = Diffusion(settings.diffusion)
     source = denoiser_source(run, tokenizer, key, config, diffusion, encoder)
     torch.manual_seed(settings.training.seed)
     transformer = Transformer(config).to(run.device)
     description = transformer_description(
-        config, settings.diffusion, run.clip, run.cache.classes if config.classes else (), data.text
+        config, settings.diffusion, run.clip, run.store.classes if config.classes else (), data.text
     )
     with as_user_error("training"):
         trainer: Trainer[Transformer] = Trainer(
@@ -136,9 +136,9 @@ def transformer_config(run: Run, tokenizer: Tokenizer, encoder: TextEncoder | No
         raise WaltError("the preset reads text; name an encoder, such as data.text=bytes or data.text=hf:FOLDER")
     if encoder is not None:
         config = with_text(config, encoder)
-        if not any(run.cache.caption):
-            raise WaltError(f"data.text={encoder.name}: {run.cache.folder} has no captions; give --captions")
-    classes = len(run.cache.classes) if config.classes else 0
+        if not any(run.store.caption):
+            raise WaltError(f"data.text={encoder.name}: {run.store.folder} has no captions; give --captions")
+    classes = len(run.store.classes) if config.classes else 0
     with as_user_error(f"clips of {size.frames} frames at {size.height}x{size.width}"):
         return config.resized(tokenizer.config.latent_shape(size.frames, size.height, size.width), classes)
 
@@ -150,7 +150,7 @@ class DenoiserSource:
         self, latents: LatentSource, diffusion: Diffusion, config: TransformerConfig, encoder: TextEncoder | None
     ) -> None:
         self.latents, self.diffusion, self.config, self.encoder = latents, diffusion, config, encoder
-        captions = [caption for caption in latents.latents.cache.caption if caption]
+        captions = [caption for caption in latents.latents.clips.caption if caption]
         # As with `TextFeatures`, texts are as long as the longest caption of all: the rest of them would be padding.
         self.longest = max(encoder.count(captions), default=1) if encoder is not None and encoder.vocabulary else 0
 
@@ -185,7 +185,7 @@ def denoiser_source(
     if encoder is not None and encoder.width:
         frozen, text_key = encoder, f"{encoder.name}, {encoder.length} tokens"
         features = rank0_first(
-            lambda: encode_captions(run.cache.caption, run.out / "text", frozen.encode, key=text_key),
+            lambda: encode_captions(run.store.caption, run.out / "text", frozen.encode, key=text_key),
             lambda: TextFeatures.open(run.out / "text", key=text_key),
             "captions",
         )
@@ -210,18 +210,14 @@ def latents(run: Run, tokenizer: Tokenizer, key: str, half: bool) -> LatentStore
         return tokenizer.encode(video.to(run.device))
 
     folder = run.out / (f"latents-{data.height}x{data.width}" + ("-half" if half else ""))
-    return rank0_first(
-        lambda: encode_latents(
-            run.cache,
-            folder,
-            encode,
-            key=key,
-            frames=data.frames,
-            height=data.height,
-            width=data.width,
-            stride=data.stride,
-            image_every=4 if images_of(run) else None,
-        ),
-        lambda: LatentStore.open(folder, run.cache, key=key),
-        str(folder),
+    return encode_latents(
+        run.store,
+        folder,
+        encode,
+        key=key,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        stride=data.stride,
+        image_every=4 if images_of(run) else None,
     )

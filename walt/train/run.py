@@ -16,17 +16,16 @@ from torch import Tensor
 
 from walt.atomic import read_json, reading, write_json
 from walt.checkpoint import checkpoint_folder, load_description
-from walt.data.captions import warn_of_cuts
 from walt.data.clips import INDEX, ClipStore
 from walt.data.pixels import to_model
 from walt.data.prepare import prepare
 from walt.data.video import tile, write_mp4
 from walt.distributed import is_main, raise_on_all_ranks, world_size
-from walt.errors import WaltError, say
+from walt.errors import WaltError, say, some
 from walt.locks import locked
 from walt.model.config import ClipShape
-from walt.model.text import TextEncoder
-from walt.names import normal, some
+from walt.model.text import TextEncoder, warn_of_cuts
+from walt.names import normal
 from walt.rates import same_rate
 from walt.settings import Settings
 from walt.train.trainer import Trainer
@@ -43,7 +42,7 @@ class Run:
 
     stage: str  # "tokenizer", "base", "sr1" or "sr2"
     settings: Settings
-    cache: ClipStore
+    store: ClipStore
     out: Path
     device: torch.device
     new_settings: bool = False  # go on from a checkpoint although it was trained with other settings
@@ -55,15 +54,16 @@ class Run:
     @property
     def clip(self) -> ClipShape:
         data = self.settings.data
-        return ClipShape(data.frames, data.height, data.width, self.cache.rate / data.stride or 8)
+        return ClipShape(data.frames, data.height, data.width, self.store.rate / data.stride or 8)
 
     def description(self) -> dict[str, Any]:
         """What of the data decides the result."""
-        # The rate is that of the data: a folder that was prepared at one gives it to settings that name none.
-        taken = {**self.settings.data.to_dict(), "fps": self.cache.settings.fps}
-        data = {"content": self.cache.fingerprint, **taken}
+        # The rate and what is held out are those of the data: a prepared folder gives them to settings that name none.
+        prepared = self.store.settings
+        taken = {**self.settings.data.to_dict(), "fps": prepared.fps, "held_out": prepared.held_out}
+        data = {"content": self.store.fingerprint, **taken}
         if self.settings.data.text:
-            data["captions"] = hashlib.sha256(json.dumps(self.cache.caption).encode()).hexdigest()
+            data["captions"] = hashlib.sha256(json.dumps(self.store.caption).encode()).hexdigest()
         return {"data": data}
 
 
@@ -94,25 +94,37 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
     if is_prepared:
         if captions is not None:
             raise WaltError(f"--captions {captions}: {data} is prepared already; give captions to walt prepare")
-        cache = ClipStore.open(data)
-        if size.height > cache.height or size.width > cache.width:
+        store = ClipStore.open(data)
+        if size.height > store.height or size.width > store.width:
             raise WaltError(
-                f"{data} was prepared for {cache.height}x{cache.width} pixels; {size.height}x{size.width} are wanted"
+                f"{data} was prepared for {store.height}x{store.width} pixels; {size.height}x{size.width} are wanted"
             )
-        if size.fps and not same_rate(size.fps, cache.settings.fps):
-            rate = f"at {cache.settings.fps:g} frames a second" if cache.settings.fps else "with every frame"
+        if size.fps and not same_rate(size.fps, store.settings.fps):
+            rate = f"at {store.settings.fps:g} frames a second" if store.settings.fps else "with every frame"
             raise WaltError(
                 f"{data} was prepared {rate}; {size.fps:g} a second are wanted: prepare it with --fps {size.fps:g}"
             )
-        tell([*cache.passed_over.lines(), *cache.uneven()])
-        return cache
+        if size.held_out and size.held_out != store.settings.held_out:
+            raise WaltError(
+                f"{data} was prepared with {store.settings.held_out:g} of its files held out; {size.held_out:g} are"
+                f" wanted: prepare it with --held-out {size.held_out:g}"
+            )
+        tell([*store.passed_over.lines(), *store.remarks()])
+        return store
     captions = captions_of(data, captions)
     place = out / f"data-{size.height}x{size.width}{f'-{size.fps:.10g}fps' if size.fps else ''}"
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
         raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
     return rank0_first(
         lambda: prepare(
-            data, place, height=size.height, width=size.width, captions=captions, shots=size.shots, fps=size.fps
+            data,
+            place,
+            height=size.height,
+            width=size.width,
+            captions=captions,
+            shots=size.shots,
+            fps=size.fps,
+            held_out=size.held_out or None,
         ),
         lambda: ClipStore.open(place),
         str(place),
@@ -144,10 +156,10 @@ def captions_of(data: Path, captions: Path | None) -> Path | None:
         return next((path for path in (data / "captions.jsonl", data / "captions.csv") if path.is_file()), None)
 
 
-def warn_of_cut_captions(cache: ClipStore, encoder: TextEncoder) -> None:
+def warn_of_cut_captions(store: ClipStore, encoder: TextEncoder) -> None:
     """WaltWarning on the main rank if the encoder cuts some of the captions."""
     if is_main():
-        captions = {item.name: item.caption for item in cache.items if item.caption}
+        captions = {item.name: item.caption for item in store.items if item.caption}
         warn_of_cuts("captions", list(captions), list(captions.values()), encoder)
 
 
@@ -162,14 +174,14 @@ def check(run: Run) -> None:
             f"data.batch: got {data.batch}; expected a multiple of {parts} (processes x training.accumulate), such as"
             f" {nearest}"
         )
-    if data.frames > 1 and not len(run.cache.windows(data.frames, stride=data.stride)):
+    if data.frames > 1 and not len(run.store.windows(data.frames, stride=data.stride)):
         needed = (data.frames - 1) * data.stride + 1
         raise WaltError(
-            f"{run.cache.folder} holds no clip of {data.frames} frames, for which a shot must have {needed}; give fewer"
+            f"{run.store.folder} holds no clip of {data.frames} frames, for which a shot must have {needed}; give fewer"
             " --frames, and for pictures alone --frames 1"
         )
     if images_of(run) < data.batch:
-        tell(run.cache.too_short(data.frames, stride=data.stride).lines())
+        tell(run.store.too_short(data.frames, stride=data.stride).lines())
 
 
 def images_of(run: Run) -> int:
@@ -188,10 +200,10 @@ def resume_and_save_settings(run: Run, trainer: Trainer[Any]) -> None:
 
 def files_of(run: Run) -> dict[str, Any]:
     """What `Run.description` has of the data as hashes, file by file, to tell what changed."""
-    items = {normal(item.name): item for item in run.cache.items}
+    items = {normal(item.name): item for item in run.store.items}
     return {
-        "content": run.cache.fingerprint,
-        "prepared": str(run.cache.settings),
+        "content": run.store.fingerprint,
+        "prepared": str(run.store.settings),
         "file": {name: item.digest for name, item in items.items()},
         "caption": {name: item.caption for name, item in items.items() if run.settings.data.text},
     }
@@ -219,7 +231,7 @@ def check_same_data(run: Run, kind: str) -> None:
     known = files.get("content") == before.get("content")
     changes = f" ({describe_changes(files, files_of(run))})" if known else ", or by an older walt"
     raise WaltError(
-        f"{folder} was trained on other data than {run.cache.folder} holds{changes}; give the same data, another --out,"
+        f"{folder} was trained on other data than {run.store.folder} holds{changes}; give the same data, another --out,"
         " or --new-settings to go on with this"
     )
 
@@ -246,16 +258,22 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(changes) or "the same files, read in another way"
 
 
-def some_clips(run: Run, count: int) -> Iterator[Tensor]:
-    """Up to `count` clips spread over the data (images, if there is none), CLIPS at a time: float32 [N, 3, T, H, W]."""
+def some_clips(run: Run, count: int, *, held_out: bool = False) -> Iterator[Tensor]:
+    """Up to `count` clips spread over the data (images, if there is none), CLIPS at a time: float32 [N, 3, T, H, W].
+
+    They are of the files for training or, with `held_out`, of those that are held out, if they have some.
+    """
     data = run.settings.data
-    rows, frames = run.cache.windows(data.frames, stride=data.stride), data.frames
-    if not len(rows):
-        rows, frames = run.cache.images(), 1
+    for part in (True, False) if held_out else (False,):
+        rows, frames = run.store.windows(data.frames, stride=data.stride, held_out=part), data.frames
+        if not len(rows):
+            rows, frames = run.store.images(held_out=part), 1
+        if len(rows):
+            break
     chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
     for first in range(0, len(chosen), CLIPS):
         part = chosen[first : first + CLIPS]
-        yield to_model(run.cache.read(part, frames, stride=data.stride, crop=(data.height, data.width)))
+        yield to_model(run.store.read(part, frames, stride=data.stride, crop=(data.height, data.width)))
 
 
 def write_preview(run: Run, step: int, videos: np.ndarray, columns: int) -> None:

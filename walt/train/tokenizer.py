@@ -93,7 +93,7 @@ class TokenizerSource:
     def __init__(self, run: Run) -> None:
         shares, flip = buckets(run), run.settings.data.flip
         self.losses = run.settings.losses
-        self.videos: Source = Buckets([PixelSource(run.cache, b, flip=flip) for b in shares], list(shares.values()))
+        self.videos: Source = Buckets([PixelSource(run.store, b, flip=flip) for b in shares], list(shares.values()))
 
     def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
         frames = self.losses.perceptual_frames
@@ -135,7 +135,7 @@ def tokenizer_preview(run: Run) -> Preview:
     @torch.inference_mode()
     def preview(module: nn.Module, step: int) -> None:
         assert isinstance(module, Tokenizer)
-        clips = next(some_clips(run, CLIPS))
+        clips = next(some_clips(run, CLIPS, held_out=True))
         shown = torch.cat([clips, module.decode(module.encode(clips.to(run.device))).cpu()])
         write_preview(run, step, to_pixels(shown), columns=len(clips))
 
