@@ -158,7 +158,7 @@ class TestRefused:
             ("training: {lr: fast}", "run.yaml: training.lr: got 'fast'; expected a number"),
             ("diffusion: {beta_end: high}", "run.yaml: diffusion.beta_end: got 'high'"),
             ("training: {pace: 1}", "run.yaml: unknown setting training.pace"),
-            ("training: {batchsize: 1, 3: 4}", "run.yaml: unknown setting training.(batchsize|3)"),
+            ("training: {batchsize: 1, 3: 4}", "run.yaml: unknown setting training.batchsize; walt train --help"),
             ("data: {batchs: 1}", "run.yaml: unknown setting data.batchs; did you mean data.batch?"),
             ("speed: {}", "run.yaml: unknown section 'speed'"),
             ("training: 3", "run.yaml: section training holds 3, expected fields"),

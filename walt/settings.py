@@ -286,9 +286,10 @@ def section(kind: type[Section], values: Mapping[str, Any], origin: str) -> Sect
     `origin` is what comes before the name: the file, or the dashes of an option.
     """
     name, hints = SECTIONS[kind], get_type_hints(kind)
-    for key in values.keys() - hints.keys():
-        nearest = did_you_mean(f"{name}.{key}", [f"{name}.{known}" for known in hints])
-        raise WaltError(f"{origin}unknown setting {name}.{key}{nearest or '; walt train --help lists all'}")
+    for key in values:
+        if key not in hints:
+            nearest = did_you_mean(f"{name}.{key}", [f"{name}.{known}" for known in hints])
+            raise WaltError(f"{origin}unknown setting {name}.{key}{nearest or '; walt train --help lists all'}")
     try:
         return kind(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
     except (ValueError, TypeError) as error:
@@ -298,8 +299,8 @@ def section(kind: type[Section], values: Mapping[str, Any], origin: str) -> Sect
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """The value as a field of this type has it; the section then checks what it may be.
 
-    YAML reads 1e-4 as text and 1 as an int; a float means numbers by both, and fractions. ValueError where there is no
-    number.
+    YAML reads 1e-4 as text and 1 as an int; a float means numbers by both, and by fractions such as 30000/1001.
+    ValueError where there is no number.
     """
     if kind is float:
         try:
