@@ -85,6 +85,11 @@ class TestDemo:
         assert read_video(demo_run / "samples.mp4").shape == (5, 3 * 16 + 4, 2 * (3 * 16 + 2) + 2, 3)
         assert read_video(demo_run / "reconstructions.mp4").shape == (5, 2 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2, 3)
 
+    def test_frame_rate(self, demo_run):
+        """The simulator has 35 tics a second, of which every second one is a frame."""
+        for kind in ("tokenizer", "transformer"):
+            assert load_description(demo_run / kind, kind)[1]["clip"]["fps"] == 17.5
+
     def test_metrics_and_report_agree_with_what_was_printed(self, demo_run):
         metrics = json.loads((demo_run / "metrics.json").read_text())
         assert metrics["classes"] == ["basic", "big_buck_bunny"]

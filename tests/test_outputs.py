@@ -150,10 +150,6 @@ class TestRate:
         run = make("base", tmp_path / "data", tmp_path / "run", f"data.stride={stride}")
         assert run.clip.fps == pytest.approx(float(expected), rel=1e-6)
 
-    def test_of_the_demo(self, tmp_path):
-        """The simulator has 35 tics a second, of which every second one is a frame."""
-        assert Demo(DemoConfig(), tmp_path).clip.fps == 17.5
-
     @pytest.mark.parametrize("fps", [24, 30, 8, 60, 0.5])
     def test_gif(self, tmp_path, fps):
         """Within a tick of its clock, a hundredth of a second, on the whole; browsers show 50 a second at most."""

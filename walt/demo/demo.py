@@ -34,7 +34,8 @@ from walt.train.tokenizer import train_tokenizer
 from walt.train.trainer import Trainer
 
 FEATURE_FRAMES_PER_SECOND = 200  # on two cores, rounded down
-DATA = ("seed", "scenarios", "clips", "samples", "frames", "size")  # what of the settings the clips depend on
+FOLDERS = "data", "held-out"  # of the clips to train on and of the others
+NOTE = "demo.json"  # which clips these are
 
 
 @dataclass(frozen=True)
@@ -145,35 +146,41 @@ class Demo:
         return self.config.minutes * 60 - (time.monotonic() - self.started)
 
     def _check_folder(self) -> None:
-        """WaltError if the folder is another demo's, or no demo's at all; else it is noted whose it is."""
-        path, asked = self.out / "demo.json", {name: getattr(self.config, name) for name in DATA}
+        """WaltError if the folder is another demo's, or no demo's at all."""
+        path = self.out / NOTE
         if path.is_file():
             found = read_json(path)
-            for name, value in asked.items():
-                if found.get(name) != (list(value) if isinstance(value, tuple) else value):
+            for name, value in self._note().items():
+                if found.get(name) != value:
                     raise WaltError(
                         f"{self.out} holds a demo of other clips ({name} is {found.get(name)} there, {value} here);"
                         " give the same settings, or another --out"
                     )
-        else:
-            for name in ("tokenizer", "transformer", "data", "held-out"):
-                if latest_complete(self.out / name).exists():
-                    raise WaltError(
-                        f"{self.out / name} is there already, of an older demo or from elsewhere; give another --out"
-                    )
-        write_json(path, asked)
+            return
+        for name in ("tokenizer", "transformer", *FOLDERS):
+            if latest_complete(self.out / name).exists():
+                raise WaltError(
+                    f"{self.out / name} is there already, of an older demo or from elsewhere; give another --out"
+                )
+
+    def _note(self) -> dict[str, Any]:
+        """What the clips depend on, as JSON reads it back."""
+        c = self.config
+        numbers = {name: getattr(c, name) for name in ("seed", "clips", "samples", "frames", "size")}
+        return {**numbers, "scenarios": list(c.scenarios)}
 
     def _data(self) -> tuple[ClipStore, ClipStore]:
         """The clips to train on and those that are held out, rendered once: two prepared folders."""
-        c = self.config
-        folders = self.out / "data", self.out / "held-out"
+        c, folders = self.config, [self.out / name for name in FOLDERS]
         if not all((folder / INDEX).is_file() for folder in folders):
-            train, test = demo_clips(
-                c.clips, c.samples, scenarios=c.scenarios, frames=c.frames, size=c.size, seed=c.seed
-            )
-            if shared := {name for name, _ in train} & {name for name, _ in test}:
-                raise WaltError(f"{len(shared)} clips are both trained on and held out, such as {min(shared)}")
-            for folder, clips in zip(folders, (train, test), strict=True):
+            sets = demo_clips(c.clips, c.samples, scenarios=c.scenarios, frames=c.frames, size=c.size, seed=c.seed)
+            train, test = ({name for name, _ in clips} for clips in sets)
+            if train & test:
+                raise WaltError(
+                    f"{len(train & test)} clips are both trained on and held out, such as {min(train & test)}"
+                )
+            write_json(self.out / NOTE, self._note())
+            for folder, clips in zip(folders, sets, strict=True):
                 write_store(folder, clips, DEMO_FPS)
         return ClipStore.open(folders[0]), ClipStore.open(folders[1])
 
