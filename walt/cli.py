@@ -145,7 +145,10 @@ def _add_data(group: Any) -> None:
     )
     prepare.add_argument("--captions", type=Path, help="CSV or JSONL of file, caption (default: one in the folder)")
     prepare.add_argument(
-        "--held-out", type=_share, metavar="X", help="share of files that training never sees (default: as before, 0)"
+        "--held-out",
+        type=_share,
+        metavar="X",
+        help="share of files that training never sees (default: that of before, or 0)",
     )
     prepare.add_argument("--no-shots", action="store_true", help="let clips run across cuts")
 
