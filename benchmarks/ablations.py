@@ -23,7 +23,8 @@ from walt.atomic import atomic_write, read_json, write_json
 from walt.data.loading import Source, make_batch
 from walt.errors import WaltError
 from walt.model.config import TransformerConfig
-from walt.model.diffusion import Diffusion, sample_noise
+from walt.model.diffusion import Diffusion
+from walt.model.randoms import sample_noise
 from walt.model.transformer import Transformer
 from walt.settings import TrainingConfig
 from walt.train.losses import DenoiserLoss

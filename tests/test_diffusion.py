@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from walt.model.config import DiffusionConfig, TransformerConfig
-from walt.model.diffusion import Diffusion, keyed_generator, noise_schedule, sample_noise
+from walt.model.diffusion import Diffusion, noise_schedule
+from walt.model.randoms import keyed_generator, sample_noise
 from walt.model.transformer import Transformer
 
 SHAPE = (2, 4, 3, 6, 5)

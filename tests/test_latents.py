@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from itertools import starmap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +152,21 @@ def test_latents_are_on_the_disk_before_the_index(store, tmp_path, monkeypatch):
     encoded(store, tmp_path / "l")
     last = max(i for i, name in enumerate(flushed) if name.startswith(".index"))
     assert {"video.raw", "image.raw"} <= set(flushed[:last])
+
+
+def test_a_kill_before_the_rename_costs_no_work(store, latents, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encoded(store, tmp_path / "again")
+    encode = Encoder()
+    again = encoded(store, tmp_path / "again", encode)
+    assert encode.calls == 2  # for the shapes
+    assert np.array_equal(again.video, latents.video)
+    assert sorted(path.name for path in again.folder.iterdir()) == ["image.raw", "index.json", "video.raw"]
 
 
 def test_partial_work_of_other_settings_is_dropped(store, tmp_path):

@@ -52,7 +52,7 @@ def inside(name: str, *rooms: str) -> bool:
     [
         ("walt.model", ("walt",), ("walt.model", "walt.errors")),
         ("walt.data", ("walt.train", "walt.sample", "walt.evaluate", "walt.settings"), ()),
-        ("walt.data", ("walt.model",), ("walt.model.config",)),
+        ("walt.data", ("walt.model",), ("walt.model.config", "walt.model.randoms")),
         ("walt.train", ("walt.sample", "walt.evaluate"), ()),
         ("walt.sample", ("walt.evaluate",), ()),
         ("walt_kernels", ("walt",), ()),

@@ -17,7 +17,8 @@ from torch import Tensor
 from walt.atomic import read_json, write_json
 from walt.errors import WaltError
 from walt.model.config import ClipShape, DiffusionConfig, TokenizerConfig, TransformerConfig
-from walt.model.diffusion import Diffusion, sample_noise
+from walt.model.diffusion import Diffusion
+from walt.model.randoms import sample_noise
 from walt.sample.pipeline import WaltPipeline
 from walt.settings import DataConfig, TrainingConfig
 from walt.train.discriminator import Discriminator

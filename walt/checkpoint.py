@@ -201,7 +201,7 @@ def load_description(folder: str | Path, kind: str) -> tuple[Path, dict[str, Any
     folder = latest_complete(folder)
     if not folder.is_dir():
         raise WaltError(f"no such checkpoint: {folder}")
-    advice = ': if that is 1, its weights are the same: set "version" to 2 in that file (CHANGELOG)'
+    advice = '; in version 1 weights are the same: set "version" to 2 there'
     document = read_document(folder / "config.json", "a checkpoint", FORMAT, VERSION, advice)
     if document.get("kind") != kind:
         raise WaltError(f"{folder} holds a {document.get('kind')}, expected a {kind}")

@@ -38,7 +38,7 @@ class Prepare(Command):
     size: Size = (64, 64)  # in pixels
     fps: Rate | None = None  # take films at so many frames a second (default: every frame)
     captions: Path | None = None  # CSV or JSONL of file, caption (default: one in the folder)
-    held_out: Share | None = None  # of the files, that training never sees (default: as before, 0)
+    held_out: Share | None = None  # of the files, that training never sees (default: that of before, or 0)
     shots: bool = True  # let clips run across cuts
 
     examples = ("walt prepare --data clips --out clips-64 --size 64",)

@@ -123,11 +123,10 @@ def encode_latents(
     with raise_on_all_ranks(f"cannot write {folder}"):
         if is_main():
             write_json(partial / INDEX, {**plan, **shapes})
-            for path in partial.glob(f"*{DONE}"):
-                path.unlink()
-            # A kill from here on leaves it complete under its first name.
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
+            for path in folder.glob(f"*{DONE}"):
+                path.unlink()
     return LatentStore.open(folder, clips)
 
 
@@ -150,9 +149,9 @@ def _encode(
     """Write this rank's share of the latents that the file does not hold yet -> the shape of one.
 
     Whole batches only, so that the batches, and with them the bits, do not depend on kills and ranks. Beside the file
-    lies one with a byte for each batch, 1 when that is written.
+    lies one with a byte for each batch of that size, 1 when it is written.
     """
-    marks = path.with_suffix(DONE)
+    marks = path.with_suffix(f".{batch}{DONE}")
     with raise_on_all_ranks(f"cannot write {path}"):
         path.touch()
         marks.touch()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from walt.distributed import rank, world_size
-from walt.model.diffusion import keyed_generator
+from walt.model.randoms import keyed_generator
 
 # Tensors share their leading dimension, the samples; other values (int, str) go for all of them.
 Batch = dict[str, Any]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from walt.model.conditioning import frame_mask
 from walt.model.config import DiffusionConfig, TransformerConfig, as_int
 
-__all__ = ["Diffusion", "sample_noise"]
+__all__ = ["Diffusion"]
 
 Preview = Callable[[int, int, Tensor], None]
 
@@ -258,30 +257,6 @@ class Diffusion:
         if frames is not None and known is not None:
             x = torch.where(frame_mask(known.to(x.device), x.shape[2]), frames.to(x), x)
         return x
-
-
-def sample_noise(seed: int, keys: Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
-    """Normal noise [len(keys), *shape], float32 on the CPU: each sample's depends on the seed and its key alone.
-
-    A key is a sample's number and what else sets one noise apart from another, such as the chunk of a long video.
-    """
-    return torch.stack([torch.randn(tuple(shape), generator=keyed_generator(seed, *key)) for key in keys])
-
-
-def keyed_generator(seed: int, *key: int) -> torch.Generator:
-    """A generator on the CPU whose numbers depend on the seed and the key alone; ValueError for numbers below 0.
-
-    NumPy takes the numbers that a key lacks for zeros: no two keys may differ by zeros at their ends alone.
-    """
-    return torch.Generator().manual_seed(keyed_seed(seed, *key))
-
-
-def keyed_seed(seed: int, *key: int) -> int:
-    """The seed of `keyed_generator`, for generators that are not made here, such as torch's own."""
-    seed = as_int("seed", seed)
-    if seed < 0:
-        raise ValueError(f"seed: got {seed}; expected an int >= 0")
-    return int(np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)[0])
 
 
 def noise_schedule(config: DiffusionConfig) -> Tensor:

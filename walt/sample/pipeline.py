@@ -15,7 +15,8 @@ from walt.checkpoint import checkpoint_folder, fingerprint, save_checkpoint
 from walt.data.pixels import to_model, to_pixels
 from walt.errors import WaltError, as_user_error
 from walt.model.config import ClipShape, as_int, tokenizer_description, transformer_description
-from walt.model.diffusion import Diffusion, sample_noise
+from walt.model.diffusion import Diffusion
+from walt.model.randoms import sample_noise
 from walt.model.text import TextEncoder, encode_sentences, text_encoder
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from walt.errors import WaltError, as_user_error
 from walt.model.config import as_int, check_frames
-from walt.model.diffusion import sample_noise
+from walt.model.randoms import sample_noise
 from walt.sample.denoiser import Denoiser
 
 Preview = Callable[[int, int, Tensor], None]

@@ -30,7 +30,7 @@ from walt.checkpoint import (
 from walt.data.loading import Loader, Source, map_tensors
 from walt.distributed import all_max, is_main, raise_on_all_ranks, rank, world_size
 from walt.errors import WaltError, say
-from walt.model.diffusion import keyed_seed
+from walt.model.randoms import keyed_seed
 from walt.settings import FREE, TrainingConfig
 from walt.train.interrupt import Interrupted, stop_signal
 from walt.train.log import RunLog
