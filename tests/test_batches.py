@@ -1,4 +1,4 @@
-"""walt.data.batches: samples depend on their generators alone, microbatches join to a batch, stacks share a condition."""
+"""walt.data.batches: samples depend on their generators alone, parts join to the whole, stacks share a condition."""
 
 from __future__ import annotations
 

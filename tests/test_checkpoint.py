@@ -143,7 +143,7 @@ def test_foreign_checkpoints(saved):
     with pytest.raises(WaltError, match=r'config\.json is not a checkpoint of walt \(its "format" is None\)'):
         load_description(saved, "line")
     config.write_text('{"format": "walt-checkpoint", "version": 99, "kind": "line"}')
-    with pytest.raises(WaltError, match="has version 99; this walt reads version 2$"):
+    with pytest.raises(WaltError, match=r"has version 99; this walt reads version 2$"):
         load_description(saved, "line")
     config.write_text('{"format": ')
     with pytest.raises(WaltError, match=r"config\.json is not JSON"):

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: columns of the log, the progress bar, the device's peak, traces; and FLOPs of a step."""
+"""Where the time of a step goes: columns of the log, the progress bar, the device's peak, FLOPs, traces."""
 
 from __future__ import annotations
 

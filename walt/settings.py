@@ -90,7 +90,7 @@ class TrainingConfig(Config):
     ema_decay: float = 0.99  # of the averaged weights, which are kept in float32; 0: none
     save_every: int = 200
     log_every: int = 10
-    seed: int = 0  # of weights, batches and dropout
+    seed: int = 0  # of weights and batches
     schedule: str = "cosine"  # or "constant"
     optimizer: str = "adamw"  # or "adafactor"
     accumulate: int = 1  # microbatches into which each process cuts its samples, one after the other
