@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -95,10 +96,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return max(_product_flops(dtype) for dtype in ((torch.float32, torch.bfloat16) if narrow else (torch.float32,)))
 
 
-def _product_flops(dtype: torch.dtype, n: int = 768) -> float:
+def _product_flops(dtype: torch.dtype, n: int = 768, seconds: float = 0.2) -> float:
     a, b = (torch.ones(n, n, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
+    best, begun = math.inf, time.perf_counter()
+    while time.perf_counter() - begun < seconds or best == math.inf:
         started = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - started)
