@@ -133,7 +133,7 @@ def transformer_config(run: Run, tokenizer: Tokenizer, encoder: TextEncoder | No
     """The preset's configuration in the size of the data, for its classes and the text encoder."""
     size, config = run.settings.data, run.settings.transformer
     if config.text_width and encoder is None:
-        raise WaltError("the preset reads text; name an encoder, such as data.text=bytes or data.text=hf:FOLDER")
+        raise WaltError("the preset reads text; name an encoder, such as --data.text bytes or --data.text hf:FOLDER")
     if encoder is not None:
         config = with_text(config, encoder)
         if not any(run.store.caption):
