@@ -263,6 +263,34 @@ class TestTokenizer:
         assert fit("base", films, tmp_path).step == 2
 
 
+def test_a_budget_of_time(films, tmp_path):
+    """Each stage ends when its seconds are used up, with a small learning rate, statistics and all."""
+    endless = ("training.steps=1000000", "training.save_every=1000000")
+    for stage, train in (("tokenizer", tokenizer_training.train_tokenizer), ("base", denoiser.train_denoiser)):
+        trainer = train(make(stage, films, tmp_path, *endless), seconds=0.4)
+        assert trainer.finished
+        assert 0.4 <= trainer.elapsed < 20
+        assert read_log(trainer.log_path)[-1]["lr"] < 0.2 * trainer.config.lr
+    assert WaltPipeline.from_pretrained(tmp_path).generate("up", **QUICK).shape == (1, 5, 16, 16, 3)
+
+
+def test_a_preview_is_handed_in(films, tmp_path):
+    """Training itself makes no samples."""
+    fit("tokenizer", films, tmp_path)
+    seen = []
+
+    def make_preview(run, tokenizer, diffusion, encoder):
+        assert (run.out, encoder) == (tmp_path, None)
+        return lambda module, step: seen.append((step, module.training))
+
+    options = ("training.preview_every=1", "training.steps=2")
+    denoiser.train_denoiser(make("base", films, tmp_path, *options), preview=make_preview)
+    assert seen == [(1, False), (2, False)]
+    shutil.rmtree(tmp_path / "transformer")
+    denoiser.train_denoiser(make("base", films, tmp_path, *options))
+    assert not (tmp_path / "previews").exists()
+
+
 class TestImagesOnly:
     def test_stages(self, tmp_path):
         (tmp_path / "data" / "a").mkdir(parents=True)

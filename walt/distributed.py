@@ -128,8 +128,8 @@ def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
     """Wrap `loss`, whose forward calls `module`, so that backward leaves the mean gradient over ranks in parameters.
 
     "ddp": every rank holds everything. "fsdp": every rank holds its part of each parameter (FSDP2), and gathers one
-    layer after the other; the rows of all ranks must then use the same parameters. All ranks start from the weights of
-    the main one. A module of which a batch may leave parameters without a gradient says so by an attribute
+    layer after the other; the samples of all ranks must then use the same parameters. All ranks start from the weights
+    of the main one. A module of which a batch may leave parameters without a gradient says so by an attribute
     `unused_parameters = True`: "ddp" then looks for them in every step, and would wait for them otherwise.
     """
     if world_size() == 1:
@@ -138,7 +138,8 @@ def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
         dist.broadcast(tensor.detach(), 0)
     if strategy == "ddp":
         unused = getattr(module, "unused_parameters", False)
-        return DistributedDataParallel(loss, find_unused_parameters=unused, broadcast_buffers=False)  # no running means
+        # Buffers are not trained.
+        return DistributedDataParallel(loss, find_unused_parameters=unused, broadcast_buffers=False)
     from torch.distributed.fsdp import fully_shard
 
     for unit in _units(module):
@@ -164,7 +165,7 @@ def _is_called(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def synchronizing(wrapped: nn.Module, last: bool) -> Iterator[None]:
-    """Around forward and backward of a part of a batch: ranks exchange gradients only in the last one."""
+    """Around forward and backward of a microbatch: ranks exchange gradients only in the last one."""
     if isinstance(wrapped, DistributedDataParallel) and not last:
         with wrapped.no_sync():
             yield

@@ -1,4 +1,4 @@
-"""What the stages of training share: the run, its data, and how it begins (`walt.runs`)."""
+"""What the stages of training share: the run, its data, and how it begins."""
 
 from __future__ import annotations
 
@@ -166,12 +166,12 @@ def warn_of_cut_captions(store: ClipStore, encoder: TextEncoder) -> None:
 def check(run: Run) -> None:
     """WaltError for a batch that cannot be divided, and for data without what the batches are to hold; a line for what
     of the data is too short for them."""
-    data, parts = run.settings.data, run.settings.training.accumulate * world_size()
-    if data.batch % parts:
-        below = data.batch // parts * parts
-        nearest = f"{below} or {below + parts}" if below else f"{parts}"
+    data, count = run.settings.data, run.settings.training.accumulate * world_size()
+    if data.batch % count:
+        below = data.batch // count * count
+        nearest = f"{below} or {below + count}" if below else f"{count}"
         raise WaltError(
-            f"data.batch: got {data.batch}; expected a multiple of {parts} (processes x training.accumulate), such as"
+            f"data.batch: got {data.batch}; expected a multiple of {count} (processes x training.accumulate), such as"
             f" {nearest}"
         )
     if data.frames > 1 and not len(run.store.windows(data.frames, stride=data.stride)):

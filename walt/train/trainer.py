@@ -164,7 +164,7 @@ class Trainer(Generic[Model]):
     def _step(self, loader: Loader, lr: float) -> list[Result]:
         """One step of every objective."""
         self._times.synchronize = self._is_logged(self.step + 1)
-        torch.manual_seed(keyed_seed(self.config.seed, self.step, rank(), 1))
+        torch.manual_seed(keyed_seed(self.config.seed, self.step, rank(), 1))  # for dropout; 1: apart from the data
         with self._times.part("data"):
             microbatches = [map_tensors(self._to_device, batch) for batch in loader.take()]
         results = []
