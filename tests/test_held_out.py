@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from command_line import fails
 from films import ramp
 from tiny_runs import fit, moving
 
@@ -194,6 +195,4 @@ def test_the_command(source, tmp_path, capsys):
     assert main(arguments) == 0
     assert "held out: " in capsys.readouterr().err
     assert ClipStore.open(tmp_path / "a").settings.held_out == 0.3
-    with pytest.raises(SystemExit):
-        main([*arguments[:-1], "1"])
-    assert "--held-out: 1 must be below 1" in capsys.readouterr().err
+    assert "--held-out: 1 must be below 1" in fails(capsys, *arguments[:-1], "1")

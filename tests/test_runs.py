@@ -203,7 +203,7 @@ class TestRefused:
             fit("tokenizer", films, tmp_path / "run", "training.accumulate=3")
 
     def test_text_without_captions_or_encoder(self, model, films, tmp_path):
-        with pytest.raises(WaltError, match=r"name an encoder, such as data.text=bytes"):
+        with pytest.raises(WaltError, match=r"name an encoder, such as --data.text bytes"):
             fit("base", films, model, "data.text=''", preset="tiny-text")
         run = make("base", films, model, "data.text=bytes")
         run.store.caption = (None,) * 4

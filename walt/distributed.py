@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from walt.errors import WaltError
 
-# The main rank may encode a large data set for days while the others wait; if a rank dies, torchrun ends them all.
+# Rank 0 may prepare a large data set for days while the others wait; if a rank dies, torchrun ends them all.
 TIMEOUT = timedelta(days=7)
 
 
