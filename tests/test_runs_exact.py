@@ -155,6 +155,32 @@ class TestParts:
             assert_close(tmp_path / "1" / "transformer", tmp_path / str(parts) / "transformer")
 
 
+def on_two_ranks(stage: str, films: Path, out: Path, *options: str) -> str:
+    """`walt train` under torchrun, with the settings of `make` -> what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "walt"]
+    command += ["train", stage, "--data", str(films), "--out", str(out)]
+    for override in (*TOKENIZER, *TRANSFORMER, *SHORT, *options):
+        command.append(f"--{override}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_with_an_adversary(films, tmp_path):
+    """The discriminator of each rank finds the reconstructions of its own samples."""
+    options = (*ADVERSARY, "losses.decorrelation=0")
+    fit("tokenizer", films, tmp_path / "one", *options)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "data-16x16").symlink_to(tmp_path / "one" / "data-16x16")
+    on_two_ranks("tokenizer", films, tmp_path / "two", *options)
+    assert_close(tmp_path / "one" / "tokenizer", tmp_path / "two" / "tokenizer")
+    first, second = (load_file(tmp_path / n / "tokenizer" / "discriminator.safetensors") for n in ("one", "two"))
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes(films, tokenizer, tmp_path):
     """torchrun prepares, encodes and trains as one process does, into the same layout."""
@@ -162,14 +188,7 @@ def test_two_processes(films, tokenizer, tmp_path):
     options = ("data.text=bytes", "transformer.frame_condition=true")
     (two / "data-16x16").unlink()  # the ranks prepare it
     train_stage(make("base", films, one, *options))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "walt"]
-    command += ["train", "base", "--data", str(films), "--out", str(two)]
-    for override in (*TOKENIZER, *TRANSFORMER, *SHORT, *options):
-        command.append(f"--{override}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("4 videos with 4 shots") == 1  # the main rank alone speaks
+    assert on_two_ranks("base", films, two, *options).count("4 videos with 4 shots") == 1  # the main rank alone speaks
     assert_close(one / "transformer", two / "transformer")
     names = [sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.name != "lock") for out in (one, two)]
     assert names[0] == [name for name in names[1] if not name.startswith("data-16x16/")]
