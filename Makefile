@@ -26,7 +26,7 @@ test: lint pytest interpret aot sanitize
 pytest: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
-# The Triton kernels on CPU tensors, forward and backward, and the demo's smallest models through them.
+# The Triton kernels on CPU tensors, forward and backward.
 interpret: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 $(wildcard tests/test_triton_*.py)
 
