@@ -1,8 +1,10 @@
 """Trainable kernels for video diffusion: causal 3D convolution, window attention, fused AdaLN-LoRA."""
 
+import importlib
 import sys
 
 from . import nn as nn
+from ._define import folders as _folders
 from ._dispatch import explain, use_backend
 from ._version import __version__ as __version__
 from .adaln_lora import adaln_lora, adaln_modulate, adaln_residual, adaln_residual_modulate
@@ -22,7 +24,12 @@ __all__ = [
     "window_attention",
 ]
 
-# These functions hide the packages that they have their names of. What is in the package is found through the function,
-# too, or `import walt_kernels.causal_conv3d.api as api` would fail.
-for _function in (adaln_lora, causal_conv3d, window_attention):
-    _function.__dict__ = vars(sys.modules[f"{__name__}.{_function.__name__}"])
+# Every op folder declares its ops when it is imported: one that is not named above is there for `explain` and `testing`.
+# The function of a folder's name hides the package. What is in the package is found through the function, too, or
+# `import walt_kernels.causal_conv3d.op as op` would fail.
+for _folder in _folders():
+    importlib.import_module(f"{__name__}.{_folder}.op")
+    _package, _function = sys.modules[f"{__name__}.{_folder}"], globals()[_folder]
+    if _function is not _package:
+        vars(_package).update(vars(_function))
+        _function.__dict__ = vars(_package)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._native import C
-from .native import with_views
+from .native import Kernels
 
 
 @functools.cache
@@ -39,4 +39,4 @@ def _call(name: str, device: torch.device, **arguments: Any) -> None:
         getattr(C, f"cuda_{name}")(call, **arguments)
 
 
-KERNELS = with_views(_call)
+KERNELS = Kernels(_call)

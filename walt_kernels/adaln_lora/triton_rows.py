@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .native import unit
+from .layout import unit
 
 
 @triton.jit
