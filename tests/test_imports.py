@@ -64,7 +64,7 @@ def test_an_op_is_a_function(op: str) -> None:
     assert run(f"from walt_kernels.{op} import {op} as found")["found"] is function
     assert pickle.loads(pickle.dumps(function)) is function
     assert "Returns:" in (inspect.getdoc(function) or "")
-    signature = inspect.signature(function, eval_str=True)
+    signature = inspect.signature(function)
     assert next(iter(signature.parameters)) in testing.sample_call(op)
     assert signature.return_annotation is torch.Tensor
 

@@ -72,21 +72,20 @@ def define_op(
         names = (*types, "backend")
         memory = None if outputs is None else _seeing(names, outputs)
         passes = _Backward(name, types, visible, returns, differentiable, unread, gradients, backward)
-
-        def decomposes(*values: Any) -> bool:
-            return backend(name, values[-1]).differentiable
+        every = (*backends, Backend("reference", lambda **inputs: None, reference))
+        composed = frozenset(each.name for each in every if each.differentiable)
 
         def impl(*values: Any) -> Any:
-            *inputs, chosen = values
-            named, runs = dict(zip(types, inputs, strict=True)), backend(name, chosen)
-            if memory is None or runs.differentiable:
-                return complete(overload, runs.forward(**named))
-            made = memory(*values)
-            runs.forward(**named, **dict(zip(returns, as_tuple(made), strict=True)))
+            named, chosen = dict(zip(types, values, strict=False)), backend(name, values[-1])
+            if memory is None or chosen.differentiable:
+                return complete(overload, chosen.forward(**named))
+            made = memory(values)
+            named.update(zip(returns, as_tuple(made), strict=True))
+            chosen.forward(**named)
             return made
 
         def fake(*values: Any) -> Any:
-            return impl(*values) if memory is None or decomposes(*values) else memory(*values)
+            return impl(*values) if memory is None or values[-1] in composed else memory(values)
 
         def run(inputs: dict[str, Any]) -> Any:
             return overload(*[inputs[argument] for argument in names])
@@ -101,7 +100,7 @@ def define_op(
             impl=impl,
             fake=fake,
             reference=reference,
-            decomposes=decomposes,
+            composed=composed,
             setup_context=passes.setup,
             backward=passes.autograd,
             tangent=None if tangent is None else tangents_of,
@@ -114,16 +113,16 @@ def define_op(
         @functools.wraps(check)
         def function(*args: P.args, **kwargs: P.kwargs) -> Any:
             inputs = check(*args, **kwargs)
-            chosen = backend(name, select(name, inputs))
-            if chosen.differentiable:
-                return chosen.forward(**inputs)
-            results = overload(*[inputs[argument] for argument in types], chosen.name)
-            if visible > 1:
-                return results[:visible]
-            return results[0] if isinstance(results, tuple) else results
+            chosen = select(name, inputs)
+            if chosen in composed:
+                return backend(name, chosen).forward(**inputs)
+            results = overload(*[inputs[argument] for argument in types], chosen)
+            if len(returns) == visible:
+                return results
+            return results[:visible] if visible > 1 else results[0]
 
         # What `help` shows of it: what users pass and get.
-        result = inspect.signature(reference).return_annotation
+        result = inspect.signature(reference, eval_str=True).return_annotation
         function.__annotations__ = {**check.__annotations__, "return": result}
         vars(function)["__signature__"] = inspect.signature(check).replace(return_annotation=result)
 
@@ -133,7 +132,6 @@ def define_op(
             reads = {**inputs, **outputs, **incoming, "wanted": [inputs[n] is not None for n in differentiable]}
             passes.impl(*[reads[n] for n in passes.types], chosen)
 
-        every = (*backends, Backend("reference", lambda **inputs: None, reference))
         register(name, Op(function, check, every, sample, both_passes))
         return function
 
@@ -168,7 +166,9 @@ class _Backward:
         self.differentiable = tuple(differentiable)
         self.place = {n: names.index(n) for n in names}
         self.inputs, self.kept = [self.place[n] for n in inputs], [list(returns).index(n) for n in kept]
+        self.places = [self.place[n] for n in differentiable]
         self.options = [*(self.place[n] for n in options), len(names)]
+        self.writes = [f"grad_{n}" for n in differentiable]
         self.gradients = _seeing(self.reads, gradients) if gradients is not None else self.like_inputs
 
     def define(self) -> None:
@@ -176,23 +176,17 @@ class _Backward:
         self.overload = define(f"{self.name}_backward", schema, impl=self.impl, fake=self.fake)
 
     def impl(self, *reads: Any) -> Any:
-        made = self.gradients(*reads)
-        runs, named = backend(self.name, reads[-1]), dict(zip(self.reads, reads, strict=True))
-        del named["wanted"], named["backend"]
-        assert runs.backward is not None, f"{self.name}: PyTorch differentiates {runs.name}"
-        runs.backward(**named, **{f"grad_{n}": tensor for n, tensor in zip(self.differentiable, made, strict=True)})
-        return self.filled(made, reads)
+        made, chosen = self.gradients(reads), backend(self.name, reads[-1])
+        named = dict(zip(self.reads[:-2], reads, strict=False))
+        named.update(zip(self.writes, made, strict=True))
+        assert chosen.backward is not None, f"{self.name}: PyTorch differentiates {chosen.name}"
+        chosen.backward(**named)
+        return _filled(made, reads)
 
     def fake(self, *reads: Any) -> Any:
-        return self.filled(self.gradients(*reads), reads)
+        return _filled(self.gradients(reads), reads)
 
-    def filled(self, made: Sequence[Tensor | None], reads: Sequence[Any]) -> Any:
-        """What the torch op returns: zero elements for a gradient that is left out."""
-        some = next(value for value in reads if isinstance(value, Tensor))
-        tensors = tuple(some.new_empty(0) if tensor is None else tensor for tensor in made)
-        return tensors if len(tensors) > 1 else tensors[0]
-
-    def like_inputs(self, *reads: Any) -> list[Tensor | None]:
+    def like_inputs(self, reads: Sequence[Any]) -> list[Tensor | None]:
         named = dict(zip(self.reads, reads, strict=True))
         return [
             torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted and x is not None else None
@@ -210,18 +204,30 @@ class _Backward:
         incoming, result = grads[: self.visible], [None] * (len(self.place) + 1)
         if all(grad is None for grad in incoming):
             return result
-        wanted = [ctx.needs_input_grad[self.place[n]] for n in self.differentiable]
+        needed = ctx.needs_input_grad
+        wanted = [needed[i] for i in self.places]
         *options, chosen = ctx.options
         reads = (*incoming, *ctx.saved_tensors, *options, wanted, chosen)
 
         def kernels() -> dict[str, Tensor | None]:
             made = as_tuple(self.overload(*reads)) if any(wanted) else ()
-            return {n: grad for n, grad, w in zip(self.differentiable, made, wanted, strict=False) if w}
+            return dict(zip(self.differentiable, made, strict=False))
 
         found = kernels() if self.hook is None else self.hook(kernels, dict(zip(self.reads, reads, strict=True)))
         for name, gradient in found.items():
-            result[self.place[name]] = gradient
+            place = self.place[name]
+            result[place] = gradient if needed[place] else None
         return result
+
+
+def _filled(made: Sequence[Tensor | None], reads: Sequence[Any]) -> Any:
+    """What the torch op returns: zero elements for a gradient that is left out."""
+    for tensor in made:
+        if tensor is None:
+            some = next(value for value in reads if isinstance(value, Tensor))
+            made = [some.new_empty(0) if tensor is None else tensor for tensor in made]
+            break
+    return tuple(made) if len(made) > 1 else made[0]
 
 
 def _schema(reference: Callable[..., Any]) -> tuple[dict[str, str], int]:
@@ -237,13 +243,13 @@ def _signature(types: dict[str, str], results: int) -> str:
     return f"({arguments}, str backend) -> " + (f"({tensors})" if results > 1 else tensors)
 
 
-def _seeing(names: Sequence[str], function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of values with these names, of which it gets those that its parameters name."""
+def _seeing(names: Sequence[str], function: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
+    """``function`` on a sequence of values with these names, of which it gets those that its parameters name."""
     places = [list(names).index(name) for name in inspect.signature(function).parameters]
-    return lambda *values: function(*[values[i] for i in places])
+    return lambda values: function(*[values[i] for i in places])
 
 
 def _counting(names: Sequence[str], formula: Callable[..., int]) -> Callable[..., int]:
     """A formula as torch's counter calls it."""
     seeing = _seeing(names, formula)
-    return lambda *values, out_shape: seeing(*values, *([out_shape] if isinstance(out_shape, torch.Size) else out_shape))
+    return lambda *values, out_shape: seeing((*values, *([out_shape] if isinstance(out_shape, torch.Size) else out_shape)))

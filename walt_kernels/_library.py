@@ -33,15 +33,15 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     tangent: Tangent | None = None,
-    decomposes: Callable[..., bool] | None = None,
+    composed: frozenset[str] = frozenset(),
 ) -> Any:
     """Defines ``walt_kernels::name``: implementation, fake, reverse and forward derivative, vmap, decomposition.
 
     ``reference`` composes it of PyTorch's own ops: it is called with the arguments but the backend, and returns the
     first of the op's outputs; those after them are saved for the backward pass.
     ``backward`` is autograd's, with ``setup_context``. ``tangent(arguments, tangents)`` returns the tangent of every
-    output, None for those without; by default it is the reference's. Where ``decomposes(*arguments)``, the
-    implementation is made of PyTorch's own ops, which have derivatives themselves.
+    output, None for those without; by default it is the reference's. Backends in ``composed`` run
+    PyTorch's own ops, which have derivatives themselves.
 
     Returns the overload. An op without these is itself a backward pass: differentiating it raises an error that says so, never gives a zero.
     """
@@ -60,7 +60,7 @@ def define(
         _decompose(op, reference)
         tangent = tangent or _composed_tangent(op, reference)
     backward, tangent = backward or no_second_derivative, tangent or no_second_derivative
-    kernel = _autograd_kernel(op, setup_context, backward, tangent, decomposes, impl)
+    kernel = _autograd_kernel(op, setup_context, backward, tangent, composed, impl)
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(op, _one_by_one(op), lib=LIBRARY)
     return op
@@ -76,7 +76,7 @@ def _autograd_kernel(
     setup_context: Callable[..., None] | None,
     backward: Callable[..., Any],
     tangent: Tangent,
-    decomposes: Callable[..., bool] | None,
+    composed: frozenset[str],
     impl: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Autograd for an op, as ``torch.library.register_autograd`` makes it, and more: forward mode and torch.func.
@@ -110,7 +110,7 @@ def _autograd_kernel(
     Node: Any = type(op._opname, (_SingleLevelFunction,), methods)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if decomposes is not None and decomposes(*arguments):
+        if arguments[-1] in composed:
             return impl(*arguments)
         if transformed() and not torch.is_inference_mode_enabled():
             arguments = unwrap_dead_wrappers(arguments)
