@@ -98,7 +98,9 @@ def emulated(module: Any) -> Iterator[None]:
         patch.setattr(cuda, "C", module)
         patch.setattr(cuda, "_running_on", running_on)
         for name, op in list(_dispatch._ops.items()):
-            free = [dataclasses.replace(b, unsupported=lambda **_: None) if b.name == "cuda" else b for b in op.backends]
+            free = [
+                dataclasses.replace(b, unsupported=lambda **_: None) if b.name == "cuda" else b for b in op.backends
+            ]
             patch.setitem(_dispatch._ops, name, dataclasses.replace(op, backends=tuple(free)))
         with wk.use_backend("cuda"):
             yield

@@ -28,7 +28,6 @@ from walt_kernels import _dispatch, _native
 from walt_kernels.testing import sample_call
 
 
-
 def call(op: str) -> Any:
     torch.manual_seed(0)
     return found_ops.call(op, **sample_call(op))

@@ -93,8 +93,9 @@ def test_lora() -> None:
 def test_every_op_counts_what_its_reference_does(op: str) -> None:
     """Products alone: an op without any counts none."""
     inputs = sample_call(op)
-    assert counted(lambda: outputs_of(op, **with_gradients(inputs))[0], backend_of(op))[0] == (
-        counted(lambda: outputs_of(op, **with_gradients(inputs))[0], "reference")[0]
+    assert (
+        counted(lambda: outputs_of(op, **with_gradients(inputs))[0], backend_of(op))[0]
+        == (counted(lambda: outputs_of(op, **with_gradients(inputs))[0], "reference")[0])
     )
 
 

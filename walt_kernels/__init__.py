@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from . import _dispatch
 from . import nn as nn
 from ._define import folders as _folders
 from ._dispatch import explain, use_backend
@@ -24,12 +25,14 @@ __all__ = [
     "window_attention",
 ]
 
-# Every op folder declares its ops when it is imported: one that is not named above is there for `explain` and `testing`.
-# The function of a folder's name hides the package. What is in the package is found through the function, too, or
-# `import walt_kernels.causal_conv3d.op as op` would fail.
+# The ops of all folders. They are named above, too, for readers and type checkers alone.
 for _folder in _folders():
     importlib.import_module(f"{__name__}.{_folder}.op")
+globals().update({_op: _dispatch.op(_op).function for _op in _dispatch.ops()})
+
+# A function hides the package that it has its name of. What is in the package is found through the function, too, or
+# `import walt_kernels.causal_conv3d.op as op` would fail.
+for _folder in _folders():
     _package, _function = sys.modules[f"{__name__}.{_folder}"], globals()[_folder]
-    if _function is not _package:
-        vars(_package).update(vars(_function))
-        _function.__dict__ = vars(_package)
+    vars(_package).update(vars(_function))
+    _function.__dict__ = vars(_package)

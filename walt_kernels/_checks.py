@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, value: Any, layout: str = "", dims: tuple[int, ...] = ()) -> None:
-    """``layout`` names the dimensions, as "[B, N, D]" does; ``dims`` are their possible numbers, where it has several."""
+    """``layout`` names the dimensions, as "[B, N, D]" does; ``dims`` are their possible numbers if it has several."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor {layout}".rstrip())
     if layout and value.dim() not in (dims or (layout.count(",") + 1,)):
@@ -74,12 +74,13 @@ def positive(name: str, value: Any) -> int:
 def triple(name: str, value: Any) -> tuple[int, int, int]:
     """One positive int for each of time, height and width, or one for all."""
     value = plain(value)
-    values = (value,) * 3 if is_int(value) else value
+    values = (value, value, value) if is_int(value) else value
     if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(is_int, values)):
         raise TypeError(f"{name} is {value!r}, expected an int or 3 ints (time, height, width)")
-    if any(v < 1 for v in values):
+    t, h, w = values
+    if t < 1 or h < 1 or w < 1:
         raise ValueError(f"{name} is {value!r}, expected integers of at least 1")
-    return values[0], values[1], values[2]
+    return t, h, w
 
 
 def three(name: str, value: Any, axes: str) -> tuple[int, int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -37,7 +38,7 @@ def define_op(
     gradients: Callable[..., Sequence[Tensor | None]] | None = None,
     unread: Sequence[str] = (),
     flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
-    backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    backward: Callable[..., dict[str, Tensor]] | None = None,
     tangent: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, R]]:
     """Makes an op of a function: schema, fake, derivatives, vmap, decomposition, FLOPs, and the choice of a backend.
@@ -60,8 +61,8 @@ def define_op(
             contiguous, like the inputs.
         unread: names of the inputs and outputs that the backward pass does not read, and that are not saved for it.
         flops: formulas of the two passes; they see what the passes read, shapes for tensors, and forward the outputs'.
-        backward: ``backward(kernels, saved)`` returns gradients by name where more is to be said than ``kernels()``,
-            which is what the backend computes. ``saved`` is all that it reads, by name, and ``backend``.
+        backward: ``backward(kernels, reads)`` returns gradients by name where more is to be said than ``kernels()``,
+            those that the backend computes. ``reads`` is what it reads, by name, and ``backend``.
         tangent: ``tangent(run, inputs, tangents)`` returns the tangents of the outputs in forward mode, where
             ``run(inputs)`` is the op; by default they are the reference's.
     """
@@ -77,7 +78,7 @@ def define_op(
 
         def impl(*values: Any) -> Any:
             named, chosen = dict(zip(types, values, strict=False)), backend(name, values[-1])
-            if memory is None or chosen.differentiable:
+            if memory is None or values[-1] in composed:
                 return complete(overload, chosen.forward(**named))
             made = memory(values)
             named.update(zip(returns, as_tuple(made), strict=True))
@@ -152,7 +153,7 @@ class _Backward:
         differentiable: Sequence[str],
         unread: Sequence[str],
         gradients: Callable[..., Sequence[Tensor | None]] | None,
-        hook: Callable[..., dict[str, Tensor | None]] | None,
+        hook: Callable[..., dict[str, Tensor]] | None,
     ) -> None:
         names = list(types)
         inputs = [n for n in names if types[n].startswith("Tensor") and n not in unread]
@@ -160,14 +161,18 @@ class _Backward:
         options = [n for n in names if not types[n].startswith("Tensor") and n not in unread]
         incoming = dict.fromkeys((f"grad_{n}" for n in returns[:visible]), "Tensor?" if visible > 1 else "Tensor")
         self.types = {**incoming, **{n: types[n] for n in inputs}, **dict.fromkeys(kept, "Tensor")}
-        self.types |= {**{n: types[n] for n in options}, "wanted": "bool[]"}
+        self.types |= {n: types[n] for n in options}
+        self.saved = tuple(self.types)
+        self.chooses = gradients is None or "wanted" in inspect.signature(gradients).parameters
+        if self.chooses:
+            self.types["wanted"] = "bool[]"
         self.reads = (*self.types, "backend")
         self.name, self.visible, self.hook = name, visible, hook
         self.differentiable = tuple(differentiable)
         self.place = {n: names.index(n) for n in names}
-        self.inputs, self.kept = [self.place[n] for n in inputs], [list(returns).index(n) for n in kept]
         self.places = [self.place[n] for n in differentiable]
-        self.options = [*(self.place[n] for n in options), len(names)]
+        self.inputs, self.options, self.needed = (_picking(names, n) for n in (inputs, options, differentiable))
+        self.kept = _picking(returns, kept)
         self.writes = [f"grad_{n}" for n in differentiable]
         self.gradients = _seeing(self.reads, gradients) if gradients is not None else self.like_inputs
 
@@ -177,7 +182,7 @@ class _Backward:
 
     def impl(self, *reads: Any) -> Any:
         made, chosen = self.gradients(reads), backend(self.name, reads[-1])
-        named = dict(zip(self.reads[:-2], reads, strict=False))
+        named = dict(zip(self.saved, reads, strict=False))
         named.update(zip(self.writes, made, strict=True))
         assert chosen.backward is not None, f"{self.name}: PyTorch differentiates {chosen.name}"
         chosen.backward(**named)
@@ -187,7 +192,7 @@ class _Backward:
         return _filled(self.gradients(reads), reads)
 
     def like_inputs(self, reads: Sequence[Any]) -> list[Tensor | None]:
-        named = dict(zip(self.reads, reads, strict=True))
+        named = self.by_name(reads)
         return [
             torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted and x is not None else None
             for x, wanted in zip((named[n] for n in self.differentiable), named["wanted"], strict=True)
@@ -195,29 +200,39 @@ class _Backward:
 
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = as_tuple(output)
-        ctx.save_for_backward(*[inputs[i] for i in self.inputs], *[outputs[i] for i in self.kept])
-        ctx.options = [inputs[i] for i in self.options]
+        ctx.save_for_backward(*self.inputs(inputs), *self.kept(outputs))
+        ctx.options, ctx.backend = self.options(inputs), inputs[-1]
         ctx.mark_non_differentiable(*outputs[self.visible :])
         ctx.set_materialize_grads(False)
 
     def autograd(self, ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]:
-        incoming, result = grads[: self.visible], [None] * (len(self.place) + 1)
-        if all(grad is None for grad in incoming):
+        incoming: Sequence[Tensor | None] = grads[: self.visible]
+        result: list[Tensor | None] = [None] * (len(self.place) + 1)
+        for grad in incoming:
+            if grad is not None:
+                break
+        else:
             return result
         needed = ctx.needs_input_grad
-        wanted = [needed[i] for i in self.places]
-        *options, chosen = ctx.options
-        reads = (*incoming, *ctx.saved_tensors, *options, wanted, chosen)
+        wanted = self.needed(needed)
+        reads = (*incoming, *ctx.saved_tensors, *ctx.options, *([wanted] if self.chooses else ()), ctx.backend)
 
-        def kernels() -> dict[str, Tensor | None]:
-            made = as_tuple(self.overload(*reads)) if any(wanted) else ()
-            return dict(zip(self.differentiable, made, strict=False))
+        def computed() -> Sequence[Tensor]:
+            return as_tuple(self.overload(*reads)) if True in wanted else ()
 
-        found = kernels() if self.hook is None else self.hook(kernels, dict(zip(self.reads, reads, strict=True)))
-        for name, gradient in found.items():
-            place = self.place[name]
-            result[place] = gradient if needed[place] else None
+        found: Iterable[tuple[int, Tensor]]
+        if self.hook is None:
+            found = zip(self.places, computed(), strict=False)
+        else:
+            named = self.hook(lambda: dict(zip(self.differentiable, computed(), strict=False)), self.by_name(reads))
+            found = ((self.place[name], gradient) for name, gradient in named.items())
+        for place, gradient in found:
+            if needed[place]:
+                result[place] = gradient
         return result
+
+    def by_name(self, reads: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.reads, reads, strict=True))
 
 
 def _filled(made: Sequence[Tensor | None], reads: Sequence[Any]) -> Any:
@@ -231,7 +246,7 @@ def _filled(made: Sequence[Tensor | None], reads: Sequence[Any]) -> Any:
 
 
 def _schema(reference: Callable[..., Any]) -> tuple[dict[str, str], int]:
-    """Types of the arguments of ``reference`` by name, in the language of torch's schemas; and the number of results."""
+    """Types of the reference's arguments by name, in the language of torch's schemas; and the number of its results."""
     arguments, results = torch.library.infer_schema(reference, mutates_args=())[1:].split(") -> ", 1)
     pairs = [argument.split("=")[0].split() for argument in arguments.split(", ") if argument != "*"]
     return {name: kind for kind, name in pairs}, results.count("Tensor")
@@ -245,11 +260,21 @@ def _signature(types: dict[str, str], results: int) -> str:
 
 def _seeing(names: Sequence[str], function: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
     """``function`` on a sequence of values with these names, of which it gets those that its parameters name."""
-    places = [list(names).index(name) for name in inspect.signature(function).parameters]
-    return lambda values: function(*[values[i] for i in places])
+    pick = _picking(names, list(inspect.signature(function).parameters))
+    return lambda values: function(*pick(values))
+
+
+def _picking(names: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Takes those called ``some`` out of values that are called ``names``."""
+    places = [list(names).index(name) for name in some]
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple(values[i] for i in places)
 
 
 def _counting(names: Sequence[str], formula: Callable[..., int]) -> Callable[..., int]:
     """A formula as torch's counter calls it."""
     seeing = _seeing(names, formula)
-    return lambda *values, out_shape: seeing((*values, *([out_shape] if isinstance(out_shape, torch.Size) else out_shape)))
+    return lambda *values, out_shape: seeing(
+        (*values, *([out_shape] if isinstance(out_shape, torch.Size) else out_shape))
+    )

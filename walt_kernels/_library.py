@@ -40,10 +40,11 @@ def define(
     ``reference`` composes it of PyTorch's own ops: it is called with the arguments but the backend, and returns the
     first of the op's outputs; those after them are saved for the backward pass.
     ``backward`` is autograd's, with ``setup_context``. ``tangent(arguments, tangents)`` returns the tangent of every
-    output, None for those without; by default it is the reference's. Backends in ``composed`` run
-    PyTorch's own ops, which have derivatives themselves.
+    output, None for those without; by default it is the reference's. The backends ``composed`` run PyTorch's own ops,
+    which have derivatives themselves.
 
-    Returns the overload. An op without these is itself a backward pass: differentiating it raises an error that says so, never gives a zero.
+    An op without these is itself a backward pass: differentiating it raises an error that says so, never gives a zero.
+    Returns the overload.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
@@ -85,9 +86,11 @@ def _autograd_kernel(
     and ``torch.func.grad`` refuses it.
     """
 
+    redispatch = op._handle.redispatch_boxed  # op.redispatch is one more call
+
     def below(keyset: Any, arguments: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     def node_forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, keyset = arguments
@@ -151,7 +154,7 @@ def _composed_tangent(op: Any, reference: Callable[..., Any]) -> Tangent:
 
 
 def _decompose(op: Any, reference: Callable[..., Any]) -> None:
-    """Tells torch how the op is composed of PyTorch's own: what torch.onnx.export translates, without a backward pass."""
+    """Tells torch how the op is composed of PyTorch's own, which torch.onnx.export translates: without derivatives."""
 
     def decomposition(*arguments: Any) -> Any:
         return complete(op, reference(*arguments[:-1]))

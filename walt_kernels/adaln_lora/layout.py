@@ -37,8 +37,8 @@ def lora_gradients(grad_out: Tensor, cond: Tensor, down: Tensor, up: Tensor) -> 
     return like(cond), grad_base, like(down), like(up)
 
 
-def unit(tensor: Tensor | None) -> Tensor | None:
+def unit(tensor: Tensor) -> Tensor:
     """The kernels walk rows of unit stride; only a tensor whose last dimension is scattered in memory is copied."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)  # to contiguous() an empty tensor is so as it is

@@ -22,6 +22,8 @@ from .._library import autocast_enabled
 from . import cuda, native, reference
 from .layout import hidden_like, like, lora_gradients, lora_output, statistics
 
+_CPU, _CUDA = native.KERNELS, cuda.KERNELS
+
 BACKWARD = 2.0  # times the FLOPs of adaln_lora's forward pass: two products for each of its two
 
 
@@ -44,9 +46,9 @@ def _lora_sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
     unread=("base", "out"),
     flops=(lora_flops, lambda grad_out, cond, down: int(BACKWARD * lora_flops(cond, grad_out[1:], down))),
     backends=(
-        Backend("cuda", _native.cuda_unsupported, *cuda.KERNELS.lora, opt_in=_native.CUDA_OPT_IN),
+        Backend("cuda", _native.cuda_unsupported, _CUDA.lora_forward, _CUDA.lora_backward, _native.CUDA_OPT_IN),
         _triton.backend(__package__, "lora_forward", "lora_backward"),
-        Backend("cpu", _native.unsupported, *native.KERNELS.lora),
+        Backend("cpu", _native.unsupported, _CPU.lora_forward, _CPU.lora_backward),
     ),
     sample=_lora_sample,
 )
@@ -94,9 +96,9 @@ def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> dict[str
 
 # One kernel for the other three ops: it does what it has memory for.
 _BACKENDS = (
-    Backend("cuda", _native.cuda_unsupported, *cuda.KERNELS.modulation, opt_in=_native.CUDA_OPT_IN),
+    Backend("cuda", _native.cuda_unsupported, _CUDA.forward, _CUDA.backward, _native.CUDA_OPT_IN),
     _triton.backend(__package__),
-    Backend("cpu", _native.unsupported, *native.KERNELS.modulation),
+    Backend("cpu", _native.unsupported, _CPU.forward, _CPU.backward),
 )
 
 
@@ -149,7 +151,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
     differentiable=("branch", "gate"),
     gradients=lambda branch, gate: (like(branch), like(gate)),
     unread=("x", "x_new"),
-    backward=lambda kernels, saved: {"x": saved["grad_x_new"], **kernels()},
+    backward=lambda kernels, reads: {"x": reads["grad_x_new"], **kernels()},
     backends=_BACKENDS,
     sample=_sample("x", "branch", "gate"),
 )
@@ -172,13 +174,13 @@ def adaln_residual(x: Tensor, branch: Tensor, gate: Tensor) -> dict[str, Any]:
     return {"x": x, "branch": _checked_branch(x, branch), **_modulation(x, gate=gate)}
 
 
-def _residual_alone(kernels: Callable[[], dict[str, Tensor]], saved: dict[str, Any]) -> dict[str, Tensor]:
+def _residual_alone(kernels: Callable[[], dict[str, Tensor]], reads: dict[str, Any]) -> dict[str, Tensor]:
     """Where nothing arrives for h, the norm took no part: what remains is the residual's own backward pass."""
-    if saved["grad_h"] is not None:
+    if reads["grad_h"] is not None:
         return kernels()
-    reads = (saved[name] for name in ("grad_x_new", "branch", "gate"))
-    branch, gate = torch.ops.walt_kernels.adaln_residual_backward(*reads, [True, True], saved["backend"])
-    return {"x": saved["grad_x_new"], "branch": branch, "gate": gate}
+    names = ("grad_x_new", "branch", "gate", "backend")
+    branch, gate = torch.ops.walt_kernels.adaln_residual_backward(*(reads[name] for name in names))
+    return {"x": reads["grad_x_new"], "branch": branch, "gate": gate}
 
 
 @define_op(

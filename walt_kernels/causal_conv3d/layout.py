@@ -19,11 +19,11 @@ def output_shape(
     x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, ...]:
     """[B, C_out, ceil(T / st), H', W']"""
-    frames = (x.shape[2] - 1) // stride[0] + 1
+    (B, _, T, H, W), (C_out, _, _, kh, kw) = x.shape, weight.shape
     top, bottom, left, right = padding
-    height = (x.shape[3] + top + bottom - (weight.shape[3] - 1) * dilation[1] - 1) // stride[1] + 1
-    width = (x.shape[4] + left + right - (weight.shape[4] - 1) * dilation[2] - 1) // stride[2] + 1
-    return x.shape[0], weight.shape[0], frames, height, width
+    height = (H + top + bottom - (kh - 1) * dilation[1] - 1) // stride[1] + 1
+    width = (W + left + right - (kw - 1) * dilation[2] - 1) // stride[2] + 1
+    return B, C_out, (T - 1) // stride[0] + 1, height, width
 
 
 def output_like(

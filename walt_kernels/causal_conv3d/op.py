@@ -178,7 +178,7 @@ def resolve_padding(padding: Padding, kernel: Sequence[int], dilation: Sequence[
 def _check_x(x: Any) -> None:
     check_tensor("x", x, "[B, C, T, H, W]")
     check_dtype("x", x)
-    if any(size == 0 for size in x.shape[1:]):
+    if 0 in x.shape[1:]:
         raise shape_error("x", x, "sizes of at least 1 (the batch may be empty)")
 
 
@@ -201,7 +201,7 @@ def _check_weight(weight: Any, bias: Any, x: Tensor, groups: int) -> None:
         raise ValueError(f"groups is {groups}, expected a divisor of x's {channels} channels")
     if out_channels % groups:
         raise ValueError(f"groups is {groups}, expected a divisor of weight's {out_channels} output channels")
-    if any(size == 0 for size in weight.shape):
+    if 0 in weight.shape:
         raise shape_error("weight", weight, "sizes of at least 1")
     if weight.shape[1] != channels // groups:
         raise ValueError(
@@ -278,4 +278,3 @@ def next_history(
         before = reference.past(x, frames, time_padding) if history is None else history
         tail = torch.cat([before, x], dim=2).narrow(2, x.shape[2], frames)
     return tail.clone(memory_format=torch.contiguous_format if transformed() else memory_format(x))  # as vmap needs it
-

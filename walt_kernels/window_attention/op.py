@@ -120,10 +120,12 @@ def window_attention(
     """
     masks = {"image": image, "context_mask": context_mask}
     parameters = {"bias_table": bias_table, "q_norm": q_norm, "k_norm": k_norm}
-    for name, tensor in {"q": q, "k": k, "v": v, "context_k": context_k, "context_v": context_v, **parameters, **masks}.items():
-        if tensor is not None or name in ("q", "k", "v"):
-            check_tensor(name, tensor)
-            check_same_device(name, tensor, "q", q)
+    keys: dict[str, Any] = {"k": k, "v": v, "context_k": context_k, "context_v": context_v}
+    check_tensor("q", q)
+    for name, given in {**keys, **parameters, **masks}.items():
+        if given is not None or name in ("k", "v"):
+            check_tensor(name, given)
+            check_same_device(name, given, "q", q)
     q, k, v, context_k, context_v = autocast(q, k, v, context_k, context_v)  # type: ignore[assignment]
     check_dtype("q", q)
     for name, tensor in {"k": k, "v": v, "context_k": context_k, "context_v": context_v}.items():
@@ -137,7 +139,7 @@ def window_attention(
             check_dtype(name, tensor, (torch.bool,))
     check_tensor("q", q, "[B, T, H, W, heads, dim]")
     B, T, H, W, heads, dim = q.shape
-    if any(size < 1 for size in (T, H, W, heads)):  # one by one: min() would put their order into an exported graph
+    if 0 in (T, H, W, heads):  # one by one: min() would put their order into an exported graph
         raise shape_error("q", q, "at least one frame, row, column and head")
     if not 8 <= dim <= 256:
         raise ValueError(f"q has dim {dim} in its last dimension, expected 8 to 256")

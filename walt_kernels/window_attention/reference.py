@@ -69,7 +69,7 @@ def window_indices(
     return places, inside, (window_of, token_of)
 
 
-def bias_of(table: torch.Tensor, window: Sequence[int], size: tuple[int, int, int]) -> torch.Tensor:
+def bias_of(table: torch.Tensor, window: Sequence[int], size: Sequence[int]) -> torch.Tensor:
     """[heads, N, N] of a window of ``size`` <= ``window``: element (i, j) is table[:, i - j + window - 1]."""
     axes = [torch.arange(s, device=table.device) for s in size]
     tokens = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # [3, N]
@@ -135,7 +135,7 @@ def window_attention(
 
     def inside_windows(
         take: Callable[[torch.Tensor], torch.Tensor],
-        size: tuple[int, int, int],
+        size: Sequence[int],
         real: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B, windows, N, heads, dim] of the windows of ``size`` that ``take`` takes out of a tensor [B, T, H, W, ...].
