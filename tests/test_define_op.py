@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 
-def toy(x: Tensor, weight: Tensor | None, power: int, scale: float) -> Tensor:
-    y = scale * x**power
+def toy(x: Tensor, weight: Tensor | None, steps: int, scale: float) -> Tensor:
+    y = scale * x.roll(steps, 1) ** 2
     return y if weight is None else y * weight
 """
 OP = '''
@@ -41,14 +41,14 @@ from walt_kernels._define import define_op
 from . import reference
 
 
-@define_op(reference.toy, sample=lambda tensor, batch: {"x": tensor(batch, 4, 8), "weight": tensor(8), "power": 2})
-def toy(x: Tensor, weight: Tensor | None = None, *, power: int = 1, scale: float = 1.0) -> dict[str, Any]:
-    """Returns scale * x**power * weight."""
+@define_op(reference.toy, sample=lambda tensor, batch: {"x": tensor(batch, 4, 8), "weight": tensor(8), "steps": 2})
+def toy(x: Tensor, weight: Tensor | None = None, *, steps: int = 1, scale: float = 1.0) -> dict[str, Any]:
+    """Returns scale * x.roll(steps, 1) ** 2 * weight."""
     check_tensor("x", x, "[B, N, D]")
     if weight is not None:
         check_tensor("weight", weight, "[D]")
         check_same_dtype("weight", weight, "x", x)
-    return {"x": x, "weight": weight, "power": positive("power", power), "scale": number("scale", scale)}
+    return {"x": x, "weight": weight, "steps": positive("steps", steps), "scale": number("scale", scale)}
 '''
 PLUGIN = """
 import walt_kernels
@@ -88,7 +88,7 @@ def test_its_folder_is_found_and_its_calls_are_explained(tmp_path: Path) -> None
     assert explain("toy", **sample_call("toy")) == {"reference": None}
     assert "  toy                      reference" in report()
     x = torch.ones(1, 2, 3, requires_grad=True)
-    y = _dispatch.op("toy").function(x, power=3)
+    y = _dispatch.op("toy").function(x, steps=3)
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     torch.autograd.grad(grad.sum(), x)
     try:
@@ -97,7 +97,7 @@ def test_its_folder_is_found_and_its_calls_are_explained(tmp_path: Path) -> None
         assert str(error) == "x has shape (2, 3), expected 3 dimensions [B, N, D]", error
     schema = torch.ops.walt_kernels.toy.default._schema
     assert str(schema) == (
-        "walt_kernels::toy(Tensor x, Tensor? weight, SymInt power, float scale, str backend) -> Tensor"
+        "walt_kernels::toy(Tensor x, Tensor? weight, SymInt steps, float scale, str backend) -> Tensor"
     ), schema
     """)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
