@@ -23,7 +23,7 @@ from walt.training import Draw, Loss, TrainingConfig
 from walt.transformer import Transformer
 from walt_kernels import testing, use_backend
 
-from .cases import Case
+from .case import Case
 from .contender import COMPILED, REFERENCE, Contender, Subject, on_reference
 
 WIDE = f"{REFERENCE} in float32"

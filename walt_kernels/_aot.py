@@ -1,7 +1,7 @@
 """``python -m walt_kernels aot``: compiles every Triton kernel for every target, without a GPU, and reads its costs.
 
-Each op folder lists calls (``aot_calls`` in triton_aot.py) that together reach all its kernels and tiles. Their launches
-are recorded as for a target and compiled with the argument types and specialisations a real launch would have. A kernel
+Each op folder lists calls (``aot_calls`` in triton_aot.py) which together reach all its kernels and tiles. Launches are
+recorded as for a target and compiled with the argument types and specialisations a real launch would have. A kernel
 fails that spills more registers than its op states in SPILLS (by "kernel" or "kernel, call"; for Triton 3.7,
 others may spill more), that needs more shared memory than the target has, whose 16-bit matrix products are not on
 tensor cores, or whose float32 ones lose digits that were asked for.
