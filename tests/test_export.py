@@ -180,13 +180,14 @@ def test_decomposition(name: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_decomposition_knows_what_an_exported_program_can_know(op: str) -> None:
     """The outputs that users get; what is saved for a backward pass, which no exported program has, is NaN."""
-    inputs = _dispatch.prepare(op, **sample_call(op))
+    call = sample_call(op)
+    inputs = _dispatch.prepare(op, **call)
     overload = getattr(torch.ops.walt_kernels, op).default
     outputs = torch._decomp.decomposition_table[overload](*inputs.values(), "cpu")
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert len(outputs) == len(overload._schema.returns)
     with wk.use_backend("reference"):
-        expected = outputs_of(op, **inputs)
+        expected = outputs_of(op, **call)
     torch.testing.assert_close(outputs[: len(expected)], expected)
     assert all(output.isnan().all() for output in outputs[len(expected) :])
 

@@ -78,8 +78,8 @@ def test_conv_history_continues_a_video() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 0}, "in_channels: got 0"),
-        ({"out_channels": 5, "groups": 2}, "out_channels: got 5 with groups=2"),
+        ({"in_channels": 0}, "in_channels is 0, expected a positive int"),
+        ({"out_channels": 5, "groups": 2}, "out_channels is 5 with groups=2, expected a positive multiple"),
         ({"kernel_size": (3, 3)}, "kernel_size is .3, 3.*expected"),
         ({"stride": 0}, "stride is 0, expected"),
         ({"dilation": (1, 1, -1)}, "dilation is .1, 1, -1.*expected"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -111,6 +110,8 @@ def define_op(
         if flops is not None:
             count_flops(name, _counting((*names, *returns), flops[0]), _counting(passes.reads, flops[1]))
 
+        check.__annotations__["return"] = reference.__annotations__["return"]  # what `help` shows of the function
+
         @functools.wraps(check)
         def function(*args: P.args, **kwargs: P.kwargs) -> Any:
             inputs = check(*args, **kwargs)
@@ -121,11 +122,6 @@ def define_op(
             if len(returns) == visible:
                 return results
             return results[:visible] if visible > 1 else results[0]
-
-        # What `help` shows of it: what users pass and get.
-        result = inspect.signature(reference, eval_str=True).return_annotation
-        function.__annotations__ = {**check.__annotations__, "return": result}
-        vars(function)["__signature__"] = inspect.signature(check).replace(return_annotation=result)
 
         def both_passes(chosen: str, inputs: dict[str, Any], absent: Sequence[str] = ()) -> None:
             outputs = dict(zip(returns, as_tuple(impl(*[inputs[n] for n in types], chosen)), strict=True))
@@ -163,7 +159,7 @@ class _Backward:
         self.types = {**incoming, **{n: types[n] for n in inputs}, **dict.fromkeys(kept, "Tensor")}
         self.types |= {n: types[n] for n in options}
         self.saved = tuple(self.types)
-        self.chooses = gradients is None or "wanted" in inspect.signature(gradients).parameters
+        self.chooses = gradients is None or "wanted" in _parameters(gradients)
         if self.chooses:
             self.types["wanted"] = "bool[]"
         self.reads = (*self.types, "backend")
@@ -260,8 +256,13 @@ def _signature(types: dict[str, str], results: int) -> str:
 
 def _seeing(names: Sequence[str], function: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
     """``function`` on a sequence of values with these names, of which it gets those that its parameters name."""
-    pick = _picking(names, list(inspect.signature(function).parameters))
+    pick = _picking(names, _parameters(function))
     return lambda values: function(*pick(values))
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    code = function.__code__
+    return code.co_varnames[: code.co_argcount]
 
 
 def _picking(names: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
