@@ -101,7 +101,7 @@ def emulated(module: Any) -> Iterator[None]:
             free = [
                 dataclasses.replace(b, unsupported=lambda **_: None) if b.name == "cuda" else b for b in op.backends
             ]
-            patch.setitem(_dispatch._ops, name, dataclasses.replace(op, backends=tuple(free)))
+            patch.setitem(_dispatch._ops, name, op._replace(backends=tuple(free)))
         with wk.use_backend("cuda"):
             yield
 

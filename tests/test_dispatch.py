@@ -59,7 +59,7 @@ def backend_of_forward(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 return _inner(*args, **kwargs)
 
             wrapped.append(dataclasses.replace(backend, forward=forward))
-        monkeypatch.setitem(_dispatch._ops, op, dataclasses.replace(registered, backends=tuple(wrapped)))
+        monkeypatch.setitem(_dispatch._ops, op, registered._replace(backends=tuple(wrapped)))
     return ran
 
 
@@ -147,7 +147,7 @@ def test_opt_in_backend_runs_only_when_forced(monkeypatch: pytest.MonkeyPatch) -
     registered = _dispatch._ops[op]
     others = [backend for backend in registered.backends if backend.name != "triton"]
     trial = _dispatch.Backend("triton", lambda **inputs: None, others[0].forward, opt_in="not yet run on a GPU")
-    monkeypatch.setitem(_dispatch._ops, op, dataclasses.replace(registered, backends=(trial, *others)))
+    monkeypatch.setitem(_dispatch._ops, op, registered._replace(backends=(trial, *others)))
     inputs = _dispatch.prepare(op, **sample_call(op))
     assert wk.explain(op, **sample_call(op))["triton"] == "not yet run on a GPU"
     assert _dispatch.select(op, inputs) != "triton"

@@ -220,7 +220,7 @@ def test_a_gpu_backend_is_a_default_only_with_its_row(monkeypatch: pytest.Monkey
         free = [dataclasses.replace(backend, opt_in=None) for backend in found.backends]
         if op == "adaln_modulate":
             free.append(dataclasses.replace(free[0], name="cuda"))
-        ops[op] = dataclasses.replace(found, backends=tuple(free))
+        ops[op] = found._replace(backends=tuple(free))
     monkeypatch.setattr(verified._dispatch, "_ops", ops)
     assert {"window_attention, flash", "adaln_modulate, cuda"} <= set(verified.unproven([]))
     slow, fast = (row(op="window_attention", backend="flash", speedup=speedup) for speedup in (0.9, 1.1))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._dispatch import Backend, Op, backend, register, select
 from ._flops import count_flops
-from ._library import as_tuple, complete, define
+from ._library import as_tuple, complete, define, in_backward
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,7 +23,8 @@ def folders() -> list[str]:
     """The op folders of the package: those with a file op.py, which declares an op or several."""
     import walt_kernels
 
-    return sorted({file.parent.name for place in walt_kernels.__path__ for file in Path(place).glob("*/op.py")})
+    entries = (entry for place in walt_kernels.__path__ for entry in os.scandir(place))
+    return sorted({entry.name for entry in entries if os.path.isfile(os.path.join(entry.path, "op.py"))})
 
 
 def define_op(
@@ -60,8 +61,8 @@ def define_op(
             contiguous, like the inputs.
         unread: names of the inputs and outputs that the backward pass does not read, and that are not saved for it.
         flops: formulas of the two passes; they see what the passes read, shapes for tensors, and forward the outputs'.
-        backward: ``backward(kernels, reads)`` returns gradients by name where more is to be said than ``kernels()``,
-            those that the backend computes. ``reads`` is what it reads, by name, and ``backend``.
+        backward: returns gradients by name where more is to be said than ``kernels()``, those that a backend computes.
+            It sees ``kernels``, what these read, and ``backend``.
         tangent: ``tangent(run, inputs, tangents)`` returns the tangents of the outputs in forward mode, where
             ``run(inputs)`` is the op; by default they are the reference's.
     """
@@ -163,7 +164,8 @@ class _Backward:
         if self.chooses:
             self.types["wanted"] = "bool[]"
         self.reads = (*self.types, "backend")
-        self.name, self.visible, self.hook = name, visible, hook
+        self.name, self.visible = name, visible
+        self.hook = _seeing((*self.reads, "kernels"), hook) if hook is not None else None
         self.differentiable = tuple(differentiable)
         self.place = {n: names.index(n) for n in names}
         self.places = [self.place[n] for n in differentiable]
@@ -188,7 +190,7 @@ class _Backward:
         return _filled(self.gradients(reads), reads)
 
     def like_inputs(self, reads: Sequence[Any]) -> list[Tensor | None]:
-        named = self.by_name(reads)
+        named = dict(zip(self.reads, reads, strict=True))
         return [
             torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted and x is not None else None
             for x, wanted in zip((named[n] for n in self.differentiable), named["wanted"], strict=True)
@@ -214,21 +216,18 @@ class _Backward:
         reads = (*incoming, *ctx.saved_tensors, *ctx.options, *([wanted] if self.chooses else ()), ctx.backend)
 
         def computed() -> Sequence[Tensor]:
-            return as_tuple(self.overload(*reads)) if True in wanted else ()
+            return as_tuple(in_backward(self.overload, reads)) if True in wanted else ()
 
         found: Iterable[tuple[int, Tensor]]
         if self.hook is None:
             found = zip(self.places, computed(), strict=False)
         else:
-            named = self.hook(lambda: dict(zip(self.differentiable, computed(), strict=False)), self.by_name(reads))
-            found = ((self.place[name], gradient) for name, gradient in named.items())
+            named = self.hook((*reads, lambda: dict(zip(self.differentiable, computed(), strict=False))))
+            found = [(self.place[name], gradient) for name, gradient in named.items()]
         for place, gradient in found:
             if needed[place]:
                 result[place] = gradient
         return result
-
-    def by_name(self, reads: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(self.reads, reads, strict=True))
 
 
 def _filled(made: Sequence[Tensor | None], reads: Sequence[Any]) -> Any:

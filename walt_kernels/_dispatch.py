@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,8 +42,7 @@ class Backend:
         return self.backward is None
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """A public op: what users call, and ``check``, which returns the inputs of a call as the backends take them.
 
     ``sample(tensor, batch)`` returns the arguments of a small, typical call, by name: ``tensor(*shape)`` makes one.

@@ -72,6 +72,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def in_backward(op: Any, arguments: Sequence[Any]) -> Any:
+    """The op as a backward pass calls it: past its autograd kernel where nobody may differentiate the pass again."""
+    if torch.is_grad_enabled() or transformed():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def _autograd_kernel(
     op: Any,
     setup_context: Callable[..., None] | None,

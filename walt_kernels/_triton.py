@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ OPT_IN = "compiles for every target; not yet run on a GPU, so only where it is f
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What decides tiles and partial sums: architecture, number of multiprocessors, shared memory of one program."""
 
     architecture: str
@@ -68,8 +67,7 @@ class Tile:
         return hash((*sorted(self.blocks.items()), self.warps, self.stages))
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One recorded launch."""
 
     kernel: Any

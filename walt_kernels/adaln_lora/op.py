@@ -151,7 +151,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
     differentiable=("branch", "gate"),
     gradients=lambda branch, gate: (like(branch), like(gate)),
     unread=("x", "x_new"),
-    backward=lambda kernels, reads: {"x": reads["grad_x_new"], **kernels()},
+    backward=lambda kernels, grad_x_new: {"x": grad_x_new, **kernels()},
     backends=_BACKENDS,
     sample=_sample("x", "branch", "gate"),
 )
@@ -174,13 +174,19 @@ def adaln_residual(x: Tensor, branch: Tensor, gate: Tensor) -> dict[str, Any]:
     return {"x": x, "branch": _checked_branch(x, branch), **_modulation(x, gate=gate)}
 
 
-def _residual_alone(kernels: Callable[[], dict[str, Tensor]], reads: dict[str, Any]) -> dict[str, Tensor]:
+def _residual_alone(
+    kernels: Callable[[], dict[str, Tensor]],
+    grad_x_new: Tensor,
+    grad_h: Tensor | None,
+    branch: Tensor,
+    gate: Tensor,
+    backend: str,
+) -> dict[str, Tensor]:
     """Where nothing arrives for h, the norm took no part: what remains is the residual's own backward pass."""
-    if reads["grad_h"] is not None:
+    if grad_h is not None:
         return kernels()
-    names = ("grad_x_new", "branch", "gate", "backend")
-    branch, gate = torch.ops.walt_kernels.adaln_residual_backward(*(reads[name] for name in names))
-    return {"x": reads["grad_x_new"], "branch": branch, "gate": gate}
+    grad_branch, grad_gate = torch.ops.walt_kernels.adaln_residual_backward(grad_x_new, branch, gate, backend)
+    return {"x": grad_x_new, "branch": grad_branch, "gate": grad_gate}
 
 
 @define_op(
