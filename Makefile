@@ -51,7 +51,7 @@ format: $(VENV)/.test
 # The sanitized module goes to its own folder; python itself is not instrumented, so the runtime is preloaded. Tests of the
 # PyTorch side of the ops (compilation, schemas) would only repeat themselves here. Where the processor has no AVX-512,
 # its level is emulated here, so that every level's kernels are tested on every machine.
-SANITIZED := $(addprefix tests/test_,causal_conv3d.py window_attention.py adaln_lora.py lora.py)
+SANITIZED := $(foreach op,$(notdir $(patsubst %/op.py,%,$(wildcard walt_kernels/*/op.py))),$(wildcard tests/test_$(op)*.py))
 UNSANITIZED := -k "not compile and not opcheck and not gradcheck"
 EMULATE := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo),0,1)
 sanitize: $(VENV)/.test

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .cases import CASES, Case, chosen
+from .case import Case
+from .cases import CASES, FILE_OF, chosen
 from .machine import ROOT, machine, sentence
-from .ops import room
 from .say import say
 
 Times = dict[str, float | None]  # case, dtype and mode -> ms; None where that side cannot run it
@@ -83,15 +83,15 @@ def build(tree: Path) -> bool:
 
 def passes(tree: Path, ops: list[str]) -> bool:
     """Whether the tests of these ops pass in ``tree``, with that tree's own tests and packages."""
-    files = [f"tests/test_{name}.py" for name in dict.fromkeys(map(test_room, ops))]
+    files = [f"tests/test_{name}.py" for name in dict.fromkeys(map(test_file, ops))]
     files = [file for file in files if (tree / file).exists()]
     say(f"testing {tree}: {' '.join(files)}")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     return bool(files) and not subprocess.run(command, cwd=tree, env=environment(tree)).returncode
 
 
-def test_room(op: str) -> str:
-    return "training" if op == "training_step" else room(op)
+def test_file(op: str) -> str:
+    return "training" if op == "training_step" else FILE_OF[op].__name__.split(".")[-1]
 
 
 def environment(tree: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .cases import Case
+from .case import Case
 
 # An H200's copy and bfloat16 product as they were measured, and float32 outside of the tensor cores by its data sheet.
 H200_GBPS = 4300.0

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .cases import GPU_CASES, Case
+from .case import Case
+from .cases import GPU_CASES
 from .contender import first_line
 from .machine import ceilings
 from .measure import Effort, rows_of

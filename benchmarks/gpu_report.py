@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from . import gpu_tests, gpu_watch, plots, report, targets, verified
-from .cases import GPU_CASES, Case, chosen
+from .case import Case
+from .cases import GPU_CASES, chosen
 from .gpu_child import Message, Plan
 from .machine import level, machine, sentence
 from .measure import GPU_BACKENDS, Effort

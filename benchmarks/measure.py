@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import floors, memory, ops, training_step
-from .cases import Case
+from .case import Case
 from .contender import REFERENCE, Subject, first_line, preflight, tensors_of
 from .timing import LEAST, Times, interleaved
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import torch
@@ -11,17 +10,9 @@ from torch import Tensor
 import walt_kernels
 from walt_kernels import _dispatch, testing
 
-from .cases import Case, Inputs
+from .case import Case, Inputs
+from .cases import FILE_OF
 from .contender import COMPILED, REFERENCE, Contender, Subject, in_float32, on_backend, on_reference
-
-ROOMS = {"adaln_residual_modulate": "adaln_lora"}  # ops whose baselines live in another op's file
-# With --quick the compiler is asked only where its fusion is the strongest baseline; elsewhere it takes too long.
-QUICK_COMPILED = ("adaln_residual_modulate",)
-
-
-def room(op: str) -> str:
-    """The file, in benchmarks/ and after test_ in tests/, that knows ``op``."""
-    return ROOMS.get(op, op)
 
 
 def inputs_of(case: Case, dtype: torch.dtype, device: str) -> Inputs:
@@ -61,7 +52,7 @@ def subject(case: Case, dtype: torch.dtype, device: str, quick: bool, backends: 
     notes = tuple(f"{name}: {reason}" for name, reason in refused.items() if reason is not None)
     if not backends:
         ours = {"ours": Contender(op)}
-    vendor = importlib.import_module(f".{room(case.op)}", __package__).baselines(inputs)
+    vendor = FILE_OF[case.op].baselines(inputs)
     if dtype is not torch.float32 and device == "cpu":
         through = {
             f"{name} in float32": Contender(in_float32(contender.function))
@@ -79,7 +70,7 @@ def subject(case: Case, dtype: torch.dtype, device: str, quick: bool, backends: 
         **vendor,
         COMPILED: compiled,
     }
-    if not quick or case.op in QUICK_COMPILED:
+    if not quick or case.fused:  # elsewhere the compiler takes too long
         return Subject(inputs, contenders, notes, tuple(ours))
     left_out = [name for name, contender in contenders.items() if contender.compiled]
     kept = {name: contender for name, contender in contenders.items() if name not in left_out}

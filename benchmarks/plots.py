@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
+from .cases import CASES
 from .machine import sentence
 
 Row = dict[str, Any]
 
 INK, GRID, PAPER = "#1f2933", "#d9dee4", "#ffffff"
-COLOURS = {  # chosen to stay apart for colour-blind readers
-    "window_attention": "#2166ac",
-    "causal_conv3d": "#d95f02",
-    "adaln_residual_modulate": "#1b9e77",
-    "adaln_lora": "#7a4fa3",
-    "training_step": "#6b7280",
-}
+# Chosen to stay apart for colour-blind readers; each op has one, in the order of the cases.
+PALETTE = ("#1b9e77", "#7a4fa3", "#d95f02", "#2166ac", "#6b7280", "#a6761d", "#e7298a", "#66a61e")
+COLOURS = dict(zip(dict.fromkeys(case.op for case in CASES), itertools.cycle(PALETTE), strict=False))
 MARKERS = {"forward": "o", "backward": "v", "forward+backward": "s"}
 SHADES = {"forward": 0.5, "backward": 0.75, "forward+backward": 1.0, "step": 1.0}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .cases import SCALING, Case
+from .case import Case
+from .cases import SCALING
 from .measure import Effort, workshop
 from .timing import interleaved
 

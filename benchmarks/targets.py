@@ -1,53 +1,17 @@
-"""What the GPU kernels are to reach, as data, and what a results file says about it: met, missed or not measured."""
+"""What a results file says about the targets of the GPU kernels: met, missed or not measured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+from .case import Target
+from .cases import TARGETS
 
 Row = dict[str, Any]
 
 DTYPE = "bfloat16"  # all targets are for it
 NEAR = 1.1  # within 10 %
 SLACK = 1.05, 2.0  # times the outputs, and MiB more: what an allocator rounds up
-
-
-@dataclass(frozen=True)
-class Target:
-    """What all rows of ``op`` in ``mode`` whose case begins with one of ``cases`` are to reach.
-
-    ``share`` is of the measured copy or product, or of the case's floor under both ("copy", "product", "floor").
-    ``speedup`` is over the fastest baseline whose name contains ``over``. ``lean``: no memory but inputs and outputs.
-    ``half_of``: a batch of which half are images takes half the time of that case and that of a copy of its images.
-    """
-
-    op: str
-    mode: str
-    cases: tuple[str, ...]
-    share: float = 0.0
-    of: str = "floor"
-    speedup: float = 0.0
-    over: str = ""
-    deterministic: bool = False
-    lean: bool = False
-    half_of: str = ""
-
-
-BLOCKS = ("L block", "XL block")  # at least 16k tokens
-WINDOWS = ("L spati", "XL spati")  # spatial 1x16x16 and spatiotemporal 5x8x8: 256 and 320 tokens
-DEEP = ("C 128", "C 256", "C 512")
-HALF, WHOLE = "L 5x8x8, half", "L spatiotemporal"
-
-TARGETS = [
-    Target("adaln_residual_modulate", "forward", BLOCKS, 0.90, "copy", 1.2, "compiled"),
-    Target("adaln_residual_modulate", "backward", BLOCKS, 0.80, "copy", 1.3, "compiled"),
-    Target("window_attention", "forward", WINDOWS, 0.80, "floor", 2.0),
-    Target("window_attention", "backward", WINDOWS, speedup=2.0, deterministic=True),
-    Target("window_attention", "forward", (HALF,), half_of=WHOLE),
-    Target("window_attention", "backward", (HALF,), half_of=WHOLE),
-    Target("causal_conv3d", "forward", DEEP, 0.60, "product", 1.2, "pad + conv3d", lean=True),
-    Target("causal_conv3d", "backward", DEEP, 0.50, "product", 1.2, "pad + conv3d", lean=True),
-]
 
 
 def verdicts(results: dict[str, Any], targets: list[Target] | None = None) -> list[Row]:

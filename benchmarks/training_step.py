@@ -24,7 +24,7 @@ from walt.train.objective import Objective
 from walt.train.tokenizer import tokenizer_objectives
 from walt_kernels import testing, use_backend
 
-from .cases import Case
+from .case import Case
 from .contender import COMPILED, REFERENCE, Contender, Subject, on_reference
 
 WIDE = f"{REFERENCE} in float32"

@@ -21,8 +21,14 @@ WITHOUT = {  # what a backend's kernels went through where there is no GPU
 
 
 def _file(op: str) -> str:
-    """The folder that knows the op."""
-    return "adaln_lora" if op.startswith("adaln") else op
+    """The folder that declares the op."""
+    return _dispatch.op(op).function.__module__.split(".")[-2] if op in _dispatch.ops() else op
+
+
+def _label(file: str) -> str:
+    """What README calls the ops of a folder."""
+    names = [op for op in _dispatch.ops() if _file(op) == file]
+    return names[0] if len(names) == 1 else f"{file.split('_')[0]}_*"
 
 
 def backends() -> Iterator[tuple[str, str]]:
@@ -40,8 +46,7 @@ def section(results: Results | None = None) -> str:
     """The table. Speed-ups are over the fastest baseline: geometric mean and lowest of all cases in bfloat16."""
     lines = ["| op | backend | tests on the GPU | forward | backward | targets |", "|---" * 6 + "|"]
     for op, backend in backends():
-        name = "adaln_*" if op == "adaln_lora" else op
-        cells = [f"`{name}`", backend, *_cells(op, backend, results)]
+        cells = [f"`{_label(op)}`", backend, *_cells(op, backend, results)]
         lines.append(f"| {' | '.join(cells)} |")
     if results is None:
         return "\n".join(["No GPU was there yet; `python -m benchmarks gpu-report` fills this in.", "", *lines])
@@ -79,10 +84,8 @@ def _cells(op: str, backend: str, results: Results | None) -> list[str]:
 
 
 def _tests(op: str, file: str) -> bool:
-    """Whether the test file is about the op: test_cuda_adaln.py, test_triton_causal_conv3d.py, test_flash.py."""
-    if "flash" in file:
-        return op == "window_attention"
-    return op.split("_")[0] in file
+    """Whether the test file is about the op: test_cuda_adaln_lora.py, test_triton_causal_conv3d.py, test_flash.py."""
+    return (op, "flash") in set(backends()) if "flash" in file else op in file
 
 
 def _speedups(rows: list[dict[str, Any]], mode: str) -> str:

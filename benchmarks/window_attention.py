@@ -1,4 +1,4 @@
-"""What users run today for biased window attention: SDPA with a materialised bias, or FlexAttention."""
+"""Window attention: its cases, and what users run today for it, SDPA with a materialised bias or FlexAttention."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from walt_kernels.testing import random
+from walt_kernels.window_attention.op import BACKWARD, flops
 from walt_kernels.window_attention.reference import bias_of
 
+from .case import Case, Inputs, Target
 from .contender import Contender
 
 Window = tuple[int, int, int]
@@ -178,3 +181,86 @@ def baselines(inputs: dict[str, Any]) -> dict[str, Contender]:
         flex = _windowed(_flex(torch.compile(flex_attention, dynamic=False), bias))
         found[f"FlexAttention{label}"] = Contender(flex, compiled=True, forward_only=refused)
     return found
+
+
+def attention(
+    name: str,
+    shape: tuple[int, ...],
+    window: tuple[int, int, int],
+    images: int = 0,
+    quick: bool = True,
+    plain: bool = False,
+) -> Case:
+    """Packed q, k, v with a bias table and QK norm, or without both; ``shape`` is [B, T, H, W, heads, dim].
+
+    The last ``images`` samples are stacks of images: they need no attention, and their FLOPs are not counted. They move
+    v to out, the gradient of out to that of v, and zeros to those of q and k.
+    """
+    B, T, H, W, heads, dim = shape
+    t, h, w = window
+
+    def inputs(dtype: torch.dtype) -> Inputs:
+        qkv = random(B, T, H, W, 3, heads, dim, dtype=dtype, grad=False)
+        q, k, v = (x.requires_grad_() for x in qkv.unbind(4))
+        if plain:
+            return {"q": q, "k": k, "v": v, "window": window}
+        table = random(heads, 2 * t - 1, 2 * h - 1, 2 * w - 1)
+        norms = {"q_norm": random(dim), "k_norm": random(dim, seed=1)}
+        flags = {"image": torch.arange(B) >= B - images} if images else {}
+        return {"q": q, "k": k, "v": v, "window": window, "bias_table": table, **norms, **flags}
+
+    per_sample, per_window = T * H * W, t * h * w
+    width = heads * dim
+    return Case(
+        "window_attention",
+        name,
+        inputs,
+        flops((B - images, *shape[1:]), window),
+        (4.0 * (B - images) + 2.0 * images) * per_sample * width,
+        1 + BACKWARD,
+        3.0,
+        per_window,
+        lambda: attention("small", (1 + bool(images), t, h, w, 2, dim), window, int(bool(images)), plain=plain),
+        quick,
+    )
+
+
+CASES = [
+    attention("L spatial 1x16x16", (1, 5, 16, 16, 16, 64), (1, 16, 16)),
+    attention("L spatiotemporal 5x8x8", (1, 5, 16, 16, 16, 64), (5, 8, 8)),
+    attention("L 5x8x8, half the batch images", (2, 5, 16, 16, 16, 64), (5, 8, 8), images=1, quick=False),
+    attention("XL spatial 1x16x16", (1, 5, 16, 16, 16, 72), (1, 16, 16), quick=False),
+    attention("XL spatiotemporal 5x8x8", (1, 5, 16, 16, 16, 72), (5, 8, 8), quick=False),
+]
+
+# The most important ones first.
+GPU_CASES = [
+    attention("L spatiotemporal 5x8x8", (16, 5, 16, 16, 16, 64), (5, 8, 8)),
+    attention("L spatial 1x16x16", (16, 5, 16, 16, 16, 64), (1, 16, 16)),
+    attention("L 5x8x8, half the batch images", (16, 5, 16, 16, 16, 64), (5, 8, 8), images=8),
+    attention("L 5x8x8, no table, no norm", (16, 5, 16, 16, 16, 64), (5, 8, 8), plain=True),
+    attention("XL spatiotemporal 5x8x8", (16, 5, 16, 16, 16, 72), (5, 8, 8), quick=False),
+    attention("XL spatial 1x16x16", (16, 5, 16, 16, 16, 72), (1, 16, 16), quick=False),
+    attention("base-3B spatiotemporal 5x8x8, dim 88", (8, 5, 16, 16, 16, 88), (5, 8, 8), quick=False),
+    attention("super-resolution 5x8x8, dim 128", (4, 5, 32, 32, 8, 128), (5, 8, 8), quick=False),
+]
+
+# A case and the same with one size doubled.
+SCALING = [
+    {
+        "base": attention("scaling", (1, 5, 16, 16, 8, 64), (5, 8, 8)),
+        "frames": attention("scaling", (1, 10, 16, 16, 8, 64), (5, 8, 8)),
+        "channels": attention("scaling", (1, 5, 16, 16, 16, 64), (5, 8, 8)),
+        "batch": attention("scaling", (2, 5, 16, 16, 8, 64), (5, 8, 8)),
+    },
+]
+
+WINDOWS = ("L spati", "XL spati")  # spatial 1x16x16 and spatiotemporal 5x8x8: 256 and 320 tokens
+HALF, WHOLE = "L 5x8x8, half", "L spatiotemporal"
+
+TARGETS = [
+    Target("window_attention", "forward", WINDOWS, 0.80, "floor", 2.0),
+    Target("window_attention", "backward", WINDOWS, speedup=2.0, deterministic=True),
+    Target("window_attention", "forward", (HALF,), half_of=WHOLE),
+    Target("window_attention", "backward", (HALF,), half_of=WHOLE),
+]

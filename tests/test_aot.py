@@ -22,7 +22,7 @@ import triton.language as tl
 from walt_kernels import _aot
 from walt_kernels._triton import TARGETS, Launch, Tile
 
-OPS = [op for op in _aot.OPS if importlib.util.find_spec(f"walt_kernels.{op}.triton_aot")]
+OPS = _aot.folders_with_calls()
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import time
@@ -13,22 +14,38 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-from benchmarks import cases, compare, contender, machine, measure, memory, ops, plots, report, scaling, timing
+from benchmarks import (
+    adaln_lora,
+    cases,
+    causal_conv3d,
+    compare,
+    contender,
+    machine,
+    measure,
+    memory,
+    ops,
+    plots,
+    report,
+    scaling,
+    timing,
+    window_attention,
+)
+from benchmarks.case import MODES, Case
 from walt_kernels import testing
 
-SMALL = cases.modulation("small", 1, 8, 16)
+SMALL = dataclasses.replace(adaln_lora.modulation("small", 1, 8, 16), fused=False)  # nothing is compiled
 PEAK = {"gbps": 10.0, "gflops": 100.0, "product": "float32"}
 FIELDS = {"op", "case", "mode", "dtype", "backend", "ms", "ms_p20", "ms_p80", "baselines", "best_baseline", "speedup"}
 FIELDS |= {"gflops", "gbps", "share_of_peak", "peak_memory", "error_ratio", "notes"}
 KINDS = {  # one small case of every kind
-    "attention": cases.attention("small", (1, 2, 4, 4, 2, 8), (2, 2, 4)),
-    "frames": cases.attention("small", (1, 2, 4, 4, 2, 8), (1, 4, 4)),
-    "images": cases.attention("small", (2, 2, 4, 4, 2, 8), (2, 2, 2), images=1),
-    "convolution": cases.convolution("small", (1, 4, 3, 5, 5), 6),
-    "strided": cases.convolution("small", (1, 4, 4, 6, 6), 6, (4, 4, 4), (2, 2, 2)),
-    "pointwise": cases.convolution("small", (1, 4, 3, 5, 5), 6, (1, 1, 1)),
+    "attention": window_attention.attention("small", (1, 2, 4, 4, 2, 8), (2, 2, 4)),
+    "frames": window_attention.attention("small", (1, 2, 4, 4, 2, 8), (1, 4, 4)),
+    "images": window_attention.attention("small", (2, 2, 4, 4, 2, 8), (2, 2, 2), images=1),
+    "convolution": causal_conv3d.convolution("small", (1, 4, 3, 5, 5), 6),
+    "strided": causal_conv3d.convolution("small", (1, 4, 4, 6, 6), 6, (4, 4, 4), (2, 2, 2)),
+    "pointwise": causal_conv3d.convolution("small", (1, 4, 3, 5, 5), 6, (1, 1, 1)),
     "modulation": SMALL,
-    "lora": cases.lora("small", 2, 16, 3, 2),
+    "lora": adaln_lora.lora("small", 2, 16, 3, 2),
 }
 
 
@@ -38,7 +55,6 @@ def one_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "CASES", [SMALL])
     monkeypatch.setattr(benchmark, "CASES", [SMALL])
     monkeypatch.setattr(benchmark, "ceilings", lambda device, dtype: PEAK)
-    monkeypatch.setattr(ops, "QUICK_COMPILED", ())
     monkeypatch.setattr(measure.Effort, "seconds", 0.01)
 
 
@@ -62,7 +78,7 @@ def test_rows_hold_the_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert benchmark.main(["--quick", "--json", str(out)]) == 0
     written = json.loads(out.read_text())
     found = [(row["dtype"], row["mode"]) for row in written["rows"]]
-    assert found == [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in cases.MODES]
+    assert found == [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in MODES]
     for row in written["rows"]:
         assert set(row) >= FIELDS
         best = row["baselines"][row["best_baseline"]]
@@ -116,8 +132,6 @@ def test_baselines_compute_what_the_op_computes(kind: str, dtype: torch.dtype) -
 
 
 def test_flex_attention_computes_what_the_op_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import window_attention
-
     monkeypatch.setattr(window_attention.torch, "compile", lambda function, **_: function)
     for kind in ("attention", "images"):
         subject = ops.subject(KINDS[kind], torch.float32, "cpu", False)
@@ -198,7 +212,6 @@ def test_preflight_skips_what_would_take_minutes() -> None:
 
 
 def test_a_skipped_baseline_is_in_the_notes_and_not_in_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "QUICK_COMPILED", ())
     monkeypatch.setattr(measure.Effort, "seconds", 0.0)
     monkeypatch.setattr(
         measure, "preflight", lambda *_: {ops.REFERENCE: "skipped: about 40 s a call", "layer_norm + elementwise": "-"}
@@ -235,9 +248,13 @@ def test_peak_memory_is_that_of_the_call() -> None:
 
 
 def test_scaling() -> None:
-    group = {"base": SMALL, "channels": cases.modulation("small", 1, 8, 32), "batch": cases.modulation("x", 4, 8, 16)}
+    group = {
+        "base": SMALL,
+        "channels": adaln_lora.modulation("small", 1, 8, 32),
+        "batch": adaln_lora.modulation("x", 4, 8, 16),
+    }
     found = scaling.growths(None, torch.float32, "cpu", measure.Effort(quick=True), [group])
-    assert [(g["doubled"], g["mode"]) for g in found] == [(s, m) for m in cases.MODES for s in ("channels", "batch")]
+    assert [(g["doubled"], g["mode"]) for g in found] == [(s, m) for m in MODES for s in ("channels", "batch")]
     assert found[0]["per_doubling"] == pytest.approx(found[0]["time"])
     assert found[1]["per_doubling"] == pytest.approx(found[1]["time"] ** 0.5)  # four times the work is two doublings
     assert "(in step)" in scaling.line({**found[0], "per_doubling": 2.0})
@@ -286,7 +303,7 @@ def test_our_readme_has_the_markers() -> None:
 
 
 def test_every_note_is_printed_once() -> None:
-    rows = [result("causal_conv3d", mode, notes=["no compiler"]) for mode in cases.MODES]
+    rows = [result("causal_conv3d", mode, notes=["no compiler"]) for mode in MODES]
     assert report.notes(rows) == ["no compiler (causal_conv3d a case, float32)"]
 
 
@@ -334,7 +351,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 def test_compare_prints_ratio_and_noise(capsys: pytest.CaptureFixture[str]) -> None:
     order: list[str] = []
 
-    def fake(tree: Path, cases: list[cases.Case]) -> compare.Times:
+    def fake(tree: Path, cases: list[Case]) -> compare.Times:
         order.append(tree.name)
         new = tree.name == "new"
         return {"faster": 1.0 if new else 2.0, "same": 1.01 if new else 1.0, "added": 1.0 if new else None}
@@ -351,7 +368,7 @@ def test_compare_prints_ratio_and_noise(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("failing", ["base", "new"])
 def test_compare_reports_no_speed_when_tests_fail(failing: str, capsys: pytest.CaptureFixture[str]) -> None:
-    def never(tree: Path, cases: list[cases.Case]) -> compare.Times:
+    def never(tree: Path, cases: list[Case]) -> compare.Times:
         raise AssertionError("timed although tests fail")
 
     code = compare.compare(

@@ -263,11 +263,11 @@ def test_imports_and_runs_without(missing: str) -> None:
     import torch, walt_kernels
     from walt_kernels import testing, _dispatch
     for op in _dispatch.ops():
-        args, kwargs = testing.sample_call(op)
-        assert walt_kernels.explain(op, *args, **kwargs)["reference"] is None
-        result = getattr(walt_kernels, op)(*args, **kwargs)
+        inputs = testing.sample_call(op)
+        assert walt_kernels.explain(op, **inputs)["reference"] is None
+        result = getattr(walt_kernels, op)(**inputs)
         assert all(torch.isfinite(t).all() for t in (result if isinstance(result, tuple) else (result,)))
-        print(op, walt_kernels.explain(op, *args, **kwargs))
+        print(op, walt_kernels.explain(op, **inputs))
     """
     output = run(sys.executable, "-c", textwrap.dedent(code))
     for op in walt_kernels._dispatch.ops():

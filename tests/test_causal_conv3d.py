@@ -13,6 +13,7 @@ from scipy import signal
 from torch import Tensor
 
 from walt_kernels import _native, causal_conv3d, explain, next_history, use_backend
+from walt_kernels._dispatch import prepare
 from walt_kernels.testing import LAYOUTS, check_op, embed, random
 
 native = pytest.mark.skipif(_native.C is None, reason="the native module is not built")
@@ -408,17 +409,12 @@ def test_gradcheck(option: str) -> None:
 @pytest.mark.parametrize("option", ["plain", "stride", "history", "replicate"])
 def test_opcheck(option: str, layout: str) -> None:
     inputs = sample(layout=layout, batch=1, channels=3, out_channels=4, frames=3, size=(5, 4), **OPTIONS[option])
-    from walt_kernels.causal_conv3d.api import _prepare
-
-    arguments = [*_prepare(**inputs).values(), "cpu"]
-    torch.library.opcheck(torch.ops.walt_kernels.causal_conv3d.default, arguments)
-    y = causal_conv3d(**inputs).detach()
-    x, weight, _, history, *options = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
-    wanted = [True, True, True, history is not None]
-    torch.library.opcheck(
-        torch.ops.walt_kernels.causal_conv3d_backward.default,
-        (torch.ones_like(y), x, weight, history, *options[:-1], wanted, "cpu"),
-    )
+    arguments = {**prepare("causal_conv3d", **inputs), "backend": "cpu"}
+    torch.library.opcheck(torch.ops.walt_kernels.causal_conv3d.default, (), arguments)
+    detached = {name: a.detach() if isinstance(a, Tensor) else a for name, a in arguments.items() if name != "bias"}
+    detached["grad_y"] = torch.ones_like(causal_conv3d(**inputs).detach())
+    detached["wanted"] = [True, True, True, detached["history"] is not None]
+    torch.library.opcheck(torch.ops.walt_kernels.causal_conv3d_backward.default, (), detached)
 
 
 @native
@@ -538,22 +534,22 @@ def test_explains_its_backends() -> None:
 X, W = torch.zeros(1, 4, 3, 5, 6), torch.zeros(8, 4, 3, 3, 3)
 BAD = [
     ({"x": X[0]}, ValueError, r"x has shape \(4, 3, 5, 6\), expected 5 dimensions \[B, C, T, H, W\]"),
-    ({"x": 3}, TypeError, "x is int, expected a tensor"),
+    ({"x": 3}, TypeError, r"x is a int, expected a tensor \[B, C, T, H, W\]"),
     ({"x": X.int()}, TypeError, "x has dtype torch.int32, expected one of torch.float32"),
     ({"x": X[:, :, :0]}, ValueError, "expected sizes of at least 1"),
     ({"weight": W[0]}, ValueError, r"weight has shape \(4, 3, 3, 3\), expected 5 dimensions"),
-    ({"weight": W.double()}, TypeError, "weight has dtype torch.float64, expected x's torch.float32"),
-    ({"weight": W.to("meta")}, ValueError, "weight is on meta, expected x's cpu"),
+    ({"weight": W.double()}, TypeError, "weight has dtype torch.float64, expected torch.float32 as x has"),
+    ({"weight": W.to("meta")}, ValueError, "weight is on meta, expected cpu as x is"),
     ({"weight": W[:, :3]}, ValueError, r"takes 3 channels a group, expected 4 \(x has 4 channels, groups is 1\)"),
     ({"weight": W[:, :, :0]}, ValueError, "weight has shape .* expected sizes of at least 1"),
     ({"groups": 2}, ValueError, "takes 4 channels a group, expected 2"),
     ({"groups": 3}, ValueError, "groups is 3, expected a divisor of x's 4 channels"),
     ({"groups": 4, "weight": W[:6, :1]}, ValueError, "groups is 4, expected a divisor of weight's 6 output channels"),
-    ({"groups": 0}, ValueError, "groups is 0, expected an integer of at least 1"),
-    ({"groups": 1.0}, TypeError, "groups is 1.0, expected an int"),
+    ({"groups": 0}, ValueError, "groups is 0, expected a positive int"),
+    ({"groups": 1.0}, TypeError, "groups is 1.0, expected a positive int"),
     ({"bias": torch.zeros(7)}, ValueError, "bias has 7 elements, expected weight's 8 output channels"),
     ({"bias": torch.zeros(1, 8)}, ValueError, r"bias has shape \(1, 8\), expected 1 dimensions"),
-    ({"bias": torch.zeros(8).half()}, TypeError, "bias has dtype torch.float16, expected x's torch.float32"),
+    ({"bias": torch.zeros(8).half()}, TypeError, "bias has dtype torch.float16, expected torch.float32 as x has"),
     ({"stride": 0}, ValueError, "stride is 0, expected integers of at least 1"),
     ({"stride": (1, 2)}, TypeError, r"stride is \(1, 2\), expected an int or 3 ints"),
     ({"stride": 1.5}, TypeError, "stride is 1.5, expected an int or 3 ints"),
@@ -571,9 +567,9 @@ BAD = [
         "weight spans 7 pixels of height, expected at most the padded frame's 5",
     ),
     ({"history": X[:, :, :1]}, ValueError, r"history has shape \(1, 4, 1, 5, 6\), expected \(1, 4, 2, 5, 6\)"),
-    ({"history": X}, ValueError, r"\(kernel_t - 1\) \* dilation_t = 2 frames"),
-    ({"history": X[:, :, :2].double()}, TypeError, "history has dtype torch.float64, expected x's torch.float32"),
-    ({"history": 0}, TypeError, "history is int, expected a tensor"),
+    ({"history": X}, ValueError, r"expected \(1, 4, 2, 5, 6\), \(kernel_t - 1\) \* dilation_t frames"),
+    ({"history": X[:, :, :2].double()}, TypeError, "history has dtype torch.float64, expected torch.float32 as x has"),
+    ({"history": 0}, TypeError, "history is a int, expected a tensor"),
 ]
 
 

@@ -7,6 +7,7 @@ misaligned vectors and on undefined arithmetic. It does not show what a GPU's co
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 import walt_kernels as wk
-from walt_kernels import _native, testing
+from walt_kernels import _dispatch, _native, testing
 from walt_kernels.adaln_lora import cuda, reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +97,11 @@ def emulated(module: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "C", module)
         patch.setattr(cuda, "_running_on", running_on)
-        patch.setattr(_native, "cuda_unsupported", lambda *tensors: None)
+        for name, op in list(_dispatch._ops.items()):
+            free = [
+                dataclasses.replace(b, unsupported=lambda **_: None) if b.name == "cuda" else b for b in op.backends
+            ]
+            patch.setitem(_dispatch._ops, name, op._replace(backends=tuple(free)))
         with wk.use_backend("cuda"):
             yield
 

@@ -7,30 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from found_ops import OPS, WITH_KERNELS, needs_native, outputs_of
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import walt_kernels as wk
-from walt_kernels import _dispatch, _native, testing
+from walt_kernels import testing
 from walt_kernels.testing import K_FORWARD, compare, random, sample_call
 
-pytestmark = pytest.mark.skipif(_native.C is None, reason=f"native kernels: {_native.reason}")
+pytestmark = needs_native
 
-OPS = _dispatch.ops()
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-def as_function(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Function, tuple[Tensor, ...]]:
+def as_function(op: str, given: dict[str, Any]) -> tuple[Function, tuple[Tensor, ...]]:
     """The op as a function of its floating tensors alone, and these tensors."""
-    given = {**dict(enumerate(args)), **kwargs}
     names = [n for n, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        values = {**given, **dict(zip(names, tensors, strict=True))}
-        positional = [values.pop(i) for i in range(len(args))]
-        outputs = getattr(wk, op)(*positional, **values)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        return outputs_of(op, **{**given, **dict(zip(names, tensors, strict=True))})
 
     return function, tuple(given[n].detach() for n in names)
 
@@ -38,7 +34,7 @@ def as_function(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 def sample(op: str, dtype: torch.dtype = torch.float32) -> tuple[Function, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """A function, the place and the direction of a derivative."""
     torch.manual_seed(0)
-    function, place = as_function(op, *sample_call(op, dtype=dtype))
+    function, place = as_function(op, sample_call(op, dtype=dtype))
     return function, place, tuple(torch.randn_like(t) for t in place)
 
 
@@ -92,29 +88,29 @@ def test_tangent_of_one_argument(op: str) -> None:
         )
 
 
-def conv_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+def conv_calls() -> dict[str, dict[str, Any]]:
     x, weight, bias = random(2, 4, 3, 6, 5), random(6, 4, 3, 3, 3), random(6)
-    history = random(2, 4, 2, 6, 5)
+    plain, full = {"x": x, "weight": weight}, {"x": x, "weight": weight, "bias": bias}
     return {
-        "history": ((x, weight, bias), {"history": history}),
-        "first_frame": ((x, weight), {"time_padding": "first_frame", "space_padding": "replicate"}),
-        "stride": ((x, weight, bias), {"stride": (2, 2, 1), "padding": 1, "space_padding": "reflect"}),
-        "groups": ((x, random(6, 2, 3, 3, 3)), {"groups": 2, "dilation": (2, 1, 1)}),
-        "channels_last": ((testing.embed(x, "channels_last"), weight, bias), {}),
+        "history": {**full, "history": random(2, 4, 2, 6, 5)},
+        "first_frame": {**plain, "time_padding": "first_frame", "space_padding": "replicate"},
+        "stride": {**full, "stride": (2, 2, 1), "padding": 1, "space_padding": "reflect"},
+        "groups": {"x": x, "weight": random(6, 2, 3, 3, 3), "groups": 2, "dilation": (2, 1, 1)},
+        "channels_last": {**full, "x": testing.embed(x, "channels_last")},
     }
 
 
-def attention_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    q, k, v = (random(2, 3, 5, 4, 2, 16, seed=i) for i in range(3))
+def attention_calls() -> dict[str, dict[str, Any]]:
+    qkv = {name: random(2, 3, 5, 4, 2, 16, seed=i) for i, name in enumerate("qkv")}
     context_k, context_v = random(2, 7, 2, 16), random(2, 7, 2, 16, seed=1)
     mask = torch.arange(7).expand(2, 7) < torch.tensor([[3], [7]])
     table = random(2, 5, 7, 7)
     return {
-        "images": ((q, k, v), {"window": (3, 4, 4), "bias_table": table, "image": torch.tensor([True, False])}),
-        "context": (
-            (q, k, v),
-            {"window": (1, 5, 4), "context_k": context_k, "context_v": context_v, "context_mask": mask},
-        ),
+        "images": {**qkv, "window": (3, 4, 4), "bias_table": table, "image": torch.tensor([True, False])},
+        "context": {
+            **qkv,
+            **{"window": (1, 5, 4), "context_k": context_k, "context_v": context_v, "context_mask": mask},
+        },
     }
 
 
@@ -125,7 +121,7 @@ CALLS = {("causal_conv3d", name): call for name, call in conv_calls().items()} |
 
 @pytest.mark.parametrize(("op", "case"), CALLS)
 def test_tangent_of_every_mode(op: str, case: str) -> None:
-    function, place = as_function(op, *CALLS[op, case])
+    function, place = as_function(op, CALLS[op, case])
     direction = tuple(torch.randn_like(t) for t in place)
     compare_tangents(function, place, direction, jvp(function, place, direction)[1])
     compare_tangents(  # what has no tangent counts as a constant
@@ -225,7 +221,7 @@ def test_a_frozen_network_inside_of_a_transform() -> None:
     assert torch.equal(grad(loss)(x), torch.full_like(x, 2))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_nodes_have_the_name_of_the_op(op: str) -> None:
     """Anomaly detection and profilers show it."""
     function, place, _ = sample(op)
@@ -284,7 +280,7 @@ def test_modules() -> None:
 
 
 @pytest.mark.parametrize("second", ["reverse", "forward", "hessian", "autograd"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_second_derivative_names_the_op_and_the_way_out(op: str, second: str) -> None:
     function, place, direction = sample(op)
     loss = loss_of(function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 import subprocess
@@ -14,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import found_ops
 import pytest
 import torch
+from found_ops import OPS, WITH_KERNELS, backend_of, needs_native, with_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -24,33 +27,27 @@ import walt_kernels as wk
 from walt_kernels import _dispatch, _native
 from walt_kernels.testing import sample_call
 
-OPS = _dispatch.ops()
-needs_native = pytest.mark.skipif(_native.C is None, reason=f"native kernels: {_native.reason}")
-
 
 def call(op: str) -> Any:
     torch.manual_seed(0)
-    args, kwargs = sample_call(op)
-    return getattr(wk, op)(*args, **kwargs)
+    return found_ops.call(op, **sample_call(op))
 
 
 def first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def on_cuda(op: str) -> tuple[list[Any], dict[str, Any]]:
+def on_cuda(op: str) -> dict[str, Any]:
     """The sample call with CUDA tensors that have no memory; for use inside FakeTensorMode."""
-    args, kwargs = sample_call(op)
-
-    def move(value: Any) -> Any:
-        return torch.empty_like(value, device="cuda") if isinstance(value, Tensor) else value
-
-    return [move(a) for a in args], {k: move(v) for k, v in kwargs.items()}
+    return {
+        name: torch.empty_like(value, device="cuda") if isinstance(value, Tensor) else value
+        for name, value in sample_call(op).items()
+    }
 
 
 @pytest.fixture
 def backend_of_forward(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Fills with the names of the backends whose native forward ran."""
+    """Fills with the names of the backends whose forward ran."""
     ran: list[str] = []
     for op in OPS:
         registered = _dispatch._ops[op]
@@ -61,29 +58,26 @@ def backend_of_forward(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 ran.append(_name)
                 return _inner(*args, **kwargs)
 
-            fields = {**backend.__dict__, "forward": forward}
-            wrapped.append(_dispatch.Backend(**fields))
-        monkeypatch.setitem(_dispatch._ops, op, _dispatch.Op(registered.prepare, tuple(wrapped)))
+            wrapped.append(dataclasses.replace(backend, forward=forward))
+        monkeypatch.setitem(_dispatch._ops, op, registered._replace(backends=tuple(wrapped)))
     return ran
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_explain_lists_backends_in_order_of_preference(op: str) -> None:
-    args, kwargs = sample_call(op)
-    reasons = wk.explain(op, *args, **kwargs)
+    reasons = wk.explain(op, **sample_call(op))
     assert list(reasons) == sorted(reasons, key=_dispatch.BACKENDS.index)
     assert reasons["reference"] is None
     if _native.C is not None:
-        assert next(name for name, reason in reasons.items() if reason is None) == "cpu"
+        assert next(name for name, reason in reasons.items() if reason is None) == backend_of(op)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_explain_on_cuda_tensors_without_a_gpu(op: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        args, kwargs = on_cuda(op)
-        reasons = wk.explain(op, *args, **kwargs)
+        reasons = wk.explain(op, **on_cuda(op))
     assert reasons["reference"] is None
-    if _native.C is not None:
+    if _native.C is not None and op in WITH_KERNELS:
         assert "cuda:0" in str(reasons["cpu"])
 
 
@@ -91,23 +85,21 @@ def test_explain_on_cuda_tensors_without_a_gpu(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_what_explain_says_is_what_runs(op: str, backend_of_forward: list[str]) -> None:
     call(op)
-    assert backend_of_forward == ["cpu"]
+    assert backend_of_forward == [backend_of(op)]
     assert _dispatch.forced() is None
 
 
 @needs_native
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_use_backend_forces_and_restores(op: str, backend_of_forward: list[str]) -> None:
     natural = first(call(op))
     backend_of_forward.clear()
     with wk.use_backend("reference"):
         forced = first(call(op))
-        assert backend_of_forward == []  # PyTorch differentiates the reference: it does not go through the op
         with wk.use_backend("cpu"):
             call(op)
-        assert backend_of_forward == ["cpu"]
         call(op)
-    assert backend_of_forward == ["cpu"]
+    assert backend_of_forward == ["reference", "cpu", "reference"]
     torch.testing.assert_close(forced, natural, rtol=1e-4, atol=1e-4)
     with pytest.raises(KeyError), wk.use_backend("reference"):
         raise KeyError("an error inside the block")
@@ -115,27 +107,26 @@ def test_use_backend_forces_and_restores(op: str, backend_of_forward: list[str])
 
 
 @needs_native
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", WITH_KERNELS)
 def test_backward_runs_where_forward_ran(op: str) -> None:
     """Leaving use_backend before backward does not move the backward pass."""
-    args, kwargs = sample_call(op)
-    args = [a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in args]
+    inputs = with_gradients(sample_call(op))
     with wk.use_backend("cpu"):
-        out = first(getattr(wk, op)(*args, **kwargs))
+        out = first(found_ops.call(op, **inputs))
     with wk.use_backend("reference"):
         out.sum().backward()
-    assert args[0].grad is not None
+    assert next(iter(inputs.values())).grad is not None
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_forced_backend_that_cannot_run_raises_its_reason(op: str) -> None:
-    if _native.C is not None:
+    if _native.C is not None and op in WITH_KERNELS:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            args, kwargs = on_cuda(op)
-            reason = wk.explain(op, *args, **kwargs)["cpu"]
+            inputs = on_cuda(op)
+            reason = wk.explain(op, **inputs)["cpu"]
             expected = re.escape(f"{op}: backend 'cpu' was forced and cannot run: {reason}")
             with pytest.raises(RuntimeError, match=expected), wk.use_backend("cpu"):
-                getattr(wk, op)(*args, **kwargs)
+                found_ops.call(op, **inputs)
     missing = next(name for name in _dispatch.BACKENDS if name not in {b.name for b in _dispatch._ops[op].backends})
     with pytest.raises(ValueError, match=f"{op} has no backend '{missing}'; it has "), wk.use_backend(missing):
         call(op)
@@ -144,9 +135,8 @@ def test_forced_backend_that_cannot_run_raises_its_reason(op: str) -> None:
 def test_without_the_native_module_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "C", None)
     monkeypatch.setattr(_native, "reason", "the native module is not built")
-    for op in OPS:
-        args, kwargs = sample_call(op)
-        assert wk.explain(op, *args, **kwargs)["cpu"] == "the native module is not built"
+    for op in WITH_KERNELS:
+        assert wk.explain(op, **sample_call(op))["cpu"] == "the native module is not built"
         assert torch.isfinite(first(call(op))).all()
         with pytest.raises(RuntimeError, match="cannot run: the native module is not built"), wk.use_backend("cpu"):
             call(op)
@@ -157,10 +147,9 @@ def test_opt_in_backend_runs_only_when_forced(monkeypatch: pytest.MonkeyPatch) -
     registered = _dispatch._ops[op]
     others = [backend for backend in registered.backends if backend.name != "triton"]
     trial = _dispatch.Backend("triton", lambda **inputs: None, others[0].forward, opt_in="not yet run on a GPU")
-    monkeypatch.setitem(_dispatch._ops, op, _dispatch.Op(registered.prepare, (trial, *others)))
-    args, kwargs = sample_call(op)
-    inputs = _dispatch.prepare(op, *args, **kwargs)
-    assert wk.explain(op, *args, **kwargs)["triton"] == "not yet run on a GPU"
+    monkeypatch.setitem(_dispatch._ops, op, registered._replace(backends=(trial, *others)))
+    inputs = _dispatch.prepare(op, **sample_call(op))
+    assert wk.explain(op, **sample_call(op))["triton"] == "not yet run on a GPU"
     assert _dispatch.select(op, inputs) != "triton"
     with wk.use_backend("triton"):
         assert _dispatch.select(op, inputs) == "triton"
@@ -177,9 +166,9 @@ def test_unknown_names() -> None:
 def test_reference_for_a_cuda_tensor_warns_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_warned", set())
     with FakeTensorMode(allow_non_fake_inputs=True):
-        args, kwargs = on_cuda(op)
-        inputs = _dispatch.prepare(op, *args, **kwargs)
-        with pytest.warns(UserWarning, match=f"{op} runs on the PyTorch reference for a CUDA tensor \\(.*cpu: "):
+        inputs = _dispatch.prepare(op, **on_cuda(op))
+        why = ".*cpu: " if op in WITH_KERNELS else "it has no kernels"
+        with pytest.warns(UserWarning, match=f"{op} runs on the PyTorch reference for a CUDA tensor \\({why}"):
             assert _dispatch.select(op, inputs) == "reference"
         with warnings.catch_warnings():
             warnings.simplefilter("error")

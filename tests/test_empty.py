@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from found_ops import OPS, backend_of, needs_native, outputs_of, with_gradients
 from torch import Tensor
 
 import walt_kernels as wk
-from walt_kernels import _native
+from walt_kernels.testing import sample_call
 
-pytestmark = pytest.mark.skipif(_native.C is None, reason=f"native kernels: {_native.reason}")
+pytestmark = needs_native
 
 
 def adaln(batch: int, tokens: int, frames: int) -> dict[str, tuple[int, ...]]:
@@ -71,11 +72,26 @@ def test_empty(op: str, shapes: dict[str, tuple[int, ...]], options: dict[str, A
             for name, shape in shapes.items()
         }
         with wk.use_backend(backend):
-            outputs = getattr(wk, op)(**leaves, **options)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = outputs_of(op, **leaves, **options)
         incoming = [o.new_ones(()).expand(o.shape) if expanded else torch.ones_like(o) for o in outputs]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming)
         assert [g.shape for g in gradients] == [*shapes.values()]
         return [*outputs, *gradients]
 
     torch.testing.assert_close(run("cpu"), run("reference"), check_stride=False)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_samples(op: str) -> None:
+    inputs = sample_call(op, dtype=torch.float64, batch=0)
+
+    def run(backend: str) -> list[Tensor]:
+        leaves = with_gradients(inputs)
+        with wk.use_backend(backend):
+            outputs = outputs_of(op, **leaves)
+        tensors = [value for value in leaves.values() if isinstance(value, Tensor)]
+        return [*outputs, *torch.autograd.grad(outputs, tensors, [torch.ones_like(output) for output in outputs])]
+
+    results = run(backend_of(op))
+    assert results[0].numel() == 0
+    torch.testing.assert_close(results, run("reference"), check_stride=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from found_ops import OPS, outputs_of
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
@@ -176,18 +177,17 @@ def test_decomposition(name: str) -> None:
         assert_right(decomposed.module(), module, shapes, sizes)
 
 
-@pytest.mark.parametrize("op", _dispatch.ops())
+@pytest.mark.parametrize("op", OPS)
 def test_decomposition_knows_what_an_exported_program_can_know(op: str) -> None:
     """The outputs that users get; what is saved for a backward pass, which no exported program has, is NaN."""
-    arguments, options = sample_call(op)
-    inputs = _dispatch.prepare(op, *arguments, **options)
+    call = sample_call(op)
+    inputs = _dispatch.prepare(op, **call)
     overload = getattr(torch.ops.walt_kernels, op).default
     outputs = torch._decomp.decomposition_table[overload](*inputs.values(), "cpu")
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert len(outputs) == len(overload._schema.returns)
     with wk.use_backend("reference"):
-        expected = getattr(wk, op)(*arguments, **options)
-    expected = expected if isinstance(expected, tuple) else (expected,)
+        expected = outputs_of(op, **call)
     torch.testing.assert_close(outputs[: len(expected)], expected)
     assert all(output.isnan().all() for output in outputs[len(expected) :])
 

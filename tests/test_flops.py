@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from found_ops import OPS, backend_of, needs_native, outputs_of, with_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,12 +17,12 @@ import walt_kernels as wk
 from benchmarks.cases import CASES, Case
 from walt.model.transformer import Transformer
 from walt.presets import PRESETS
-from walt_kernels import _native
 from walt_kernels.adaln_lora.op import lora_flops
 from walt_kernels.causal_conv3d import op as conv
+from walt_kernels.testing import sample_call
 from walt_kernels.window_attention import op as attention
 
-pytestmark = pytest.mark.skipif(_native.C is None, reason=f"native kernels: {_native.reason}")
+pytestmark = needs_native
 
 
 def leaf(*shape: int) -> Tensor:
@@ -86,6 +87,16 @@ def test_lora() -> None:
 
     assert counted(call, "cpu") == counted(call, "reference")
     assert counted(call, "cpu")[0] == lora_flops((3, 8), (3, 12), (4, 2, 8))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_counts_what_its_reference_does(op: str) -> None:
+    """Products alone: an op without any counts none."""
+    inputs = sample_call(op)
+    assert (
+        counted(lambda: outputs_of(op, **with_gradients(inputs))[0], backend_of(op))[0]
+        == (counted(lambda: outputs_of(op, **with_gradients(inputs))[0], "reference")[0])
+    )
 
 
 @pytest.mark.parametrize("case", [c.small() for c in CASES if c.op != "training_step"], ids=lambda c: c.op)

@@ -9,6 +9,7 @@ import pickle
 import pkgutil
 import subprocess
 import sys
+import typing
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 
 import walt
 import walt_kernels
+from walt_kernels import _define, testing
 
-OPS = ("adaln_lora", "causal_conv3d", "window_attention")  # functions with the name of a package
+OPS = _define.folders()  # functions with the name of a package
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -60,12 +62,15 @@ def test_the_modules_of_an_op_are_found_in_every_form(op: str) -> None:
 def test_an_op_is_a_function(op: str) -> None:
     function = getattr(walt_kernels, op)
     assert inspect.isfunction(function)
-    assert (function.__name__, function.__module__) == (op, f"walt_kernels.{op}.api")
+    assert (function.__name__, function.__module__) == (op, f"walt_kernels.{op}.op")
     assert run(f"import walt_kernels.{op} as found")["found"] is function
     assert run(f"from walt_kernels.{op} import {op} as found")["found"] is function
     assert pickle.loads(pickle.dumps(function)) is function
     assert "Returns:" in (inspect.getdoc(function) or "")
-    assert next(iter(inspect.signature(function).parameters)) in ("x", "q", "cond")
+    signature = inspect.signature(function)
+    assert next(iter(signature.parameters)) in testing.sample_call(op)
+    assert typing.get_type_hints(function)["return"] is torch.Tensor
+    assert signature.return_annotation in ("Tensor", torch.Tensor)
 
 
 def test_walt_has_no_function_that_hides_a_module() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from found_ops import OPS, outputs_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,7 +16,6 @@ import walt_kernels as wk
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.presets import PRESETS
-from walt_kernels import _dispatch
 from walt_kernels.nn import AdaLNLoRA, CausalConv3d, WindowAttention
 from walt_kernels.testing import sample_call
 
@@ -29,21 +29,18 @@ Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 def layouts(op: str, convert: Callable[[Tensor], Tensor]) -> list[Layout | None]:
     """Shapes, strides and dtypes of the outputs and gradients of a call on converted tensors."""
 
-    def leaf(value: Any) -> Any:
-        return convert(value).requires_grad_() if isinstance(value, Tensor) else value
-
-    arguments, options = sample_call(op)
-    arguments, options = tuple(map(leaf, arguments)), {name: leaf(value) for name, value in options.items()}
-    outputs = getattr(wk, op)(*arguments, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    inputs = {
+        name: convert(value).requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in sample_call(op).items()
+    }
+    outputs = outputs_of(op, **inputs)
     torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-    leaves = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
-    found = [*outputs, *(value.grad for value in leaves)]
+    found = [*outputs, *(value.grad for value in inputs.values() if isinstance(value, Tensor))]
     return [None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in found]
 
 
 @pytest.mark.parametrize("context", AUTOCAST.values(), ids=AUTOCAST)
-@pytest.mark.parametrize("op", _dispatch.ops())
+@pytest.mark.parametrize("op", OPS)
 def test_fake_tensors(op: str, context: Callable[[], AbstractContextManager[Any]]) -> None:
     with context():
         real = layouts(op, lambda tensor: tensor)
@@ -52,7 +49,7 @@ def test_fake_tensors(op: str, context: Callable[[], AbstractContextManager[Any]
 
 
 @pytest.mark.parametrize("context", AUTOCAST.values(), ids=AUTOCAST)
-@pytest.mark.parametrize("op", _dispatch.ops())
+@pytest.mark.parametrize("op", OPS)
 def test_meta_tensors(op: str, context: Callable[[], AbstractContextManager[Any]]) -> None:
     """Autocast leaves meta tensors as they are, in PyTorch's ops and in ours."""
     real = layouts(op, lambda tensor: tensor)

@@ -78,8 +78,8 @@ def test_conv_history_continues_a_video() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 0}, "in_channels: got 0"),
-        ({"out_channels": 5, "groups": 2}, "out_channels: got 5 with groups=2"),
+        ({"in_channels": 0}, "in_channels is 0, expected a positive int"),
+        ({"out_channels": 5, "groups": 2}, "out_channels is 5 with groups=2, expected a positive multiple"),
         ({"kernel_size": (3, 3)}, "kernel_size is .3, 3.*expected"),
         ({"stride": 0}, "stride is 0, expected"),
         ({"dilation": (1, 1, -1)}, "dilation is .1, 1, -1.*expected"),
@@ -189,16 +189,16 @@ def test_attention_parameters() -> None:
 
 
 def test_attention_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="width: got 30 with heads=4"):
+    with pytest.raises(ValueError, match="width is 30 with heads=4"):
         WindowAttention(30, 4, (1, 2, 2))
     with pytest.raises(ValueError, match=r"window is \(0, 2, 2\), expected"):
         WindowAttention(32, 4, (0, 2, 2))
-    with pytest.raises(ValueError, match="context_width: got 0"):
+    with pytest.raises(ValueError, match="context_width is 0, expected a positive int"):
         WindowAttention(32, 4, (1, 2, 2), context_width=0)
     x = torch.zeros(1, 1, 2, 2, 32)
-    with pytest.raises(ValueError, match="context: got a tensor"):
+    with pytest.raises(ValueError, match="context is a tensor, expected None"):
         WindowAttention(32, 4, (1, 2, 2))(x, context=torch.zeros(1, 3, 8))
-    with pytest.raises(ValueError, match="context: got None"):
+    with pytest.raises(ValueError, match="context is None, expected a tensor"):
         WindowAttention(32, 4, (1, 2, 2), context_width=8)(x)
 
 
@@ -234,7 +234,7 @@ def test_adaln_layers_start_equal() -> None:
 
 
 def test_adaln_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="rank: got 0"):
+    with pytest.raises(ValueError, match="rank is 0, expected a positive int"):
         AdaLNLoRA(16, layers=3, rank=0)
 
 

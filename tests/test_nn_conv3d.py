@@ -84,10 +84,10 @@ WRONG = [
     ({"space_padding": "wrap"}, ValueError, r"padding_mode \(space_padding\) is 'wrap', expected one of 'zeros'"),
     ({"padding_mode": "reflect", "space_padding": "zeros"}, ValueError, "padding_mode is 'reflect', expected 'zeros'"),
     ({"time_padding": "replicate"}, ValueError, "time_padding is 'replicate', expected one of 'zeros', 'first"),
-    ({"in_channels": True}, TypeError, "in_channels: got True; expected a positive int"),
-    ({"out_channels": 4.0}, TypeError, "out_channels: got 4.0; expected a positive int"),
-    ({"groups": 2.0}, TypeError, "groups: got 2.0; expected a positive int"),
-    ({"groups": 0}, ValueError, "groups: got 0; expected a positive int"),
+    ({"in_channels": True}, TypeError, "in_channels is True, expected a positive int"),
+    ({"out_channels": 4.0}, TypeError, "out_channels is 4.0, expected a positive int"),
+    ({"groups": 2.0}, TypeError, "groups is 2.0, expected a positive int"),
+    ({"groups": 0}, ValueError, "groups is 0, expected a positive int"),
 ]
 
 

@@ -11,7 +11,7 @@ from on_gpu import DEVICE, DTYPES, check, marks, on_device, through
 from test_causal_conv3d import OPTIONS, in_chunks, sample, terms
 from torch import Tensor
 
-from walt_kernels import _triton, causal_conv3d, use_backend
+from walt_kernels import _dispatch, _triton, causal_conv3d, use_backend
 from walt_kernels.testing import LAYOUTS, random
 
 pytestmark = marks()
@@ -37,14 +37,9 @@ def without_gradients(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def launched(inputs: dict[str, Any], architecture: str = "sm_90") -> list[str]:
     """The kernels of a call and its gradients on a GPU of that architecture."""
-    from walt_kernels.causal_conv3d import triton_kernels
-    from walt_kernels.causal_conv3d.api import _prepare
-
-    x, weight, bias, history, *options = _prepare(**without_gradients(inputs)).values()
+    checked = _dispatch.prepare("causal_conv3d", **without_gradients(inputs))
     with _triton.record(_triton.TARGETS[architecture]) as launches:
-        y = triton_kernels.causal_conv3d(x, weight, bias, history, *options)
-        wanted = (True, True, bias is not None, history is not None)
-        triton_kernels.causal_conv3d_backward(y, x, weight, history, *options, wanted)
+        _dispatch.op("causal_conv3d").both_passes("triton", checked)
     return [launch.kernel.fn.__name__ for launch in launches]
 
 

@@ -353,18 +353,13 @@ def test_one_gradient_alone(wanted: str) -> None:
     assert torch.equal(result[wanted], everything[wanted])
 
 
-def op_arguments(inputs: dict[str, Any]) -> list[Any]:
-    """The arguments of the registered op, without the backend."""
-    return list(prepare("window_attention", **inputs).values())
-
-
 def test_what_needs_no_gradient_gets_no_memory() -> None:
-    arguments = op_arguments(make())
-    out, lse = torch.ops.walt_kernels.window_attention(*arguments, "cpu")
+    arguments = prepare("window_attention", **make())
+    out, lse = torch.ops.walt_kernels.window_attention(**arguments, backend="cpu")
     assert lse.dtype == torch.float32
     assert not lse.requires_grad
-    wanted = [True] + [False] * 7
-    grads = torch.ops.walt_kernels.window_attention_backward(torch.ones_like(out), out, lse, *arguments, wanted, "cpu")
+    saved = {"grad_out": torch.ones_like(out), "out": out, "lse": lse, "wanted": [True] + [False] * 7}
+    grads = torch.ops.walt_kernels.window_attention_backward(**arguments, **saved, backend="cpu")
     assert [g.numel() for g in grads] == [out.numel()] + [0] * 7
 
 
@@ -409,15 +404,13 @@ def test_empty_batch() -> None:
 @pytest.mark.parametrize("options", [{"image": mask(2, 3)}, {"context": 3}], ids=["image", "context"])
 def test_opcheck(layout: str, options: dict[str, Any]) -> None:
     inputs = make(2, 3, 4, 4, 2, 16, window=(3, 2, 3), layout=layout, **options)
-    arguments = op_arguments(inputs)
-    torch.library.opcheck(torch.ops.walt_kernels.window_attention.default, (*arguments, "cpu"))
-    out, lse = torch.ops.walt_kernels.window_attention(*arguments, "cpu")
-    detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
+    arguments = {**prepare("window_attention", **inputs), "backend": "cpu"}
+    torch.library.opcheck(torch.ops.walt_kernels.window_attention.default, (), arguments)
+    out, lse = torch.ops.walt_kernels.window_attention(**arguments)
+    detached = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     wanted = [True] * 6 + ["context_k" in inputs] * 2
-    torch.library.opcheck(
-        torch.ops.walt_kernels.window_attention_backward.default,
-        (torch.ones_like(out), out.detach(), lse, *detached, wanted, "cpu"),
-    )
+    saved = {"grad_out": torch.ones_like(out), "out": out.detach(), "lse": lse, "wanted": wanted}
+    torch.library.opcheck(torch.ops.walt_kernels.window_attention_backward.default, (), {**detached, **saved})
 
 
 def test_compiles_whole_without_recompiling_for_batch_sizes() -> None:
@@ -463,7 +456,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"q": [1.0]}, TypeError, "q is a list, expected a tensor"),
     ({"k": None}, TypeError, "k is a NoneType, expected a tensor"),
     ({"q": x[0]}, ValueError, r"q has shape \(5, 8, 8, 2, 16\), expected 6 dimensions \[B, T, H, W, heads, dim\]"),
-    ({"q": x.int()}, TypeError, "q has dtype torch.int32, expected float32, float64, bfloat16 or float16"),
+    (
+        {"q": x.int()},
+        TypeError,
+        "q has dtype torch.int32, expected one of torch.float32, torch.float64, torch.bfloat16, torch.float16",
+    ),
     ({"k": x.double()}, TypeError, "k has dtype torch.float64, expected torch.float32 as q has"),
     ({"v": x.to("meta")}, ValueError, "v is on meta, expected cpu as q is"),
     ({"k": x[:, :4]}, ValueError, r"k has shape \(2, 4, 8, 8, 2, 16\), expected \(2, 5, 8, 8, 2, 16\), q's shape"),
@@ -483,10 +480,14 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"bias_table": torch.zeros(2, 9, 7, 7).double()},
         TypeError,
-        "bias_table has dtype torch.float64, expected float32",
+        "bias_table has dtype torch.float64, expected one of torch.float32, torch.bfloat16, torch.float16",
     ),
     ({"q_norm": torch.zeros(15)}, ValueError, r"q_norm has shape \(15,\), expected \(16,\), \[dim\]"),
-    ({"k_norm": torch.zeros(16, dtype=torch.int)}, TypeError, "k_norm has dtype torch.int32, expected float32"),
+    (
+        {"k_norm": torch.zeros(16, dtype=torch.int)},
+        TypeError,
+        "k_norm has dtype torch.int32, expected one of torch.float32",
+    ),
     ({"norm_eps": -1.0}, ValueError, "norm_eps is -1.0, expected a number >= 0"),
     ({"norm_eps": "small"}, TypeError, "norm_eps is 'small', expected a number"),
     ({"scale": math.inf}, ValueError, "scale is inf, expected a finite number"),

@@ -1,8 +1,11 @@
 """Trainable kernels for video diffusion: causal 3D convolution, window attention, fused AdaLN-LoRA."""
 
+import importlib
 import sys
 
+from . import _dispatch
 from . import nn as nn
+from ._define import folders as _find_folders
 from ._dispatch import explain, use_backend
 from ._version import __version__ as __version__
 from .adaln_lora import adaln_lora, adaln_modulate, adaln_residual, adaln_residual_modulate
@@ -22,7 +25,15 @@ __all__ = [
     "window_attention",
 ]
 
-# These functions hide the packages that they have their names of. What is in the package is found through the function,
-# too, or `import walt_kernels.causal_conv3d.api as api` would fail.
-for _function in (adaln_lora, causal_conv3d, window_attention):
-    _function.__dict__ = vars(sys.modules[f"{__name__}.{_function.__name__}"])
+# The ops of all folders. They are named above, too, for readers and type checkers alone.
+_folders = _find_folders()
+for _folder in _folders:
+    importlib.import_module(f"{__name__}.{_folder}.op")
+globals().update({_op: _dispatch.op(_op).function for _op in _dispatch.ops()})
+
+# A function hides the package that it has its name of. What is in the package is found through the function, too, or
+# `import walt_kernels.causal_conv3d.op as op` would fail.
+for _folder in _folders:
+    _package, _function = sys.modules[f"{__name__}.{_folder}"], globals()[_folder]
+    vars(_package).update(vars(_function))
+    _function.__dict__ = vars(_package)

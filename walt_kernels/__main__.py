@@ -39,8 +39,7 @@ def _op_lines(device: str) -> list[str]:
     """One block per op. The backends are asked with tensors that have a device and no memory: no GPU is needed."""
     lines = []
     for op in _dispatch.ops():
-        args, kwargs = sample_call(op, dtype=torch.bfloat16)
-        inputs = _dispatch.prepare(op, *args, **kwargs)
+        inputs = _dispatch.prepare(op, **sample_call(op, dtype=torch.bfloat16))
         with FakeTensorMode():
             on_device = {
                 name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)

@@ -1,8 +1,8 @@
 """``python -m walt_kernels aot``: compiles every Triton kernel for every target, without a GPU, and reads its costs.
 
-Each op names calls (``aot_calls`` in its triton_aot.py) that together reach all its kernels and tiles. Their launches
-are recorded as for a target and compiled with the argument types and specialisations a real launch would have. A
-kernel fails that spills more registers than its op states in SPILLS (by "kernel" or "kernel, call"; for Triton 3.7,
+Each op folder lists calls (``aot_calls`` in triton_aot.py) which together reach all its kernels and tiles. Launches are
+recorded as for a target and compiled with the argument types and specialisations a real launch would have. A kernel
+fails that spills more registers than its op states in SPILLS (by "kernel" or "kernel, call"; for Triton 3.7,
 others may spill more), that needs more shared memory than the target has, whose 16-bit matrix products are not on
 tensor cores, or whose float32 ones lose digits that were asked for.
 """
@@ -10,7 +10,7 @@ tensor cores, or whose float32 ones lose digits that were asked for.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _dispatch, _triton
+from ._define import folders
 from ._triton import TARGETS, Launch
 
-OPS = ("causal_conv3d", "window_attention", "adaln_lora")
 # What the assembler writes for a product on tensor (or matrix) cores.
 TENSOR_CORES = {
     "sm_80": r"mma\.sync",
@@ -46,6 +46,24 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call to an op with these arguments, forward and backward; no gradient arrives for the outputs ``absent``."""
+
+    name: str
+    op: str
+    arguments: dict[str, Any]
+    absent: tuple[str, ...] = ()
+
+    def run(self) -> None:
+        inputs = _dispatch.prepare(self.op, **self.arguments)
+        _dispatch.op(self.op).both_passes("triton", inputs, self.absent)
+
+
+def folders_with_calls() -> list[str]:
+    return [folder for folder in folders() if importlib.util.find_spec(f"{__package__}.{folder}.triton_aot")]
 
 
 @dataclass(frozen=True)
@@ -111,16 +129,16 @@ def specialise(launch: Launch, call: str, architecture: str, spills: dict[str, i
     )
 
 
-def kernels(op: str, architectures: Iterable[str]) -> Iterator[Kernel]:
-    """Every distinct kernel that the calls of ``op`` launch."""
-    module = importlib.import_module(f"{__package__}.{op}.triton_aot")
+def kernels(folder: str, architectures: Iterable[str]) -> Iterator[Kernel]:
+    """Every distinct kernel that the calls of an op's folder launch."""
+    module = importlib.import_module(f"{__package__}.{folder}.triton_aot")
     seen = set()
     for architecture in architectures:
-        for call, run in module.aot_calls():
+        for call in module.aot_calls():
             with _triton.record(TARGETS[architecture]) as launches:
-                run()
+                call.run()
             for launch in launches:
-                kernel = specialise(launch, call, architecture, module.SPILLS)
+                kernel = specialise(launch, call.name, architecture, module.SPILLS)
                 identity = replace(kernel, call="", spill_budget=0)
                 if identity not in seen:
                     seen.add(identity)
@@ -202,7 +220,8 @@ def check(ops: Iterable[str], architectures: Iterable[str], jobs: int) -> Iterat
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m walt_kernels aot", description=__doc__.splitlines()[0].split(": ")[1])
-    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
+    found = folders_with_calls()
+    parser.add_argument("--op", choices=found, action="append", help="default: all")
     parser.add_argument("--arch", choices=list(TARGETS), action="append", help="default: all")
     parser.add_argument("--quiet", action="store_true", help="print only kernels that fail, and the sums")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -217,7 +236,7 @@ def main(arguments: list[str]) -> int:
     if not options.quiet:
         print(width.format("op", "kernel", "target", "warps", "regs", "spills", "shared", "products", "first call"))
     failed = total = 0
-    for op, kernel, used in check(options.op or OPS, options.arch or list(TARGETS), options.jobs):
+    for op, kernel, used in check(options.op or found, options.arch or list(TARGETS), options.jobs):
         total += 1
         failed += used.problem is not None
         row = (op, kernel.name, kernel.architecture, kernel.warps, used.registers, used.spilled, used.shared)

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,31 +21,39 @@ from . import _checkpoint
 BACKENDS = ("cuda", "flash", "triton", "cpu", "reference")
 
 
-def _differentiates_itself(*args: Any) -> Any:
-    raise RuntimeError("the reference backend is differentiated by PyTorch, not by a backward kernel")
-
-
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op.
+    """One way to run an op. Its functions are called by name.
 
-    ``unsupported(**inputs)`` returns the reason why it cannot take these (validated) inputs, or None. ``forward`` and
-    ``backward`` take what the op's schema takes. An ``opt_in`` backend is only used when it is forced.
+    ``unsupported(**inputs)`` returns the reason why it cannot take these (checked) inputs, or None. Without a
+    ``backward``, PyTorch differentiates what ``forward(**inputs)`` returns. With one, both write into the memory that
+    they are given (see ``define_op``). An ``opt_in`` backend is only used when it is forced.
     """
 
     name: str
     unsupported: Callable[..., str | None]
     forward: Callable[..., Any]
-    backward: Callable[..., Any] = _differentiates_itself
+    backward: Callable[..., None] | None = None
     opt_in: str | None = None  # why it is not a default yet
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether PyTorch differentiates it."""
+        return self.backward is None
 
-@dataclass(frozen=True)
-class Op:
-    """A public op: ``prepare(*args, **kwargs)`` validates a user's call and returns its normalised inputs."""
 
-    prepare: Callable[..., dict[str, Any]]
+class Op(NamedTuple):
+    """A public op: what users call, and ``check``, which returns the inputs of a call as the backends take them.
+
+    ``sample(tensor, batch)`` returns the arguments of a small, typical call, by name: ``tensor(*shape)`` makes one.
+    ``both_passes(backend, inputs)`` runs a backend's kernels past torch's dispatcher, so on tensors without memory too.
+    """
+
+    function: Callable[..., Any]
+    check: Callable[..., dict[str, Any]]
     backends: tuple[Backend, ...]
+    sample: Callable[[Callable[..., torch.Tensor], int], dict[str, Any]]
+    both_passes: Callable[..., None]
 
 
 _ops: dict[str, Op] = {}
@@ -74,13 +82,19 @@ if forced() is not None and forced() not in BACKENDS:
     raise ValueError(f"WALT_KERNELS_BACKEND is {forced()!r}, expected one of {', '.join(BACKENDS)}")
 
 
-def register(name: str, prepare: Callable[..., dict[str, Any]], backends: list[Backend]) -> None:
-    _ops[name] = Op(prepare, tuple(backends))
+def register(name: str, op: Op) -> None:
+    _ops[name] = op
 
 
 def ops() -> tuple[str, ...]:
     """Names of all ops, in order of registration."""
     return tuple(_ops)
+
+
+def op(name: str) -> Op:
+    if name not in _ops:
+        raise ValueError(f"op is {name!r}, expected one of {', '.join(_ops)}")
+    return _ops[name]
 
 
 def backend(op: str, name: str) -> Backend:
@@ -90,11 +104,9 @@ def backend(op: str, name: str) -> Backend:
     raise ValueError(f"{op} has no backend {name!r}; it has {', '.join(b.name for b in _ops[op].backends)}")
 
 
-def prepare(op: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Validates the arguments of a call to ``op`` and returns its normalised inputs."""
-    if op not in _ops:
-        raise ValueError(f"op is {op!r}, expected one of {', '.join(_ops)}")
-    return _ops[op].prepare(*args, **kwargs)
+def prepare(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Checks the arguments of a call to an op and returns its inputs as the backends take them."""
+    return op(name).check(*args, **kwargs)
 
 
 def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
@@ -103,7 +115,7 @@ def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def select(op: str, inputs: Mapping[str, Any]) -> str:
-    """The backend that runs ``op`` on validated ``inputs``: the forced one, else the first with no reason not to."""
+    """The backend that runs ``op`` on checked ``inputs``: the forced one, else the first with no reason not to."""
     name = forced()
     if name is not None:
         reason = backend(op, name).unsupported(**inputs)
@@ -125,6 +137,7 @@ def _warn_about_reference(op: str, inputs: Mapping[str, Any]) -> None:
     if on_gpu and op not in _warned:
         _warned.add(op)
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons(op, inputs).items() if reason)
+        why = why or "it has no kernels"
         warnings.warn(f"{op} runs on the PyTorch reference for a CUDA tensor ({why})", stacklevel=4)
 
 

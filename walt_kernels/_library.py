@@ -33,15 +33,18 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     tangent: Tangent | None = None,
-) -> None:
+    composed: frozenset[str] = frozenset(),
+) -> Any:
     """Defines ``walt_kernels::name``: implementation, fake, reverse and forward derivative, vmap, decomposition.
 
     ``reference`` composes it of PyTorch's own ops: it is called with the arguments but the backend, and returns the
     first of the op's outputs; those after them are saved for the backward pass.
     ``backward`` is autograd's, with ``setup_context``. ``tangent(arguments, tangents)`` returns the tangent of every
-    output, None for those without; by default it is the reference's.
+    output, None for those without; by default it is the reference's. The backends ``composed`` run PyTorch's own ops,
+    which have derivatives themselves.
 
     An op without these is itself a backward pass: differentiating it raises an error that says so, never gives a zero.
+    Returns the overload.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
@@ -57,9 +60,11 @@ def define(
     if reference is not None:
         _decompose(op, reference)
         tangent = tangent or _composed_tangent(op, reference)
-    kernel = _autograd_kernel(op, setup_context, backward or no_second_derivative, tangent or no_second_derivative)
+    backward, tangent = backward or no_second_derivative, tangent or no_second_derivative
+    kernel = _autograd_kernel(op, setup_context, backward, tangent, composed, impl)
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(op, _one_by_one(op), lib=LIBRARY)
+    return op
 
 
 def transformed() -> bool:
@@ -67,8 +72,21 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def in_backward(op: Any, arguments: Sequence[Any]) -> Any:
+    """The op as a backward pass calls it: past its autograd kernel where nobody may differentiate the pass again."""
+    if torch.is_grad_enabled() or transformed():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def _autograd_kernel(
-    op: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any], tangent: Tangent
+    op: Any,
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any],
+    tangent: Tangent,
+    composed: frozenset[str],
+    impl: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Autograd for an op, as ``torch.library.register_autograd`` makes it, and more: forward mode and torch.func.
 
@@ -76,9 +94,11 @@ def _autograd_kernel(
     and ``torch.func.grad`` refuses it.
     """
 
+    redispatch = op._handle.redispatch_boxed  # op.redispatch is one more call
+
     def below(keyset: Any, arguments: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     def node_forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, keyset = arguments
@@ -101,6 +121,8 @@ def _autograd_kernel(
     Node: Any = type(op._opname, (_SingleLevelFunction,), methods)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
+        if arguments[-1] in composed:
+            return impl(*arguments)
         if transformed() and not torch.is_inference_mode_enabled():
             arguments = unwrap_dead_wrappers(arguments)
             duals = [forward_ad.unpack_dual(a, level=0) if isinstance(a, Tensor) else (a, None) for a in arguments]
@@ -140,20 +162,21 @@ def _composed_tangent(op: Any, reference: Callable[..., Any]) -> Tangent:
 
 
 def _decompose(op: Any, reference: Callable[..., Any]) -> None:
-    """Tells torch how the op is composed of PyTorch's own: what torch.onnx.export translates.
-
-    An exported program has no backward pass, so what is saved for it is NaN.
-    """
+    """Tells torch how the op is composed of PyTorch's own, which torch.onnx.export translates: without derivatives."""
 
     def decomposition(*arguments: Any) -> Any:
-        results = _outputs(op, reference(*arguments[:-1]))
-        if len(results) == 1:
-            return results[0]
-        return tuple(arguments[0].new_full((), math.nan) if r is None else r for r in results)
+        return complete(op, reference(*arguments[:-1]))
 
     torch._decomp.decomposition_table[op] = decomposition
     # With open sizes a FakeTensor would run the decomposition in place of the fake, but for the ops in this table.
     torch._decomp.meta_table[op] = decomposition
+
+
+def complete(op: Any, results: Any) -> Any:
+    """All that the op returns from what users get: what is saved for a backward pass of its own is NaN."""
+    tensors = _outputs(op, results)
+    given = as_tuple(results)[0]
+    return tensors[0] if len(tensors) == 1 else tuple(given.new_full((), math.nan) if t is None else t for t in tensors)
 
 
 def _grown(empty: Tensor, dim: int) -> Tensor:
@@ -163,10 +186,10 @@ def _grown(empty: Tensor, dim: int) -> Tensor:
 
 def _outputs(op: Any, results: Any) -> tuple[Tensor | None, ...]:
     """All outputs of the op, None for what its reference does not return."""
-    return (*_all(results), *[None] * (len(op._schema.returns) - len(_all(results))))
+    return (*as_tuple(results), *[None] * (len(op._schema.returns) - len(as_tuple(results))))
 
 
-def _all(results: Any) -> tuple[Tensor, ...]:
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -178,7 +201,7 @@ def _one_by_one(op: Any) -> Callable[..., Any]:
         if not info.batch_size:  # one element of zeros, for the shapes alone
             given = [(_grown(a, d) if isinstance(d, int) else a, d) for a, d in given]
         results = [
-            _all(op(*(a.select(d, i) if isinstance(d, int) else a for a, d in given)))
+            as_tuple(op(*(a.select(d, i) if isinstance(d, int) else a for a, d in given)))
             for i in range(info.batch_size or 1)
         ]
         stacked = [torch.stack(outputs)[: info.batch_size] for outputs in zip(*results, strict=True)]

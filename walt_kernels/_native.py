@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 C: Any = None
 reason: str | None = None
@@ -26,17 +27,16 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*DTYPES, torch.bool)}
 
 
-def unsupported(*tensors: torch.Tensor | None) -> str | None:
-    """Why the native CPU kernels cannot take these tensors, or None."""
+def unsupported(**inputs: Any) -> str | None:
+    """Why the native CPU kernels cannot take the tensors among these, or None."""
     if C is None:
         return reason
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            return f"runs on CPU tensors; this one is on {tensor.device}"
-        if tensor.dtype not in DTYPES and tensor.dtype is not torch.bool:
-            return f"no native kernel for {tensor.dtype}"
+    for tensor in inputs.values():
+        if isinstance(tensor, Tensor):
+            if not tensor.is_cpu and tensor.device.type != "cpu":
+                return f"runs on CPU tensors; this one is on {tensor.device}"
+            if tensor.dtype not in NAMES:
+                return f"no native kernel for {tensor.dtype}"
     return None
 
 
@@ -44,15 +44,15 @@ CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_OPT_IN = "compiles; not yet run on a GPU, so only where it is forced"
 
 
-def cuda_unsupported(*tensors: torch.Tensor | None) -> str | None:
-    """Why the CUDA kernels cannot take these tensors, or None."""
+def cuda_unsupported(**inputs: Any) -> str | None:
+    """Why the CUDA kernels cannot take the tensors among these, or None."""
     if C is None:
         return reason
     built = C.build_info()["cuda_architectures"]
     if not built:
         return "built without CUDA: nvcc was not found, or WALT_KERNELS_CUDA=0"
-    for tensor in tensors:
-        if tensor is None:
+    for tensor in inputs.values():
+        if not isinstance(tensor, Tensor):
             continue
         if tensor.device.type != "cuda" or torch.version.hip is not None:
             return f"runs on NVIDIA GPUs; this tensor is on {tensor.device}"
@@ -79,7 +79,7 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     return (capability[0] == major and capability[1] >= minor) or (bool(ptx) and capability >= (major, minor))
 
 
-def view(tensor: torch.Tensor | None) -> Any:
+def view(tensor: Tensor | None) -> Any:
     """The tensor as ``_C`` sees it: address, dtype, sizes, strides. The caller keeps the tensor alive."""
     if tensor is None:
         return None

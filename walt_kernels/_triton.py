@@ -13,10 +13,12 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._dispatch import Backend
 
 
 def _find() -> str | None:
@@ -34,8 +36,7 @@ OPT_IN = "compiles for every target; not yet run on a GPU, so only where it is f
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What decides tiles and partial sums: architecture, number of multiprocessors, shared memory of one program."""
 
     architecture: str
@@ -66,8 +67,7 @@ class Tile:
         return hash((*sorted(self.blocks.items()), self.warps, self.stages))
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One recorded launch."""
 
     kernel: Any
@@ -90,12 +90,12 @@ def record(target: Target) -> Iterator[list[Launch]]:
         _recorded = _recording = None
 
 
-def unsupported(*tensors: Tensor | None) -> str | None:
-    """Why the Triton kernels cannot take these tensors, or None."""
+def unsupported(**inputs: Any) -> str | None:
+    """Why the Triton kernels cannot take the tensors among these, or None."""
     if reason is not None:
         return reason
-    for tensor in tensors:
-        if tensor is None or not tensor.is_floating_point():
+    for tensor in inputs.values():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
         if tensor.device.type == "cpu":
             if not INTERPRET:
@@ -146,13 +146,13 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def kernels(package: str, op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of ``op`` in the package's triton_kernels.py, which is imported when one is called."""
+def backend(package: str, forward: str = "forward", backward: str = "backward") -> Backend:
+    """The functions of these names in the package's triton_backend.py, which is imported when one is called."""
 
-    def call(name: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f"{package}.triton_kernels"), name)(*args, **kwargs)
+    def call(name: str, **arguments: Any) -> None:
+        getattr(importlib.import_module(f"{package}.triton_backend"), name)(**arguments)
 
-    return functools.partial(call, op), functools.partial(call, f"{op}_backward")
+    return Backend("triton", unsupported, functools.partial(call, forward), functools.partial(call, backward), OPT_IN)
 
 
 Table = Mapping[tuple[Any, ...], Mapping[str, Tile]]

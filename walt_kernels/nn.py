@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._checks import choice, positive, triple
 from .adaln_lora import adaln_lora
 from .causal_conv3d import causal_conv3d
-from .causal_conv3d.api import SPACE_PADDING, TIME_PADDING, Padding, choice, resolve_padding, triple
-from .values import is_int, plain
+from .causal_conv3d.op import SPACE_PADDING, TIME_PADDING, Padding, resolve_padding
+from .values import plain
 from .window_attention import window_attention
 
 __all__ = ["AdaLNLoRA", "CausalConv3d", "WindowAttention", "reset_children"]
@@ -37,15 +38,6 @@ def reset_children(module: nn.Module) -> None:
             reset_children(child)
         else:
             reset()
-
-
-def _positive(name: str, value: Any) -> int:
-    value = plain(value)
-    if not is_int(value):
-        raise TypeError(f"{name}: got {value!r}; expected a positive int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}; expected a positive int")
-    return value
 
 
 class CausalConv3d(nn.Conv3d):
@@ -86,11 +78,11 @@ class CausalConv3d(nn.Conv3d):
         time_padding: str = "zeros",
         space_padding: str | None = None,
     ) -> None:
-        in_channels, out_channels = _positive("in_channels", in_channels), _positive("out_channels", out_channels)
-        groups = _positive("groups", groups)
+        in_channels, out_channels = positive("in_channels", in_channels), positive("out_channels", out_channels)
+        groups = positive("groups", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
-                raise ValueError(f"{name}: got {channels} with groups={groups}; expected a positive multiple of groups")
+                raise ValueError(f"{name} is {channels} with groups={groups}, expected a positive multiple of groups")
         if space_padding is not None:
             if padding_mode not in ("zeros", space_padding):
                 raise ValueError(f"padding_mode is {padding_mode!r}, expected {space_padding!r} as space_padding")
@@ -171,10 +163,10 @@ class WindowAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        width, heads = _positive("width", width), _positive("heads", heads)
+        width, heads = positive("width", width), positive("heads", heads)
         if width % heads:
-            raise ValueError(f"width: got {width} with heads={heads}; expected a positive multiple of heads")
-        context_width = None if context_width is None else _positive("context_width", context_width)
+            raise ValueError(f"width is {width} with heads={heads}, expected a positive multiple of heads")
+        context_width = None if context_width is None else positive("context_width", context_width)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.width, self.heads, self.dim = width, heads, width // heads
         self.window = triple("window", window)
@@ -210,9 +202,9 @@ class WindowAttention(nn.Module):
         """
         if (context is None) != (self.context_kv is None):
             raise ValueError(
-                "context: got None; expected a tensor, since the module was made with context_width"
+                "context is None, expected a tensor, since the module was made with context_width"
                 if context is None
-                else "context: got a tensor; expected None, since the module was made without context_width"
+                else "context is a tensor, expected None, since the module was made without context_width"
             )
         # By reshape: in a trace, unflatten would fix the sizes for the old exporter of ONNX.
         q, k, v = self.qkv(x).reshape(*x.shape[:-1], 3, self.heads, self.dim).unbind(-3)
@@ -260,8 +252,8 @@ class AdaLNLoRA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        width, layers = _positive("width", width), _positive("layers", layers)
-        rank, chunks = _positive("rank", rank), _positive("chunks", chunks)
+        width, layers = positive("width", width), positive("layers", layers)
+        rank, chunks = positive("rank", rank), positive("chunks", chunks)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.width, self.layers, self.rank, self.chunks = width, layers, rank, chunks
         self.base = nn.Linear(width, chunks * width, **kind)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _dispatch
+
 K_FORWARD = 2.0
 K_BACKWARD = 3.0
 
@@ -156,29 +158,7 @@ def move(value: Any, device: str | torch.device) -> Any:
 
 
 def sample_call(
-    op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of one small, typical call to a public op."""
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    if op == "causal_conv3d":
-        return (tensor(2, 16, 5, 8, 8), tensor(32, 16, 3, 3, 3), tensor(32)), {}
-    if op == "window_attention":
-        q, k, v = (tensor(2, 5, 8, 8, 2, 64) for _ in range(3))
-        norms = {"q_norm": tensor(64), "k_norm": tensor(64)}
-        return (q, k, v), {"window": (5, 4, 4), "bias_table": tensor(2, 9, 7, 7), **norms}
-    if op == "adaln_lora":
-        return (tensor(2, 64), tensor(2, 384), tensor(4, 2, 64), tensor(4, 384, 2)), {}
-    x, branch, gate, shift, scale = tensor(2, 80, 64), tensor(2, 80, 64), tensor(2, 64), tensor(2, 64), tensor(2, 64)
-    calls = {
-        "adaln_modulate": (x, shift, scale),
-        "adaln_residual": (x, branch, gate),
-        "adaln_residual_modulate": (x, branch, gate, shift, scale),
-    }
-    if op not in calls:
-        raise ValueError(
-            f"op is {op!r}, expected one of causal_conv3d, window_attention, adaln_lora, {', '.join(calls)}"
-        )
-    return calls[op], {}
+    op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, batch: int = 2
+) -> dict[str, Any]:
+    """Arguments of one small, typical call to a public op, by name."""
+    return _dispatch.op(op).sample(lambda *shape: torch.randn(shape, device=device).to(dtype), batch)

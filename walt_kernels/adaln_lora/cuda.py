@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._native import C
-from .native import with_views
+from .native import Kernels
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def _running_on(device: torch.device) -> Iterator[tuple[int, int]]:
         yield torch.cuda.current_stream(index).cuda_stream, _processors(index)
 
 
-def _call(name: str, device: torch.device, **arguments: Any) -> None:
+def _call(name: str, device: torch.device, arguments: dict[str, Any]) -> None:
     with _running_on(device) as (stream, processors):
         address = size = 0
         if hasattr(C, f"cuda_{name}_workspace"):
@@ -39,4 +39,4 @@ def _call(name: str, device: torch.device, **arguments: Any) -> None:
         getattr(C, f"cuda_{name}")(call, **arguments)
 
 
-KERNELS = with_views(_call)
+KERNELS: Kernels = Kernels(_call)

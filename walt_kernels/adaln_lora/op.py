@@ -1,4 +1,4 @@
-"""Schemas, fakes, autograd and FLOPs of the adaln ops, and their backend tables.
+"""The adaln ops: what users read of them, the checks of a call, and what they are made of.
 
 The ops return what their backward passes need beside what users get: mean and rstd of the norm, ``hidden`` of the
 low-rank pair. adaln_residual_modulate saves x, not x_new: from x, branch and gate, all of which backward reads anyway,
@@ -15,233 +15,265 @@ import torch
 from torch import Tensor
 
 from .. import _native, _triton
-from .._dispatch import Backend, backend, register
-from .._flops import count_flops
-from .._library import define
+from .._checks import check_dtype, check_same_device, check_same_dtype, check_shape, check_tensor, number, shape_error
+from .._define import define_op
+from .._dispatch import Backend
+from .._library import autocast_enabled
 from . import cuda, native, reference
+from .layout import hidden_like, like, lora_gradients, lora_output, statistics
 
-_ops = torch.ops.walt_kernels
-
-
-def _cpu_unsupported(**inputs: Any) -> str | None:
-    return _native.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
-
-
-def _cuda_unsupported(**inputs: Any) -> str | None:
-    return _native.cuda_unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
-
-
-def _triton_unsupported(**inputs: Any) -> str | None:
-    return _triton.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
-
-
-def _kernels(functions: Any, name: str) -> tuple[Any, Any]:
-    """An op's forward and backward."""
-    return getattr(functions, name), getattr(functions, f"{name}_backward")
-
-
-def register_ops(**prepare: Callable[..., dict[str, Any]]) -> None:
-    """Registers the backends of every op with the function that validates its calls."""
-    for name, validate in prepare.items():
-        backends = [
-            Backend("cuda", _cuda_unsupported, *_kernels(cuda.KERNELS, name), opt_in=_native.CUDA_OPT_IN),
-            Backend("triton", _triton_unsupported, *_triton.kernels(__package__, name), opt_in=_triton.OPT_IN),
-            Backend("cpu", _cpu_unsupported, *_kernels(native.KERNELS, name)),
-            Backend("reference", lambda **inputs: None, getattr(reference, name)),
-        ]
-        register(name, validate, backends)
-
-
-def _frames(rows: Tensor) -> int:
-    return rows.shape[1] if rows.dim() == 3 else 0
-
-
-def _forward_impl(name: str) -> Callable[..., Any]:
-    return lambda *args: backend(name, args[-1]).forward(*args[:-1])
-
-
-def _backward_impl(name: str) -> Callable[..., Any]:
-    return lambda *args: backend(name, args[-1]).backward(*args[:-1])
-
-
-# ---- adaln_modulate -------------------------------------------------------------------------------------------------
-
-
-def _modulate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, _, ctx.chosen = inputs
-    _, mean, rstd = output
-    ctx.shift_frames = _frames(shift)
-    ctx.save_for_backward(x, scale, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-
-
-def _modulate_backward(ctx: Any, grad_h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_h is None:
-        return (None,) * 5
-    x, scale, mean, rstd = ctx.saved_tensors
-    grads = _ops.adaln_modulate_backward(grad_h, x, scale, mean, rstd, ctx.shift_frames, ctx.chosen)
-    return (*grads, None, None)
-
-
-define(
-    "adaln_modulate",
-    "(Tensor x, Tensor shift, Tensor scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
-    impl=_forward_impl("adaln_modulate"),
-    fake=lambda x, shift, scale, eps, backend: (native.like(x), *native.statistics(x)),
-    reference=reference.adaln_modulate,
-    setup_context=_modulate_setup,
-    backward=_modulate_backward,
-)
-
-define(
-    "adaln_modulate_backward",
-    "(Tensor grad_h, Tensor x, Tensor scale, Tensor mean, Tensor rstd, SymInt shift_frames, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    impl=_backward_impl("adaln_modulate"),
-    fake=lambda grad_h, x, scale, mean, rstd, shift_frames, backend: (
-        native.like(x),
-        native.rows_like(scale, shift_frames),
-        native.like(scale),
-    ),
-)
-
-
-# ---- adaln_residual -------------------------------------------------------------------------------------------------
-
-
-def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, branch, gate, ctx.chosen = inputs
-    ctx.save_for_backward(branch, gate)
-    ctx.set_materialize_grads(False)
-
-
-def _residual_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 4
-    branch, gate = ctx.saved_tensors
-    return (grad, *_ops.adaln_residual_backward(grad, branch, gate, ctx.chosen), None)
-
-
-define(
-    "adaln_residual",
-    "(Tensor x, Tensor branch, Tensor gate, str backend) -> Tensor",
-    impl=_forward_impl("adaln_residual"),
-    fake=lambda x, branch, gate, backend: native.like(x),
-    reference=reference.adaln_residual,
-    setup_context=_residual_setup,
-    backward=_residual_backward,
-)
-
-define(
-    "adaln_residual_backward",
-    "(Tensor grad, Tensor branch, Tensor gate, str backend) -> (Tensor, Tensor)",
-    impl=_backward_impl("adaln_residual"),
-    fake=lambda grad, branch, gate, backend: (native.like(branch), native.like(gate)),
-)
-
-
-# ---- adaln_residual_modulate ----------------------------------------------------------------------------------------
-
-
-def _residual_modulate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, branch, gate, shift, scale, _, ctx.chosen = inputs
-    _, _, mean, rstd = output
-    ctx.shift_frames = _frames(shift)
-    ctx.save_for_backward(x, branch, gate, scale, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-
-
-def _residual_modulate_backward(
-    ctx: Any, grad_x_new: Tensor | None, grad_h: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    x, branch, gate, scale, mean, rstd = ctx.saved_tensors
-    if grad_h is not None:
-        grads = _ops.adaln_residual_modulate_backward(
-            grad_x_new, grad_h, x, branch, gate, scale, mean, rstd, ctx.shift_frames, ctx.chosen
-        )
-        return (*grads, None, None)
-    if grad_x_new is None:
-        return (None,) * 7
-    # The norm took no part: what remains is the residual's own backward pass.
-    grads = _ops.adaln_residual_backward(grad_x_new, branch, gate, ctx.chosen)
-    return (grad_x_new, *grads, None, None, None, None)
-
-
-define(
-    "adaln_residual_modulate",
-    "(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    impl=_forward_impl("adaln_residual_modulate"),
-    fake=lambda x, branch, gate, shift, scale, eps, backend: (native.like(x), native.like(x), *native.statistics(x)),
-    reference=reference.adaln_residual_modulate,
-    setup_context=_residual_modulate_setup,
-    backward=_residual_modulate_backward,
-)
-
-define(
-    "adaln_residual_modulate_backward",
-    "(Tensor? grad_x_new, Tensor grad_h, Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor mean, Tensor rstd,"
-    " SymInt shift_frames, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    impl=_backward_impl("adaln_residual_modulate"),
-    fake=lambda grad_x_new, grad_h, x, branch, gate, scale, mean, rstd, shift_frames, backend: (
-        native.like(x),
-        native.like(branch),
-        native.like(gate),
-        native.rows_like(scale, shift_frames),
-        native.like(scale),
-    ),
-)
-
-
-# ---- adaln_lora -----------------------------------------------------------------------------------------------------
-
-
-def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cond, _, down, up, ctx.chosen = inputs
-    _, hidden = output
-    ctx.save_for_backward(hidden, cond, down, up)
-    ctx.mark_non_differentiable(hidden)
-    ctx.set_materialize_grads(False)
-
-
-def _lora_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 5
-    return (*_ops.adaln_lora_backward(grad, *ctx.saved_tensors, ctx.chosen), None)
-
-
-define(
-    "adaln_lora",
-    "(Tensor cond, Tensor base, Tensor down, Tensor up, str backend) -> (Tensor, Tensor)",
-    impl=_forward_impl("adaln_lora"),
-    fake=lambda cond, base, down, up, backend: (native.lora_output(base, down), native.hidden_like(cond, down)),
-    reference=reference.adaln_lora,
-    setup_context=_lora_setup,
-    backward=_lora_backward,
-)
-
-define(
-    "adaln_lora_backward",
-    "(Tensor grad, Tensor hidden, Tensor cond, Tensor down, Tensor up, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    impl=_backward_impl("adaln_lora"),
-    fake=lambda grad, hidden, cond, down, up, backend: native.lora_gradients(grad, cond, down, up),
-)
-
+_CPU, _CUDA = native.KERNELS, cuda.KERNELS
 
 BACKWARD = 2.0  # times the FLOPs of adaln_lora's forward pass: two products for each of its two
 
 
 def lora_flops(cond: Sequence[int], base: Sequence[int], down: Sequence[int]) -> int:
-    """Of the forward pass, by the shapes of the arguments."""
+    """Of adaln_lora's forward pass, by the shapes of the arguments."""
     layers, rank, width = down
     return 2 * cond[0] * layers * rank * (width + base[1])
 
 
-count_flops(
-    "adaln_lora",
-    lambda cond, base, down, *_, out_shape: lora_flops(cond, base, down),
-    lambda grad, hidden, cond, down, *_, out_shape: int(BACKWARD * lora_flops(cond, grad[1:], down)),
+def _lora_sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
+    return {"cond": tensor(batch, 64), "base": tensor(batch, 384), "down": tensor(4, 2, 64), "up": tensor(4, 384, 2)}
+
+
+@define_op(
+    reference.adaln_lora,
+    returns=("out", "hidden"),
+    outputs=lambda cond, base, down: (lora_output(base, down), hidden_like(cond, down)),
+    differentiable=("cond", "base", "down", "up"),
+    gradients=lora_gradients,
+    unread=("base", "out"),
+    flops=(lora_flops, lambda grad_out, cond, down: int(BACKWARD * lora_flops(cond, grad_out[1:], down))),
+    backends=(
+        Backend("cuda", _native.cuda_unsupported, _CUDA.lora_forward, _CUDA.lora_backward, _native.CUDA_OPT_IN),
+        _triton.backend(__package__, "lora_forward", "lora_backward"),
+        Backend("cpu", _native.unsupported, _CPU.lora_forward, _CPU.lora_backward),
+    ),
+    sample=_lora_sample,
 )
+def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> dict[str, Any]:
+    """Modulation of all layers in one call: a shared projection plus a low-rank term per layer.
+
+    ``out[i] = base + up[i] @ (down[i] @ cond)``  (W.A.L.T, section 3.3: A^i = A^1 + W_b^i W_a^i (c + t))
+
+    Args:
+        cond: ``[B, D]``, conditioning vector (class and time embedding).
+        base: ``[B, K]``, the modulation that all layers share; K is usually 6 D.
+        down: ``[layers, r, D]``.
+        up: ``[layers, K, r]``.
+
+    Returns:
+        ``[layers, B, K]``, contiguous. ``out[i].chunk(6, dim=-1)`` are views that the other ops take without a copy.
+
+    All four tensors have one dtype (float32, bfloat16, float16 or float64); products are summed in float32 (float64 for
+    float64) and rounded once. Gradients for all four. Under autocast nothing is narrowed: modulation stays as precise
+    as its weights; ``cond`` or ``base`` that an autocast layer narrowed are widened to the widest dtype of the four.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    tensors = {"cond": cond, "base": base, "down": down, "up": up}
+    layouts = {"cond": "[B, D]", "base": "[B, K]", "down": "[layers, r, D]", "up": "[layers, K, r]"}
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, layouts[name])
+        check_dtype(name, tensor)
+        check_same_device(name, tensor, "cond", cond)
+    if base.shape[0] != cond.shape[0]:
+        raise shape_error("base", base, f"[B, K] with B = {cond.shape[0]} as in cond")
+    if down.shape[2] != cond.shape[1]:
+        raise shape_error("down", down, f"[layers, r, D] with D = {cond.shape[1]} as in cond")
+    check_shape("up", up, (down.shape[0], base.shape[1], down.shape[1]), "[layers, K, r] as in base and down")
+    if autocast_enabled(cond.device.type):
+        widest = cond.dtype
+        for tensor in tensors.values():
+            widest = torch.promote_types(widest, tensor.dtype)
+        return {name: tensor.to(widest) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        check_same_dtype(name, tensor, "cond", cond)
+    return tensors
+
+
+# One kernel for the other three ops: it does what it has memory for.
+_BACKENDS = (
+    Backend("cuda", _native.cuda_unsupported, _CUDA.forward, _CUDA.backward, _native.CUDA_OPT_IN),
+    _triton.backend(__package__),
+    Backend("cpu", _native.unsupported, _CPU.forward, _CPU.backward),
+)
+
+
+def _sample(*names: str) -> Callable[[Callable[..., Tensor], int], dict[str, Any]]:
+    """x and branch are tokens, all others rows of modulation."""
+
+    def sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
+        return {n: tensor(batch, 80, 64) if n in ("x", "branch") else tensor(batch, 64) for n in names}
+
+    return sample
+
+
+@define_op(
+    reference.adaln_modulate,
+    returns=("h", "mean", "rstd"),
+    outputs=lambda x: (like(x), *statistics(x)),
+    differentiable=("x", "shift", "scale"),
+    gradients=lambda x, shift, scale: (like(x), like(shift), like(scale)),
+    unread=("eps", "h"),
+    backends=_BACKENDS,
+    sample=_sample("x", "shift", "scale"),
+)
+def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> dict[str, Any]:
+    """LayerNorm without weight and bias, then scale and shift, in one pass.
+
+    ``h = LayerNorm(x, eps) * (1 + scale) + shift``  (DiT's adaLN; W.A.L.T, section 3.3)
+
+    Args:
+        x: ``[B, N, D]``, any strides.
+        shift, scale: ``[B, D]``, or ``[B, F, D]`` with F dividing N: one row for every N / F consecutive tokens. Views
+            (chunks of ``[..., k * D]``) are taken by stride, not copied. One dtype: x's, or float32 when x has 16 bits.
+        eps: added to the variance.
+
+    Returns:
+        ``[B, N, D]``, contiguous, x's dtype, also under autocast.
+
+    Statistics are float32 (float64 for float64). Gradients for x, shift and scale; deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    _check_tokens(x)
+    return {"x": x, **_modulation(x, shift=shift, scale=scale), "eps": _positive("eps", eps)}
+
+
+@define_op(
+    reference.adaln_residual,
+    returns=("x_new",),
+    outputs=lambda x: like(x),
+    differentiable=("branch", "gate"),
+    gradients=lambda branch, gate: (like(branch), like(gate)),
+    unread=("x", "x_new"),
+    backward=lambda kernels, grad_x_new: {"x": grad_x_new, **kernels()},
+    backends=_BACKENDS,
+    sample=_sample("x", "branch", "gate"),
+)
+def adaln_residual(x: Tensor, branch: Tensor, gate: Tensor) -> dict[str, Any]:
+    """Gated residual: ``x_new = x + gate * branch``  (DiT's adaLN-Zero; W.A.L.T, section 3.3)
+
+    Args:
+        x, branch: ``[B, N, D]``, any strides, one dtype (under autocast branch is cast to x's).
+        gate: ``[B, D]`` or ``[B, F, D]`` with F dividing N, as in :func:`adaln_modulate`.
+
+    Returns:
+        ``[B, N, D]``, contiguous, x's dtype. A gate of zero returns x bit for bit.
+
+    Gradients for x, branch and gate; deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    _check_tokens(x)
+    return {"x": x, "branch": _checked_branch(x, branch), **_modulation(x, gate=gate)}
+
+
+def _residual_alone(
+    kernels: Callable[[], dict[str, Tensor]],
+    grad_x_new: Tensor,
+    grad_h: Tensor | None,
+    branch: Tensor,
+    gate: Tensor,
+    backend: str,
+) -> dict[str, Tensor]:
+    """Where nothing arrives for h, the norm took no part: what remains is the residual's own backward pass."""
+    if grad_h is not None:
+        return kernels()
+    grad_branch, grad_gate = torch.ops.walt_kernels.adaln_residual_backward(grad_x_new, branch, gate, backend)
+    return {"x": grad_x_new, "branch": grad_branch, "gate": grad_gate}
+
+
+@define_op(
+    reference.adaln_residual_modulate,
+    returns=("x_new", "h", "mean", "rstd"),
+    outputs=lambda x: (like(x), like(x), *statistics(x)),
+    differentiable=("x", "branch", "gate", "shift", "scale"),
+    gradients=lambda x, branch, gate, shift, scale: tuple(map(like, (x, branch, gate, shift, scale))),
+    unread=("eps", "x_new", "h"),
+    backward=_residual_alone,
+    backends=_BACKENDS,
+    sample=_sample("x", "branch", "gate", "shift", "scale"),
+)
+def adaln_residual_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
+) -> dict[str, Any]:
+    """What stands between two sub-blocks, in one pass: gated residual, LayerNorm, scale and shift.
+
+    ``x_new = x + gate * branch``;  ``h = LayerNorm(x_new, eps) * (1 + scale) + shift``
+
+    Args:
+        x, branch: ``[B, N, D]``, any strides, one dtype (under autocast branch is cast to x's).
+        gate, shift, scale: ``[B, D]`` or ``[B, F, D]`` with F dividing N, as in :func:`adaln_modulate`; one dtype.
+        eps: added to the variance.
+
+    Returns:
+        ``(x_new, h)``, both ``[B, N, D]``, contiguous, x's dtype. x_new is rounded once, and h is computed from the
+        unrounded x_new in float32 (float64 for float64).
+
+    Gradients for all five tensors, through either output or both; deterministic.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    _check_tokens(x)
+    rows = _modulation(x, gate=gate, shift=shift, scale=scale)
+    return {"x": x, "branch": _checked_branch(x, branch), **rows, "eps": _positive("eps", eps)}
+
+
+def _positive(name: str, value: Any) -> float:
+    value = number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} is {value}, expected a positive number")
+    return value
+
+
+def _check_tokens(x: Any) -> None:
+    check_tensor("x", x, "[B, N, D]")
+    check_dtype("x", x)
+    if x.shape[2] == 0:
+        raise shape_error("x", x, "[B, N, D] with D of at least 1")
+
+
+def _checked_branch(x: Tensor, branch: Any) -> Tensor:
+    """branch, in x's dtype under autocast."""
+    check_tensor("branch", branch, "[B, N, D]")
+    check_dtype("branch", branch)
+    check_shape("branch", branch, x.shape, "x's shape")
+    check_same_device("branch", branch, "x", x)
+    if autocast_enabled(x.device.type):
+        return branch.to(x.dtype)
+    check_same_dtype("branch", branch, "x", x)
+    return branch
+
+
+def _modulation(x: Tensor, **rows: Any) -> dict[str, Tensor]:
+    """Checks rows of modulation against x: one dtype for all of them, x's or float32 beside a 16-bit x."""
+    batch, tokens, width = x.shape
+    for name, tensor in rows.items():
+        check_tensor(name, tensor, "[B, D] or [B, F, D]", (2, 3))
+        check_dtype(name, tensor)
+        good = tensor.shape[0] == batch and tensor.shape[-1] == width
+        if good and tensor.dim() == 3:
+            good = tensor.shape[1] > 0 and tokens % tensor.shape[1] == 0
+        if not good:
+            either = f"[B, D] = ({batch}, {width}) or [B, F, D] with F dividing N = {tokens}"
+            raise shape_error(name, tensor, either)
+        check_same_device(name, tensor, "x", x)
+    allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
+    first_name, first = next(iter(rows.items()))
+    if autocast_enabled(x.device.type):
+        fits = first.dtype in allowed and all(tensor.dtype == first.dtype for tensor in rows.values())
+        common = first.dtype if fits else torch.promote_types(x.dtype, torch.float32)
+        return {name: tensor.to(common) for name, tensor in rows.items()}
+    if first.dtype not in allowed:
+        either = f"{' or '.join(map(str, allowed))} as x has{', or wider' * (len(allowed) > 1)}"
+        raise TypeError(f"{first_name} has dtype {first.dtype}, expected {either}")
+    for name, tensor in rows.items():
+        check_same_dtype(name, tensor, first_name, first)
+    return rows

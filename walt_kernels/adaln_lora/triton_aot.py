@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from .._aot import Call
 
 # On sm_100 the assembler uses a few bytes of stack although registers are left.
 SPILLS = {"lora_hidden_kernel": 16, "lora_down_backward_kernel": 8}
@@ -22,47 +21,31 @@ _DTYPES = {
 }
 
 
-def _modulation(D: int, x_dtype: torch.dtype, row_dtype: torch.dtype, residual: bool) -> None:
-    """Forward and backward of one op with the strided rows of a chunked 6 D table."""
+def _modulation(D: int, x_dtype: torch.dtype, row_dtype: torch.dtype) -> dict[str, Tensor]:
+    """The strided rows of a chunked 6 D table."""
     B, N = 2, 1280
-    x, branch, grad = (torch.empty(B, N, D, dtype=x_dtype) for _ in range(3))
     gate, shift, scale = torch.empty(B, 6 * D, dtype=row_dtype).chunk(6, 1)[2:5]
-    if residual:
-        _, _, mean, rstd = kernels.adaln_residual_modulate(x, branch, gate, shift, scale, 1e-6)
-        kernels.adaln_residual_modulate_backward(grad, grad, x, branch, gate, scale, mean, rstd, 0)
-    else:
-        _, mean, rstd = kernels.adaln_modulate(x, shift, scale, 1e-6)
-        kernels.adaln_modulate_backward(grad, x, scale, mean, rstd, 0)
+    x, branch = torch.empty(2, B, N, D, dtype=x_dtype)
+    return {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
 
 
-def _only_h_has_a_gradient(D: int, dtype: torch.dtype) -> None:
-    x, gate, mean = torch.empty(2, 1280, D, dtype=dtype), torch.empty(2, D, dtype=dtype), torch.empty(2, 1280)
-    kernels.adaln_residual_modulate_backward(None, x, x, x, gate, gate, mean, mean, 0)
+def _lora(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    shapes = {"cond": (2, 1024), "base": (2, 6144), "down": (24, rank, 1024), "up": (24, 6144, rank)}
+    return {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-def _residual(D: int, dtype: torch.dtype) -> None:
-    x, gate = torch.empty(2, 1280, D, dtype=dtype), torch.empty(2, 20, D, dtype=dtype)
-    kernels.adaln_residual(x, x, gate)
-    kernels.adaln_residual_backward(x, x, gate)
-
-
-def _lora(rank: int, dtype: torch.dtype) -> None:
-    def tensor(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    cond, base, down, up = tensor(2, 1024), tensor(2, 6144), tensor(24, rank, 1024), tensor(24, 6144, rank)
-    out, hidden = kernels.adaln_lora(cond, base, down, up)
-    kernels.adaln_lora_backward(out, hidden, cond, down, up)
-
-
-def aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+def aot_calls() -> Iterator[Call]:
+    both, half = "adaln_residual_modulate", torch.bfloat16
     for name, (x, rows) in _DTYPES.items():
-        yield f"residual_modulate D 1024, {name}", partial(_modulation, 1024, x, rows, True)
+        yield Call(f"residual_modulate D 1024, {name}", both, _modulation(1024, x, rows))
     for D in (16, 32, 64, 128, 256, 512, 1152, 4096, 5120):
-        yield f"residual_modulate D {D}, bf16", partial(_modulation, D, torch.bfloat16, torch.bfloat16, True)
-    yield "modulate D 1024, bf16", partial(_modulation, 1024, torch.bfloat16, torch.bfloat16, False)
-    yield "residual D 1024, bf16", partial(_residual, 1024, torch.bfloat16)
-    yield "residual_modulate D 1024, bf16, gradient of h alone", partial(_only_h_has_a_gradient, 1024, torch.bfloat16)
+        yield Call(f"residual_modulate D {D}, bf16", both, _modulation(D, half, half))
+    inputs = _modulation(1024, half, half)
+    modulated = {name: inputs[name] for name in ("x", "shift", "scale")}
+    yield Call("modulate D 1024, bf16", "adaln_modulate", modulated)
+    gate = torch.empty(2, 20, 1024, dtype=half)
+    yield Call("residual D 1024, bf16", "adaln_residual", {"x": inputs["x"], "branch": inputs["branch"], "gate": gate})
+    yield Call("residual_modulate D 1024, bf16, gradient of h alone", both, inputs, ("x_new",))
     for rank in (2, 256):
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            yield f"lora rank {rank}, {name}", partial(_lora, rank, dtype)
+            yield Call(f"lora rank {rank}, {name}", "adaln_lora", _lora(rank, dtype))

@@ -156,6 +156,7 @@ def backward(
     x: Tensor | None = None,
     branch: Tensor | None = None,
     gate: Tensor | None = None,
+    shift: Tensor | None = None,
     scale: Tensor | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,

@@ -92,7 +92,7 @@ def forward(
     h: Tensor | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
-    eps: float,
+    eps: float = 0.0,
 ) -> None:
     B, N, D = x.shape
     if B * N == 0:

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .native import hidden_like, lora_gradients, lora_output
 from .triton_tiles import LORA, PROGRAMS_PER_PROCESSOR, block_of_rank
 
 BLOCK_B = 16  # conditioning vectors of a program: the least a product takes
@@ -133,13 +132,12 @@ def lora_down_backward_kernel(
         tl.store(to, part, mask=(b < batch)[:, None] & (d < D)[None, :])
 
 
-def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    hidden, out = hidden_like(cond, down), lora_output(base, down)
+def lora_forward(cond: Tensor, base: Tensor, down: Tensor, up: Tensor, out: Tensor, hidden: Tensor) -> None:
     cond, base, down, up = cond.contiguous(), base.contiguous(), down.contiguous(), up.contiguous()
     (layers, rank, D), (batch, K) = down.shape, base.shape
     if out.numel() == 0 or hidden.numel() == 0:
         out.copy_(base.expand_as(out))
-        return out, hidden
+        return
     sizes, batches = {"batch": batch, "rank": rank, "BLOCK_B": BLOCK_B}, triton.cdiv(batch, BLOCK_B)
     tile = _triton.pick(LORA, ("hidden", block_of_rank(rank)), cond.device)
     grid = (layers, triton.cdiv(rank, tile.blocks["BLOCK_R"]), batches)
@@ -147,16 +145,26 @@ def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> tuple[Te
     tile = _triton.pick(LORA, ("out", block_of_rank(rank)), cond.device)
     grid = (layers, triton.cdiv(K, tile.blocks["BLOCK_K"]), batches)
     _triton.launch(lora_out_kernel, grid, tile, base=base, up=up, hidden=hidden, out=out, K=K, **sizes)
-    return out, hidden
 
 
-def adaln_lora_backward(grad: Tensor, hidden: Tensor, cond: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    grad_cond, _, grad_down, grad_up = lora_gradients(grad, cond, down, up)
-    grad, cond, down, up = grad.contiguous(), cond.contiguous(), down.contiguous(), up.contiguous()
-    grad_base = grad.sum(0, dtype=torch.float32).to(grad.dtype)
+def lora_backward(
+    grad_out: Tensor,
+    hidden: Tensor,
+    cond: Tensor,
+    down: Tensor,
+    up: Tensor,
+    grad_cond: Tensor,
+    grad_base: Tensor,
+    grad_down: Tensor,
+    grad_up: Tensor,
+) -> None:
+    grad, cond, down, up = grad_out.contiguous(), cond.contiguous(), down.contiguous(), up.contiguous()
+    grad_base.copy_(grad.sum(0, dtype=torch.float32))
     (layers, rank, D), (_, batch, K) = down.shape, grad.shape
     if grad.numel() == 0 or hidden.numel() == 0:
-        return grad_cond.zero_(), grad_base, grad_down.zero_(), grad_up.zero_()
+        for gradient in (grad_cond, grad_down, grad_up):
+            gradient.zero_()
+        return
     sizes = {"batch": batch, "rank": rank, "BLOCK_B": BLOCK_B}
     tile = _triton.pick(LORA, ("up_backward", block_of_rank(rank)), cond.device)
     grid = (layers, triton.cdiv(K, tile.blocks["BLOCK_K"]), triton.cdiv(rank, tile.blocks["BLOCK_R"]))
@@ -178,4 +186,4 @@ def adaln_lora_backward(grad: Tensor, hidden: Tensor, cond: Tensor, down: Tensor
     grid = (layers, triton.cdiv(D, tile.blocks["BLOCK_D"]), 1)
     outputs = {"grad_down": grad_down, "partial": partial}
     _triton.launch(lora_down_backward_kernel, grid, tile, D=D, **inputs, **outputs, **sizes)
-    return grad_cond.copy_(partial.sum(0)), grad_base, grad_down, grad_up
+    grad_cond.copy_(partial.sum(0))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .native import unit
+from .layout import unit
 
 
 @triton.jit
@@ -34,14 +34,14 @@ def unrounded(x, branch, gate, x_rows, branch_rows, gate_rows, columns, inside, 
 
 def arguments_of(name: str, tensor: Tensor | None) -> dict[str, object]:
     """Arguments of a [B, N, D] tensor."""
-    tensor = unit(tensor)
+    tensor = None if tensor is None else unit(tensor)
     b, n = (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
     return {name: tensor, f"{name}_b": b, f"{name}_n": n}
 
 
 def arguments_of_rows(name: str, tensor: Tensor | None, tokens: int) -> dict[str, object]:
     """Arguments of modulation rows, [B, D] or [B, F, D]."""
-    tensor = unit(tensor)
+    tensor = None if tensor is None else unit(tensor)
     if tensor is None:
         b = f = per_row = 0
     elif tensor.dim() == 2:

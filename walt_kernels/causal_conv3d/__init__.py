@@ -1,5 +1,5 @@
 """3D convolution that looks only at the present and the past, with streaming history and every gradient."""
 
-from .api import causal_conv3d, next_history
+from .op import causal_conv3d, next_history
 
 __all__ = ["causal_conv3d", "next_history"]

@@ -19,11 +19,11 @@ def output_shape(
     x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, ...]:
     """[B, C_out, ceil(T / st), H', W']"""
-    frames = (x.shape[2] - 1) // stride[0] + 1
+    (B, _, T, H, W), (C_out, _, _, kh, kw) = x.shape, weight.shape
     top, bottom, left, right = padding
-    height = (x.shape[3] + top + bottom - (weight.shape[3] - 1) * dilation[1] - 1) // stride[1] + 1
-    width = (x.shape[4] + left + right - (weight.shape[4] - 1) * dilation[2] - 1) // stride[2] + 1
-    return x.shape[0], weight.shape[0], frames, height, width
+    height = (H + top + bottom - (kh - 1) * dilation[1] - 1) // stride[1] + 1
+    width = (W + left + right - (kw - 1) * dilation[2] - 1) // stride[2] + 1
+    return B, C_out, (T - 1) // stride[0] + 1, height, width
 
 
 def output_like(
@@ -35,19 +35,16 @@ def output_like(
 
 def gradients_like(
     x: Tensor, weight: Tensor, history: Tensor | None, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the gradients of x, weight, bias and history; zero elements for those not wanted."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Memory for those of the gradients of x, weight, bias and history that are wanted."""
 
-    def empty(shape: Sequence[int], like: Tensor, wanted: bool) -> Tensor:
-        if not wanted:
-            return torch.empty((0,), dtype=like.dtype, device=like.device)
-        format = memory_format(like) if len(shape) == 5 else torch.contiguous_format
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format(tensor))
 
-    past = x if history is None else history
+    of_x, of_weight, of_bias, of_history = wanted
     return (
-        empty(x.shape, x, wanted[0]),
-        empty(weight.shape, weight, wanted[1]),
-        empty(weight.shape[:1], weight, wanted[2]),
-        empty(past.shape, past, wanted[3]),
+        like(x) if of_x else None,
+        like(weight) if of_weight else None,
+        torch.empty(weight.shape[:1], dtype=weight.dtype, device=weight.device) if of_bias else None,
+        like(history) if of_history and history is not None else None,
     )

@@ -1,121 +1,40 @@
-"""Schema, fake, autograd and FLOPs of causal_conv3d, and its backend table."""
+"""causal_conv3d and next_history: what users read of them, the checks of a call, and what the op is made of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, _triton
-from .._dispatch import Backend, backend, register
-from .._flops import count_flops
-from .._library import Tangents, define
+from .._checks import (
+    check_dtype,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+    choice,
+    positive,
+    shape_error,
+    triple,
+)
+from .._define import define_op
+from .._dispatch import Backend
+from .._library import autocast, is_open, transformed
+from ..values import is_int, plain
 from . import native, reference
-from .layout import gradients_like, output_like
+from .layout import gradients_like, memory_format, output_like
 
-OPTIONS = (
-    "int[3] stride, int[3] dilation, SymInt[4] padding, str time_padding, str space_padding, int groups, str backend"
+Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
+
+TIME_PADDING = ("zeros", "first_frame")
+SPACE_PADDING = ("zeros", "replicate", "reflect")
+PADDINGS = (
+    "'same', an int, (ph, pw) or ((top, bottom), (left, right)) of the frame; time is always padded in front, by itself"
 )
-
-
-def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, **options: Any) -> str | None:
-    return _native.unsupported(x, weight, bias, history)
-
-
-def _triton_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, **_: Any) -> str | None:
-    return _triton.unsupported(x, weight, bias, history)
-
-
-def register_op(prepare: Any) -> None:
-    triton = _triton.kernels(__package__, "causal_conv3d")
-    register(
-        "causal_conv3d",
-        prepare,
-        [
-            Backend("triton", _triton_unsupported, *triton, opt_in=_triton.OPT_IN),
-            Backend("cpu", _unsupported, native.causal_conv3d, native.causal_conv3d_backward),
-            Backend("reference", lambda **inputs: None, reference.causal_conv3d),
-        ],
-    )
-
-
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, *options: Any) -> Tensor:
-    return backend("causal_conv3d", options[-1]).forward(x, weight, bias, history, *options[:-1])
-
-
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, *options: Any) -> Tensor:
-    return output_like(x, weight, *options[:3])
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, history, *ctx.options = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, history)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (4 + len(ctx.options))
-    wanted = list(ctx.needs_input_grad[:4])
-    if grad is None or not any(wanted):
-        return nothing
-    x, weight, history = ctx.saved_tensors
-    grads = torch.ops.walt_kernels.causal_conv3d_backward(
-        grad, x, weight, history, *ctx.options[:-1], wanted, ctx.options[-1]
-    )
-    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *nothing[4:]
-
-
-def _tangent(arguments: Sequence[Any], tangents: Tangents) -> tuple[Tensor]:
-    """The convolution is linear in x with its history, and in weight with bias."""
-    x, weight, _, history, *options = arguments
-    of_x, of_weight, of_bias, of_history = tangents[:4]
-    convolve = torch.ops.walt_kernels.causal_conv3d
-    terms = []
-    if of_x is not None or of_history is not None:
-        past = None if history is None else _or_zeros(of_history, history)
-        terms.append(convolve(_or_zeros(of_x, x), weight, None, past, *options))
-    if of_weight is not None or of_bias is not None:
-        terms.append(convolve(x, _or_zeros(of_weight, weight), of_bias, history, *options))
-    return (terms[0] if len(terms) == 1 else terms[0] + terms[1],)
-
-
-def _or_zeros(tangent: Tensor | None, primal: Tensor) -> Tensor:
-    return torch.zeros_like(primal) if tangent is None else tangent
-
-
-define(
-    "causal_conv3d",
-    f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, {OPTIONS}) -> Tensor",
-    impl=_forward,
-    fake=_fake,
-    reference=reference.causal_conv3d,
-    setup_context=_setup,
-    backward=_backward,
-    tangent=_tangent,
-)
-
-
-def _backward_impl(grad: Tensor, x: Tensor, weight: Tensor, history: Tensor | None, *options: Any) -> Any:
-    return backend("causal_conv3d", options[-1]).backward(grad, x, weight, history, *options[:-1])
-
-
-def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, history: Tensor | None, *options: Any) -> Any:
-    return gradients_like(x, weight, history, options[-2])
-
-
-define(
-    "causal_conv3d_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? history, "
-    + OPTIONS.replace("str backend", "bool[4] wanted, str backend")
-    + ") -> (Tensor, Tensor, Tensor, Tensor)",
-    impl=_backward_impl,
-    fake=_backward_fake,
-)
-
 
 BACKWARD = 2.0  # times the FLOPs of the forward pass: the gradients of x and of weight
 
@@ -125,9 +44,237 @@ def flops(y: Sequence[int], weight: Sequence[int]) -> int:
     return 2 * math.prod(y) * math.prod(weight[1:])
 
 
-def _backward_flops(grad: Any, x: Any, weight: Any, history: Any, *options: Any, out_shape: Any = None) -> int:
-    of_x, of_weight, _, of_history = options[-2]
-    return flops(grad, weight) * ((of_x or of_history) + of_weight)
+def _backward_flops(grad_y: Sequence[int], weight: Sequence[int], wanted: Sequence[bool]) -> int:
+    of_x, of_weight, _, of_history = wanted
+    return flops(grad_y, weight) * ((of_x or of_history) + of_weight)
 
 
-count_flops("causal_conv3d", lambda x, weight, *_, out_shape: flops(out_shape, weight), _backward_flops)
+def _tangent(run: Callable[..., Tensor], inputs: dict[str, Any], tangents: dict[str, Tensor | None]) -> tuple[Tensor]:
+    """The convolution is linear in x with its history, and in weight with bias."""
+
+    def along(name: str) -> Tensor | None:
+        if tangents[name] is None and inputs[name] is not None:
+            return torch.zeros_like(inputs[name])
+        return tangents[name]
+
+    terms = []
+    if tangents["x"] is not None or tangents["history"] is not None:
+        terms.append(run(inputs | {"x": along("x"), "history": along("history"), "bias": None}))
+    if tangents["weight"] is not None or tangents["bias"] is not None:
+        terms.append(run(inputs | {"weight": along("weight"), "bias": tangents["bias"]}))
+    return (terms[0] if len(terms) == 1 else terms[0] + terms[1],)
+
+
+def _sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
+    return {"x": tensor(batch, 16, 5, 8, 8), "weight": tensor(32, 16, 3, 3, 3), "bias": tensor(32)}
+
+
+@define_op(
+    reference.causal_conv3d,
+    returns=("y",),
+    outputs=output_like,
+    differentiable=("x", "weight", "bias", "history"),
+    gradients=gradients_like,
+    unread=("bias", "y"),
+    tangent=_tangent,
+    flops=(flops, _backward_flops),
+    backends=(
+        _triton.backend(__package__),
+        Backend("cpu", _native.unsupported, native.forward, native.backward),
+    ),
+    sample=_sample,
+)
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    padding: Padding = "same",
+    time_padding: str = "zeros",
+    space_padding: str = "zeros",
+    history: Tensor | None = None,
+    groups: int = 1,
+) -> dict[str, Any]:
+    """3D convolution whose output frame i sees the input frames up to i * stride_t, and no later one.
+
+    y[b, o, i, h, w] = bias[o] + sum over c, j, u, v of
+        weight[o, c, j, u, v] * x[b, c, i*st - (kt-1-j)*dt, h*sh + u*dh - top, w*sw + v*dw - left]
+    with c over the channels of o's group. Padding and history are read in place: nothing the size of x is copied.
+
+    Args:
+        x: [B, C, T, H, W], float32, bfloat16, float16 or float64, any strides. B may be 0.
+        weight: [C_out, C / groups, kt, kh, kw], the layout of ``nn.Conv3d``; x's dtype.
+        bias: [C_out] or None; x's dtype.
+        stride: int or (time, height, width).
+        dilation: int or (time, height, width).
+        padding: of the frame; time is always padded by (kt-1)*dt frames in front. "same" gives ceil(H / sh) rows:
+            (kh-1)*dh // 2 rows on top and the rest of (kh-1)*dh below, so an even kernel gets the larger half below.
+            Or an int, (ph, pw), or ((top, bottom), (left, right)).
+        time_padding: what stands before frame 0 when there is no history: "zeros" or copies of the "first_frame".
+        space_padding: "zeros", "replicate" or "reflect" (without repeating the edge).
+        history: [B, C, (kt-1)*dt, H, W], the frames before x, from ``next_history``. It takes the place of time
+            padding, so ``time_padding`` says only what the first chunk starts from.
+        groups: splits channels as ``nn.Conv3d`` does.
+
+    Returns:
+        [B, C_out, ceil(T / st), H', W'] in x's dtype, channels_last_3d where x is. Products are summed in float32
+        (float64 for float64). Differentiable once in x, weight, bias and history, in reverse and in forward mode.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; the text names it.
+
+    Source: W.A.L.T, section 3.1, and MAGVIT-v2 (causal tokenizer).
+    """
+    _check_x(x)
+    x, weight, bias, history = autocast(x, weight, bias, history)  # type: ignore[assignment]
+    groups = positive("groups", groups)
+    _check_weight(weight, bias, x, groups)
+    stride, dilation = triple("stride", stride), triple("dilation", dilation)
+    choice("time_padding", time_padding, TIME_PADDING)
+    choice("space_padding", space_padding, SPACE_PADDING)
+    if history is not None:
+        _check_history(history, x, (weight.shape[2] - 1) * dilation[0])
+    size, kernel = x.shape[3:], tuple(map(int, weight.shape[3:]))  # int: torch.jit.trace has tensors as sizes
+    sides = resolve_padding(padding, kernel, dilation[1:])
+    _check_frame(size, sides, space_padding, kernel, dilation[1:])
+    return {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "history": history,
+        "stride": stride,
+        "dilation": dilation,
+        "padding": sides,
+        "time_padding": time_padding,
+        "space_padding": space_padding,
+        "groups": groups,
+    }
+
+
+def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
+    """Padding on both sides for ceil(size / stride) outputs, whatever the size and the stride. See causal_conv3d."""
+    reach = (kernel - 1) * dilation
+    return reach // 2, reach - reach // 2
+
+
+def resolve_padding(padding: Padding, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right), whatever way ``padding`` was given. The sequences are (height, width)."""
+    if isinstance(padding, str):
+        if padding != "same":
+            raise ValueError(f"padding is {padding!r}, expected {PADDINGS}")
+        return *same_padding(kernel[0], dilation[0]), *same_padding(kernel[1], dilation[1])
+    padding = plain(padding)
+    sides = (padding, padding) if is_int(padding) else padding
+    pairs = [(side, side) if is_int(side) else side for side in sides] if isinstance(sides, (tuple, list)) else []
+    if len(pairs) != 2 or not all(isinstance(p, (tuple, list)) and len(p) == 2 and all(map(is_int, p)) for p in pairs):
+        raise TypeError(f"padding is {padding!r}, expected {PADDINGS}")
+    if any(side < 0 for pair in pairs for side in pair):
+        raise ValueError(f"padding is {padding!r}, expected integers of at least 0")
+    return pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]
+
+
+def _check_x(x: Any) -> None:
+    check_tensor("x", x, "[B, C, T, H, W]")
+    check_dtype("x", x)
+    if 0 in x.shape[1:]:
+        raise shape_error("x", x, "sizes of at least 1 (the batch may be empty)")
+
+
+def _check_like_x(name: str, tensor: Any, x: Tensor, layout: str) -> None:
+    check_tensor(name, tensor, layout)
+    check_same_dtype(name, tensor, "x", x)
+    check_same_device(name, tensor, "x", x)
+
+
+def _check_history(history: Any, x: Tensor, frames: int) -> None:
+    _check_like_x("history", history, x, "[B, C, (kt - 1) * dilation_t, H, W]")
+    shape = (*x.shape[:2], frames, *x.shape[3:])
+    check_shape("history", history, shape, "(kernel_t - 1) * dilation_t frames of x's batch, channels and size")
+
+
+def _check_weight(weight: Any, bias: Any, x: Tensor, groups: int) -> None:
+    _check_like_x("weight", weight, x, "[C_out, C / groups, kt, kh, kw]")
+    channels, out_channels = x.shape[1], weight.shape[0]
+    if channels % groups:
+        raise ValueError(f"groups is {groups}, expected a divisor of x's {channels} channels")
+    if out_channels % groups:
+        raise ValueError(f"groups is {groups}, expected a divisor of weight's {out_channels} output channels")
+    if 0 in weight.shape:
+        raise shape_error("weight", weight, "sizes of at least 1")
+    if weight.shape[1] != channels // groups:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} and takes {weight.shape[1]} channels a group, "
+            f"expected {channels // groups} (x has {channels} channels, groups is {groups})"
+        )
+    if bias is not None:
+        _check_like_x("bias", bias, x, "[C_out]")
+        if bias.shape[0] != out_channels:
+            raise ValueError(f"bias has {bias.shape[0]} elements, expected weight's {out_channels} output channels")
+
+
+def _check_frame(
+    size: Sequence[int], padding: Sequence[int], mode: str, kernel: Sequence[int], dilation: Sequence[int]
+) -> None:
+    for name, n, pads, k, d in zip(
+        ("height", "width"), size, (padding[:2], padding[2:]), kernel, dilation, strict=True
+    ):
+        if mode == "reflect" and max(pads) >= n:
+            raise ValueError(
+                f"padding of {max(pads)} reflects more than x's {name} of {n} has; expected at most {n - 1}"
+            )
+        if n + sum(pads) < (k - 1) * d + 1:
+            raise ValueError(
+                f"weight spans {(k - 1) * d + 1} pixels of {name}, expected at most the padded frame's {n + sum(pads)}"
+            )
+
+
+def next_history(
+    x: Tensor,
+    history: Tensor | None,
+    kernel: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    *,
+    time_padding: str = "zeros",
+) -> Tensor:
+    """The last (kt-1)*dt frames of everything seen up to x: the ``history`` of the chunk after x.
+
+    Chunked and whole convolutions agree:
+
+    >>> history = None
+    >>> for chunk in x.split(4, dim=2):
+    ...     y = causal_conv3d(chunk, weight, history=history)
+    ...     history = next_history(chunk, history, weight.shape[2:])
+
+    With a stride in time, a convolution's output frames sit at input frames 0, st, 2 st, ... of the whole stream, so a
+    chunk given to ``causal_conv3d`` must start at one of them: make chunk lengths multiples of st. Where they are not
+    (1 + 4k frames cut into 1, 4, 4, ... with st = 2 or 4) the first st - 1 frames of the later chunks complete no
+    window; push them into the history:
+
+    >>> skipped, chunk = chunk[:, :, : st - 1], chunk[:, :, st - 1 :]
+    >>> history = next_history(skipped, history, weight.shape[2:])
+    >>> y = causal_conv3d(chunk, weight, stride=(st, 2, 2), history=history)
+    >>> history = next_history(chunk, history, weight.shape[2:])
+
+    Args:
+        x: [B, C, T, H, W], the chunk just seen.
+        history: [B, C, (kt-1)*dt, H, W], the history x was given, or None for the first chunk.
+        kernel: the kernel's size, int or (time, height, width); only time matters.
+        dilation: int or (time, height, width); only time matters.
+        time_padding: what stands before the first chunk ("zeros" or "first_frame"), as given to ``causal_conv3d``.
+
+    Returns:
+        [B, C, (kt-1)*dt, H, W], a copy that does not keep x alive; differentiable.
+    """
+    _check_x(x)
+    frames = (triple("kernel", kernel)[0] - 1) * triple("dilation", dilation)[0]
+    choice("time_padding", time_padding, TIME_PADDING)
+    if history is not None:
+        _check_history(history, x, frames)
+    if not is_open(x.shape[2]) and x.shape[2] >= frames:
+        tail = x.narrow(2, x.shape[2] - frames, frames)
+    else:  # too few, or a number that an exported graph leaves open
+        before = reference.past(x, frames, time_padding) if history is None else history
+        tail = torch.cat([before, x], dim=2).narrow(2, x.shape[2], frames)
+    return tail.clone(memory_format=torch.contiguous_format if transformed() else memory_format(x))  # as vmap needs it

@@ -1,7 +1,5 @@
 """The definition of causal_conv3d in plain PyTorch: right in float64, differentiable any number of times."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

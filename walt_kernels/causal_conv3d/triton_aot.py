@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from . import triton_kernels as kernels
-from .api import _prepare
+from .._aot import Call
 
 # Bytes of stack that the assembler takes although registers are left.
 SPILLS = {"conv_data_kernel": 16}
@@ -38,7 +36,7 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
 IN_EVERY_DTYPE = ("128 to 128", "64 to 64", "stem", "head", "128 to 128, replicate", "128 to 16")
 
 
-def _forward_and_backward(case: str, dtype: torch.dtype) -> None:
+def _inputs(case: str, dtype: torch.dtype) -> dict[str, Any]:
     channels, out_channels, size, options = CASES[case]
     options = dict(options)
     kernel, groups = options.pop("kernel", 3), options.get("groups", 1)
@@ -50,14 +48,11 @@ def _forward_and_backward(case: str, dtype: torch.dtype) -> None:
     weight = torch.empty((out_channels, channels // groups, kernel, kernel, kernel), dtype=dtype, device="meta")
     history = frames(2) if options.pop("history", False) else None
     bias = torch.empty(out_channels, dtype=dtype, device="meta")
-    inputs = _prepare(frames(5), weight, bias, history=history, **options)
-    x, weight, _, history, *rest = inputs.values()
-    y = kernels.causal_conv3d(**inputs)
-    kernels.causal_conv3d_backward(y, x, weight, history, *rest, (True, True, True, history is not None))
+    return {"x": frames(5), "weight": weight, "bias": bias, "history": history, **options}
 
 
-def aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+def aot_calls() -> Iterator[Call]:
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     for dtype, name in names.items():
         for case in CASES if dtype is torch.bfloat16 else IN_EVERY_DTYPE:
-            yield f"{case}, {name}", partial(_forward_and_backward, case, dtype)
+            yield Call(f"{case}, {name}", "causal_conv3d", _inputs(case, dtype))

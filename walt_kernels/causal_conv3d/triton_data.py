@@ -209,8 +209,7 @@ def backward_data(
     groups: int,
 ) -> None:
     """Writes the gradients of x and history where they are given."""
-    shared = geometry(x, weight, history, stride, dilation, padding, time_padding, space_padding, groups)
-    del shared["pixels_out"]
+    shared = geometry(x, weight, history, grad, stride, dilation, padding, time_padding, space_padding, groups)
     sides = dict(zip(("top", "bottom", "left", "right"), padding, strict=True))
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     copies = [3 if space_padding == "reflect" else 1 + sum(pair) for pair in (padding[:2], padding[2:])]
@@ -219,30 +218,29 @@ def backward_data(
         convolve(grad, filters, None, grad_x, padding[::2], time_padding, True)
         return
 
-    def launch(tile: _triton.Tile, dx: Tensor, first_frame: int, edge: bool, piece: dict[str, int]) -> None:
+    def write(dx: Tensor, first_frame: int, edge: bool, piece: dict[str, int]) -> None:
         apart_h, apart_w = (1, 1) if edge else stride[1:]
         pixels = triton.cdiv(piece["rows"], apart_h) * triton.cdiv(piece["columns"], apart_w)
-        tiles = triton.cdiv(pixels, tile.blocks["BLOCK_M"]) * triton.cdiv(weight.shape[1], tile.blocks["BLOCK_N"])
-        _triton.launch(
-            conv_data_kernel,
-            (tiles * apart_h * apart_w * dx.shape[0] * dx.shape[2], groups),
-            tile,
-            **{"grad": grad, "weight": filters, "dx": dx, "frames": dx.shape[2], "first_frame": first_frame},
-            **(piece | shared | sides | strides("grad", grad) | strides("dx", dx)),
-            **{"height_out": grad.shape[3], "copies_h": copies[0], "copies_w": copies[1]},
-            **dict(zip(("STEP_T", "STEP_H", "STEP_W"), steps, strict=True)),
-            EDGE=edge,
-            LAST=grad.stride(1) == 1,
-            WIDE=wide(grad, filters, dx),
-        )
+        key = data_key(x.dtype, shared["out_channels"], shared["channels"], edge)
+
+        def run(tile: _triton.Tile) -> None:
+            tiles = triton.cdiv(pixels, tile.blocks["BLOCK_M"]) * triton.cdiv(weight.shape[1], tile.blocks["BLOCK_N"])
+            _triton.launch(
+                conv_data_kernel,
+                (tiles * apart_h * apart_w * dx.shape[0] * dx.shape[2], groups),
+                tile,
+                **{"grad": grad, "weight": filters, "dx": dx, "frames": dx.shape[2], "first_frame": first_frame},
+                **(piece | shared | sides | strides("grad", grad) | strides("dx", dx)),
+                **{"height_out": grad.shape[3], "copies_h": copies[0], "copies_w": copies[1]},
+                **dict(zip(("STEP_T", "STEP_H", "STEP_W"), steps, strict=True)),
+                EDGE=edge,
+                LAST=grad.stride(1) == 1,
+                WIDE=wide(grad, filters, dx),
+            )
+
+        run(_triton.pick(PIXELS, key, x.device, run))
 
     for dx, first_frame in ((grad_x, 0), (grad_history, -(weight.shape[2] - 1) * dilation[0])):
-        if dx is None or dx.shape[2] == 0:
-            continue
-        for edge, piece in rectangles(x.shape[3], x.shape[4], padding, space_padding):
-
-            def run(tile: _triton.Tile, job: tuple = (dx, first_frame, edge, piece)) -> None:
-                launch(tile, *job)
-
-            key = data_key(x.dtype, shared["out_channels"], shared["channels"], edge)
-            run(_triton.pick(PIXELS, key, x.device, run))
+        if dx is not None and dx.shape[2] > 0:
+            for edge, piece in rectangles(x.shape[3], x.shape[4], padding, space_padding):
+                write(dx, first_frame, edge, piece)

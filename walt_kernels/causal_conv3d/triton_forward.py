@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .layout import output_like
 from .triton_geometry import by_tap, gather, geometry, oriented, strides, wide
 from .triton_patch import convolve, takes
 from .triton_tiles import PIXELS, forward_key
@@ -90,34 +89,34 @@ def conv_forward_kernel(
     tl.store(y + (pixel[:, None] * y_w + o[None, :] * y_c), acc.to(y.dtype.element_ty), mask=mask)
 
 
-def causal_conv3d(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     history: Tensor | None,
+    y: Tensor,
     stride: Sequence[int],
     dilation: Sequence[int],
     padding: Sequence[int],
     time_padding: str,
     space_padding: str,
     groups: int,
-) -> Tensor:
-    y = output_like(x, weight, stride, dilation, padding)
-    shared = geometry(x, weight, history, stride, dilation, padding, time_padding, space_padding, groups)
-    filters = by_tap(weight)
+) -> None:
+    shared = geometry(x, weight, history, y, stride, dilation, padding, time_padding, space_padding, groups)
+    filters, pixels = by_tap(weight), y.shape[3] * y.shape[4]
     if history is None and takes(x, weight, stride, dilation, space_padding, groups):
         convolve(x, filters, bias, y, padding[::2], time_padding, False)
-        return y
+        return
     key = forward_key(x.dtype, shared["channels"], shared["out_channels"])
 
     def run(tile: _triton.Tile) -> None:
-        tiles = triton.cdiv(shared["pixels_out"], tile.blocks["BLOCK_M"])
+        tiles = triton.cdiv(pixels, tile.blocks["BLOCK_M"])
         tiles *= triton.cdiv(shared["out_channels"], tile.blocks["BLOCK_N"])
         _triton.launch(
             conv_forward_kernel,
             (tiles * x.shape[0] * y.shape[2], groups),
             tile,
-            **{"x": x, "history": history, "weight": filters, "bias": bias, "y": y},
+            **{"x": x, "history": history, "weight": filters, "bias": bias, "y": y, "pixels_out": pixels},
             **(shared | strides("x", x) | strides("past", history) | strides("y", y, "bctw")),
             LAST=x.stride(1) == 1,
             FOLD=key[-1] == "short sum",
@@ -125,4 +124,3 @@ def causal_conv3d(
         )
 
     run(_triton.pick(PIXELS, key, x.device, run))
-    return y

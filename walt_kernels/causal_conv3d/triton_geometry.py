@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import output_shape
-
 
 @triton.jit
 def source(position, size, MODE: tl.constexpr):
@@ -99,6 +97,7 @@ def geometry(
     x: Tensor,
     weight: Tensor,
     history: Tensor | None,
+    y: Tensor,
     stride: Sequence[int],
     dilation: Sequence[int],
     padding: Sequence[int],
@@ -106,15 +105,13 @@ def geometry(
     space_padding: str,
     groups: int,
 ) -> dict[str, Any]:
-    """Sizes and constants that all kernels take; channels are a group's."""
-    shape = output_shape(x, weight, stride, dilation, padding)
+    """Sizes and constants that all kernels take; y may be its gradient, channels are a group's."""
     names = ("KT", "KH", "KW", "ST", "SH", "SW", "DT", "DH", "DW")
     return {
-        "frames_out": shape[2],
+        "frames_out": y.shape[2],
         "height": x.shape[3],
         "width": x.shape[4],
-        "pixels_out": shape[3] * shape[4],
-        "width_out": shape[4],
+        "width_out": y.shape[4],
         "top": padding[0],
         "left": padding[2],
         "channels": weight.shape[1],

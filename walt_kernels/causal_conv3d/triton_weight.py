@@ -177,8 +177,8 @@ def backward_weight(
     space_padding: str,
     groups: int,
 ) -> None:
-    shared = geometry(x, weight, history, stride, dilation, padding, time_padding, space_padding, groups)
-    frames, taps = grad.shape[0] * grad.shape[2], weight.shape[2:].numel()
+    shared = geometry(x, weight, history, grad, stride, dilation, padding, time_padding, space_padding, groups)
+    frames, pixels, taps = grad.shape[0] * grad.shape[2], grad.shape[3] * grad.shape[4], weight.shape[2:].numel()
     key = weight_key(x.dtype, shared["channels"], shared["out_channels"])
     fold = key[-1] == "few channels"
 
@@ -186,7 +186,7 @@ def backward_weight(
         across = shared["channels"] * (taps if fold else 1)
         tiles = triton.cdiv(across, tile.blocks["BLOCK_N"]) * (1 if fold else taps)
         tiles *= triton.cdiv(shared["out_channels"], tile.blocks["BLOCK_M"])
-        steps = frames * triton.cdiv(shared["pixels_out"], tile.blocks["BLOCK_K"])
+        steps = frames * triton.cdiv(pixels, tile.blocks["BLOCK_K"])
         parts, tiles_part = split(steps, tiles * groups, x.device)
         partials = torch.empty((parts, weight.numel()), dtype=torch.float32, device=x.device)
         _triton.launch(
@@ -194,7 +194,7 @@ def backward_weight(
             (tiles, groups, parts),
             tile,
             **{"grad": grad, "x": x, "history": history, "partials": partials, "tiles_part": tiles_part},
-            **{"frames": frames, "filters": weight.numel()},
+            **{"frames": frames, "filters": weight.numel(), "pixels_out": pixels},
             **(shared | strides("grad", grad) | strides("x", x) | strides("past", history)),
             FOLD=fold,
             LAST=x.stride(1) == 1,

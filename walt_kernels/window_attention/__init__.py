@@ -1,5 +1,5 @@
 """Attention inside windows of a video, with Swin bias table, QK norm, image frames and context keys."""
 
-from .api import window_attention
+from .op import window_attention
 
 __all__ = ["window_attention"]

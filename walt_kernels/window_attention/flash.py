@@ -77,7 +77,7 @@ find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(q: Tensor, **inputs: Any) -> str | None:
-    """Why flash-attn cannot take these (validated) inputs, or None."""
+    """Why flash-attn cannot take these (checked) inputs, or None."""
     for name in ("bias_table", "image", "q_norm", "k_norm", "context_k"):
         if inputs[name] is not None:
             return f"flash-attn knows no {name}"

@@ -1,114 +1,35 @@
-"""Schema, fake, autograd and FLOPs of window_attention, and its backend table."""
+"""window_attention: what users read of it, the checks of a call, and what it is made of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native, _triton
-from .._dispatch import Backend, backend, register
-from .._flops import count_flops
-from .._library import define
+from .._checks import (
+    DTYPES,
+    check_dtype,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+    number,
+    shape_error,
+    three,
+)
+from .._define import define_op
+from .._dispatch import Backend
+from .._library import autocast
 from . import flash, native, reference
+from .layout import outputs_like
 
-ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, int[3] window, Tensor? bias_table, Tensor? image, Tensor? q_norm, Tensor? k_norm, "
-    "float norm_eps, Tensor? context_k, Tensor? context_v, Tensor? context_mask, float scale"
-)
-NAMES = tuple(argument.split()[-1] for argument in ARGUMENTS.split(", "))
-# The arguments that get a gradient, in the order of the backward's outputs.
+NARROW = tuple(dtype for dtype in DTYPES if dtype != torch.float64)  # of the table and the norms
+WIDE = (torch.float64,)
 DIFFERENTIABLE = ("q", "k", "v", "bias_table", "q_norm", "k_norm", "context_k", "context_v")
-# Triton's kernels save the log-sum-exp unsummed: the largest score of a row, and the logarithm of the rest.
-LSE_PARTS = {"triton": (2,)}
-
-
-def _triton_unsupported(**inputs: Any) -> str | None:
-    return _triton.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
-
-
-def _unsupported(**inputs: Any) -> str | None:
-    return _native.unsupported(*(value for value in inputs.values() if isinstance(value, Tensor)))
-
-
-def register_op(prepare: Any) -> None:
-    triton = _triton.kernels(__package__, "window_attention")
-    register(
-        "window_attention",
-        prepare,
-        [
-            Backend("flash", flash.unsupported, flash.window_attention, opt_in=flash.OPT_IN),
-            Backend("triton", _triton_unsupported, *triton, opt_in=_triton.OPT_IN),
-            Backend("cpu", _unsupported, native.window_attention, native.window_attention_backward),
-            Backend("reference", lambda **inputs: None, reference.window_attention),
-        ],
-    )
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, chosen = arguments
-    return backend("window_attention", chosen).forward(**dict(zip(NAMES, inputs, strict=True)))
-
-
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return native.outputs_like(arguments[0], LSE_PARTS.get(arguments[-1], ()))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-    wanted = [needed[name] for name in DIFFERENTIABLE]
-    if grad is None or not any(wanted):
-        return (None,) * len(ctx.options)
-    *tensors, out, lse = ctx.saved_tensors
-    inputs = [option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True)]
-    grads = torch.ops.walt_kernels.window_attention_backward(grad, out, lse, *inputs[:-1], wanted, inputs[-1])
-    result = {name: g for name, g, w in zip(DIFFERENTIABLE, grads, wanted, strict=True) if w}
-    return tuple(result.get(name) for name in (*NAMES, "backend"))
-
-
-define(
-    "window_attention",
-    f"({ARGUMENTS}, str backend) -> (Tensor, Tensor)",
-    impl=_forward,
-    fake=_fake,
-    reference=lambda *inputs: reference.window_attention(**dict(zip(NAMES, inputs, strict=True))),
-    setup_context=_setup,
-    backward=_backward,
-)
-
-
-def _backward_impl(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *values, wanted, chosen = arguments
-    inputs = dict(zip(NAMES, values, strict=True))
-    return tuple(backend("window_attention", chosen).backward(grad, out, lse, inputs, DIFFERENTIABLE, wanted))
-
-
-def _backward_fake(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *values, wanted, _ = arguments
-    inputs = dict(zip(NAMES, values, strict=True))
-    return tuple(native.gradients_like([inputs[name] for name in DIFFERENTIABLE], wanted))
-
-
-define(
-    "window_attention_backward",
-    f"(Tensor grad, Tensor out, Tensor lse, {ARGUMENTS}, bool[8] wanted, str backend) -> ("
-    + ", ".join(["Tensor"] * len(DIFFERENTIABLE))
-    + ")",
-    impl=_backward_impl,
-    fake=_backward_fake,
-)
-
 
 BACKWARD = 2.5  # times the FLOPs of the forward pass: 5 products for 2, since the scores are computed again
 
@@ -121,14 +42,159 @@ def flops(q: Sequence[int], window: Sequence[int], context: int = 0) -> int:
     return 4 * batch * heads * dim * pairs
 
 
-def _forward_flops(*arguments: Any, out_shape: Any = None) -> int:
-    inputs = dict(zip(NAMES, arguments, strict=False))
-    context = inputs["context_k"]
-    return flops(inputs["q"], inputs["window"], 0 if context is None else context[1])
+def _forward_flops(q: Sequence[int], window: Sequence[int], context_k: Sequence[int] | None) -> int:
+    return flops(q, window, 0 if context_k is None else context_k[1])
 
 
-def _backward_flops(grad: Any, out: Any, lse: Any, *arguments: Any, out_shape: Any = None) -> int:
-    return int(BACKWARD * _forward_flops(*arguments))
+def _backward_flops(q: Sequence[int], window: Sequence[int], context_k: Sequence[int] | None) -> int:
+    return int(BACKWARD * _forward_flops(q, window, context_k))
 
 
-count_flops("window_attention", _forward_flops, _backward_flops)
+def _sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
+    q, k, v = (tensor(batch, 5, 8, 8, 2, 64) for _ in range(3))
+    norms = {"q_norm": tensor(64), "k_norm": tensor(64)}
+    return {"q": q, "k": k, "v": v, "window": (5, 4, 4), "bias_table": tensor(2, 9, 7, 7), **norms}
+
+
+@define_op(
+    reference.window_attention,
+    returns=("out", "lse"),
+    outputs=outputs_like,
+    differentiable=DIFFERENTIABLE,
+    flops=(_forward_flops, _backward_flops),
+    backends=(
+        Backend("flash", flash.unsupported, flash.window_attention, opt_in=flash.OPT_IN),
+        _triton.backend(__package__),
+        Backend("cpu", _native.unsupported, native.forward, native.backward),
+    ),
+    sample=_sample,
+)
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: Sequence[int],
+    bias_table: Tensor | None = None,
+    image: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    context_k: Tensor | None = None,
+    context_v: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> dict[str, Any]:
+    """Attention inside non-overlapping windows of a video (W.A.L.T, section 3.2; the bias is Swin's).
+
+    For tokens i and j of one window and one head::
+
+        score(i, j) = scale * <norm(q_i) * q_norm, norm(k_j) * k_norm> + bias_table[head, i - j + window - 1]
+        out_i       = sum_j softmax_j(score(i, j)) * v_j
+
+    Args:
+        q, k, v: ``[B, T, H, W, heads, dim]``, float32, float64, bfloat16 or float16, any strides (views of one packed
+            projection are taken as they are); dim from 8 to 256, multiples of 8 are fast.
+        window: ``(t, h, w)`` in tokens; a spatial window is ``(1, h, w)``. Sizes that it does not divide leave smaller
+            windows at the far edge.
+        bias_table: ``[heads, 2t-1, 2h-1, 2w-1]``, added to the scores by relative position.
+        image: bool ``[B]`` or ``[B, T]``. Tokens of image frames attend to themselves alone: ``out = v`` bitwise,
+            nothing flows into q, k, the norms or the table. Video tokens do not see image frames. Not together with a
+            context.
+        q_norm, k_norm: ``[dim]``, the scales of a LayerNorm over dim (no bias) of the queries and of all keys, the
+            context's included; None leaves them as they are.
+        norm_eps: added to the variance in both norms.
+        context_k, context_v: ``[B, L, heads, dim]``, keys and values which every window of a sample sees beside its own
+            tokens, without bias (the paper's cross-attention).
+        context_mask: bool ``[B, L]``, true where the context is visible.
+        scale: factor of the scores, ``dim ** -0.5`` by default.
+
+    The table and the norms may be float32 while q is bfloat16 or float16; sums are float32 or wider.
+
+    Returns:
+        ``[B, T, H, W, heads, dim]``, contiguous, in q's dtype. Gradients flow into every floating tensor and are
+        deterministic.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the text names it.
+    """
+    masks = {"image": image, "context_mask": context_mask}
+    parameters = {"bias_table": bias_table, "q_norm": q_norm, "k_norm": k_norm}
+    keys: dict[str, Any] = {"k": k, "v": v, "context_k": context_k, "context_v": context_v}
+    check_tensor("q", q)
+    for name, given in {**keys, **parameters, **masks}.items():
+        if given is not None or name in ("k", "v"):
+            check_tensor(name, given)
+            check_same_device(name, given, "q", q)
+    q, k, v, context_k, context_v = autocast(q, k, v, context_k, context_v)  # type: ignore[assignment]
+    check_dtype("q", q)
+    for name, tensor in {"k": k, "v": v, "context_k": context_k, "context_v": context_v}.items():
+        if tensor is not None:
+            check_same_dtype(name, tensor, "q", q)
+    for name, tensor in parameters.items():
+        if tensor is not None:
+            check_dtype(name, tensor, WIDE if q.dtype == torch.float64 else NARROW)
+    for name, tensor in masks.items():
+        if tensor is not None:
+            check_dtype(name, tensor, (torch.bool,))
+    check_tensor("q", q, "[B, T, H, W, heads, dim]")
+    B, T, H, W, heads, dim = q.shape
+    if 0 in (T, H, W, heads):  # one by one: min() would put their order into an exported graph
+        raise shape_error("q", q, "at least one frame, row, column and head")
+    if not 8 <= dim <= 256:
+        raise ValueError(f"q has dim {dim} in its last dimension, expected 8 to 256")
+    check_shape("k", k, q.shape, "q's shape")
+    check_shape("v", v, q.shape, "q's shape")
+    extent = three("window", window, "(t, h, w)")
+    check_shape("bias_table", bias_table, (heads, *(2 * s - 1 for s in extent)), "[heads, 2t-1, 2h-1, 2w-1]")
+    check_shape("q_norm", q_norm, (dim,), "[dim]")
+    check_shape("k_norm", k_norm, (dim,), "[dim]")
+    norm_eps = number("norm_eps", norm_eps)
+    if not norm_eps >= 0:
+        raise ValueError(f"norm_eps is {norm_eps}, expected a number >= 0")
+    _check_context(context_k, context_v, context_mask, image, (B, heads, dim))
+    if image is not None:
+        if image.dim() not in (1, 2) or image.shape[0] != B or image.shape[1:] not in ((), (T,)):
+            raise shape_error("image", image, f"[B] = ({B},) or [B, T] = ({B}, {T})")
+        image = image[:, None].expand(B, T) if image.dim() == 1 else image
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "window": extent,
+        "bias_table": bias_table,
+        "image": image,
+        "q_norm": q_norm,
+        "k_norm": k_norm,
+        "norm_eps": norm_eps,
+        "context_k": context_k,
+        "context_v": context_v,
+        "context_mask": context_mask,
+        "scale": dim**-0.5 if scale is None else number("scale", scale),
+    }
+
+
+def _check_context(
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    context_mask: Tensor | None,
+    image: Tensor | None,
+    sizes: tuple[int, int, int],
+) -> None:
+    given = {"context_k": context_k, "context_v": context_v, "context_mask": context_mask}
+    names = [name for name, tensor in given.items() if tensor is not None]
+    if not names:
+        return
+    if context_k is None or context_v is None:
+        missing = "context_k" if context_k is None else "context_v"
+        raise ValueError(f"{missing} is None while {names[0]} is given, expected context_k and context_v together")
+    if image is not None:
+        raise ValueError(
+            "image is given together with context_k, expected one or the other: image frames see no context"
+        )
+    B, heads, dim = sizes
+    check_tensor("context_k", context_k, "[B, L, heads, dim]")
+    L = context_k.shape[1]
+    check_shape("context_k", context_k, (B, L, heads, dim), "[B, L, heads, dim]")
+    check_shape("context_v", context_v, (B, L, heads, dim), "context_k's shape")
+    check_shape("context_mask", context_mask, (B, L), "[B, L]")

@@ -1,7 +1,5 @@
 """The definition of window attention in plain PyTorch: right in float64, differentiable any number of times."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,7 +38,7 @@ def merge(x: torch.Tensor, parts: tuple[Part, Part, Part]) -> torch.Tensor:
 
 
 def window_indices(
-    sizes: Sequence[int], window: tuple[int, int, int], device: torch.device
+    sizes: Sequence[int], window: Sequence[int], device: torch.device
 ) -> tuple[list[torch.Tensor], torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """``partition`` and ``merge`` as indices, for sizes that a graph leaves open: it must not depend on their parts.
 
@@ -69,7 +67,7 @@ def window_indices(
     return places, inside, (window_of, token_of)
 
 
-def bias_of(table: torch.Tensor, window: tuple[int, int, int], size: tuple[int, int, int]) -> torch.Tensor:
+def bias_of(table: torch.Tensor, window: Sequence[int], size: Sequence[int]) -> torch.Tensor:
     """[heads, N, N] of a window of ``size`` <= ``window``: element (i, j) is table[:, i - j + window - 1]."""
     axes = [torch.arange(s, device=table.device) for s in size]
     tokens = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # [3, N]
@@ -114,8 +112,7 @@ def window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
-    window: tuple[int, int, int],
+    window: Sequence[int],
     bias_table: torch.Tensor | None = None,
     image: torch.Tensor | None = None,
     q_norm: torch.Tensor | None = None,
@@ -126,7 +123,7 @@ def window_attention(
     context_mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """See ``walt_kernels.window_attention``; takes validated inputs."""
+    """See ``walt_kernels.window_attention``; takes checked inputs."""
     B, T, H, W = q.shape[:4]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = layer_norm(q, q_norm, norm_eps), layer_norm(k, k_norm, norm_eps)
@@ -136,7 +133,7 @@ def window_attention(
 
     def inside_windows(
         take: Callable[[torch.Tensor], torch.Tensor],
-        size: tuple[int, int, int],
+        size: Sequence[int],
         real: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B, windows, N, heads, dim] of the windows of ``size`` that ``take`` takes out of a tensor [B, T, H, W, ...].

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from . import triton_kernels as kernels
-from .op import DIFFERENTIABLE
+from .._aot import Call
 
 # Rows of 16 bits hold a tile of queries, keys, values and gradients at once. Float32 rows of 256 have no tensor cores.
 SPILLS = {
@@ -35,37 +33,37 @@ _WINDOWS = {
 }
 
 
-def _call(N: int, dim: int, dtype: torch.dtype, plain: bool = False, context: int = 0, **more: Any) -> None:
-    """Forward and backward from one packed projection."""
+def _inputs(
+    N: int, dim: int, dtype: torch.dtype, plain: bool = False, image: bool = False, context: int = 0
+) -> dict[str, Any]:
+    """From one packed projection."""
     window, frames = _WINDOWS[N]
     B, heads = 2, 16
     q, k, v = torch.empty(B, *frames, 3, heads, dim, dtype=dtype).unbind(4)
-    inputs: dict[str, Any] = dict.fromkeys(("bias_table", "image", "q_norm", "k_norm"))
-    inputs |= dict.fromkeys(("context_k", "context_v", "context_mask")) | {"q": q, "k": k, "v": v, "window": window}
+    inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "window": window}
     if not plain:
         inputs["bias_table"] = torch.empty(heads, *(2 * s - 1 for s in window))
         inputs["q_norm"], inputs["k_norm"] = torch.empty(dim), torch.empty(dim)
+    if image:
+        inputs["image"] = torch.empty(B, dtype=torch.bool)
     if context:
         inputs["context_k"], inputs["context_v"] = torch.empty(B, context, 2, heads, dim, dtype=dtype).unbind(2)
-    if "image" in more:
-        inputs["image"] = torch.empty(B, 1, dtype=torch.bool).expand(B, frames[0])
-    if "context_mask" in more:
         inputs["context_mask"] = torch.empty(B, context, dtype=torch.bool)
-    inputs |= {"norm_eps": 1e-6, "scale": dim**-0.5}
-    out, lse = kernels.window_attention(**inputs)
-    wanted = [inputs[name] is not None for name in DIFFERENTIABLE]
-    kernels.window_attention_backward(out, out, lse, inputs, DIFFERENTIABLE, wanted)
+    return inputs
 
 
-def aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+def aot_calls() -> Iterator[Call]:
+    def call(name: str, *sizes: Any, **options: Any) -> Call:
+        return Call(name, "window_attention", _inputs(*sizes, **options))
+
     half, wide = torch.bfloat16, torch.float32
     for N, dim in ((256, 64), (320, 64), (320, 72), (256, 88), (256, 128), (320, 128), (256, 256)):
-        yield f"N {N}, dim {dim}, bf16", partial(_call, N, dim, half)
+        yield call(f"N {N}, dim {dim}, bf16", N, dim, half)
     for N in (80, 448, 560, 1280):  # the last tiles of 80 and 560 are not full
-        yield f"N {N}, dim 64, bf16", partial(_call, N, 64, half)
-    yield "N 256, dim 64, bf16, plain", partial(_call, 256, 64, half, plain=True)
-    yield "N 320, dim 72, bf16, image", partial(_call, 320, 72, half, image=True)
-    yield "N 320, dim 64, bf16, masked context", partial(_call, 320, 64, half, context=77, context_mask=True)
-    yield "N 320, dim 64, fp16", partial(_call, 320, 64, torch.float16)
+        yield call(f"N {N}, dim 64, bf16", N, 64, half)
+    yield call("N 256, dim 64, bf16, plain", 256, 64, half, plain=True)
+    yield call("N 320, dim 72, bf16, image", 320, 72, half, image=True)
+    yield call("N 320, dim 64, bf16, masked context", 320, 64, half, context=77)
+    yield call("N 320, dim 64, fp16", 320, 64, torch.float16)
     for dim in (64, 128, 256):
-        yield f"N 320, dim {dim}, fp32", partial(_call, 320, dim, wide)
+        yield call(f"N 320, dim {dim}, fp32", 320, dim, wide)

@@ -10,14 +10,12 @@ scales) or whole blocks (of the table and the context), which later launches add
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _triton
-from .native import gradients_like
 from .triton_bias import table_gradient
 from .triton_geometry import Geometry
 from .triton_keys import context_finish_kernel, key_backward_kernel
@@ -26,22 +24,20 @@ from .triton_sums import sum_rows
 from .triton_tiles import SUMS
 
 
-def window_attention_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, inputs: dict[str, Any], names: Sequence[str], wanted: Sequence[bool]
-) -> list[Tensor]:
-    """Gradients of the inputs ``names``; those not wanted have zero elements."""
-    made = gradients_like([inputs[name] for name in names], wanted)
-    if grad.numel() == 0:
-        return [g.zero_() for g in made]
-    grads = {name: g if w else None for name, g, w in zip(names, made, wanted, strict=True)}
-    geometry = Geometry(inputs, grad)
+def backward(grad_out: Tensor, out: Tensor, lse: Tensor, **arguments: Any) -> None:
+    grads = {name.removeprefix("grad_"): value for name, value in arguments.items() if name.startswith("grad_")}
+    if grad_out.numel() == 0:
+        for gradient in grads.values():
+            if gradient is not None:
+                gradient.zero_()
+        return
+    geometry = Geometry(arguments, grad_out)
     delta = torch.empty_like(lse[0])
     rows = {"out": out, "best_of": lse[0], "log_of": lse[1], "delta": delta}
     _queries(geometry, rows, grads["q"], grads["q_norm"])
     _keys(geometry, rows, grads)
     if grads["bias_table"] is not None:
         table_gradient(geometry, rows, grads["bias_table"])
-    return made
 
 
 def _partial(geometry: Geometry, programs: int) -> Tensor:

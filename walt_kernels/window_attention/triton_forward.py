@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .native import outputs_like
 from .triton_geometry import Geometry
 from .triton_rows import (
     add_rows,
@@ -130,16 +129,14 @@ def forward_kernel(
     tl.store(log_of + lines + local, tl.log2(total), mask=inside)
 
 
-def window_attention(**inputs: Any) -> tuple[Tensor, Tensor]:
+def forward(out: Tensor, lse: Tensor, **inputs: Any) -> None:
     """Out, and of every row's scores the largest and log2 of the sum of exp(score - largest): [2, B, heads, T, H, W].
 
     Added into one number they would lose the digits that say how a row with large scores is divided.
     """
-    out, lse = outputs_like(inputs["q"], (2,))
     rows = {"out": out, "best_of": lse[0], "log_of": lse[1]}
     geometry = Geometry(inputs)
     tile = geometry.tile("forward")
     programs = geometry.windows * geometry.heads * -(-geometry.N // tile.blocks["BLOCK_M"])
     masked = geometry.masked(tile.blocks["BLOCK_N"])
     geometry.launch(forward_kernel, programs, tile, **rows, MASKED=masked)
-    return out, lse

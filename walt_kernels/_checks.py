@@ -1,0 +1,99 @@
+"""Checks of arguments, all in one form of sentence: what the argument is or has, and what was expected.
+
+Names of sizes stand in brackets, numbers in parentheses. A message is written only when it is raised: under
+torch.compile, a formatted size becomes a constant of the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .values import is_int, plain
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: Any, layout: str = "", dims: tuple[int, ...] = ()) -> None:
+    """``layout`` names the dimensions, as "[B, N, D]" does; ``dims`` are their possible numbers if it has several."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor {layout}".rstrip())
+    if layout and value.dim() not in (dims or (layout.count(",") + 1,)):
+        counts = " or ".join(map(str, dims or (layout.count(",") + 1,)))
+        raise shape_error(name, value, f"{counts} dimensions {layout}")
+
+
+def shape_error(name: str, tensor: Tensor, expected: str) -> ValueError:
+    return ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise shape_error(name, tensor, f"{tuple(shape)}, {meaning}")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype] = DTYPES) -> None:
+    if tensor.dtype not in allowed:
+        choice = "one of " if len(allowed) > 1 else ""
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {choice}{', '.join(map(str, allowed))}")
+
+
+def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {other.dtype} as {other_name} has")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {other.device} as {other_name} is")
+
+
+def number(name: str, value: Any) -> float:
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        shown = repr(value) if isinstance(value, str | bool) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {shown}, expected a number")
+    if not -math.inf < value < math.inf:  # what torch.compile can trace with a number that varies
+        raise ValueError(f"{name} is {value}, expected a finite number")
+    return float(value)
+
+
+def positive(name: str, value: Any) -> int:
+    value = plain(value)
+    if not is_int(value):
+        raise TypeError(f"{name} is {value!r}, expected a positive int")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected a positive int")
+    return value
+
+
+def triple(name: str, value: Any) -> tuple[int, int, int]:
+    """One positive int for each of time, height and width, or one for all."""
+    value = plain(value)
+    values = (value, value, value) if is_int(value) else value
+    if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(is_int, values)):
+        raise TypeError(f"{name} is {value!r}, expected an int or 3 ints (time, height, width)")
+    t, h, w = values
+    if t < 1 or h < 1 or w < 1:
+        raise ValueError(f"{name} is {value!r}, expected integers of at least 1")
+    return t, h, w
+
+
+def three(name: str, value: Any, axes: str) -> tuple[int, int, int]:
+    """One positive int for each of ``axes``."""
+    values = plain(value)
+    if not isinstance(values, Sequence) or isinstance(values, str) or not all(map(is_int, values)):
+        raise TypeError(f"{name} is {values!r}, expected three integers {axes}")
+    if len(values) != 3 or min(values) < 1:
+        raise ValueError(f"{name} is {tuple(values)}, expected three positive integers {axes}")
+    return values[0], values[1], values[2]
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    return value

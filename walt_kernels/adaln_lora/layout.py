@@ -1,0 +1,44 @@
+"""Memory for what the adaln ops return, the same for real and fake tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute in, and keep statistics in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def like(tensor: Tensor) -> Tensor:
+    """Contiguous, whatever the tensor is."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and rstd, one of each per token."""
+    dtype = accumulate_dtype(x.dtype)
+    mean = torch.empty(x.shape[:2], dtype=dtype, device=x.device)
+    return mean, torch.empty(x.shape[:2], dtype=dtype, device=x.device)
+
+
+def hidden_like(cond: Tensor, down: Tensor) -> Tensor:
+    layers, rank, _ = down.shape
+    return torch.empty((layers, cond.shape[0], rank), dtype=accumulate_dtype(cond.dtype), device=cond.device)
+
+
+def lora_output(base: Tensor, down: Tensor) -> Tensor:
+    return torch.empty((down.shape[0], *base.shape), dtype=base.dtype, device=base.device)
+
+
+def lora_gradients(grad_out: Tensor, cond: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    grad_base = torch.empty(grad_out.shape[1:], dtype=grad_out.dtype, device=grad_out.device)
+    return like(cond), grad_base, like(down), like(up)
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """The kernels walk rows of unit stride; only a tensor whose last dimension is scattered in memory is copied."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # to contiguous() an empty tensor is so as it is
