@@ -1,7 +1,7 @@
 """Labelled clips from ViZDoom: a class is a scenario, a clip is one episode played by random key presses.
 
-Each episode has a seed of its own, so a clip depends on (seed, scenario, episode) alone, and a split by episode
-shares no episode. ViZDoom renders on the CPU at thousands of frames a second and needs no screen.
+Each episode has a seed of its own, so a clip depends on (seed, scenario, episode) alone, and sets split by
+episode share none. ViZDoom renders on the CPU at thousands of frames a second and needs no screen.
 """
 
 from __future__ import annotations
