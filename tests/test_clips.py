@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from films import noise, numbers, ramp
 
-from walt.data.clips import ClipStore, Settings, write_store
+from walt.data.clips import ClipStore, PrepareSettings, write_store
 from walt.data.pixels import cover, shrink
 from walt.data.prepare import prepare
 from walt.data.video import write_mp4, write_png
@@ -45,14 +45,17 @@ def rows(*pairs: tuple[int, int]) -> np.ndarray:
 def test_fingerprint_is_of_what_frames_depend_on(store):
     def changed(**values) -> str:
         items = (replace(store.items[0], **values), *store.items[1:])
-        return ClipStore(store.folder, Settings(16, 16, True), items, store._shards).fingerprint
+        return ClipStore(store.folder, PrepareSettings(16, 16, True), items, store._shards).fingerprint
 
     assert changed() == store.fingerprint
     for values in ({"label": "x"}, {"caption": "x"}, {"shard": 1}, {"offset": 3}, {"modified": 1}, {"changed": 1}):
         assert changed(**values) == store.fingerprint
     other = [changed(**values) for values in ({"name": "x"}, {"digest": "x"}, {"size": 1}, {"height": 17})]
     assert len({store.fingerprint, *other}) == 5
-    assert ClipStore(store.folder, Settings(16, 16, False), store.items, store._shards).fingerprint != store.fingerprint
+    assert (
+        ClipStore(store.folder, PrepareSettings(16, 16, False), store.items, store._shards).fingerprint
+        != store.fingerprint
+    )
 
 
 def test_clips_that_are_no_files(tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 from walt.checkpoint import fingerprint
 from walt.data.batches import LatentSource
-from walt.data.clips import ClipStore, Settings
+from walt.data.clips import ClipStore, PrepareSettings
 from walt.data.latents import LatentStore, encode_latents
 from walt.data.loading import make_batch
 from walt.data.pixels import to_model
@@ -70,7 +70,7 @@ def latents(store, tmp_path) -> LatentStore:
 
 
 def one_video(store) -> ClipStore:
-    return ClipStore(store.folder, Settings(16, 16, True), store.items[1:2], store._shards)
+    return ClipStore(store.folder, PrepareSettings(16, 16, True), store.items[1:2], store._shards)
 
 
 def test_latents_are_those_of_the_encoder(store, latents):

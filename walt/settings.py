@@ -13,7 +13,15 @@ import yaml
 
 from walt.atomic import atomic_write
 from walt.errors import WaltError, as_user_error, did_you_mean
-from walt.model.config import Config, DiffusionConfig, TokenizerConfig, TransformerConfig, expect, expect_positive
+from walt.model.config import (
+    Config,
+    DiffusionConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    expect,
+    expect_positive,
+    expect_share,
+)
 from walt.presets import PRESETS
 from walt.rates import as_float, expect_rate
 from walt_kernels.values import is_int
@@ -59,7 +67,7 @@ class TokenizerLossConfig(Config):
     adversarial: float = 0.1  # of the generator's loss against the discriminator
     decorrelation: float = 0.02  # squared correlations between latent channels; ours
     r1: float = 10.0  # gradient penalty of the discriminator
-    r1_every: int = 16  # one step of so many, at random, has the penalty, so many times as heavy; ours
+    r1_every: int = 16  # on average, steps from penalty to penalty, each so many times as heavy; ours
     lecam: float = 0.001  # LeCAM regularisation of the discriminator
     lecam_decay: float = 0.999  # of its averages
 
@@ -153,8 +161,7 @@ class DataConfig(Config):
         super().__post_init__()
         expect_positive(self, "frames", "height", "width", "stride", "batch")
         object.__setattr__(self, "fps", expect_rate(self.fps))
-        good = _is_number(self.held_out) and 0 <= self.held_out < 1
-        expect(good, "held_out", self.held_out, "a share from 0, below 1")
+        expect_share("held_out", self.held_out)
         good = is_int(self.images) and 0 <= self.images <= self.batch
         expect(good, "images", self.images, f"an int from 0 to batch={self.batch}")
         for name in ("flip", "shots"):

@@ -31,7 +31,7 @@ from walt.sample.pipeline import OVERLAP
 
 
 @dataclass(kw_only=True)
-class Sampling(ModelCommand):
+class SamplingCommand(ModelCommand):
     """Options of all commands that sample."""
 
     class_: Repeated = field(default_factory=list)  # name or number
@@ -61,7 +61,7 @@ class Sampling(ModelCommand):
 
 
 @dataclass(kw_only=True)
-class Sample(Sampling):
+class Sample(SamplingCommand):
     class_: Repeated = field(default_factory=list)  # name or number; given again, a clip of each
     # A sentence, for models with text; "" is no text and no class; given again, a clip of each.
     text: Repeated = field(default_factory=list)
@@ -126,7 +126,7 @@ def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
 
 
 @dataclass(kw_only=True)
-class Extend(Sampling):
+class Extend(SamplingCommand):
     video: Path  # of the model's size
     frames: Positive = 41  # at least
     out: Path = Path("extended.mp4")  # .mp4 or .gif
@@ -156,7 +156,7 @@ def chunks_for(missing: int, clip: int) -> int:
 
 
 @dataclass(kw_only=True)
-class Upscale(Sampling):
+class Upscale(SamplingCommand):
     video: Path  # of the base model's size
     stages: Positive | None = None  # stages to use (default: all that are trained)
     out: Path = Path("upscaled.mp4")  # .mp4 or .gif

@@ -1,8 +1,8 @@
 """Prepared folders: videos and images with their frames decoded once (`walt.data.prepare`), read through memory maps.
 
 index.json holds the settings and an entry for each file, frames-<n>.raw the pixels, uint8, item after item, each as
-[frame, row, column, RGB]. Frames are kept whole, at the smallest size that covers the height and width the folder was
-prepared for, so that training chooses the crop.
+[frame, row, column, RGB]. Frames are stored uncropped, at the smallest size that covers the height and width the folder
+was prepared for, so that training chooses the crop.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from walt.atomic import atomic_folder, read_document, read_json, reading, write_
 from walt.data.folders import PassedOver
 from walt.data.pixels import shrink
 from walt.errors import WaltError, some
+from walt.model.config import expect_share
 from walt.names import normal
 from walt.rates import expect_rate, same_rate
 
 FORMAT = "walt-cache"
 VERSION = 3
 INDEX = "index.json"
-PASSED_OVER = "passed-over.json"  # names of what the folder holds beside the items, by reason
+PASSED_OVER = "passed-over.json"  # names of unused files in the source folder, by reason
 
 
 @dataclass(frozen=True)
-class Settings:
+class PrepareSettings:
     """What all items share: the size that their frames cover, whether videos were split at their cuts, the frames a
     second at which they were read (0: every frame), and the share of files that training never sees."""
 
@@ -105,33 +106,26 @@ def _hash(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def expect_share(held_out: Any) -> float:
-    """The share of files to hold out as Python's float; ValueError unless it is one."""
-    if not isinstance(held_out, (int, float)) or isinstance(held_out, bool) or not 0 <= held_out < 1:
-        raise ValueError(f"held_out: got {held_out!r}; expected a share from 0, below 1")
-    return float(held_out)
-
-
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"frames-{shard}.raw"
 
 
-def write_index(folder: Path, settings: Settings, items: Iterable[Item]) -> None:
+def write_index(folder: Path, settings: PrepareSettings, items: Iterable[Item]) -> None:
     document = {"format": FORMAT, "version": VERSION, **vars(settings), "items": [vars(item) for item in items]}
     write_json(folder / INDEX, document)
 
 
-def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
+def read_index(folder: Path) -> tuple[PrepareSettings, tuple[Item, ...]]:
     path, advice = folder / INDEX, ": delete that folder, or prepare into another one"
     document = read_document(path, "a prepared folder", FORMAT, VERSION, advice)
     try:
-        settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})
+        settings = PrepareSettings(**{field.name: document[field.name] for field in fields(PrepareSettings)})
         if any(type(size) is not int or size < 1 for size in (settings.height, settings.width)):
             raise ValueError(f"it covers {settings.height!r} x {settings.width!r} pixels")
         if type(settings.shots) is not bool:
             raise ValueError(f"shots is {settings.shots!r}")
         expect_rate(settings.fps)
-        expect_share(settings.held_out)
+        expect_share("held_out", settings.held_out)
         return settings, tuple(Item.from_dict(values) for values in document["items"])
     except (KeyError, TypeError, ValueError) as error:
         raise WaltError(f"{path} is broken: {error}") from error
@@ -168,7 +162,7 @@ def write_store(folder: Path, clips: Iterable[tuple[str, np.ndarray]], fps: floa
                 )
                 shard.write(pixels)
                 items.append(item)
-        write_index(temporary, Settings(items[0].height, items[0].width, shots=False), items)
+        write_index(temporary, PrepareSettings(items[0].height, items[0].width, shots=False), items)
     return ClipStore.open(folder)
 
 
@@ -176,7 +170,7 @@ class ClipStore:
     """A prepared folder, read-only. A clip's index is (item, first frame); an image's is (item, frame)."""
 
     def __init__(
-        self, folder: Path, settings: Settings, items: tuple[Item, ...], shards: Mapping[int, np.ndarray]
+        self, folder: Path, settings: PrepareSettings, items: tuple[Item, ...], shards: Mapping[int, np.ndarray]
     ) -> None:
         self.folder, self.settings, self.items = folder, settings, items
         self.height, self.width = settings.height, settings.width
@@ -193,7 +187,7 @@ class ClipStore:
 
     @property
     def passed_over(self) -> PassedOver:
-        """What the source folder held beside the items, when it was prepared."""
+        """What the source folder held beside the items when it was prepared."""
         path = self.folder / PASSED_OVER
         return PassedOver(read_json(path) if path.is_file() else {})
 

@@ -76,7 +76,7 @@ class Loader:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The batch with function(tensor) in the place of each tensor, also of those in dicts within."""
+    """The batch with function(tensor) for each tensor, also in nested dicts."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, dict):

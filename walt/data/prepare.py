@@ -29,8 +29,7 @@ from walt.data.clips import (
     PASSED_OVER,
     ClipStore,
     Item,
-    Settings,
-    expect_share,
+    PrepareSettings,
     read_index,
     shard_path,
     write_index,
@@ -41,6 +40,7 @@ from walt.data.shots import ShotDetector
 from walt.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_timing, iterate_video, read_image
 from walt.errors import WaltError, as_user_error, require, say
 from walt.locks import locked
+from walt.model.config import expect_share
 from walt.names import normal
 from walt.rates import expect_rate
 
@@ -79,7 +79,7 @@ def prepare(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height, width: got {height}, {width}; expected ints >= 1")
-    settings = Settings(height, width, shots, expect_rate(fps), expect_share(held_out or 0.0))
+    settings = PrepareSettings(height, width, shots, expect_rate(fps), expect_share("held_out", held_out or 0.0))
     for module in ("av", "PIL.Image"):
         require(module, "video")
     source, folder = Path(source), Path(folder)
@@ -130,7 +130,7 @@ def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], 
     return names, passed
 
 
-def _known(folder: Path, settings: Settings) -> dict[str, Item]:
+def _known(folder: Path, settings: PrepareSettings) -> dict[str, Item]:
     """What earlier runs decoded, by the index and then the journal. What follows it in the shards is cut off."""
     decoded: list[Item] = []
     if (folder / INDEX).exists():
@@ -164,7 +164,7 @@ class _Decoder:
         self,
         source: Path,
         folder: Path,
-        settings: Settings,
+        settings: PrepareSettings,
         files: list[str],
         known: dict[str, Item],
         passed: PassedOver,

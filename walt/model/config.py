@@ -43,6 +43,13 @@ def plain_fields(config: Any) -> None:
         object.__setattr__(config, field.name, tuple(value) if isinstance(value, list) else value)
 
 
+def expect_share(name: str, value: Any) -> float:
+    """Python's float; ValueError unless it is from 0, below 1."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+    expect(good, name, value, "a share from 0, below 1")
+    return float(value)
+
+
 def expect_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)

@@ -21,7 +21,7 @@ __all__ = ["Piece", "decode_pieces", "decode_tiled", "encode_pieces", "encode_ti
 
 
 class Piece(NamedTuple):
-    """A tile of some frames of what is coded."""
+    """A tile of some frames of the result."""
 
     frame: int  # the first
     rows: slice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from walt.errors import WaltError, as_user_error
 from walt.model.config import as_int, check_frames
+from walt.model.diffusion import Preview
 from walt.model.randoms import sample_noise
 from walt.sample.denoiser import Denoiser
-
-Preview = Callable[[int, int, Tensor], None]
 
 
 class Options(TypedDict, total=False):

@@ -45,7 +45,7 @@ def train_denoiser(
 ) -> Trainer[Transformer]:
     """Second stage and super-resolution: v-prediction on the latents of the tokenizer in the same folder.
 
-    seconds: of training, in this call; None: as many as it takes.
+    seconds: of training in this call; None: no limit.
     """
     settings = run.settings
     data = settings.data

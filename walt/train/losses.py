@@ -64,7 +64,7 @@ class DecorrelationTerm:
 
     Left alone, the channels of a small autoencoder all come to carry brightness; differences between them are then
     too small for the second stage to model. Correlations do not change with a channel's scale, so this costs the
-    reconstruction nothing. Not in the paper: ours, in the place of the quantizer that keeps MAGVIT-v2's channels apart.
+    reconstruction nothing. Not in the paper: ours, instead of the quantizer that keeps MAGVIT-v2's channels apart.
     """
 
     name = "decorrelation"

@@ -39,7 +39,7 @@ from walt.train.trainer import Preview, Trainer
 def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokenizer]:
     """First stage: reconstruct clips and images, with the losses whose weights are not 0; then latent statistics.
 
-    seconds: of training, in this call; None: as many as it takes.
+    seconds: of training in this call; None: no limit.
     """
     settings, data = run.settings, run.settings.data
     check_same_data(run, "tokenizer")
@@ -70,9 +70,7 @@ def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokeni
         for name, stage in DENOISERS.items() if is_rank0() else ():
             if checkpoint_folder(run.out / name) is not None:
                 where = run.out / name
-                say(
-                    f"{where} was trained on this tokenizer's latents; afterwards, train it again (walt train {arguments})"
-                )
+                say(f"{where} was trained on this tokenizer's latents; afterwards, train it again (walt train {stage})")
         trainer.run(seconds=None if seconds is None else trainer.elapsed + seconds)
         averaged = trainer.averaged
         set_statistics(averaged, some_clips(run, STATISTICS))

@@ -58,8 +58,8 @@ class Trainer(Generic[Model]):
     A run has diverged when a loss or a gradient norm is not finite: it stops with a WaltError, and with a checkpoint of
     the step before. Rank 0 calls preview(averaged module, step) every config.preview_every steps.
 
-    A full disk does not stop a run: a line says what of the log, a preview or a checkpoint was not written, and the
-    last good checkpoint stays. Only the last checkpoint must be written, or WaltError.
+    A full disk does not stop a run: a line says that the log, a preview or a checkpoint was not written, and the last
+    good checkpoint stays. Only the last checkpoint must be written, or WaltError.
 
     frames: of a sample. flops(): of a step, over all ranks, for the log's mfu.
     """
@@ -322,7 +322,7 @@ class Trainer(Generic[Model]):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _save_or_keep(self, last: bool) -> None:
-        """`save`; if that fails, the checkpoint before stays. A line says so; for the last one, WaltError on all ranks."""
+        """`save`; if that fails, the one before stays, with a line or, for the last one, WaltError on all ranks."""
         try:
             self.save()
         except WaltError as error:
