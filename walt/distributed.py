@@ -100,16 +100,6 @@ def all_max(*values: float) -> list[float]:
     return largest.tolist()
 
 
-def all_gather(tensor: Tensor) -> list[Tensor]:
-    """The tensor of each rank, of one shape and dtype, in the order of ranks."""
-    if world_size() == 1:
-        return [tensor]
-    mine = tensor.to(_device())
-    gathered = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(gathered, mine)
-    return [other.to(tensor.device) for other in gathered]
-
-
 @contextlib.contextmanager
 def raise_on_all_ranks(what: str) -> Iterator[None]:
     """An OSError or WaltError on one rank becomes a WaltError on all, so that none waits for one that failed."""

@@ -19,7 +19,7 @@ LOCK = "lock"
 
 @contextlib.contextmanager
 def locked(folder: str | Path, *, wait: bool = False, say: Callable[[str], None] = errors.say) -> Iterator[None]:
-    """Lock the folder, made if need be. While another process has it: WaltError or, with `wait`, a line.
+    """Lock the folder, made if need be. While another process has it: WaltError, or with `wait` a line and a wait.
 
     The lock is flock(2) of `folder`/lock, whose text names process and host. Between machines it holds on NFS, unless
     mounted with nolock or local_lock, and on Lustre with -o flock. Where there are no locks, a line says so, and work

@@ -45,25 +45,6 @@ def batches(clips: ClipSet, size: int = 8, *, name: str = "clips") -> Iterator[n
             yield batch
 
 
-def collect(clips: ClipSet, network: Network, *, name: str = "clips") -> np.ndarray:
-    """The features of all clips, [N, ...], batch by batch; ValueError if there are fewer than two clips."""
-    features = [network(batch) for batch in batches(clips, name=name)]
-    _check_count(sum(map(len, features)), name)
-    return np.concatenate(features)
-
-
-def fvd(real: ClipSet, fake: ClipSet, network: Network) -> float:
-    """Frechet video distance: of the features [N, D] of clips by `network` (normally `VideoFeatures()`)."""
-    return frechet_distance(collect(real, network, name="real"), collect(fake, network, name="fake"))
-
-
-def frechet_image_distance(real: ClipSet, fake: ClipSet, network: Network) -> float:
-    """The same of single frames, with the features [N, T, D] of `network` (normally `FrameFeatures()`)."""
-    return frechet_distance(
-        *(_of_frames(collect(clips, network, name=name)) for clips, name in ((real, "real"), (fake, "fake")))
-    )
-
-
 @torch.inference_mode()
 def reconstructions(tokenizer: Tokenizer, clips: np.ndarray) -> Iterator[np.ndarray]:
     """What the tokenizer makes of clips uint8 [N, T, H, W, 3], in batches."""

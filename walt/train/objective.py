@@ -16,11 +16,12 @@ from walt.distributed import all_mean, full, parallel, synchronizing, world_size
 from walt.settings import TrainingConfig
 from walt.train.averaging import WeightAverage
 from walt.train.optimizers import make_optimizer
+from walt.train.timing import PARTS
 
 Values = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch], tuple[Tensor, Values]]
 
-TIMES = ("data_s", "compute_s", "optimizer_s", "save_s", "peak_gib", "mfu")
+TIMES = (*(f"{part}_s" for part in PARTS), "peak_gib", "mfu")
 COLUMNS = frozenset(
     ("step", "loss", "grad_norm", "lr", "frames_s", "seconds", *TIMES)
 )  # taken: names that a loss's values may not have
