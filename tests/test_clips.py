@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from films import noise, numbers, ramp
 
-from walt.data.clips import ClipStore, Settings, write_store
+from walt.data.clips import ClipStore, PrepareSettings, write_store
 from walt.data.pixels import cover, shrink
 from walt.data.prepare import prepare
 from walt.data.video import write_mp4, write_png
@@ -45,14 +45,17 @@ def rows(*pairs: tuple[int, int]) -> np.ndarray:
 def test_fingerprint_is_of_what_frames_depend_on(store):
     def changed(**values) -> str:
         items = (replace(store.items[0], **values), *store.items[1:])
-        return ClipStore(store.folder, Settings(16, 16, True), items, store._shards).fingerprint
+        return ClipStore(store.folder, PrepareSettings(16, 16, True), items, store._shards).fingerprint
 
     assert changed() == store.fingerprint
     for values in ({"label": "x"}, {"caption": "x"}, {"shard": 1}, {"offset": 3}, {"modified": 1}, {"changed": 1}):
         assert changed(**values) == store.fingerprint
     other = [changed(**values) for values in ({"name": "x"}, {"digest": "x"}, {"size": 1}, {"height": 17})]
     assert len({store.fingerprint, *other}) == 5
-    assert ClipStore(store.folder, Settings(16, 16, False), store.items, store._shards).fingerprint != store.fingerprint
+    assert (
+        ClipStore(store.folder, PrepareSettings(16, 16, False), store.items, store._shards).fingerprint
+        != store.fingerprint
+    )
 
 
 def test_clips_that_are_no_files(tmp_path):
@@ -138,12 +141,12 @@ def test_smaller_crops_are_shrunk(store):
 @pytest.mark.parametrize(
     ("error", "options"),
     [
-        ("rows: got frames 8 to 12 of b.mp4, which has 12", {"rows": rows((1, 8))}),
-        ("rows: got frames -1 to 3 of b.mp4", {"rows": rows((1, -1))}),
-        ("rows: got item 3; there are 3", {"rows": rows((3, 0))}),
-        ("rows: got item -1", {"rows": rows((-1, 0))}),
-        (r"rows: got float64 \[1, 2\]", {"rows": np.zeros((1, 2))}),
-        (r"rows: got int64 \[2\]", {"rows": np.zeros(2, np.int64)}),
+        ("indices: got frames 8 to 12 of b.mp4, which has 12", {"indices": rows((1, 8))}),
+        ("indices: got frames -1 to 3 of b.mp4", {"indices": rows((1, -1))}),
+        ("indices: got item 3; there are 3", {"indices": rows((3, 0))}),
+        ("indices: got item -1", {"indices": rows((-1, 0))}),
+        (r"indices: got float64 \[1, 2\]", {"indices": np.zeros((1, 2))}),
+        (r"indices: got int64 \[2\]", {"indices": np.zeros(2, np.int64)}),
         ("crop: got 16x17; expected at most 16x16", {"crop": (16, 17)}),
         (r"offset: got shape \[2\]; expected \[1, 2\]", {"offset": np.zeros(2)}),
         (r"flip: got shape \[2\]; expected \[1\]", {"flip": np.zeros(2, bool)}),
@@ -151,7 +154,7 @@ def test_smaller_crops_are_shrunk(store):
 )
 def test_wrong_rows(store, error, options):
     with pytest.raises(ValueError, match=error):
-        store.read(**{"rows": rows((1, 0)), "frames": 5, **options})
+        store.read(**{"indices": rows((1, 0)), "frames": 5, **options})
 
 
 @pytest.mark.parametrize("name", ["frames", "stride", "hop"])

@@ -23,7 +23,7 @@ from walt.sample import codec
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
-WHOLE = {"tile": (1 << 16, 1 << 16), "overlap": 0}
+FULL_FRAME = {"tile": (1 << 16, 1 << 16), "overlap": 0}
 TILES = {"tile": (32, 48), "overlap": 8}
 GROWTH = 10 << 20  # bytes; as numbers for a network, the pixels of the long film are 24 MB
 
@@ -68,7 +68,7 @@ def run(*arguments: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0
 
 
-@pytest.mark.parametrize(("options", "tiles"), [((), WHOLE), (("--tile", "32x48"), TILES)], ids=["whole", "tiles"])
+@pytest.mark.parametrize(("options", "tiles"), [((), FULL_FRAME), (("--tile", "32x48"), TILES)], ids=["whole", "tiles"])
 def test_the_bits_of_the_whole_film(model, tmp_path, monkeypatch, options, tiles):
     """13 frames of 15, of 56x96 pixels of 60x100."""
     write_mp4(tmp_path / "film.mp4", moving(3, 15, 60, 100), fps=8)

@@ -8,9 +8,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from walt.data.simulator import film_clips, film_path
+from walt.data.simulator import film_path, random_film_clips
 from walt.errors import WaltError
-from walt.evaluate.evaluate import Evaluation, batches, collect, evaluate, frechet_image_distance, fvd
+from walt.evaluate.evaluate import Evaluation, batches, evaluate
 from walt.evaluate.metrics import frechet_distance, inception_score, psnr, ssim
 from walt.evaluate.networks import FrameFeatures, Projection, VideoFeatures
 
@@ -59,19 +59,24 @@ def test_batches():
             list(batches(bad, name="real"))
 
 
-def test_functions_of_two_sets():
+def distance(real, fake, metric: str, network) -> float:
+    return evaluate(real, fake, [metric], video=network, image=network, progress=False).values[metric]
+
+
+def test_distances_of_two_sets():
     real, fake = make(20, 1), make(30, 2)
     network = Means(CLIPS)
     expected = frechet_distance(real.mean(axis=CLIPS), fake.mean(axis=CLIPS))
-    assert fvd(real, fake, network) == pytest.approx(expected, rel=1e-12)
-    assert fvd((real[:7], real[7:]), iter([fake]), network) == pytest.approx(expected, rel=1e-12)
-    assert fvd(real, real[::-1], network) == pytest.approx(0, abs=1e-9)
+    assert distance(real, fake, "fvd", network) == pytest.approx(expected, rel=1e-12)
+    assert distance((real[:7], real[7:]), iter([fake]), "fvd", network) == pytest.approx(expected, rel=1e-12)
+    assert distance(real, real[::-1], "fvd", network) == pytest.approx(0, abs=1e-9)
     frames = [clips.mean(axis=FRAMES).reshape(-1, 3) for clips in (real, fake)]
-    assert frechet_image_distance(real, fake, Means(FRAMES)) == pytest.approx(frechet_distance(*frames), rel=1e-12)
+    expected = frechet_distance(*frames)
+    assert distance(real, fake, "frechet_image_distance", Means(FRAMES)) == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match="fake: got 1 clips; expected at least 2"):
-        fvd(real, fake[:1], network)
-    with pytest.raises(ValueError, match="clips: got 0 clips; expected at least 2"):
-        collect([], network)
+        distance(real, fake[:1], "fvd", network)
+    with pytest.raises(ValueError, match="real, fake: got no clips"):
+        distance([], [], "fvd", network)
 
 
 def test_evaluate_measures_everything_in_one_pass():
@@ -84,8 +89,8 @@ def test_evaluate_measures_everything_in_one_pass():
     assert (result.real, result.fake, result.clip) == (9, 9, (4, 12, 16))
     assert result.values == pytest.approx(
         {
-            "fvd": fvd(real, fake, video),
-            "frechet_image_distance": frechet_image_distance(real, fake, image),
+            "fvd": distance(real, fake, "fvd", Means(CLIPS)),
+            "frechet_image_distance": distance(real, fake, "frechet_image_distance", Means(FRAMES)),
             "inception_score": inception_score(classifier(fake)),
             "psnr": psnr(fake, real).mean(),
             "ssim": ssim(fake, real).mean(),
@@ -217,7 +222,7 @@ class TestVideoFeatures:
         assert "Kinetics-400" in network.description
         assert "not DeepMind's" not in network.description
         pytest.importorskip("av", reason="av is not installed")
-        real = np.stack([clip for _, clip in film_clips(path, (60, 80), 2, frames=9, seed=1)])
+        real = np.stack([clip for _, clip in random_film_clips(path, (60, 80), 2, frames=9, seed=1)])
         noise = np.random.default_rng(17).standard_normal(real.shape)
         weak, strong = (np.clip(real + s * noise, 0, 255).astype(np.uint8) for s in (8, 32))
         shuffled = real[:, [4, 0, 7, 2, 8, 1, 6, 3, 5]]

@@ -157,7 +157,7 @@ class TestWhoReadsThem:
         assert seen[False]
         assert not store.held_out[list(seen[False])].any()
         latents = LatentStore.open(folder / "run/latents-16x16", store)
-        for rows in (latents.video_rows, latents.image_rows):
+        for rows in (latents.video_indices, latents.image_indices):
             assert set(rows[:, 0]) == set(np.flatnonzero(~store.held_out))
 
     def test_previews_do(self, trained):

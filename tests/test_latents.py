@@ -15,7 +15,7 @@ from torch import nn
 
 from walt.checkpoint import fingerprint
 from walt.data.batches import LatentSource
-from walt.data.clips import ClipStore, Settings
+from walt.data.clips import ClipStore, PrepareSettings
 from walt.data.latents import LatentStore, encode_latents
 from walt.data.loading import make_batch
 from walt.data.pixels import to_model
@@ -70,17 +70,17 @@ def latents(store, tmp_path) -> LatentStore:
 
 
 def one_video(store) -> ClipStore:
-    return ClipStore(store.folder, Settings(16, 16, True), store.items[1:2], store._shards)
+    return ClipStore(store.folder, PrepareSettings(16, 16, True), store.items[1:2], store._shards)
 
 
 def test_latents_are_those_of_the_encoder(store, latents):
-    assert np.array_equal(latents.video_rows, store.windows(5, hop=2))
-    assert np.array_equal(latents.image_rows, store.images(4))
+    assert np.array_equal(latents.video_indices, store.windows(5, hop=2))
+    assert np.array_equal(latents.image_indices, store.images(4))
     assert latents.video.shape == (6, 3, 2, 2, 2)
     assert latents.image.shape == (9, 3, 2, 2)
     assert latents.video.dtype == np.float32
-    assert np.array_equal(latents.video, Encoder()(to_model(store.read(latents.video_rows, 5))).numpy())
-    assert np.array_equal(latents.image, Encoder()(to_model(store.read(latents.image_rows)))[:, :, 0].numpy())
+    assert np.array_equal(latents.video, Encoder()(to_model(store.read(latents.video_indices, 5))).numpy())
+    assert np.array_equal(latents.image, Encoder()(to_model(store.read(latents.image_indices)))[:, :, 0].numpy())
     again = LatentStore.open(latents.folder, store, key="weights")
     assert np.array_equal(again.video, latents.video)
     assert np.array_equal(again.image, latents.image)
@@ -88,9 +88,9 @@ def test_latents_are_those_of_the_encoder(store, latents):
 
 def test_defaults(store, tmp_path):
     latents = encode_latents(store, tmp_path / "l", Encoder(), key="k", frames=5, height=8, width=8, progress=False)
-    assert latents.video_rows.tolist() == [[1, 0], [1, 5], [4, 0]]  # end to end
+    assert latents.video_indices.tolist() == [[1, 0], [1, 5], [4, 0]]  # end to end
     assert latents.video.dtype == np.float16
-    expected = Encoder()(to_model(store.read(latents.video_rows, 5, crop=(8, 8)))).half().numpy()
+    expected = Encoder()(to_model(store.read(latents.video_indices, 5, crop=(8, 8)))).half().numpy()
     assert np.array_equal(latents.video, expected)
 
 
@@ -126,7 +126,7 @@ def test_interrupted_work_goes_on(store, latents, tmp_path, call):
     assert not (tmp_path / "again").exists()
     with pytest.raises(WaltError, match="is not a folder of encoded data"):
         LatentStore.open(tmp_path / "again", store)
-    for raw, rows in (("video.raw", latents.video_rows), ("image.raw", latents.image_rows)):
+    for raw, rows in (("video.raw", latents.video_indices), ("image.raw", latents.image_indices)):
         size = (latents.folder / raw).stat().st_size // len(rows)  # of a latent: half a batch
         if (tmp_path / "again.partial" / raw).exists():
             with (tmp_path / "again.partial" / raw).open("ab") as file:
@@ -242,10 +242,10 @@ def test_joint_batches(store, latents):
     for sample, index in enumerate(indices(source, 6, seed=1)):
         if sample < 3:
             assert len(index) == 1
-            expected, item = latents.video[index[0]], latents.video_rows[index[0], 0]
+            expected, item = latents.video[index[0]], latents.video_indices[index[0], 0]
         else:
             expected = np.stack([latents.image[i] for i in index], axis=1)
-            items = latents.image_rows[index, 0]
+            items = latents.image_indices[index, 0]
             assert len(set(store.label[items].tolist())) == 1
             item = items[0]
         assert np.array_equal(loaded["latent"][sample].numpy(), expected)
@@ -268,7 +268,7 @@ def test_batches_of_one_kind(store, latents, tmp_path):
     clips = LatentSource(latents, 4)
     assert not make_batch(clips, 0, 0, range(4))["image"].any()
     stacks = LatentSource(latents, 4, images=4, condition="caption")
-    texts = [{store.caption[item] for item in latents.image_rows[row, 0]} for row in indices(stacks, 4)]
+    texts = [{store.caption[item] for item in latents.image_indices[row, 0]} for row in indices(stacks, 4)]
     assert all(len(text) == 1 for text in texts)
     no_images = encoded(one_video(store), tmp_path / "l", image_every=None)
     with pytest.raises(WaltError, match="holds no image, but batches are to have some"):

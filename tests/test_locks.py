@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_only_the_main_rank_takes_it(tmp_path, monkeypatch):
     with run.alone(tmp_path):
         assert names(tmp_path) == ["lock"]
-        monkeypatch.setattr(run, "is_main", lambda: False)
+        monkeypatch.setattr(run, "is_rank0", lambda: False)
         with run.alone(tmp_path):
             pass
         assert names(tmp_path) == ["lock"]

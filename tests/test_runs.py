@@ -1,4 +1,4 @@
-"""walt.runs: every stage on small films, one folder for all, and samples from what they leave."""
+"""`walt train`: every stage on small films, one folder for all, and samples from what they leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""walt.runs, to the bit or to rounding: resumed as uninterrupted, parts of a batch as the whole, two ranks as one."""
+"""`walt train`, to the bit or to rounding: resumed as uninterrupted, microbatches as one batch, two ranks as one."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from walt.data.simulator import (
     SCENARIOS,
     Clip,
     demo_clips,
-    film_clips,
     film_path,
+    random_film_clips,
     render_clips,
     write_demo_folder,
 )
@@ -115,7 +115,7 @@ def test_film_clips_stay_in_their_span(tmp_path):
     pytest.importorskip("av", reason="PyAV is not installed")
     brightness = np.arange(10, 250, 6, dtype=np.uint8)  # frame i is all 10 + 6 i
     write_mp4(tmp_path / "ramp.mp4", np.broadcast_to(brightness[:, None, None, None], (40, 48, 64, 3)).copy())
-    clips = film_clips(tmp_path / "ramp.mp4", (20, 32), 12, name="ramp", frames=5, size=16)
+    clips = random_film_clips(tmp_path / "ramp.mp4", (20, 32), 12, name="ramp", frames=5, size=16)
     index = (videos(clips).mean(axis=(2, 3, 4)) - 10) / 6
     assert np.abs(index - index.round()).max() < 0.4
     assert index.round().min() >= 20
@@ -128,11 +128,11 @@ def test_film_clips_stay_in_their_span(tmp_path):
 def test_the_film(film):
     whole = read_video(film)
     assert whole.shape == (132, 720, 1280, 3)
-    clips = film_clips(film, (100, 132), 3, frames=17, size=32)
+    clips = random_film_clips(film, (100, 132), 3, frames=17, size=32)
     assert videos(clips).shape == (3, 17, 32, 32, 3)
-    assert np.array_equal(videos(clips), videos(film_clips(film, (100, 132), 3, frames=17, size=32)))
+    assert np.array_equal(videos(clips), videos(random_film_clips(film, (100, 132), 3, frames=17, size=32)))
 
 
 def test_film_span_too_short(film):
     with pytest.raises(WaltError, match="frames 0 to 9 cannot hold a clip of 17 frames"):
-        film_clips(film, (0, 10), 1)
+        random_film_clips(film, (0, 10), 1)

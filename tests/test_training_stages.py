@@ -34,8 +34,8 @@ def test_an_image_has_the_latent_of_a_first_frame(trained, films):
     store = make("base", films, trained[0]).store
     latents = LatentStore.open(trained[0] / "latents-16x16", store)
     assert latents.video.shape == (4, 4, 2, 2, 2)
-    for row, clip in zip(latents.video_rows, latents.video, strict=True):
-        image = latents.image[(latents.image_rows == row).all(axis=1)]
+    for row, clip in zip(latents.video_indices, latents.video, strict=True):
+        image = latents.image[(latents.image_indices == row).all(axis=1)]
         assert np.abs(image[0].astype(np.float32) - clip[:, 0]).max() < 2e-3  # float16
 
 

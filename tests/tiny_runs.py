@@ -1,4 +1,4 @@
-"""Runs of the stages on a few small films: what tests of `walt.runs` and the commands share."""
+"""Runs of the stages on a few small films: what tests of `walt train` and the commands share."""
 
 from __future__ import annotations
 

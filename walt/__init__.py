@@ -22,7 +22,7 @@ __all__ = [
     "TransformerConfig",
 ]
 
-# Where they are: importing them imports PyTorch, for which `walt --help` need not wait.
+# Loaded on first use: they import PyTorch, which `walt --help` does not need.
 _MODULES = {
     "PRESETS": "walt.presets",
     "Diffusion": "walt.model.diffusion",

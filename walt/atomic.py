@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, after a kill or a power cut too: write under a temporary name, then rename."""
+"""Files that are complete or absent, even after a kill or a power cut: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from walt_kernels.values import plain
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """An OSError within becomes a WaltError that names the path and the reason."""
+    """An OSError inside becomes a WaltError that names the path and the reason."""
     try:
         yield
     except OSError as error:
@@ -28,7 +28,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """The same for what is only read."""
+    """`writing` for code that reads."""
     try:
         yield
     except OSError as error:
@@ -68,12 +68,12 @@ def check_writable(path: str | Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")  # no longer than a name may be
+    return path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")  # names have a greatest length
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, keep_as: Path | None = None) -> Iterator[Path]:
-    """The same for a folder. A kill between the two renames leaves the old one as `<path>.old` (see `latest_complete`).
+    """`atomic_write` for a folder. A kill between its renames leaves the old one as `<path>.old` (`latest_complete`).
 
     The folder that is replaced is removed, or moved to `keep_as`. Everything is on the disk before the first rename.
     """
@@ -116,7 +116,7 @@ def _old(path: Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or a folder's list of names (which Windows cannot be asked)."""
+    """fsync a file, or a folder's list of names (which Windows cannot)."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -143,7 +143,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_document(path: Path, what: str, kind: str, version: int, advice: str = "") -> dict[str, Any]:
-    """The object in the JSON file by which a folder is known to be `what`, such as "a checkpoint".
+    """Read the JSON file that marks its folder as `what`, such as "a checkpoint".
 
     WaltError unless its "format" is `kind` and its "version" is `version`; `advice` is what to do about another one.
     """

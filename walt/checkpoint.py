@@ -1,6 +1,6 @@
 """Checkpoints: a folder of safetensors and JSON files, replaced as a whole. Nothing is ever unpickled.
 
-Sharded tensors are written by each rank into a file of its own, `<name>-00001-of-00002.safetensors`, whose header tells
+Sharded tensors are written by each rank into its own file, `<name>-00001-of-00002.safetensors`, whose header tells
 which rows of which tensors it holds. They are read by name like a single file, by any number of ranks.
 """
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from walt.atomic import atomic_folder, flush, latest_complete, read_document, staging
-from walt.distributed import full, is_main, is_sharded, local, local_rows, raise_on_all_ranks, rank, world_size
+from walt.distributed import full, is_rank0, is_sharded, local, local_rows, raise_on_all_ranks, rank, world_size
 from walt.errors import WaltError
 
 FORMAT = "walt-checkpoint"
@@ -47,7 +47,7 @@ def save_checkpoint(
 ) -> None:
     """Write config.json (kind, description), `<name>.safetensors` for each group of tensors, and state.json, if any.
 
-    The folder appears complete or not at all; one that was there is replaced, and moved to `keep_as` if that is given.
+    The folder appears complete or not at all; it replaces an older one, which is moved to `keep_as` or deleted.
     WaltError if the disk is full.
     """
     with atomic_folder(folder, keep_as) as temporary:
@@ -65,28 +65,28 @@ def save_together(
     *,
     keep_as: Path | None = None,
 ) -> None:
-    """`save_checkpoint` by all ranks: each writes its shards, the main one all else. They need one file system.
+    """`save_checkpoint` by all ranks: each writes its shards, rank 0 all else. They need one file system.
 
     If a rank cannot write, every rank raises WaltError, and the old checkpoint stays.
     """
     if world_size() == 1:
         return save_checkpoint(folder, kind, description, tensors, state, keep_as=keep_as)
     folder, what = Path(folder), f"cannot write {folder}"
-    parts = {name: _own_part(group) for name, group in tensors.items()}
+    local_tensors = {name: _local_tensors(group) for name, group in tensors.items()}
     with contextlib.ExitStack() as stack:
         with raise_on_all_ranks(what):
-            temporary = stack.enter_context(atomic_folder(folder, keep_as)) if is_main() else staging(folder)
+            temporary = stack.enter_context(atomic_folder(folder, keep_as)) if is_rank0() else staging(folder)
         with raise_on_all_ranks(what):
-            for name, (held, rows) in parts.items():
+            for name, (held, rows) in local_tensors.items():
                 sharded = any(is_sharded(tensor) for tensor in tensors[name].values())
                 if sharded:
                     path = temporary / f"{name}-{rank() + 1:05d}-of-{world_size():05d}.safetensors"
                     write_tensors(path, held, {"rows": json.dumps(rows)})
                     flush(path)
-                elif is_main():
+                elif is_rank0():
                     write_tensors(temporary / f"{name}.safetensors", held)
         with raise_on_all_ranks(what):
-            if is_main():
+            if is_rank0():
                 _write_documents(temporary, kind, description, state)
             stack.close()
 
@@ -98,14 +98,14 @@ def _write_documents(folder: Path, kind: str, description: Mapping[str, Any], st
     (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _own_part(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
-    """What this rank writes of a group, and for sharded tensors (first row, rows of all ranks)."""
+def _local_tensors(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """The tensors of a group that this rank writes, and for sharded ones (first row, rows of all ranks)."""
     held, rows = {}, {}
     for name, tensor in group.items():
         span = local_rows(tensor)
         if span is None:
-            complete = full(tensor)  # every rank takes part
-            if is_main():
+            complete = full(tensor)  # a collective
+            if is_rank0():
                 held[name] = complete
         elif span[0] < span[1]:
             held[name] = local(tensor)
@@ -120,18 +120,18 @@ class TensorFiles:
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.metadata: dict[str, str] = {}
-        self._parts: dict[str, list[tuple[int, int, Any]]] = {}  # first row, last + 1, file
+        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # first row, last + 1, file
         files = [path] if path.is_file() else _shards(path)
         if not files:
             raise WaltError(f"{path.parent} is not a complete checkpoint: {path.name} is missing")
         for file in files:
             with _readable(file):
                 self._index(safe_open(file, framework="pt"))
-        for name, parts in self._parts.items():
-            parts.sort(key=lambda part: part[:2])
+        for name, pieces in self._pieces.items():
+            pieces.sort(key=lambda piece: piece[:2])
             rows = self.shapes[name][0] if self.shapes[name] else 1
-            ends = [0, *(stop for _, stop, _ in parts)]
-            if ends[-1] != rows or any(start != end for (start, _, _), end in zip(parts, ends, strict=False)):
+            ends = [0, *(stop for _, stop, _ in pieces)]
+            if ends[-1] != rows or any(start != end for (start, _, _), end in zip(pieces, ends, strict=False)):
                 raise WaltError(f"{path} is broken: the shards do not make up {name!r}")
 
     def _index(self, file: Any) -> None:
@@ -143,21 +143,21 @@ class TensorFiles:
             first, total = rows.get(name, (0, shape[0] if shape else 1))
             held = shape[0] if shape else 1
             self.shapes[name] = (total, *shape[1:]) if shape else ()
-            self._parts.setdefault(name, []).append((first, first + held, file))
+            self._pieces.setdefault(name, []).append((first, first + held, file))
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or its rows from rows[0] to rows[1] - 1."""
-        parts = self._parts[name]
+        pieces = self._pieces[name]
         with _readable(self.path):
-            if rows is None and len(parts) == 1:
-                return parts[0][2].get_tensor(name)
+            if rows is None and len(pieces) == 1:
+                return pieces[0][2].get_tensor(name)
             first, last = rows if rows is not None else (0, self.shapes[name][0])
-            pieces = [
+            tensors = [
                 file.get_slice(name)[max(first, start) - start : min(last, stop) - start]
-                for start, stop, file in parts
+                for start, stop, file in pieces
                 if start < last and first < stop
             ]
-            return torch.cat(pieces) if pieces else parts[0][2].get_slice(name)[0:0]
+            return torch.cat(tensors) if tensors else pieces[0][2].get_slice(name)[0:0]
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         """Copy into tensors of the same names and shapes, sharded ones too; WaltError names the first that differs."""
@@ -220,13 +220,13 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     module.load_state_dict(dict(tensors))
 
 
-def _check_fit(module: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    missing = [name for name in module if name not in shapes]
-    unknown = [name for name in shapes if name not in module]
+def _check_fit(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    missing = [name for name in targets if name not in shapes]
+    unknown = [name for name in shapes if name not in targets]
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model does not"
         raise WaltError(f"{path} does not fit its config.json: it {what} ({len(missing) + len(unknown)} such tensors)")
-    for name, tensor in module.items():
+    for name, tensor in targets.items():
         if tuple(tensor.shape) != shapes[name]:
             raise WaltError(
                 f"{path} does not fit its config.json: {name!r} has shape {list(shapes[name])},"

@@ -1,4 +1,4 @@
-"""The command line: the names of the commands. A command is imported when it is used, PyTorch with it."""
+"""The command line. A command's module, and PyTorch with it, is imported only to run it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from walt.errors import WaltError, WaltWarning, did_you_mean, one_line
-from walt.terminal import check_output, terminal
+from walt.terminal import check_stdout, terminal
 
 if TYPE_CHECKING:
     from walt.commands.options import Command
@@ -41,11 +41,11 @@ COMMANDS = {
     "doctor": ("doctor.Doctor", "what of this machine would stop or slow down a run"),
 }
 PRINTING = ("evaluate", "info", "doctor")  # commands that fail if what they print cannot be written
-RESUMED = ("demo", "prepare", "train")  # that go on where they were
+RESUMED = ("demo", "prepare", "train")  # commands that resume when they are run again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 2 for a mistake of the user's, told in one line, 128 + N after signal N."""
+    """Run one command. Exit code: 0, 2 after a user error (one line on stderr), or 128 + N after signal N."""
     with terminal(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         speaker = "walt"
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name not in COMMANDS:
                 known = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
                 raise WaltError(f"unknown command {name!r}{known}" if name else f"expected a command{known}")
-            speaker = f"walt {name}"  # of what is wrong with the options
+            speaker = f"walt {name}"  # in errors about its options
             try:
                 command = parse(name, options)
             except SystemExit:  # after --help
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _printed() -> int:
-    check_output()
+    check_stdout()
     return 0
 
 
@@ -104,7 +104,7 @@ def parse(name: str, arguments: Sequence[str]) -> Command:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """Ours as a line like an error's, others as Python does."""
+    """A WaltWarning as one line, like an error; others as Python does."""
     ours = issubclass(category, WaltWarning)
     text = warnings.formatwarning(message, category, filename, lineno, line)
     (file or sys.stderr).write(f"walt: warning: {one_line(message)}\n" if ours else text)

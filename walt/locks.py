@@ -1,4 +1,4 @@
-"""One process at a time in a folder, by a lock that the system opens when its process ends, however that ends."""
+"""One process at a time in a folder, by a lock that the system releases when the process ends, even by a kill."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOCK = "lock"
 
 @contextlib.contextmanager
 def locked(folder: str | Path, *, wait: bool = False, say: Callable[[str], None] = errors.say) -> Iterator[None]:
-    """The folder, made if need be, for the caller alone. While another has it: WaltError or, with `wait`, a line.
+    """Lock the folder, made if need be. While another process has it: WaltError, or with `wait` a line and a wait.
 
-    The lock is flock(2) of `folder`/lock, whose text names process and host. On network file systems it holds between
-    machines where they pass it on: NFS does unless mounted with nolock or local_lock, Lustre with -o flock. Where there
-    are no locks at all, a line says so, and the work goes on.
+    The lock is flock(2) of `folder`/lock, whose text names process and host. Between machines it holds on NFS, unless
+    mounted with nolock or local_lock, and on Lustre with -o flock. Where there are no locks, a line says so, and work
+    goes on.
     """
     folder = Path(folder)
     made = not folder.exists()
@@ -35,7 +35,7 @@ def locked(folder: str | Path, *, wait: bool = False, say: Callable[[str], None]
         with file, contextlib.suppress(OSError):
             (folder / LOCK).unlink()
             if made:
-                folder.rmdir()  # if nothing came of it
+                folder.rmdir()  # if it is empty
 
 
 def _take(folder: Path, wait: bool, say: Callable[[str], None]) -> IO[bytes]:
@@ -54,9 +54,9 @@ def _take(folder: Path, wait: bool, say: Callable[[str], None]) -> IO[bytes]:
             say(f"waiting for {owner}, which is at work in {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            say(f"{folder} has no locks ({error.strerror}); see to it that no other process writes there")
+            say(f"{folder} has no locks ({error.strerror}); make sure that no other process writes there")
         if _is_at(folder / LOCK, file):
-            with contextlib.suppress(OSError):  # on a full disk it is a lock all the same
+            with contextlib.suppress(OSError):  # it locks on a full disk, too
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file
@@ -64,7 +64,7 @@ def _take(folder: Path, wait: bool, say: Callable[[str], None]) -> IO[bytes]:
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
-    """Whether it is this file that others find there: who had it may have removed it since."""
+    """Whether path still is this file: the process that had the lock may have removed it."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     return False

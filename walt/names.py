@@ -1,4 +1,4 @@
-"""Names of files and classes: which of them are the same."""
+"""Names of files and classes: when two are the same."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def normal(name: str) -> str:
 
 
 def normal_path(name: str) -> str:
-    """The same for a file named relative to its folder, with "/" or "\\" between the parts."""
+    """The same for a file named relative to its folder, with "/" or "\\" as separator."""
     return normal(str(PurePosixPath(name.strip().replace("\\", "/"))))
 
 
 def look_alike(names: Collection[str], others: Collection[str]) -> str:
-    """Two names, one of each, with the same letters and digits, all else escaped; "" if there are none."""
+    """ "A is not B" for two names, one of each, with the same letters and digits; "" if there are none."""
     twins = {_letters(other): other for other in others}
     for name in sorted(names):
         other = twins.get(_letters(name), name)

@@ -50,7 +50,7 @@ PRESETS: dict[str, tuple[TokenizerConfig, TransformerConfig]] = {
     "base-3B": (TokenizerConfig(), replace(_T5_XL, layers=52, width=1920, frame_condition=True)),
     "sr-1.3B": (TokenizerConfig(), replace(_WIDE, layers=40, width=1408, latent_size=(5, 32, 56), patch=2)),
     "sr-419M": (TokenizerConfig(), replace(_WIDE, latent_size=(5, 64, 112), patch=4)),
-    # Learns nothing worth seeing and runs wherever an interpreter does.
+    # For tests: learns nothing worth seeing, and runs anywhere.
     "minimal": (
         TokenizerConfig(
             channels=4,

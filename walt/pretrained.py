@@ -1,4 +1,4 @@
-"""What a pipeline's folder holds: tokenizer, denoiser, super-resolution stages; and whether they fit together."""
+"""The models in a run's folder: reads the tokenizer, and checks that the denoisers were trained with it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from walt.errors import as_user_error
 from walt.model.config import TokenizerConfig
 from walt.model.tokenizer import Tokenizer
 
-DENOISERS = {"transformer": "base", "sr1": "sr", "sr2": "sr --level 2"}  # their folders, and what trains them
+DENOISERS = {"transformer": "base", "sr1": "sr", "sr2": "sr --level 2"}  # folder: what `walt train` makes it
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, averaged weights if it has them."""
     folder, document = load_description(folder, "tokenizer")
     with as_user_error(str(folder / "config.json")):
-        # Checkpoints from before the field was there are of tokenizers without adaptive norms.
+        # Checkpoints older than the field have no adaptive norms.
         model = Tokenizer(TokenizerConfig.from_dict({"adaptive_norm": False, **document.get("config", {})}))
     path = best_weights(folder)
     load_weights(model, read_tensors(path), path)
     return model.eval()
 
 
-def of_another_tokenizer(folder: Path, key: str, names: Iterable[str] = DENOISERS) -> Iterator[str]:
-    """A sentence for each denoiser in the folder that was trained with another tokenizer than that of fingerprint
-    `key`, which it holds. Checkpoints that name none are passed over."""
+def tokenizer_mismatches(folder: Path, key: str, names: Iterable[str] = DENOISERS) -> Iterator[str]:
+    """An error message for each denoiser in the folder that was not trained with its tokenizer, of fingerprint `key`.
+
+    Checkpoints that name no tokenizer are passed over.
+    """
     for name in names:
         if checkpoint_folder(folder / name) is None:
             continue

@@ -1,4 +1,4 @@
-"""Frames a second: which are possible, and which are the same."""
+"""Frame rates: which are valid, and which are equal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from walt.errors import WaltError
 
-RATES = (0.001, 1000)  # frames a second, least and most, of what is read at a rate or written
+RATES = (0.001, 1000)  # frames a second, least and most, of films that are read at a rate or written
 
 
 def same_rate(rate: float, other: float) -> bool:
@@ -16,7 +16,7 @@ def same_rate(rate: float, other: float) -> bool:
 
 
 def is_rate(fps: object) -> bool:
-    """Whether films can be read at, and have, so many frames a second."""
+    """Whether it is a number within RATES."""
     return isinstance(fps, Real) and not isinstance(fps, bool) and RATES[0] <= float(fps) <= RATES[1]
 
 
@@ -34,7 +34,7 @@ def expect_rate(fps: Any) -> float:
 
 
 def as_float(value: Any) -> float:
-    """A number, or a text that is one or a fraction such as 30000/1001; ValueError for other texts."""
+    """The float of a number, or of a text such as 24 or 30000/1001; ValueError for other texts."""
     if not isinstance(value, str):
         return float(value)
     top, slash, bottom = value.partition("/")

@@ -13,7 +13,15 @@ import yaml
 
 from walt.atomic import atomic_write
 from walt.errors import WaltError, as_user_error, did_you_mean
-from walt.model.config import Config, DiffusionConfig, TokenizerConfig, TransformerConfig, expect, expect_positive
+from walt.model.config import (
+    Config,
+    DiffusionConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    expect,
+    expect_positive,
+    expect_share,
+)
 from walt.presets import PRESETS
 from walt.rates import as_float, expect_rate
 from walt_kernels.values import is_int
@@ -42,7 +50,7 @@ CHOICES = {
 }
 COUNTS = {"steps": 1, "warmup": 0, "accumulate": 1, "save_every": 1, "log_every": 1, "preview_every": 0, "keep": 1}
 COUNTS |= {"seed": 0, "workers": 1, "profile": 0}
-# How a run is spread over memory and devices, and what it writes: free to change when it is resumed.
+# What may change when a run is resumed: how it is spread over memory and devices, and what it writes.
 SPREAD = ("accumulate", "compile", "checkpointing", "strategy", "workers")
 WRITTEN = ("save_every", "log_every", "preview_every", "keep", "tensorboard", "profile", "peak_tflops")
 FREE = frozenset((*SPREAD, *WRITTEN))
@@ -50,16 +58,16 @@ FREE = frozenset((*SPREAD, *WRITTEN))
 
 @dataclass(frozen=True)
 class TokenizerLossConfig(Config):
-    """Weights of the first stage's losses. MAGVIT-v2's, but for those marked as ours."""
+    """Weights of the tokenizer's losses: MAGVIT-v2's, except those marked as ours."""
 
     reconstruction: float = 5.0  # squared and absolute error of the pixels
     absolute: float = 0.1  # of the absolute error within the reconstruction loss; ours
     perceptual: float = 0.1  # distance of the features of frames
     perceptual_frames: int = 2  # drawn from each video for the perceptual loss, which bounds its cost; ours
-    adversarial: float = 0.1  # of the discriminator's verdict
+    adversarial: float = 0.1  # of the generator's loss against the discriminator
     decorrelation: float = 0.02  # squared correlations between latent channels; ours
     r1: float = 10.0  # gradient penalty of the discriminator
-    r1_every: int = 16  # discriminator steps for one with the penalty, which then weighs as many times more; ours
+    r1_every: int = 16  # on average, steps from penalty to penalty, each so many times as heavy; ours
     lecam: float = 0.001  # LeCAM regularisation of the discriminator
     lecam_decay: float = 0.999  # of its averages
 
@@ -67,10 +75,9 @@ class TokenizerLossConfig(Config):
         super().__post_init__()
         for name in ("reconstruction", "absolute", "perceptual", "adversarial", "decorrelation", "r1", "lecam"):
             value = getattr(self, name)
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-            expect(good, name, value, "a number of at least 0")
+            expect(_is_number(value) and value >= 0, name, value, "a number of at least 0")
         expect_positive(self, "perceptual_frames", "r1_every")
-        good = isinstance(self.lecam_decay, (int, float)) and 0 <= self.lecam_decay < 1
+        good = _is_number(self.lecam_decay) and 0 <= self.lecam_decay < 1
         expect(good, "lecam_decay", self.lecam_decay, "a number from 0, below 1")
 
 
@@ -95,10 +102,10 @@ class TrainingConfig(Config):
     seed: int = 0  # of weights, batches, noise and dropout
     schedule: str = "cosine"  # or "constant"
     optimizer: str = "adamw"  # or "adafactor"
-    accumulate: int = 1  # microbatches into which each process cuts its samples, one after the other
+    accumulate: int = 1  # microbatches of each process in a step
     precision: str = "float32"  # or "bfloat16": autocast; parameters and optimizer stay as they are
     compile: bool = False  # torch.compile
-    checkpointing: bool = False  # transformers run each layer again in the backward pass
+    checkpointing: bool = False  # transformers compute each layer again in the backward pass
     strategy: str = "ddp"  # or "fsdp": parameters, optimizer and averages sharded; for one process both are the same
     preview_every: int = 0  # steps from preview to preview; 0: never
     keep: int = 1  # checkpoints that stay on the disk, the last one included
@@ -127,8 +134,7 @@ class TrainingConfig(Config):
         self._expect(good, "betas", "two numbers in [0, 1)")
 
     def _expect(self, condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name}: got {getattr(self, name)!r}; expected {expected}")
+        expect(condition, name, getattr(self, name), expected)
 
 
 def _is_number(value: Any) -> bool:
@@ -146,7 +152,7 @@ class DataConfig(Config):
     fps: float = 0.0  # films are taken at this rate by their time stamps; 0: every frame
     held_out: float = 0.0  # share of the files that training never sees; 0: that of the prepared folder, or none
     batch: int = 4  # samples of a step, over all ranks
-    images: int = 1  # of the batch: stacks of 1+t images; for the tokenizer the share of steps with single images
+    images: int = 1  # of the batch, stacks of 1+t images; for the tokenizer images/batch of the steps have images
     flip: bool = False  # mirror half of the clips
     shots: bool = True  # no clip crosses a cut
     text: str = ""  # the text encoder: bytes, minilm or hf:FOLDER; "" for none
@@ -155,8 +161,7 @@ class DataConfig(Config):
         super().__post_init__()
         expect_positive(self, "frames", "height", "width", "stride", "batch")
         object.__setattr__(self, "fps", expect_rate(self.fps))
-        good = _is_number(self.held_out) and 0 <= self.held_out < 1
-        expect(good, "held_out", self.held_out, "a share from 0, below 1")
+        expect_share("held_out", self.held_out)
         good = is_int(self.images) and 0 <= self.images <= self.batch
         expect(good, "images", self.images, f"an int from 0 to batch={self.batch}")
         for name in ("flip", "shots"):
@@ -166,7 +171,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a stage's training does, beside the data and the machine."""
+    """All settings of a stage's training."""
 
     preset: str
     tokenizer: TokenizerConfig
@@ -186,7 +191,7 @@ class Settings:
             temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def check(self, stage: str) -> None:
-        """What no section can check alone: clips that the tokenizer takes, and a model for the stage."""
+        """WaltError unless the clips fit the tokenizer, and the model the stage."""
         with as_user_error("data"):
             self.tokenizer.latent_shape(self.data.frames, self.data.height, self.data.width)
         if stage != "tokenizer" and self.transformer.low_resolution != stage.startswith("sr"):
@@ -212,15 +217,15 @@ def load_settings(
 
 
 def merge_settings(stage: str, preset: str | None, file: Path | None, overrides: Mapping[str, Any]) -> Settings:
-    """`load_settings` without the check of the sections against one another, for settings that are to change yet."""
-    given = _read(file) if file is not None else {}
-    name = preset or given.get("preset") or ("tiny-sr" if stage.startswith("sr") else "tiny")
+    """`load_settings` without the check of the sections against one another, for settings that will still change."""
+    document = _read(file) if file is not None else {}
+    name = preset or document.get("preset") or ("tiny-sr" if stage.startswith("sr") else "tiny")
     if not isinstance(name, str) or name not in PRESETS:
         raise WaltError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     tokenizer, transformer = PRESETS[name]
     settings = Settings(name, tokenizer, transformer, **_recipe(name, stage))
-    settings = _apply(settings, {k: v for k, v in given.items() if k != "preset"}, f"{file}: ")
-    # Those of a section together: fields that must fit one another can then change in any order.
+    settings = _apply(settings, {k: v for k, v in document.items() if k != "preset"}, f"{file}: ")
+    # All of a section at once: its fields must fit one another.
     sections: dict[str, dict[str, Any]] = {}
     for path, value in overrides.items():
         section_name, _, key = path.partition(".")
@@ -229,7 +234,7 @@ def merge_settings(stage: str, preset: str | None, file: Path | None, overrides:
 
 
 def _recipe(preset: str, stage: str) -> dict[str, Any]:
-    """What a stage begins with: the paper's settings (table 8; MAGVIT-v2 for the tokenizer) for the full-size presets.
+    """A stage's defaults: for the full-size presets the paper's (table 8; MAGVIT-v2 for the tokenizer).
 
     The small ones get ours, for minutes on a CPU: no adversary, no perceptual loss, and for the tokenizer short clips,
     from which a causal network learns what it would from long ones.
@@ -297,10 +302,10 @@ def section(kind: type[Section], values: Mapping[str, Any], origin: str) -> Sect
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """The value as a field of this type has it; the section then checks what it may be.
+    """A YAML value as the field's type; the section then checks its range.
 
-    YAML reads 1e-4 as text and 1 as an int; a float means numbers by both, and by fractions such as 30000/1001.
-    ValueError where there is no number.
+    YAML reads 1e-4 as text and 1 as an int: a float field takes both, and fractions such as 30000/1001. ValueError
+    where there is no number.
     """
     if kind is float:
         try:

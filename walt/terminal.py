@@ -1,4 +1,4 @@
-"""What a command writes to its terminal, or to the file or pipe in its place, which may be full, closed or unread."""
+"""stdout and stderr of a command, which may be a full disk, a closed stream or a pipe that nobody reads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from walt.errors import WaltError, one_line
 
 @contextlib.contextmanager
 def terminal() -> Iterator[None]:
-    """Within, what stdout and stderr cannot take stops nothing, and an OSError of a thread (TensorBoard's) is a line.
+    """Inside, failed writes to stdout and stderr raise nothing, and an OSError in a thread (TensorBoard's) is one line.
 
-    A stream that was closed before Python began becomes the null device: else the next file that is opened would have
-    its number, and what libraries write to that.
+    A stream that was closed before Python began becomes the null device: else the next file that is opened would get
+    its descriptor, and what libraries write to that.
     """
     before = threading.excepthook
 
@@ -38,8 +38,8 @@ def terminal() -> Iterator[None]:
         yield
 
 
-def check_output() -> None:
-    """WaltError if `terminal`'s stdout did not take everything; the reader of a pipe who has gone has had enough."""
+def check_stdout() -> None:
+    """WaltError if `terminal`'s stdout could not be written. A closed pipe is no error: its reader has had enough."""
     sys.stdout.flush()
     error = getattr(sys.stdout, "error", None)
     if error is not None and not isinstance(error, BrokenPipeError):
@@ -47,13 +47,13 @@ def check_output() -> None:
 
 
 class _Forgiving:
-    """A stream of which the first error is kept, and none is raised."""
+    """A stream that keeps its first error and raises none."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.error: Exception | None = None
         if isinstance(stream, io.TextIOWrapper):
-            self._try(stream.reconfigure, errors="backslashreplace")  # names of files may be no text
+            self._try(stream.reconfigure, errors="backslashreplace")  # file names need not be text
 
     def _try(self, work: Callable[..., object], *arguments: object, **options: object) -> None:
         try:
@@ -66,10 +66,10 @@ class _Forgiving:
         return len(text)
 
     def flush(self) -> None:
-        self._try(getattr(self._stream, "flush", lambda: None))  # print needs write alone
+        self._try(getattr(self._stream, "flush", lambda: None))  # print needs only write
 
     def finish(self) -> None:
-        """What the stream still holds goes nowhere, or Python would try again at its end and print a traceback."""
+        """Flush; if that fails, write to the null device, or Python would try again at exit and print a traceback."""
         self.error = None
         self.flush()
         if self.error is not None:

@@ -34,11 +34,11 @@ class DemoData(Command):
 @dataclass(kw_only=True)
 class Prepare(Command):
     data: Path  # folder of videos and images; subfolders are classes
-    out: Path  # folder of the prepared data; made again, it goes on
+    out: Path  # output folder; re-running resumes
     size: Size = (64, 64)  # in pixels
-    fps: Rate | None = None  # take films at so many frames a second (default: every frame)
+    fps: Rate | None = None  # read films at this many frames a second (default: every frame)
     captions: Path | None = None  # CSV or JSONL of file, caption (default: one in the folder)
-    held_out: Share | None = None  # of the files, that training never sees (default: that of before, or 0)
+    held_out: Share | None = None  # share of the files that training never sees (default: as before, or 0)
     shots: bool = True  # let clips run across cuts
 
     examples = ("walt prepare --data clips --out clips-64 --size 64",)

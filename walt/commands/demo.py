@@ -14,7 +14,7 @@ from walt.presets import PRESETS
 
 @dataclass(kw_only=True)
 class Demo(Command):
-    out: Path = Path("runs/demo")  # folder for all output
+    out: Path = Path("runs/demo")  # output folder; re-running resumes
     scenarios: Annotated[tuple[str, ...], words("NAME ...")] = DemoConfig.scenarios  # ViZDoom's, each one a class
     preset: Annotated[str, value(one_of(*PRESETS), "NAME")] = DemoConfig.preset  # sizes of the models
     minutes: Real = DemoConfig.minutes  # budget of wall-clock time

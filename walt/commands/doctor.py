@@ -1,4 +1,4 @@
-"""`walt doctor`: what of this machine and installation would stop or slow down a run, one line each."""
+"""`walt doctor`: what on this machine would stop or slow down a run, one line each."""
 
 from __future__ import annotations
 

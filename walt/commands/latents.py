@@ -9,10 +9,7 @@ from typing import Any
 from walt.checkpoint import TensorFiles, fingerprint
 from walt.commands.model import ModelCommand
 from walt.commands.options import Rate, Size
-from walt.data.video import (
-    FPS,
-    check_output,
-)
+from walt.data.video import FPS, check_output
 from walt.errors import WaltError, as_user_error
 from walt.evaluate.real_clips import trained_on
 from walt.model.config import SPACE_FACTOR
@@ -23,7 +20,7 @@ from walt.sample.denoiser import local_folder
 
 @dataclass(kw_only=True)
 class Tiled(ModelCommand):
-    tile: Size | None = None  # work on overlapping tiles of so many pixels
+    tile: Size | None = None  # size of overlapping tiles in pixels, to save memory (default: the frame)
 
     def tiles(self) -> dict[str, Any]:
         if self.tile is None:
@@ -71,7 +68,7 @@ class Decode(Tiled):
                 " encode the video again, or name the model that it was encoded with"
             )
         with as_user_error(str(self.latents)):
-            # Pictures have no rate, nor have files from before it was written.
+            # Pictures and old files have no rate.
             stored = float(files.metadata.get("fps", 0))
             fps = self.fps or stored or trained_on(local_folder(self.from_))[0]["fps"] or FPS
             check_rate(fps)

@@ -1,4 +1,4 @@
-"""The trained model that a command uses, on the device that it asks for."""
+"""Options of commands that use a trained model: where it is, and the device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ModelCommand(Command):
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device that was asked for, after a number was written there and read back."""
+    """The device of this name, after a number was written there and read back; None: a GPU if there is one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

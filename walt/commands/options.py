@@ -1,7 +1,7 @@
 """Options of a command: fields of a dataclass, each with the comment beside it as help, read by tyro.
 
-Every error is a WaltError of one line, in place of tyro's boxes: values are converted under their option's name, what
-tyro does not know is compared with what it does, and sections of settings are checked as those of a file are.
+Every error is a WaltError of one line, in place of tyro's boxes: it names the option, and the nearest one to an unknown
+one; sections of settings are checked as those of a file are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from walt.settings import SECTIONS, Settings, section
 C = TypeVar("C", bound="Command")
 Value = PrimitiveConstructorSpec
 
-# Settings that have a short name, too.
+# Settings that also have a short name.
 SHORT = {
     "--training.steps": "--steps",
     "--training.lr": "--lr",
@@ -47,13 +47,13 @@ SHORT = {
 
 
 class Command:
-    """A command: a dataclass of its options, to which it adds `run`."""
+    """A command: a dataclass of its options, with a method `run`."""
 
     examples: ClassVar[tuple[str, ...]]
 
     @classmethod
     def default(cls, arguments: Sequence[str]) -> Command | None:
-        """The command before its options are read, if some have defaults that depend on others."""
+        """The command with its defaults, if some of them depend on other options."""
         return None
 
     @classmethod
@@ -80,10 +80,10 @@ def value(read: Callable[[str], Any], metavar: str, show: Callable[[Any], str] =
 def words(metavar: str, choices: Iterable[str] = ()) -> Value:
     """An option of one word or more."""
 
-    def read(given: list[str]) -> tuple[str, ...]:
-        if not given:
+    def read(values: list[str]) -> tuple[str, ...]:
+        if not values:
             raise ValueError("expected a value")
-        return tuple(map(one_of(*choices), given) if choices else given)
+        return tuple(map(one_of(*choices), values) if choices else values)
 
     return Value("*", metavar, read, lambda _: True, list)
 
@@ -173,7 +173,7 @@ PLAIN = {Path: value(Path, "PATH"), str: value(str, "TEXT")}
 
 @dataclass
 class _Seen:
-    """What tyro was told of."""
+    """The options that tyro was told of."""
 
     required: set[str] = field(default_factory=set)
     valued: set[str] = field(default_factory=set)
@@ -188,10 +188,10 @@ def read(
     default: Any = None,
     rest: bool = False,
 ) -> C:
-    """See `Command.parse`; with `rest`, options that are not the command's may be there."""
+    """See `Command.parse`; with `rest`, unknown options are ignored."""
     seen, printed = _Seen(), io.StringIO()
     try:
-        # Where it goes to no terminal, tyro's help is plain text. Its errors are boxes of several lines.
+        # tyro's help is plain text where it does not go to a terminal. Its errors are boxes, and dropped.
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             made, unknown = tyro.cli(
                 command,
@@ -215,9 +215,8 @@ def read(
 
 
 def _missing(arguments: Sequence[str], seen: _Seen) -> str:
-    """tyro's other errors: a required option is not there, or an option's value."""
-    given = {_option(word) for word in arguments}
-    if missing := sorted(seen.required - given):
+    """The message for tyro's other errors: a required option is missing, or an option's value."""
+    if missing := sorted(seen.required - {_option(word) for word in arguments}):
         return f"required: {', '.join(missing)}"
     for word, after in zip(arguments, [*arguments[1:], "--"], strict=True):
         if word.replace("_", "-") in seen.valued and after.startswith("-"):
@@ -242,7 +241,7 @@ def _option(word: str) -> str:
 
 
 def _registry(seen: _Seen) -> ConstructorRegistry:
-    """tyro's rules, but values are read under their option's name, and sections of settings as those of a file."""
+    """tyro's rules, with the option's name in errors about values, and sections of settings checked as in a file."""
     registry = ConstructorRegistry()
     busy = set()
 
@@ -273,7 +272,7 @@ def _field(field: StructFieldSpec, hint: Any, kind: type, seen: _Seen) -> Any:
         return hint if base in SECTIONS else Annotated[hint, tyro.conf.Suppress]  # the preset was chosen before
     if base is Settings or tyro.conf.Positional in extra:
         return hint
-    name = field.name.rstrip("_")  # that of a keyword of Python's has one
+    name = field.name.rstrip("_")  # names that are Python keywords end in one
     option = (f"--{SECTIONS[kind]}." if kind in SECTIONS else "--") + name.replace("_", "-")
     aliases = (SHORT[option],) if option in SHORT else ()
     default, hint_of_default, markers = field.default, None, [tyro.conf.FlagConversionOff]
@@ -291,12 +290,12 @@ def _field(field: StructFieldSpec, hint: Any, kind: type, seen: _Seen) -> Any:
     if default in (tyro.MISSING, tyro.MISSING_NONPROP):
         seen.required.add(option)
     argument = tyro.conf.arg(name=name, aliases=aliases, help_behavior_hint=hint_of_default)
-    parts = (base | None if optional else base, argument, *markers, *([_named(option, spec)] if spec else []))
-    return Annotated[parts]
+    annotated = (base | None if optional else base, argument, *markers, *([_named(option, spec)] if spec else []))
+    return Annotated[annotated]
 
 
 def _named(option: str, spec: Value) -> Value:
-    """The same, with the option's name in its errors."""
+    """The value's reader with the option's name in its errors."""
 
     def read(words: list[str]) -> Any:
         with as_user_error(option):

@@ -31,12 +31,12 @@ from walt.sample.pipeline import OVERLAP
 
 
 @dataclass(kw_only=True)
-class Sampling(ModelCommand):
-    """Options of all that samples."""
+class SamplingCommand(ModelCommand):
+    """Options of all commands that sample."""
 
     class_: Repeated = field(default_factory=list)  # name or number
     text: Repeated = field(default_factory=list)  # a sentence, for models with text; "" is no text and no class
-    guidance: Real = 1.0  # weight of what is asked for; 1 is none
+    guidance: Real = 1.0  # weight of the class or text; 1 is none
     guidance_power: Real | None = None  # raise it from 1 to W on a power-cosine schedule of this power
     steps: Positive = 50  # DDIM steps
     seed: Natural = 0  # of the noise
@@ -48,20 +48,20 @@ class Sampling(ModelCommand):
 
     def conditions(self) -> dict[str, Any]:
         """The class and the sentence for the one video."""
-        for option, given in (("--class", self.class_), ("--text", self.text)):
-            if len(given) > 1:
+        for option, values in (("--class", self.class_), ("--text", self.text)):
+            if len(values) > 1:
                 raise WaltError(f"{option}: given again; expected one, for the one video")
         return {"label": next(iter(self.class_), None), "text": next(iter(self.text), None)}
 
     def rate(self, video: Path, default: float) -> float:
-        """Frames a second of what is made from a video: those asked for, or else the video's."""
+        """Frames a second of what is made from a video: --fps, or else the video's."""
         fps = float(self.fps or frame_rate(video) or default)
         check_rate(fps)
         return fps
 
 
 @dataclass(kw_only=True)
-class Sample(Sampling):
+class Sample(SamplingCommand):
     class_: Repeated = field(default_factory=list)  # name or number; given again, a clip of each
     # A sentence, for models with text; "" is no text and no class; given again, a clip of each.
     text: Repeated = field(default_factory=list)
@@ -109,7 +109,7 @@ class Sample(Sampling):
 
 
 def _in_turn(values: list[str], num: int) -> list[str] | None:
-    """`num` of them, from the first again after the last."""
+    """`num` of them, in turn."""
     return [values[i % len(values)] for i in range(num)] if values else None
 
 
@@ -126,7 +126,7 @@ def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
 
 
 @dataclass(kw_only=True)
-class Extend(Sampling):
+class Extend(SamplingCommand):
     video: Path  # of the model's size
     frames: Positive = 41  # at least
     out: Path = Path("extended.mp4")  # .mp4 or .gif
@@ -151,12 +151,12 @@ class Extend(Sampling):
 
 
 def chunks_for(missing: int, clip: int) -> int:
-    """How often to go on with clips of so many frames, until `missing` frames or more are new."""
+    """How many clips of `clip` frames to add for at least `missing` new frames."""
     return -(-missing // (clip - (OVERLAP if clip > OVERLAP else 1)))
 
 
 @dataclass(kw_only=True)
-class Upscale(Sampling):
+class Upscale(SamplingCommand):
     video: Path  # of the base model's size
     stages: Positive | None = None  # stages to use (default: all that are trained)
     out: Path = Path("upscaled.mp4")  # .mp4 or .gif

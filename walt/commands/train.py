@@ -26,7 +26,7 @@ STAGES = ("tokenizer", "base", "sr")
 
 @dataclass(kw_only=True)
 class SettingsSource(Command):
-    """The options that the defaults of the settings depend on."""
+    """Options that the defaults of the settings depend on."""
 
     preset: str | None = None  # sizes of the models (default: tiny, for sr tiny-sr); see walt info --all
     config: Path | None = None  # YAML file of settings, such as the one that a run leaves in --out
@@ -51,7 +51,7 @@ class Train(SettingsSource):
 
     @classmethod
     def default(cls, arguments: Sequence[str]) -> Train:
-        """Settings that depend on the stage, which is the first argument, on the preset, the file and the size."""
+        """Settings by the stage (the first argument), the preset, the file and the size."""
         stage = arguments[0] if arguments else ""
         if {"-h", "--help"} & set(arguments) and stage not in STAGES:
             stage = "base"
@@ -81,8 +81,8 @@ def stage_name(stage: str, level: int) -> str:
 def train_stage(run: Run) -> Trainer[Any]:
     """Train the stage, from its checkpoint if there is one, to its last step.
 
-    `training.accumulate` and the number of processes change rounding alone, but for the tokenizer's decorrelation loss,
-    which is a statistic of the part of the batch that is at hand: it is then the mean over smaller parts.
+    `training.accumulate` and the number of processes change rounding alone, except in the tokenizer's decorrelation
+    loss: it is a statistic of a microbatch, and its mean over smaller ones differs.
     """
     check(run)
     return train_tokenizer(run) if run.stage == "tokenizer" else train_denoiser(run, preview=denoiser_preview)

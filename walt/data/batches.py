@@ -1,6 +1,6 @@
 """Sources of batches, over the pixels and the latents of the training data.
 
-A source makes the samples that are asked for, each from random numbers of its own (`walt.data.loading`). A bucket is
+A source makes each sample from its own random numbers (`walt.data.loading`). A bucket is
 one shape of batches: videos of one resolution and length, or stacks of 1 + t independent images, with t the latent
 frames that follow a video's first (paper, section 3.2). `Buckets` takes each batch from one of several buckets.
 """
@@ -50,7 +50,7 @@ class Bucket:
 
 
 class PixelSource:
-    """Clips or image stacks of a store in the shape of one bucket, cropped at random places if `random_crop`.
+    """Clips or image stacks of a store in the shape of one bucket, cropped at random places.
 
     With `flip` half of them are mirrored: not for captions that tell left from right. The images of a stack share
     what `condition` names, a label or a caption, since one sample is trained on one condition.
@@ -62,51 +62,49 @@ class PixelSource:
         bucket: Bucket,
         *,
         condition: str = "label",
-        random_crop: bool = True,
         flip: bool = False,
     ) -> None:
-        self.store, self.bucket, self.random_crop, self.flip = store, bucket, random_crop, flip
+        self.store, self.bucket, self.flip = store, bucket, flip
         if bucket.height > store.height or bucket.width > store.width:
             raise WaltError(
                 f"a bucket of {bucket.height}x{bucket.width} pixels needs more than {store.folder} was prepared for,"
                 f" {store.height}x{store.width}"
             )
         if bucket.images:
-            self.rows = torch.from_numpy(store.images(bucket.image_every))
+            self.indices = torch.from_numpy(store.images(bucket.image_every))
         else:
-            self.rows = torch.from_numpy(store.windows(bucket.frames, stride=bucket.stride))
-        if not len(self.rows):
+            self.indices = torch.from_numpy(store.windows(bucket.frames, stride=bucket.stride))
+        if not len(self.indices):
             raise WaltError(f"{store.folder} holds {_shortage(store, bucket)}")
-        self._stacks = Stacks(conditions(store, self.rows, condition)) if bucket.images else None
+        self._stacks = Stacks(condition_ids(store, self.indices, condition)) if bucket.images else None
 
     def sample_indices(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one sample, rows int64 [2] or [1+t, 2], offset float32 of the same shape, flip bool [] or [1+t]."""
+        """Of one sample, indices int64 [2] or [1+t, 2], offset float32 of the same shape, flip bool [] or [1+t]."""
         if self._stacks is None:
-            index = torch.randint(len(self.rows), (), generator=generator)
+            chosen = torch.randint(len(self.indices), (), generator=generator)
         else:
-            index = self._stacks.sample_indices(self.bucket.depth, generator)
-        offset = torch.full((*index.shape, 2), 0.5)
-        if self.random_crop:
-            offset = torch.rand((*index.shape, 2), generator=generator)
-        return self.rows[index], offset, (torch.rand(index.shape, generator=generator) < 0.5) & self.flip
+            chosen = self._stacks.sample_indices(self.bucket.depth, generator)
+        offset = torch.rand((*chosen.shape, 2), generator=generator)
+        return self.indices[chosen], offset, (torch.rand(chosen.shape, generator=generator) < 0.5) & self.flip
 
     def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
         """video float32 [B, 3, T, H, W] in [-1, 1] (T = 1+t independent images in a stack), label int64 [B] (after the
         last class: none), caption B texts (of a stack, its first image's; "": none) and image bool [B]."""
-        indices = map(self.sample_indices, samples.values())
-        rows, offset, flip = (torch.stack(tensors) for tensors in zip(*indices, strict=True))
+        drawn = map(self.sample_indices, samples.values())
+        indices, offset, flip = (torch.stack(tensors) for tensors in zip(*drawn, strict=True))
         bucket = self.bucket
         pixels = self.store.read(
-            rows.flatten(0, -2).numpy(),
+            indices.flatten(0, -2).numpy(),
             1 if bucket.images else bucket.frames,
             stride=bucket.stride,
             crop=(bucket.height, bucket.width),
             offset=offset.flatten(0, -2).numpy(),
             flip=flip.flatten().numpy(),
         )
-        video = to_model(pixels.reshape(len(rows), -1, *pixels.shape[2:]))
-        items = (rows[:, 0] if bucket.images else rows)[:, 0]
-        return {"video": video, "image": torch.full((len(rows),), bucket.images), **described(self.store, items)}
+        video = to_model(pixels.reshape(len(indices), -1, *pixels.shape[2:]))
+        items = (indices[:, 0] if bucket.images else indices)[:, 0]
+        image = torch.full((len(indices),), bucket.images)
+        return {"video": video, "image": image, **label_and_caption(self.store, items)}
 
 
 def _shortage(store: ClipStore, bucket: Bucket) -> str:
@@ -117,22 +115,22 @@ def _shortage(store: ClipStore, bucket: Bucket) -> str:
     return f"no clip of {bucket.frames} frames: it takes {needed} frames of a shot, and the longest has {longest}"
 
 
-def described(store: ClipStore, items: Tensor) -> Batch:
+def label_and_caption(store: ClipStore, items: Tensor) -> Batch:
     """Label and caption of items int64 [B]."""
     captions = [store.caption[index] or "" for index in items.tolist()]
     return {"label": torch.from_numpy(store.label)[items], "caption": captions}
 
 
-def conditions(store: ClipStore, rows: Tensor, condition: str) -> Tensor:
-    """int64 [M], equal for those of rows [M, 2] that share their label or caption."""
+def condition_ids(store: ClipStore, indices: Tensor, condition: str) -> Tensor:
+    """int64 [M], equal for those of indices [M, 2] that share their label or caption."""
     if condition not in CONDITIONS:
         raise ValueError(f"condition: got {condition!r}; expected {' or '.join(CONDITIONS)}")
     known = store.label if condition == "label" else np.array([text or "" for text in store.caption])
-    return torch.from_numpy(np.unique(known, return_inverse=True)[1])[rows[:, 0]]
+    return torch.from_numpy(np.unique(known, return_inverse=True)[1])[indices[:, 0]]
 
 
 class Stacks:
-    """Stacks of images that share a condition, given as numbers int64 [M].
+    """Stacks of images that share a condition: one of M ids int64 [M], one for each image.
 
     The first image is any, so conditions come as often as their images do; the others are drawn with replacement.
     """
@@ -163,7 +161,7 @@ class Buckets:
             raise ValueError(f"weights: got {weights}; expected {len(self.sources)} numbers >= 0, not all 0")
 
     def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:
-        """What the source of the step's bucket gives, and bucket, its index."""
+        """A batch of the step's bucket, and "bucket", its index."""
         index = int(torch.multinomial(self.weights, 1, generator=shared))
         return {"bucket": index, **self.sources[index](shared, samples)}
 
@@ -194,8 +192,8 @@ class LatentSource:
         self.latents, self.text, self.low = latents, text, low
         self.clips, self.images = batch - images, images
         self.depth = latents.video.shape[2] if len(latents.video) else 1
-        self._rows = torch.from_numpy(latents.video_rows), torch.from_numpy(latents.image_rows)
-        self._stacks = Stacks(conditions(latents.clips, self._rows[1], condition)) if images else None
+        self._indices = torch.from_numpy(latents.video_indices), torch.from_numpy(latents.image_indices)
+        self._stacks = Stacks(condition_ids(latents.clips, self._indices[1], condition)) if images else None
 
     def sample_indices(self, number: int, generator: torch.Generator) -> Tensor:
         """int64 [1] of sample `number`'s clip, or [1+t] of its images."""
@@ -209,11 +207,11 @@ class LatentSource:
         text_mask bool [B, L]."""
         indices = [self.sample_indices(number, generator) for number, generator in samples.items()]
         images = [number >= self.clips for number in samples]
-        items = [int(self._rows[image][index[0], 0]) for index, image in zip(indices, images, strict=True)]
+        items = [int(self._indices[image][index[0], 0]) for index, image in zip(indices, images, strict=True)]
         batch = {
             "latent": _latents(self.latents, indices, images),
             "image": torch.tensor(images),
-            **described(self.latents.clips, torch.tensor(items)),
+            **label_and_caption(self.latents.clips, torch.tensor(items)),
         }
         if self.low is not None:
             batch["low_resolution"] = _latents(self.low, indices, images)

@@ -1,8 +1,8 @@
 """Prepared folders: videos and images with their frames decoded once (`walt.data.prepare`), read through memory maps.
 
 index.json holds the settings and an entry for each file, frames-<n>.raw the pixels, uint8, item after item, each as
-[frame, row, column, RGB]. Frames are kept whole, at the smallest size that covers the height and width the folder was
-prepared for, so that training chooses the crop.
+[frame, row, column, RGB]. Frames are stored uncropped, at the smallest size that covers the height and width the folder
+was prepared for, so that training chooses the crop.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from walt.atomic import atomic_folder, read_document, read_json, reading, write_
 from walt.data.folders import PassedOver
 from walt.data.pixels import shrink
 from walt.errors import WaltError, some
+from walt.model.config import expect_share
 from walt.names import normal
 from walt.rates import expect_rate, same_rate
 
 FORMAT = "walt-cache"
 VERSION = 3
 INDEX = "index.json"
-PASSED_OVER = "passed-over.json"  # names of what the folder holds beside the items, by reason
+PASSED_OVER = "passed-over.json"  # names of unused files in the source folder, by reason
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all items share: the size that their frames cover, whether films were split at their cuts, the frames a
-    second at which they were taken (0: every frame), and the share of files that training never sees."""
+class PrepareSettings:
+    """What all items share: the size that their frames cover, whether videos were split at their cuts, the frames a
+    second at which they were read (0: every frame), and the share of files that training never sees."""
 
     height: int
     width: int
@@ -54,7 +55,7 @@ class Item:
     kind: str  # "video" or "image"
     label: str | None  # the folder it lies in; None in the source folder itself
     caption: str | None
-    fps: float  # the file's own, on average; 0 for images, and where it does not say
+    fps: float  # of the file, on average; 0 for images and where it is not known
     variable: bool  # its frames do not come at an even rate
     height: int
     width: int
@@ -65,7 +66,7 @@ class Item:
     digest: str  # SHA-256 of the source file
     size: int  # of the source file, bytes
     modified: int  # when the source file was, nanoseconds
-    changed: int  # the same for the file or what is known of it, such as its name
+    changed: int  # when its content, name or attributes last changed (ctime), nanoseconds
     held_out: bool = False  # training never sees it
 
     @property
@@ -75,8 +76,8 @@ class Item:
 
     @property
     def content(self) -> str:
-        """A hash of all that its frames depend on, beside the settings: not of name, label and caption, nor of where in
-        the shards they lie, nor of when the source file was written."""
+        """A hash of what its frames depend on beside the settings: not of name, label and caption, of their place in
+        the shards, or of the source file's times."""
         outside = ("name", "label", "caption", "shard", "offset", "modified", "changed")
         return _hash({key: value for key, value in vars(self).items() if key not in outside})
 
@@ -87,16 +88,16 @@ class Item:
             item = cls(**{**values, "shots": tuple((first, stop) for first, stop in values["shots"])})
             counts = (item.height, item.width, item.frames, item.shard, item.offset)
             state = (item.size, item.modified, item.changed)
-            whole = all(type(number) is int for number in (*counts, *state, *sum(item.shots, ())))
+            typed = all(type(number) is int for number in (*counts, *state, *sum(item.shots, ())))
             texts = isinstance(item.name, str) and isinstance(item.digest, str) and item.kind in ("video", "image")
-            whole = whole and type(item.variable) is type(item.held_out) is bool
+            typed = typed and type(item.variable) is type(item.held_out) is bool
             optional = all(text is None or isinstance(text, str) for text in (item.label, item.caption))
             edges = [0, *(stop for _, stop in item.shots)]
             joined = edges[-1] == item.frames and all(a == s[0] < s[1] for a, s in zip(edges, item.shots, strict=False))
             sizes = min(item.height, item.width, item.frames, item.shard + 1, item.offset + 1) >= 1
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"an entry is malformed ({error})") from error
-        if not (whole and texts and optional and joined and sizes and isinstance(item.fps, (int, float))):
+        if not (typed and texts and optional and joined and sizes and isinstance(item.fps, (int, float))):
             raise ValueError(f"the entry of {item.name!r} is malformed")
         return item
 
@@ -105,40 +106,33 @@ def _hash(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def expect_share(held_out: Any) -> float:
-    """The share of files to hold out as Python's float; ValueError if it is none."""
-    if not isinstance(held_out, (int, float)) or isinstance(held_out, bool) or not 0 <= held_out < 1:
-        raise ValueError(f"held_out: got {held_out!r}; expected a share from 0, below 1")
-    return float(held_out)
-
-
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"frames-{shard}.raw"
 
 
-def write_index(folder: Path, settings: Settings, items: Iterable[Item]) -> None:
+def write_index(folder: Path, settings: PrepareSettings, items: Iterable[Item]) -> None:
     document = {"format": FORMAT, "version": VERSION, **vars(settings), "items": [vars(item) for item in items]}
     write_json(folder / INDEX, document)
 
 
-def read_index(folder: Path) -> tuple[Settings, tuple[Item, ...]]:
+def read_index(folder: Path) -> tuple[PrepareSettings, tuple[Item, ...]]:
     path, advice = folder / INDEX, ": delete that folder, or prepare into another one"
     document = read_document(path, "a prepared folder", FORMAT, VERSION, advice)
     try:
-        settings = Settings(**{field.name: document[field.name] for field in fields(Settings)})
+        settings = PrepareSettings(**{field.name: document[field.name] for field in fields(PrepareSettings)})
         if any(type(size) is not int or size < 1 for size in (settings.height, settings.width)):
             raise ValueError(f"it covers {settings.height!r} x {settings.width!r} pixels")
         if type(settings.shots) is not bool:
             raise ValueError(f"shots is {settings.shots!r}")
         expect_rate(settings.fps)
-        expect_share(settings.held_out)
+        expect_share("held_out", settings.held_out)
         return settings, tuple(Item.from_dict(values) for values in document["items"])
     except (KeyError, TypeError, ValueError) as error:
         raise WaltError(f"{path} is broken: {error}") from error
 
 
 def write_store(folder: Path, clips: Iterable[tuple[str, np.ndarray]], fps: float) -> ClipStore:
-    """A prepared folder of clips that are no files: names and uint8 [T, H, W, 3], all of one height and width.
+    """Write a prepared folder of clips in memory: names and uint8 [T, H, W, 3], all of one height and width.
 
     As with files, the folder in a name is the class ("basic/7"). Each clip is one shot. WaltError if the disk is full.
     """
@@ -168,15 +162,15 @@ def write_store(folder: Path, clips: Iterable[tuple[str, np.ndarray]], fps: floa
                 )
                 shard.write(pixels)
                 items.append(item)
-        write_index(temporary, Settings(items[0].height, items[0].width, shots=False), items)
+        write_index(temporary, PrepareSettings(items[0].height, items[0].width, shots=False), items)
     return ClipStore.open(folder)
 
 
 class ClipStore:
-    """A prepared folder, read-only. A row (item, first frame) names a clip or, with any frame of an item, an image."""
+    """A prepared folder, read-only. A clip's index is (item, first frame); an image's is (item, frame)."""
 
     def __init__(
-        self, folder: Path, settings: Settings, items: tuple[Item, ...], shards: Mapping[int, np.ndarray]
+        self, folder: Path, settings: PrepareSettings, items: tuple[Item, ...], shards: Mapping[int, np.ndarray]
     ) -> None:
         self.folder, self.settings, self.items = folder, settings, items
         self.height, self.width = settings.height, settings.width
@@ -187,13 +181,13 @@ class ClipStore:
         self.label = np.array([number.get(item.label or "", len(self.classes)) for item in items], np.int64)
         self.caption = tuple(item.caption for item in items)
         self.held_out = np.array([item.held_out for item in items])
-        # Of the frames that are held; 0 for images, and where the file does not say.
+        # Of the stored frames; 0 for images and where it is not known.
         self.fps = np.array([(item.kind == "video" and settings.fps) or item.fps for item in items])
         self.fingerprint = _hash([vars(settings), [(normal(item.name), item.content) for item in items]])
 
     @property
     def passed_over(self) -> PassedOver:
-        """What the source folder held beside the items, when it was prepared."""
+        """What the source folder held beside the items when it was prepared."""
         path = self.folder / PASSED_OVER
         return PassedOver(read_json(path) if path.is_file() else {})
 
@@ -223,15 +217,15 @@ class ClipStore:
         return float(np.median(self.fps[self.fps > 0])) if self.fps.any() else 0.0
 
     def remarks(self) -> Iterator[str]:
-        """What the user should know: how many files are held out, and where frames are not alike in time."""
+        """Lines for the user: how many files are held out, and whether frame rates differ."""
         if self.held_out.any():
             names = [item.name for item in self.items if item.held_out]
             yield f"held out: {len(names)} of {len(self.items)} files ({some(names)})"
         yield from self.uneven()
 
     def uneven(self) -> Iterator[str]:
-        """A line where frames are not alike in time: without a rate of the settings, the films of each rate if there
-        are several (by `same_rate`) or a film's varies; with one, the films that have fewer frames a second."""
+        """A line if frame rates differ: without a rate in the settings, the films of each rate if there are several (by
+        `same_rate`) or a film's varies; with one, the films that have fewer frames a second."""
         films = [item for item in self.items if item.kind == "video" and item.frames > 1]  # one frame has no rate
         if wanted := self.settings.fps:
             slow = [item.name for item in films if 0 < item.fps < wanted and not same_rate(item.fps, wanted)]
@@ -249,7 +243,7 @@ class ClipStore:
             yield f"frames a second differ, and clips take frame after frame (--fps N takes them by time): {listed}"
 
     def windows(self, frames: int, *, stride: int = 1, hop: int = 1, held_out: bool = False) -> np.ndarray:
-        """Rows of all clips of `frames` frames, every `stride`-th one of a video, that lie inside one shot: [N, 2].
+        """Indices of all clips of `frames` frames, every `stride`-th of a video, that lie inside one shot: [N, 2].
 
         Clips of a shot start `hop` frames apart. They are of the files for training, or of those that are held out.
         """
@@ -257,13 +251,13 @@ class ClipStore:
             if value < 1:
                 raise ValueError(f"{name}: got {value}; expected an int >= 1")
         last = (frames - 1) * stride
-        rows = [
+        starts = [
             (index, np.arange(first, stop - last, hop))
             for index, item in enumerate(self.items)
             if item.kind == "video" and item.held_out == held_out
             for first, stop in item.shots
         ]
-        return _rows(rows)
+        return _indices(starts)
 
     def too_short(self, frames: int, *, stride: int = 1, held_out: bool = False) -> PassedOver:
         """Videos and shots that are too short for such a clip."""
@@ -280,7 +274,7 @@ class ClipStore:
         return passed
 
     def images(self, every: int | None = None, *, held_out: bool = False) -> np.ndarray:
-        """Rows of all images, and of every `every`-th frame of the videos (None: of none): [M, 2].
+        """Indices of all images, and of every `every`-th frame of the videos (None: of none): [M, 2].
 
         They are of the files for training, or of those that are held out.
         """
@@ -290,7 +284,7 @@ class ClipStore:
         items = [
             (index, item.frames, steps[item.kind]) for index, item in enumerate(self.items) if item.held_out == held_out
         ]
-        return _rows([(index, np.arange(0, frames, step)) for index, frames, step in items if step is not None])
+        return _indices([(index, np.arange(0, frames, step)) for index, frames, step in items if step is not None])
 
     def balanced(self, count: int) -> np.ndarray:
         """The first `count` items of each class, class by class: int64."""
@@ -298,7 +292,7 @@ class ClipStore:
 
     def read(
         self,
-        rows: np.ndarray,
+        indices: np.ndarray,
         frames: int = 1,
         *,
         stride: int = 1,
@@ -306,43 +300,44 @@ class ClipStore:
         offset: np.ndarray | None = None,
         flip: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The clips of rows [N, 2] -> uint8 [N, frames, height, width, 3], with (height, width) = `crop`.
+        """The clips at indices [N, 2] -> uint8 [N, frames, height, width, 3], with (height, width) = `crop`.
 
-        By default `crop` is what the folder was prepared for, and it may not exceed that. It is the largest part of a
+        By default `crop` is what the folder was prepared for, and it may not exceed that. It is the largest window of a
         frame with its aspect ratio, area-averaged to its size: scale comes from the frame, position from offset [N, 2]
         (fractions from 0, top or left, to 1; None: the middle). Clips with flip [N] are mirrored left to right.
         """
-        rows = np.asarray(rows)
-        if rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype.kind != "i":
-            raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}; expected int64 [N, 2]")
+        indices = np.asarray(indices)
+        if indices.ndim != 2 or indices.shape[1] != 2 or indices.dtype.kind != "i":
+            raise ValueError(f"indices: got {indices.dtype} {list(indices.shape)}; expected int64 [N, 2]")
         height, width = (self.height, self.width) if crop is None else crop
         if not (1 <= height <= self.height and 1 <= width <= self.width):
             raise ValueError(f"crop: got {height}x{width}; expected at most {self.height}x{self.width}, as prepared")
-        offset = np.full((len(rows), 2), 0.5) if offset is None else np.asarray(offset)
-        flip = np.zeros(len(rows), bool) if flip is None else np.asarray(flip)
-        for name, value, shape in (("offset", offset, (len(rows), 2)), ("flip", flip, (len(rows),))):
+        offset = np.full((len(indices), 2), 0.5) if offset is None else np.asarray(offset)
+        flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip)
+        for name, value, shape in (("offset", offset, (len(indices), 2)), ("flip", flip, (len(indices),))):
             if value.shape != shape:
                 raise ValueError(f"{name}: got shape {list(value.shape)}; expected {list(shape)}")
-        clips = np.empty((len(rows), frames, height, width, 3), np.uint8)
-        for clip, (index, first), place, mirrored in zip(clips, rows.tolist(), offset, flip, strict=True):
-            part = _crop(self._frames(index, first, frames, stride), height, width, place)
-            clip[:] = part[:, :, ::-1] if mirrored else part
+        clips = np.empty((len(indices), frames, height, width, 3), np.uint8)
+        for clip, (index, first), place, mirrored in zip(clips, indices.tolist(), offset, flip, strict=True):
+            cropped = _crop(self._frames(index, first, frames, stride), height, width, place)
+            clip[:] = cropped[:, :, ::-1] if mirrored else cropped
         return clips
 
     def _frames(self, index: int, first: int, frames: int, stride: int) -> np.ndarray:
-        """The whole frames of a clip, without a copy."""
+        """The uncropped frames of a clip, without a copy."""
         if not 0 <= index < len(self.items):
-            raise ValueError(f"rows: got item {index}; there are {len(self.items)}")
+            raise ValueError(f"indices: got item {index}; there are {len(self.items)}")
         item = self.items[index]
         stop = first + (frames - 1) * stride + 1
         if not 0 <= first < stop <= item.frames:
-            raise ValueError(f"rows: got frames {first} to {stop - 1} of {item.name}, which has {item.frames}")
+            raise ValueError(f"indices: got frames {first} to {stop - 1} of {item.name}, which has {item.frames}")
         pixels = self._shards[item.shard][item.offset : item.end]
         return pixels.reshape(item.frames, item.height, item.width, 3)[first:stop:stride]
 
 
-def _rows(parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
-    pairs = [np.stack([np.full_like(starts, index), starts], axis=1) for index, starts in parts]
+def _indices(starts: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    """int64 [N, 2] from pairs (item, first frames)."""
+    pairs = [np.stack([np.full_like(first, item), first], axis=1) for item, first in starts]
     return np.concatenate([np.empty((0, 2), np.int64), *pairs])
 
 
@@ -354,5 +349,5 @@ def _crop(frames: np.ndarray, height: int, width: int, place: np.ndarray) -> np.
     # The ends of the range and all places between are equally likely when `place` is uniform; 0.5 is the middle.
     free = np.array([rows - sides[0], columns - sides[1]])
     top, left = np.maximum(np.ceil(place * (free + 1)) - 1, 0).astype(int).tolist()
-    part = frames[:, top : top + sides[0], left : left + sides[1]]
-    return part if sides == (height, width) else shrink(np.array(part), height, width)
+    cropped = frames[:, top : top + sides[0], left : left + sides[1]]
+    return cropped if sides == (height, width) else shrink(np.array(cropped), height, width)

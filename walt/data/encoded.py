@@ -1,8 +1,8 @@
-"""Folders of what a frozen network makes of the data, computed once: latents of clips, features of captions.
+"""Folders of data encoded once by a frozen network: latents of clips, features of captions.
 
-Each has an index in JSON and numbers in .raw files, read through memory maps. The index holds a key that stands for the
-network's weights (`walt.checkpoint.fingerprint`), and what it was shown: with other weights or data, the folder is
-refused when opened and made anew when encoded. It appears under its name when it is complete.
+Each has an index in JSON and numbers in .raw files, read through memory maps. The index names the network's weights
+(`walt.checkpoint.fingerprint`) and the data: with others, the folder is refused when opened and made anew when encoded.
+It appears under its name when it is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def read_index(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def holds(folder: Path, kind: str, plan: dict[str, Any]) -> bool:
-    """Whether the folder is there and was made to this plan; WaltError if something else is in its place."""
+    """Whether the folder exists and was made to this plan; WaltError if something else is in its place."""
     folder = latest_complete(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -34,7 +34,7 @@ def holds(folder: Path, kind: str, plan: dict[str, Any]) -> bool:
 
 
 def map_numbers(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Read-only numbers [shape]; WaltError if the file does not have just as many."""
+    """Map the file's numbers as [shape], read-only; WaltError unless it has just as many."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}")
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and what of it is passed over, by reason."""
+"""Which files of a folder are data, and which are passed over, by reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEFT |= {"system volume information", "thumbs.db", "desktop.ini"}
 
 
 class PassedOver:
-    """The names of what is not used, by the reason for it."""
+    """Names of files and folders that are not used, by reason."""
 
     def __init__(self, names: dict[str, list[str]] | None = None) -> None:
         self.names = names or {}

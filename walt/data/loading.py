@@ -1,4 +1,4 @@
-"""Batches as a function of seed, step and sample, and the share of one process, made ahead in threads."""
+"""Batches as a function of (seed, step, sample); each rank makes its own microbatches ahead, in threads."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch import Tensor
 from walt.distributed import rank, world_size
 from walt.model.randoms import keyed_generator
 
-# Tensors share their leading dimension, the samples; other values (int, str) go for all of them.
+# Tensors share their leading dimension, the samples; other values (int, str) hold for all of them.
 Batch = dict[str, Any]
 
-# Called with the generator of what a whole batch shares, such as its shape, and with the generator of each sample that
-# is wanted by its number, 0 .. batch - 1. Draws from no others, may be called in several threads at a time.
+# source(generator that the whole batch shares, {number of a wanted sample, 0 .. batch - 1: its generator}) -> batch. It
+# uses no other generator and may be called from several threads at once.
 Source = Callable[[torch.Generator, Mapping[int, torch.Generator]], Batch]
 
 
 def make_batch(source: Source, seed: int, step: int, samples: Iterable[int]) -> Batch:
-    """The samples with these numbers of a step's batch: the same ones, whenever and wherever they are asked for."""
-    own = {sample: keyed_generator(seed, step, 1 + sample) for sample in samples}
-    return source(keyed_generator(seed, step, 0), own)
+    """The samples with these numbers of a step's batch: always the same ones."""
+    generators = {sample: keyed_generator(seed, step, 1 + sample) for sample in samples}
+    return source(keyed_generator(seed, step, 0), generators)
 
 
 class Loader:
-    """This rank's `accumulate` microbatches of step after step from `step` on, made ahead by so many threads.
+    """This rank's `accumulate` microbatches of every step from `step` on, made ahead by `workers` threads.
 
     Of n microbatches over all ranks, the i-th is made of the samples i, i + n, i + 2n, ...: kinds of samples that stand
     together (the images of a joint batch) are dealt out evenly. ValueError if they would not be equal.
-    With pin, tensors lie in memory from which a GPU copies while the host goes on.
+    With pin, tensors lie in pinned memory, from which a GPU copies without blocking the host.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Loader:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The batch with function(tensor) in the place of each tensor, also of those in dicts within."""
+    """The batch with function(tensor) for each tensor, also in nested dicts."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, dict):

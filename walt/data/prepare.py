@@ -29,8 +29,7 @@ from walt.data.clips import (
     PASSED_OVER,
     ClipStore,
     Item,
-    Settings,
-    expect_share,
+    PrepareSettings,
     read_index,
     shard_path,
     write_index,
@@ -41,6 +40,7 @@ from walt.data.shots import ShotDetector
 from walt.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_timing, iterate_video, read_image
 from walt.errors import WaltError, as_user_error, require, say
 from walt.locks import locked
+from walt.model.config import expect_share
 from walt.names import normal
 from walt.rates import expect_rate
 
@@ -70,16 +70,16 @@ def prepare(
     films are taken at that rate by their time stamps; else frame by frame. `held_out` is the share of files that
     training never sees (None: as before, or none); which they are depends on their bytes alone (`_is_held_out`).
 
-    `say` gets `ClipStore.remarks` and a line for each reason why something is passed over (`walt.data.folders`, and
-    what cannot be decoded), with a count and ten names, of which `folder` has all in passed-over.json; and the names
-    that `captions` (a CSV or JSONL file, `walt.data.captions`) and `source` do not share. Of several processes that
-    prepare one folder, one does and the others wait.
+    `say` gets `ClipStore.remarks`; a line for each reason why something is passed over (`walt.data.folders`, and what
+    cannot be decoded), with a count and ten names (all are in passed-over.json in `folder`); and the names that
+    `captions` (a CSV or JSONL file, `walt.data.captions`) and `source` do not share. Of several processes that prepare
+    one folder, one does and the others wait.
 
     WaltError if nothing can be used, if the folder was prepared with other settings, or if the disk is full.
     """
     if height < 1 or width < 1:
         raise ValueError(f"height, width: got {height}, {width}; expected ints >= 1")
-    settings = Settings(height, width, shots, expect_rate(fps), expect_share(held_out or 0.0))
+    settings = PrepareSettings(height, width, shots, expect_rate(fps), expect_share("held_out", held_out or 0.0))
     for module in ("av", "PIL.Image"):
         require(module, "video")
     source, folder = Path(source), Path(folder)
@@ -115,7 +115,7 @@ def prepare(
 
 
 def _is_held_out(digest: str, share: float) -> bool:
-    """By the SHA-256 of the file: it stays so when others are added and when it is renamed; copies are on one side."""
+    """By the file's SHA-256: adding or renaming files changes nothing, and copies stay together."""
     return int(digest[:16], 16) < share * 2**64
 
 
@@ -130,8 +130,8 @@ def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], 
     return names, passed
 
 
-def _known(folder: Path, settings: Settings) -> dict[str, Item]:
-    """What earlier runs decoded, by the index and then the journal. What lies behind it in the shards is cut off."""
+def _known(folder: Path, settings: PrepareSettings) -> dict[str, Item]:
+    """What earlier runs decoded, by the index and then the journal. What follows it in the shards is cut off."""
     decoded: list[Item] = []
     if (folder / INDEX).exists():
         found, items = read_index(folder)
@@ -164,7 +164,7 @@ class _Decoder:
         self,
         source: Path,
         folder: Path,
-        settings: Settings,
+        settings: PrepareSettings,
         files: list[str],
         known: dict[str, Item],
         passed: PassedOver,
@@ -215,7 +215,7 @@ class _Decoder:
                     self._bar.set_postfix_str(done, refresh=False)
 
     def _note(self, item: Item, journal: IO[str]) -> None:
-        """A file is prepared."""
+        """Record a prepared file."""
         with self._lock:
             self.items[item.name] = item
             if item is not self.known.get(item.name):
@@ -223,7 +223,7 @@ class _Decoder:
                 journal.flush()
 
     def _item(self, name: str, shard: int, frames: IO[bytes]) -> Item:
-        """The entry of one file: the known one if the file has the same bytes, else of what is decoded here.
+        """The entry of one file: the known one if the file has the same bytes, else a new one, decoded here.
 
         WaltError if the file cannot be read; OSError is of the writing.
         """
@@ -280,7 +280,7 @@ class _Decoder:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """What of an item tells cheaply that its file has the same bytes: a change of them moves the last number."""
+    """What shows cheaply whether an item's file changed: any change of its bytes moves the last number."""
     with reading(path):
         status = path.stat()
     return {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
@@ -289,6 +289,6 @@ def _state(path: Path) -> dict[str, Any]:
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with reading(path), path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Labelled clips from ViZDoom: a class is a scenario, a clip is one episode played by random key presses.
 
-Each episode has a seed of its own, so a clip depends on (seed, scenario, episode) alone, and a split by episode
-shares no episode. ViZDoom renders on the CPU at thousands of frames a second and needs no screen.
+Each episode has a seed of its own, so a clip depends on (seed, scenario, episode) alone, and sets split by
+episode share none. ViZDoom renders on the CPU at thousands of frames a second and needs no screen.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def film_path() -> Path:
     return path
 
 
-def film_clips(
+def random_film_clips(
     path: Path, span: tuple[int, int], count: int, *, name: str = FILM, frames: int = 17, size: int = 64, seed: int = 0
 ) -> list[Clip]:
     """`count` clips from frames span[0] .. span[1] - 1 of a film, "<name>/frames-0-99-clip-7": random starts, random
@@ -192,8 +192,8 @@ def demo_clips(
     film_frames, cut = 132, 100  # the last 32 frames of the film are never trained on
     train = render_clips(scenarios, range(train_count), frames=frames, size=size, seed=seed)
     test = render_clips(scenarios, range(train_count, train_count + test_count), frames=frames, size=size, seed=seed)
-    train += film_clips(path, (0, cut), train_count, frames=frames, size=size, seed=seed)
-    test += film_clips(path, (cut, film_frames), test_count, frames=frames, size=size, seed=seed)
+    train += random_film_clips(path, (0, cut), train_count, frames=frames, size=size, seed=seed)
+    test += random_film_clips(path, (cut, film_frames), test_count, frames=frames, size=size, seed=seed)
     return train, test
 
 

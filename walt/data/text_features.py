@@ -1,4 +1,4 @@
-"""What a frozen text encoder makes of captions, computed once."""
+"""Features of captions, computed once by a frozen text encoder (`walt.data.encoded`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from walt.data.encoded import DTYPES, INDEX, VERSION, holds, map_numbers, read_i
 from walt.errors import WaltError
 
 TEXT = "walt-text"
-
 
 EncodeText = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -53,13 +52,13 @@ class TextFeatures:
         of all, so that a batch's shape does not depend on which captions it holds. ValueError for an unknown one."""
         tokens = torch.zeros((len(captions), self.length, self._tokens.shape[1]))
         mask = torch.zeros((len(captions), self.length), dtype=torch.bool)
-        for row, caption in enumerate(captions):
+        for i, caption in enumerate(captions):
             if caption not in self._place:
                 raise ValueError(f"caption: got {caption!r}; expected one of the {len(self._place)} encoded ones")
             place = self._place[caption]
-            part = self._tokens[self._starts[place] : self._ends[place]]
-            tokens[row, : len(part)] = torch.from_numpy(part.astype(np.float32))
-            mask[row, : len(part)] = True
+            stored = self._tokens[self._starts[place] : self._ends[place]]
+            tokens[i, : len(stored)] = torch.from_numpy(stored.astype(np.float32))
+            mask[i, : len(stored)] = True
         return tokens, mask
 
 

@@ -161,7 +161,7 @@ def frame_rate(path: str | Path) -> float:
 
 def frame_timing(path: str | Path) -> tuple[float, bool]:
     """`frame_rate`, and whether it varies: more than one in twenty of the distances between frames is off the usual one
-    by half of it or more. By the time stamps of what is coded; nothing is decoded.
+    by half of it or more. By the time stamps of the coded packets; nothing is decoded.
     """
     with _open_stream(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if (packet.pts, packet.dts) != (None, None)]

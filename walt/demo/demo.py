@@ -40,7 +40,7 @@ NOTE = "demo.json"  # which clips these are
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What a demo run does. The budget of minutes may end a stage before its last step."""
+    """Settings of a demo. The budget of minutes may end a stage before its last step."""
 
     minutes: float = 12.0  # budget of wall-clock time
     preset: str = "tiny"  # sizes of the models
@@ -62,7 +62,7 @@ class DemoConfig:
     dimensions: int = 64  # of the feature space in which sets of clips are compared
 
     def settings(self, stage: str) -> Settings:
-        """What `walt train` would train the preset's stage with, but for what is the demo's own."""
+        """The preset's settings of a stage, as `walt train` has them, with the demo's steps, batch and sizes."""
         base = load_settings(stage, preset=self.preset)
         if stage == "tokenizer":
             steps, frames = self.tokenizer_steps, min(self.frames, self.tokenizer_frames)
@@ -76,7 +76,7 @@ class DemoConfig:
 
 
 class Demo:
-    """One run in one folder. Each stage goes on from its checkpoint, so a second run finishes what a first began."""
+    """A demo in one folder. Re-running resumes each stage from its checkpoint."""
 
     def __init__(self, config: DemoConfig, out: str | Path) -> None:
         self.config, self.out = config, Path(out)
@@ -185,9 +185,9 @@ class Demo:
         return ClipStore.open(folders[0]), ClipStore.open(folders[1])
 
     def _videos(self, store: ClipStore, items: np.ndarray | None = None) -> np.ndarray:
-        """Whole clips (None: all), uint8 [N, T, H, W, 3]."""
-        rows = store.windows(self.config.frames, hop=self.config.frames)  # one for each item
-        return store.read(rows if items is None else rows[items], self.config.frames)
+        """The clips of items (None: all), uint8 [N, T, H, W, 3]."""
+        clips = store.windows(self.config.frames, hop=self.config.frames)  # one for each item
+        return store.read(clips if items is None else clips[items], self.config.frames)
 
     def _training(self, stage: str, store: ClipStore) -> Run:
         return Run(stage, self.config.settings(stage), store, self.out, torch.device("cpu"))
@@ -245,10 +245,10 @@ class Demo:
         projected["real training clips"] = project(known)
         distances = {
             name: {
-                **clip_distances(rows, held_out),
-                "decoded": clip_distances(rows, projected["reconstructions"])["frames"],
+                **clip_distances(values, held_out),
+                "decoded": clip_distances(values, projected["reconstructions"])["frames"],
             }
-            for name, rows in projected.items()
+            for name, values in projected.items()
         }
         return distances, dimensions
 

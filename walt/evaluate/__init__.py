@@ -1,1 +1,1 @@
-"""How good: metrics and the networks behind them."""
+"""Metrics and the networks behind them."""

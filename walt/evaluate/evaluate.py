@@ -1,4 +1,4 @@
-"""How good: sets of clips compared with each other, and every number printed with how it came about."""
+"""Metrics of sets of clips; every number is printed with how it was measured."""
 
 from __future__ import annotations
 
@@ -30,36 +30,19 @@ PUBLISHED_CLIPS, PUBLISHED_FRAMES = 2048, 16  # fewest clips a side, and frames 
 
 
 def batches(clips: ClipSet, size: int = 8, *, name: str = "clips") -> Iterator[np.ndarray]:
-    """An array in parts of `size` clips, or batches as they come, checked: uint8 [N, T, H, W, 3] of one clip size."""
-    parts = (clips[i : i + size] for i in range(0, len(clips), size)) if isinstance(clips, np.ndarray) else clips
+    """An array in batches of `size` clips, or batches as they come, checked: uint8 [N, T, H, W, 3] of one clip size."""
+    cut = (clips[i : i + size] for i in range(0, len(clips), size)) if isinstance(clips, np.ndarray) else clips
     shape = None
-    for part in parts:
-        good = isinstance(part, np.ndarray) and part.dtype == np.uint8 and part.ndim == 5 and part.shape[-1] == 3
+    for batch in cut:
+        good = isinstance(batch, np.ndarray) and batch.dtype == np.uint8 and batch.ndim == 5 and batch.shape[-1] == 3
         if not good:
-            got = f"{part.dtype} {list(part.shape)}" if isinstance(part, np.ndarray) else type(part).__name__
+            got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, np.ndarray) else type(batch).__name__
             raise ValueError(f"{name}: got {got}; expected uint8 [N, T, H, W, 3]")
-        shape = shape or part.shape[1:]
-        if part.shape[1:] != shape:
-            raise ValueError(f"{name}: got clips of {list(part.shape[1:])}; expected {list(shape)}, like the first")
-        if len(part):
-            yield part
-
-
-def collect(clips: ClipSet, network: Network, *, name: str = "clips") -> np.ndarray:
-    """The features of all clips, [N, ...], batch by batch; ValueError if there are fewer than two clips."""
-    rows = [network(batch) for batch in batches(clips, name=name)]
-    _check_count(sum(map(len, rows)), name)
-    return np.concatenate(rows)
-
-
-def fvd(real: ClipSet, fake: ClipSet, network: Network) -> float:
-    """Frechet video distance: of the features [N, D] that `network` (normally `VideoFeatures()`) gives whole clips."""
-    return frechet_distance(collect(real, network, name="real"), collect(fake, network, name="fake"))
-
-
-def frechet_image_distance(real: ClipSet, fake: ClipSet, network: Network) -> float:
-    """The same of single frames, with the features [N, T, D] of `network` (normally `FrameFeatures()`)."""
-    return frechet_distance(_rows(collect(real, network, name="real")), _rows(collect(fake, network, name="fake")))
+        shape = shape or batch.shape[1:]
+        if batch.shape[1:] != shape:
+            raise ValueError(f"{name}: got clips of {list(batch.shape[1:])}; expected {list(shape)}, like the first")
+        if len(batch):
+            yield batch
 
 
 @torch.inference_mode()
@@ -181,8 +164,8 @@ def _measure(
     if clip is None:
         raise ValueError("real, fake: got no clips")
     return _Measured(
-        {key: np.concatenate(rows) for key, rows in features.items()},
-        {name: np.concatenate(rows) for name, rows in values.items()},
+        {key: np.concatenate(of_batches) for key, of_batches in features.items()},
+        {name: np.concatenate(of_batches) for name, of_batches in values.items()},
         counts["real"],
         counts["fake"],
         (clip[0], clip[1], clip[2]),
@@ -205,7 +188,7 @@ def _fvd(measured: _Measured, networks: Networks) -> Result:
 
 
 def _frechet_image_distance(measured: _Measured, networks: Networks) -> Result:
-    first, second = (_rows(measured.features[side, "image"]) for side in ("real", "fake"))
+    first, second = (_of_frames(measured.features[side, "image"]) for side in ("real", "fake"))
     few = f"no more frames than the {first.shape[1]} features: biased upwards, compare sets of equal size only"
     return frechet_distance(first, second), (
         f"Frechet distance in float64 of {len(first)} and {len(second)} frames; {networks['image'].description}",
@@ -245,7 +228,8 @@ _RESULTS: dict[str, Callable[[_Measured, Networks], Result]] = {
 }
 
 
-def _rows(features: np.ndarray) -> np.ndarray:
+def _of_frames(features: np.ndarray) -> np.ndarray:
+    """[N, T, D] -> [N * T, D]."""
     return features.reshape(-1, features.shape[-1])
 
 

@@ -41,15 +41,15 @@ class FrameFeatures:
     def __call__(self, video: np.ndarray, *, batch: int = 64, desc: str = "") -> np.ndarray:
         """uint8 [N, T, H, W, 3] -> float32 [N, T, 1280]; `batch` frames at a time, with a progress bar named `desc`."""
         frames = torch.from_numpy(video.reshape(-1, *video.shape[2:]))
-        parts = []
+        features = []
         with tqdm(total=len(frames), desc=desc, unit="frame", disable=not desc, leave=False) as bar:
             for chunk in frames.split(batch):
                 pixels = chunk.to(self.device).permute(0, 3, 1, 2).float()
                 pixels = pixels.sub_(127).div_(128)  # the network's own normalisation
                 pixels = F.interpolate(pixels, size=(112, 112), mode="bilinear", align_corners=False)
-                parts.append(self.model.extract_features(pixels).mean(dim=(2, 3)).cpu())
+                features.append(self.model.extract_features(pixels).mean(dim=(2, 3)).cpu())
                 bar.update(len(chunk))
-        return np.asarray(torch.cat(parts).reshape(*video.shape[:2], -1).numpy())
+        return np.asarray(torch.cat(features).reshape(*video.shape[:2], -1).numpy())
 
 
 class VideoFeatures:
@@ -73,12 +73,12 @@ class VideoFeatures:
         frames = clips.shape[1]
         if frames < MIN_FRAMES:
             raise ValueError(f"clips: got {frames} frames; expected at least {MIN_FRAMES}, which I3D needs")
-        parts = []
+        features = []
         for chunk in torch.from_numpy(clips).split(batch):
             pixels = chunk.to(self.device).flatten(0, 1).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
             pixels = F.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-            parts.append(self.model(pixels.unflatten(0, (-1, frames)).transpose(1, 2)).cpu())
-        return np.asarray(torch.cat(parts).numpy())
+            features.append(self.model(pixels.unflatten(0, (-1, frames)).transpose(1, 2)).cpu())
+        return np.asarray(torch.cat(features).numpy())
 
 
 class Projection:
@@ -89,11 +89,11 @@ class Projection:
     """
 
     def __init__(self, reference: np.ndarray, dimensions: int) -> None:
-        rows = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
-        if dimensions >= len(rows):
-            raise ValueError(f"dimensions is {dimensions}, but there are only {len(rows)} reference features")
-        self.mean = rows.mean(axis=0)
-        _, _, components = np.linalg.svd(rows - self.mean, full_matrices=False)
+        samples = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
+        if dimensions >= len(samples):
+            raise ValueError(f"dimensions is {dimensions}, but there are only {len(samples)} reference features")
+        self.mean = samples.mean(axis=0)
+        _, _, components = np.linalg.svd(samples - self.mean, full_matrices=False)
         self.components = components[:dimensions]
 
     def __call__(self, features: np.ndarray) -> np.ndarray:

@@ -40,8 +40,8 @@ def real_clips(
     of those from a folder the classes and captions. No more is decoded than they take.
 
     Of a prepared folder they are those that are held out, if some are. As in the model's training, films are taken at
-    data.fps, and every data.stride-th of their frames. If the clips have another rate than those of training all the
-    same, that is told; of a folder that was prepared so it is a WaltError.
+    data.fps, and every data.stride-th of their frames. If the clips still have another rate
+    than those of training, a line says so; for a prepared folder it is a WaltError.
     """
     clip, data = trained_on(model)
     fps, stride = data.get("fps", 0.0), data.get("stride", 1)
@@ -92,16 +92,16 @@ def _of_store(
     store: ClipStore, count: int, frames: int, size: tuple[int, int], stride: int
 ) -> tuple[np.ndarray, list[str], list[str]]:
     held_out = bool(store.held_out.any())
-    rows = store.windows(frames, stride=stride, hop=frames * stride, held_out=held_out)
-    if not len(rows):
+    indices = store.windows(frames, stride=stride, hop=frames * stride, held_out=held_out)
+    if not len(indices):
         among = " in the files that are held out" if held_out else ""
         raise WaltError(f"{store.folder} holds no clip of {frames} frames{among}")
     if held_out:
         tell([f"the real clips are of the {store.held_out.sum()} files that are held out of {len(store.items)}"])
     tell(store.too_short(frames, stride=stride, held_out=held_out).lines())
-    rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-    items = [store.items[index] for index, _ in rows]
-    clips = store.read(rows, frames, stride=stride, crop=size)
+    indices = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)]
+    items = [store.items[item] for item, _ in indices]
+    clips = store.read(indices, frames, stride=stride, crop=size)
     return clips, [item.label or "" for item in items], [item.caption or "" for item in items]
 
 
@@ -151,7 +151,7 @@ def film_clips(
 ) -> Iterator[np.ndarray]:
     """The clips of a film one after the other, uint8 [frames, *size, 3]; with `shots`, none lies across a cut.
 
-    What is decoded for one of them are its frames and, with `shots`, those that tell where the cuts are.
+    Only its frames are decoded for a clip and, with `shots`, those after it that tell where the cuts are.
     """
     needed, ahead = (frames - 1) * stride + 1, NEIGHBOURS if shots else 0
     detector = ShotDetector()
@@ -160,10 +160,10 @@ def film_clips(
     for picture in chain(iterate_video(path, fps), [None]):
         if picture is not None:
             with as_user_error(str(path)):
-                whole = cover(picture, *size)
-            held.append(middle(whole, *size))
+                covering = cover(picture, *size)
+            held.append(middle(covering, *size))
             if shots:
-                detector.add(whole)
+                detector.add(covering)
         while base + len(held) >= start + needed + (ahead if picture is not None else 0):
             later = (first for first, _ in detector.shots() if shot < first < start + needed)
             cut = next(later, None)

@@ -1,6 +1,6 @@
-"""Configurations of the tokenizer, the transformer and the diffusion process, and the named presets.
+"""Configurations of the tokenizer, the transformer and the diffusion process, and the descriptions in checkpoints.
 
-A configuration is a frozen dataclass, checked when it is made, that turns into plain JSON values and back.
+A configuration is a frozen dataclass, checked when made, that turns into plain JSON values and back.
 """
 
 from __future__ import annotations
@@ -37,10 +37,17 @@ def as_int(name: str, value: Any) -> int:
 
 
 def plain_fields(config: Any) -> None:
-    """Numbers of NumPy and of tensors in a frozen dataclass become Python's, which JSON has; lists become tuples."""
+    """Turn NumPy's and tensors' numbers in a frozen dataclass into Python's, for JSON, and lists into tuples."""
     for field in dataclasses.fields(config):
         value = plain(getattr(config, field.name))
         object.__setattr__(config, field.name, tuple(value) if isinstance(value, list) else value)
+
+
+def expect_share(name: str, value: Any) -> float:
+    """Python's float; ValueError unless it is from 0, below 1."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+    expect(good, name, value, "a share from 0, below 1")
+    return float(value)
 
 
 def expect_positive(config: object, *names: str) -> None:
@@ -56,7 +63,7 @@ def expect_ints(config: object, name: str, length: int) -> None:
 
 
 class Config:
-    """What the configurations share: `to_dict` and `from_dict`, and integers of any kind as Python's."""
+    """Base of the configurations: `to_dict` and `from_dict`, and integers of any kind as Python's."""
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -150,7 +157,7 @@ class TransformerConfig(Config):
     """Denoiser (paper sections 3.2 to 3.4). Windows count tokens: patches of latent frames.
 
     cross_attention: with "spatial", every layer attends to the text inside spatial windows, as joint training on images
-    and videos needs; with "all", in the layer's own window, and the model takes videos only.
+    and videos needs; with "all", inside the layer's window, and the model takes videos only.
     """
 
     layers: int = 24  # of attention and MLP each
@@ -159,21 +166,21 @@ class TransformerConfig(Config):
     mlp_ratio: int = 4  # hidden width of the MLPs, in widths
     latent_channels: int = 8  # of the tokenizer
     latent_size: tuple[int, int, int] = (5, 16, 16)  # frames, height, width
-    patch: int = 1  # height and width of a token, in places of the latent
+    patch: int = 1  # height and width of a token, in latent sites
     spatial_window: tuple[int, int, int] = (1, 16, 16)  # layers 0, 2, ...
     spacetime_window: tuple[int, int, int] = (5, 8, 8)  # layers 1, 3, ...
     qk_norm: bool = True  # queries and keys are normalised
     bias_tables: bool = True  # a learned relative bias in each window
     adaln: str = "lora"  # or "separate": each layer has its own modulation
-    adaln_rank: int = 2  # of each layer's own part of the modulation
+    adaln_rank: int = 2  # of the low-rank part of each layer's modulation
     classes: int = 0  # 0: no labels
     text_width: int = 0  # of a text token; 0: no text
     text_length: int = 256  # text tokens at most; ours, the paper has no number
-    text_vocabulary: int = 0  # 0: text comes as features; else as token ids, with an embedding of the model's own
+    text_vocabulary: int = 0  # 0: text comes as features; else as token ids, which the model embeds
     cross_attention: str = "spatial"  # or "all": in which windows tokens see the text
-    self_condition: bool = True  # the last estimate is an input
-    frame_condition: bool = False  # first frames may be given (frame prediction)
-    low_resolution: bool = False  # the same latent at half the height and width is given (super-resolution)
+    self_condition: bool = True  # the last estimate of the clean latent is an input
+    frame_condition: bool = False  # known first frames are an input (frame prediction)
+    low_resolution: bool = False  # the latent at half the height and width is an input (super-resolution)
     time_features: int = 256  # sines and cosines of the diffusion step
 
     def __post_init__(self) -> None:
@@ -236,7 +243,7 @@ class TransformerConfig(Config):
         return self.windows() if self.cross_attention == "all" else [self.spatial_window] * self.layers
 
     def resized(self, latent: tuple[int, int, int, int], classes: int) -> TransformerConfig:
-        """For latents (channels, frames, height, width) and so many classes; larger windows are cut down to that."""
+        """For latents (channels, frames, height, width) and this many classes; larger windows shrink to the latent."""
         channels, *size = latent
 
         def inside(window: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -252,7 +259,7 @@ class TransformerConfig(Config):
         )
 
     def flops(self) -> dict[str, int]:
-        """Floating-point operations of one forward pass over one video sample (and a text of full length), by part.
+        """Floating-point operations of one forward pass over one video sample (and a text of full length), by kind.
 
         Matrix products only, one multiply-add being 2 operations; norms, activations, softmax, biases and residuals
         are not counted. A training step costs three times as much (forward, and two products backward for each), with
@@ -264,7 +271,7 @@ class TransformerConfig(Config):
         chunks = 3 * self.sublayers
         lora = 2 * (1 + chunks) * self.adaln_rank * d * self.layers if self.adaln == "lora" else 0
         embeddings = 2 if self.low_resolution else 1  # of the diffusion step and of the noise level
-        parts = {
+        flops = {
             "attention projections": self.layers * n * 8 * d * d,
             "attention windows": 4 * self._scores(self.windows()) * d,
             "mlp": self.layers * n * 4 * self.mlp_ratio * d * d,
@@ -274,12 +281,12 @@ class TransformerConfig(Config):
         }
         if self.text_width:
             length = self.text_length
-            parts["cross-attention projections"] = self.layers * (8 * n + 4 * length) * d * d
-            parts["cross-attention windows"] = 4 * (self._scores(self.cross_windows()) + self.layers * n * length) * d
-            parts["text projection"] = 2 * length * self.text_width * d
+            flops["cross-attention projections"] = self.layers * (8 * n + 4 * length) * d * d
+            flops["cross-attention windows"] = 4 * (self._scores(self.cross_windows()) + self.layers * n * length) * d
+            flops["text projection"] = 2 * length * self.text_width * d
         if self.low_resolution:
-            parts["low resolution"] = 2 * 9 * math.prod(self.latent_size) * self.latent_channels**2
-        return parts
+            flops["low resolution"] = 2 * 9 * math.prod(self.latent_size) * self.latent_channels**2
+        return flops
 
     def _scores(self, windows: list[tuple[int, int, int]]) -> int:
         """Pairs of tokens that share a window, over all layers.

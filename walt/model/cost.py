@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of networks, which are built without memory."""
+"""Parameters, FLOPs and memory of networks, found on tensors without storage."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ STATES = 4  # float32 numbers for each parameter that AdamW with an average keep
 def activation_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = False) -> int:
     """Bytes of float32 tensors that one training pass of `batch` videos keeps for its backward pass.
 
-    Found by running the pass on tensors without memory, for two and for four layers (three and five, where the number
-    is odd): every two layers more keep as much again. Labels and token ids, whose values the model checks, have none
-    then; what they add is a few numbers a sample.
+    Measured on fake tensors for two and for four layers (three and five if the number is odd), since every two layers
+    more keep as much again. Labels and token ids are left out, as the model checks their values: a few numbers a
+    sample.
     """
     config = replace(config, classes=0, text_vocabulary=0)
     few = 2 + config.layers % 2
@@ -35,7 +35,7 @@ def activation_bytes(config: TransformerConfig, batch: int, *, checkpointing: bo
 
 
 def saved_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = False) -> int:
-    """Bytes of what autograd saves in a forward pass, each storage once; weights, which are there anyway, left out."""
+    """Bytes of what autograd saves in a forward pass: each storage counted once, weights left out."""
     model = Transformer(config)
     model.checkpointing = checkpointing
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -48,17 +48,17 @@ def saved_bytes(config: TransformerConfig, batch: int, *, checkpointing: bool = 
 
     x0 = torch.zeros(batch, config.latent_channels, *config.latent_size)
     time = torch.zeros(batch, dtype=torch.int64)
-    given: dict[str, Tensor] = {}
+    conditions: dict[str, Tensor] = {}
     if config.low_resolution:
         half = (config.latent_size[0], config.latent_size[1] // 2, config.latent_size[2] // 2)
-        given = {"low_resolution": torch.zeros(batch, config.latent_channels, *half), "noise_level": time}
+        conditions = {"low_resolution": torch.zeros(batch, config.latent_channels, *half), "noise_level": time}
     if config.text_width:
         shape = (batch, config.text_length)
         ids = bool(config.text_vocabulary)
-        given["text"] = torch.zeros(shape, dtype=torch.int64) if ids else torch.zeros(*shape, config.text_width)
-        given["text_mask"] = torch.ones(shape, dtype=torch.bool)
+        text = torch.zeros(shape, dtype=torch.int64) if ids else torch.zeros(*shape, config.text_width)
+        conditions |= {"text": text, "text_mask": torch.ones(shape, dtype=torch.bool)}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x0, time, **given)
+        model(x0, time, **conditions)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -67,16 +67,16 @@ def count(model: nn.Module) -> int:
 
 
 def denoiser_flops(config: TransformerConfig, diffusion: DiffusionConfig) -> int:
-    """FLOPs of training on one sample: of a forward pass three times, with self-conditioning four times."""
+    """FLOPs of training on one sample: three forward passes, with self-conditioning four."""
     passes = 4 if config.self_condition and diffusion.self_condition_probability > 0 else 3
     return passes * sum(config.flops().values())
 
 
 @functools.cache
 def tokenizer_flops(config: TokenizerConfig, frames: int, height: int, width: int) -> int:
-    """FLOPs of training on one video: to encode it, to decode it, and the way back, as PyTorch counts products.
+    """FLOPs of training on one video: encode, decode and backward, as PyTorch counts products.
 
-    Of the tokenizer alone: what the discriminator and the perceptual loss compute is not counted.
+    Of the tokenizer alone: the discriminator and the perceptual loss are not counted.
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, as it imports Triton
 

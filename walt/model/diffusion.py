@@ -56,7 +56,7 @@ class Diffusion:
         return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
 
     def _alpha_bar_on(self, device: torch.device) -> Tensor:
-        """alpha_bar there, copied once: a copy in every call would have the host wait for the device."""
+        """alpha_bar on the device, copied once: a copy in every call would make the host wait."""
         if device == self.alpha_bar.device:
             return self.alpha_bar
         if device not in self._copies:
@@ -123,43 +123,43 @@ class Diffusion:
         """Mean squared error on v over the batch x0 [B, c, T, h, w]; a scalar.
 
         A model with self-conditioning first estimates x0 from nothing, without gradient, and for the `self_conditioned`
-        samples sees that estimate in the pass that is trained. A model with frame_condition is given first frames of
-        x0, but at least one stays unknown, and none are given in a stack of images. A super-resolution stage is given
-        `low_resolution` [B, c, T, h/2, w/2], clean; it is noised here.
+        samples sees that estimate in the pass that is trained. A model with frame_condition sees first frames of x0,
+        but never all, and none of a stack of images. A super-resolution model sees `low_resolution`
+        [B, c, T, h/2, w/2], which is clean here and noised inside.
 
         randoms: what `randoms` returns for the samples; None: from `generator`, one sample after another.
         The conditions are those of `Transformer.forward`.
         """
         config = model_config(model)
         if randoms is None:
-            one = generator if generator is not None else torch.default_generator
-            randoms = self.randoms(x0.shape[1:], [one] * len(x0), low_resolution=low_resolution is not None)
+            generator = generator if generator is not None else torch.default_generator
+            randoms = self.randoms(x0.shape[1:], [generator] * len(x0), low_resolution=low_resolution is not None)
         for name, tensor in randoms.items():
             if tensor.shape[:1] != x0.shape[:1]:
                 raise ValueError(f"randoms[{name!r}]: got {len(tensor)} samples; expected {len(x0)}, as x0 has")
         randoms = {name: tensor.to(x0.device) for name, tensor in randoms.items()}
         time, noise, dropped = randoms["time"], randoms["noise"].to(x0), randoms["dropped"]
 
-        given = conditions(label=label, text=text, text_mask=text_mask, image=image)
+        conditions = present(label=label, text=text, text_mask=text_mask, image=image)
         if config.frame_condition:
             known = randoms["known"].clamp_max(x0.shape[2] - 1)
-            given |= {"frames": x0, "known": known if image is None else known.masked_fill(image, 0)}
-        for name, null in null_conditions(given, config).items():
-            given[name] = torch.where(dropped.reshape(-1, *[1] * (null.ndim - 1)), null, given[name])
+            conditions |= {"frames": x0, "known": known if image is None else known.masked_fill(image, 0)}
+        for name, null in null_conditions(conditions, config).items():
+            conditions[name] = torch.where(dropped.reshape(-1, *[1] * (null.ndim - 1)), null, conditions[name])
         if low_resolution is not None:
             low_time = randoms["low_time"]
             low = self.add_noise(low_resolution, randoms["low_noise"].to(low_resolution), low_time)
-            given |= {"low_resolution": low, "noise_level": low_time}
+            conditions |= {"low_resolution": low, "noise_level": low_time}
 
         x_t = self.add_noise(x0, noise, time)
         if config.self_condition and self.config.self_condition_probability > 0:
             with torch.no_grad():
-                first = model(x_t, time, **given).to(x_t.dtype)
+                first = model(x_t, time, **conditions).to(x_t.dtype)
                 conditioned = randoms["self_conditioned"].reshape(-1, *[1] * (x0.ndim - 1))
-                given["self_condition"] = torch.where(conditioned, self.x0_from_velocity(x_t, first, time), 0)
+                conditions["self_condition"] = torch.where(conditioned, self.x0_from_velocity(x_t, first, time), 0)
             # Before 2.11, PyTorch's autocast gives the pass below the weights that it cast here, without a gradient.
             torch.clear_autocast_cache()
-        v = model(x_t, time, **given)
+        v = model(x_t, time, **conditions)
         return F.mse_loss(v.to(x0.dtype), self.velocity(x0, noise, time))
 
     def timesteps(self, steps: int) -> list[int]:
@@ -221,7 +221,7 @@ class Diffusion:
         if guidance_power is not None and not (math.isfinite(guidance_power) and guidance_power > 0):
             raise ValueError(f"guidance_power: got {guidance_power}; expected a number > 0, or None")
         parameter = next(model.parameters())
-        given = conditions(
+        conditions = present(
             label=label,
             text=text,
             text_mask=text_mask,
@@ -231,12 +231,12 @@ class Diffusion:
             low_resolution=low_resolution,
             noise_level=noise_level,
         )
-        given = {name: tensor.to(parameter.device) for name, tensor in given.items()}
+        conditions = {name: tensor.to(parameter.device) for name, tensor in conditions.items()}
         if guidance != 1:
-            null = null_conditions(given, config)
+            null = null_conditions(conditions, config)
             if not null:
                 raise ValueError(f"guidance: got {guidance}; expected 1 without label, text and known frames")
-            given = {name: torch.cat([tensor, null.get(name, tensor)]) for name, tensor in given.items()}
+            conditions = {name: torch.cat([tensor, null.get(name, tensor)]) for name, tensor in conditions.items()}
 
         # float32 between steps, whatever the model's dtype (float64 for a float64 model).
         dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -245,13 +245,13 @@ class Diffusion:
         times = self.timesteps(steps)
         for i, time in enumerate(times):
             step = torch.full((copies * len(x),), time, device=x.device)
-            v = model(x.to(parameter.dtype).repeat(copies, 1, 1, 1, 1), step, **given).to(dtype)
+            v = model(x.to(parameter.dtype).repeat(copies, 1, 1, 1, 1), step, **conditions).to(dtype)
             if copies == 2:
                 v, v_null = v.chunk(2)
                 v = torch.lerp(v_null, v, self.guidance_weight(guidance, guidance_power, time))
             x, x0 = self.ddim_step(x, v, time, times[i + 1] if i + 1 < steps else None)
             if config.self_condition:
-                given["self_condition"] = x0.to(parameter.dtype).repeat(copies, 1, 1, 1, 1)
+                conditions["self_condition"] = x0.to(parameter.dtype).repeat(copies, 1, 1, 1, 1)
             if preview is not None:
                 preview(i + 1, steps, x0)
         if frames is not None and known is not None:
@@ -265,7 +265,7 @@ def noise_schedule(config: DiffusionConfig) -> Tensor:
     Zero terminal SNR (Lin et al. 2023): sqrt(alpha_bar) is shifted so that its last value is 0 and scaled so that its
     first is what it was.
     """
-    # On the CPU also under `torch.device("meta")`, from which it could not be had back.
+    # On the CPU even under `torch.device("meta")`, where the values would be lost.
     betas = torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64, device="cpu")
     alpha_bar = (1 - betas).cumprod(0)
     if config.zero_terminal_snr:
@@ -285,21 +285,22 @@ def model_config(model: nn.Module) -> TransformerConfig:
     return config
 
 
-def conditions(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """Those that are given; a text without a mask is all text."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if "text" in given and "text_mask" not in given:
-        given["text_mask"] = torch.ones(given["text"].shape[:2], dtype=torch.bool, device=given["text"].device)
-    return given
+def present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """The conditions that are not None; a text without a mask gets one that is all True."""
+    conditions = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if "text" in conditions and "text_mask" not in conditions:
+        text = conditions["text"]
+        conditions["text_mask"] = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    return conditions
 
 
-def null_conditions(given: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
-    """What stands for "no label", "no text" and "no known frames" in place of the conditions that are given."""
+def null_conditions(conditions: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """The values for "no label", "no text" and "no known frames", for those of them that `conditions` has."""
     null = {}
-    if "label" in given:
-        null["label"] = torch.full_like(given["label"], config.classes)
-    if "text" in given:
-        null["text_mask"] = torch.zeros_like(given["text_mask"])
-    if "known" in given:
-        null["known"] = torch.zeros_like(given["known"])
+    if "label" in conditions:
+        null["label"] = torch.full_like(conditions["label"], config.classes)
+    if "text" in conditions:
+        null["text_mask"] = torch.zeros_like(conditions["text_mask"])
+    if "known" in conditions:
+        null["known"] = torch.zeros_like(conditions["known"])
     return null

@@ -14,7 +14,7 @@ from walt.model.config import as_int
 def sample_noise(seed: int, keys: Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
     """Normal noise [len(keys), *shape], float32 on the CPU: each sample's depends on the seed and its key alone.
 
-    A key is a sample's number and what else sets one noise apart from another, such as the chunk of a long video.
+    A key is a sample's number, then what tells its noises apart, such as the chunk of a long video.
     """
     return torch.stack([torch.randn(tuple(shape), generator=keyed_generator(seed, *key)) for key in keys])
 
@@ -22,7 +22,7 @@ def sample_noise(seed: int, keys: Sequence[Sequence[int]], shape: Sequence[int])
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
     """A generator on the CPU whose numbers depend on the seed and the key alone; ValueError for numbers below 0.
 
-    NumPy takes the numbers that a key lacks for zeros: no two keys may differ by zeros at their ends alone.
+    NumPy pads keys with zeros: no two may differ by zeros at their ends alone.
     """
     return torch.Generator().manual_seed(keyed_seed(seed, *key))
 

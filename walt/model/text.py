@@ -39,7 +39,7 @@ LENGTH = TransformerConfig.text_length
 class TextEncoder(Protocol):
     """Sentences to tokens of a fixed length. An empty sentence has no visible token: it is no text."""
 
-    name: str  # from which `text_encoder` makes it again
+    name: str  # `text_encoder(name)` makes it again
     length: int  # tokens of a text; longer ones are cut (`warn_of_cuts` tells)
     unit: str  # what a token is, in messages
     width: int  # of the features; 0 for token ids
@@ -71,8 +71,8 @@ class ByteEncoder:
         tokens = torch.zeros(len(texts), self.length, dtype=torch.int64)
         mask = torch.zeros(len(texts), self.length, dtype=torch.bool)
         for i, text in enumerate(texts):
-            whole = text.strip().encode()[: self.length].decode(errors="ignore")  # without the half of a character
-            ids = list(whole.encode())
+            cut = text.strip().encode()[: self.length].decode(errors="ignore")  # not inside a character
+            ids = list(cut.encode())
             tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
             mask[i, : len(ids)] = True
         return tokens, mask
@@ -123,9 +123,9 @@ class HuggingFaceEncoder:
 
 
 def warn_of_cuts(what: str, names: Sequence[str], texts: Sequence[str], encoder: TextEncoder) -> None:
-    """WaltWarning that counts the texts which the encoder cuts, if there are any, and lists the names of some.
+    """WaltWarning that counts the texts that the encoder cuts, if any, and names some.
 
-    what: the plural that the texts go by.
+    what: the texts, in plural, such as "captions".
     """
     cut = [name for name, count in zip(names, encoder.count(texts), strict=True) if count > encoder.length]
     if cut:
@@ -139,7 +139,7 @@ def warn_of_cuts(what: str, names: Sequence[str], texts: Sequence[str], encoder:
 def encode_sentences(encoder: TextEncoder, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Tokens of the sentences and their mask, no longer than the longest one: padding costs time and changes nothing.
 
-    WaltWarning for sentences that are cut; ValueError for what is no Unicode.
+    WaltWarning for sentences that are cut; ValueError for texts that are no Unicode.
     """
     "".join(sentences).encode()  # the encoders' errors are less clear
     tokens, mask = encoder.encode(sentences)
@@ -172,7 +172,7 @@ def text_encoder(name: str, length: int = LENGTH) -> TextEncoder:
 
 
 def with_text(config: TransformerConfig, encoder: TextEncoder) -> TransformerConfig:
-    """The configuration of a denoiser that reads this encoder. For token ids, text_width stays the denoiser's own."""
+    """The configuration of a denoiser that reads this encoder. For token ids, text_width stays the denoiser's."""
     width = encoder.width or config.text_width or 64
     return replace(config, text_width=width, text_length=encoder.length, text_vocabulary=encoder.vocabulary)
 

@@ -9,7 +9,7 @@ Our own choices, where the papers are silent: padding modes, the shapes of the s
 MAGVIT-v2's adaptive group norm in the decoder (`AdaptiveNorm`).
 
 With `kind="image"` in the configuration no kernel reaches over time and every frame is coded alone:
-[B, 3, T, H, W] <-> [B, c, T, H/8, W/8]. `walt.model.convert` makes a video tokenizer of such a one.
+[B, 3, T, H, W] <-> [B, c, T, H/8, W/8]. `walt.model.convert` turns it into a video tokenizer.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def make_decoder(config: TokenizerConfig) -> nn.Module:
 
 
 def _alike(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The chunks, as long as all but their frames is like the first."""
+    """The chunks; ValueError for one that differs from the first in more than its frames."""
     first = None
     for i, chunk in enumerate(chunks):
         shape = (*chunk.shape[:2], *chunk.shape[3:])
@@ -119,7 +119,7 @@ class Tokenizer(nn.Module):
         self.reset_parameters(recurse=False)
 
     def reset_parameters(self, *, recurse: bool = True) -> None:
-        """Everything as in a new tokenizer, latent statistics (0, 1) included; with recurse=False these alone."""
+        """Reset all as in a new tokenizer, latent statistics (0, 1) included; with recurse=False these alone."""
         if recurse:
             reset_children(self)
         nn.init.zeros_(self.latent_mean)
@@ -152,7 +152,7 @@ class Tokenizer(nn.Module):
         return self.decode(self.encode(video))
 
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Encode a stream: a first chunk of 1 + 4k frames, then chunks of 4k. The latents join to `encode(whole)`."""
+        """Encode a stream: a chunk of 1 + 4k frames, then chunks of 4k. Joined, the latents are `encode(video)`."""
         history = History()
         factor = self.config.time_factor
         for i, chunk in enumerate(_alike(chunks)):
@@ -164,7 +164,7 @@ class Tokenizer(nn.Module):
             yield self._encode(chunk, history)
 
     def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode a stream of any number of latent frames at a time. The videos join to `decode(whole)`."""
+        """Decode a stream of any number of latent frames at a time. Joined, the videos are `decode(latent)`."""
         history = History()
         for chunk in _alike(chunks):
             self.check_latent(chunk)

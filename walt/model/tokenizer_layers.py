@@ -30,7 +30,7 @@ __all__ = [
 
 
 class History:
-    """The last input frames of every causal convolution: what the next chunk of a stream has to know of the past."""
+    """The last input frames of every causal convolution, which the next chunk of a stream needs."""
 
     def __init__(self) -> None:
         self.frames: dict[nn.Module, Tensor] = {}
@@ -121,17 +121,17 @@ def _by_frame(x: Tensor) -> bool:
 
 
 def _transformed() -> bool:
-    """Whether forward mode or torch.func is at work, which want other derivatives than _FrameNorm's backward."""
+    """Whether forward mode or torch.func is active, which cannot use _FrameNorm's backward."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x in channels_last_3d, in which convolutions are fastest. Not under torch.func: vmap knows no such copy."""
+    """x in channels_last_3d, in which convolutions are fastest. Not under torch.func: vmap has no such copy."""
     return x if _transformed() else x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _frames(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B * T, C, H, W], in the layout that PyTorch can differentiate group_norm in."""
+    """[B, C, T, H, W] -> [B * T, C, H, W], in a layout in which PyTorch can differentiate group_norm."""
     frames = x.transpose(1, 2).flatten(0, 1)
     return frames.contiguous() if _transformed() else frames
 
@@ -184,7 +184,7 @@ class AdaptiveNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        """x [B, C, T, H, W] and the latent [B, c, t, h, w] that it comes from, of a whole video or a stream's chunk."""
+        """x [B, C, T, H, W] and the latent [B, c, t, h, w] that it comes from, of a video or a stream's chunk."""
         # At a stream's start, up-sampling has dropped all but the last frame of the first latent frame.
         dropped = self.frames * latent.shape[2] - x.shape[2]
         modulation = self._modulation(latent).repeat_interleave(self.frames, dim=1)[:, dropped:]
@@ -200,14 +200,14 @@ class AdaptiveNorm(nn.Module):
         if _by_frame(latent):
             places = product(range(latent.shape[0]), range(latent.shape[2]))
             means = [_frame(latent, b, t).mean(dim=(0, 2, 3)) for b, t in places]
-            rows = torch.stack([F.linear(mean, self.weight, self.bias) for mean in means])
+            modulation = torch.stack([F.linear(mean, self.weight, self.bias) for mean in means])
         else:
-            rows = F.linear(latent.mean(dim=(3, 4)).transpose(1, 2).flatten(0, 1), self.weight, self.bias)
-        return rows.to(self.weight.dtype).unflatten(0, (latent.shape[0], latent.shape[2]))
+            modulation = F.linear(latent.mean(dim=(3, 4)).transpose(1, 2).flatten(0, 1), self.weight, self.bias)
+        return modulation.to(self.weight.dtype).unflatten(0, (latent.shape[0], latent.shape[2]))
 
 
 class ZeroConv3d(CausalConv3d):
-    """A causal convolution that is zero at first."""
+    """A causal convolution that starts at zero."""
 
     def reset_parameters(self) -> None:
         for parameter in self.parameters():

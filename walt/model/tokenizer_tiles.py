@@ -21,7 +21,7 @@ __all__ = ["Piece", "decode_pieces", "decode_tiled", "encode_pieces", "encode_ti
 
 
 class Piece(NamedTuple):
-    """A tile of some frames of what is coded."""
+    """A tile of some frames of the result."""
 
     frame: int  # the first
     rows: slice
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 Place = tuple[slice, slice]  # rows and columns
-Chunks = Callable[[slice, slice], Iterator[Tensor]]  # of a tile's rows and columns, one after the other
+Chunks = Callable[[slice, slice], Iterator[Tensor]]  # rows and columns of a tile -> its chunks
 
 
 @torch.no_grad()
@@ -89,8 +89,7 @@ def encode_pieces(
 ) -> Iterator[Piece]:
     """What `encode_tiled` blends, piece by piece, for films that do not fit into memory.
 
-    `chunks` gives those of a tile as `Tokenizer.encode_chunks` takes them, tile after tile; `size` is the height and
-    width of the frames.
+    `chunks` gives those of a tile as `Tokenizer.encode_chunks` takes them; `size` is the frames' height and width.
     """
     _check_tile(tile, overlap)
     sites = [side // SPACE_FACTOR for side in size]
@@ -121,10 +120,11 @@ def _check_count(latent_frames: int) -> None:
         raise ValueError(f"latent_frames: got {latent_frames!r}; expected an int >= 1")
 
 
-def _split(part: Tensor, first: int, step: int) -> Iterator[Tensor]:
-    yield part[:, :, :first]
-    for start in range(first, part.shape[2], step):
-        yield part[:, :, start : start + step]
+def _split(tensor: Tensor, first: int, step: int) -> Iterator[Tensor]:
+    """Chunks of [B, C, T, h, w]: `first` frames, then `step` at a time."""
+    yield tensor[:, :, :first]
+    for start in range(first, tensor.shape[2], step):
+        yield tensor[:, :, start : start + step]
 
 
 def _pieces(coded: Iterator[Tensor], target: Place, weight: Tensor) -> Iterator[Piece]:
@@ -193,4 +193,4 @@ def tile_weights(starts: list[int], side: int) -> list[Tensor]:
         ramp = ((place - start) / max(shared, 0.5)).clamp(0, 1)  # a step where nothing is shared
         ramps.append((ramp * 4096).round() / 4096)
     ramps.append(torch.zeros_like(place))
-    return [(own - after)[start : start + side] for (own, after), start in zip(pairwise(ramps), starts, strict=True)]
+    return [(ramp - after)[start : start + side] for (ramp, after), start in zip(pairwise(ramps), starts, strict=True)]

@@ -26,7 +26,7 @@ Context = tuple[Tensor, Tensor]  # tokens [B, L, width] and mask bool [B, L]
 
 
 class SeparateAdaLN(nn.Module):
-    """Modulation with a full linear for each layer: what `AdaLNLoRA` stands in for."""
+    """Modulation with a full linear for each layer: what `AdaLNLoRA` approximates."""
 
     def __init__(self, width: int, layers: int, chunks: int = 6) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Layer(nn.Module):
         modulation [B, (T,) 6 or 9 width]; following, the scale and shift of the next layer's input [B, (T,) width].
         """
         scales, shifts, gates = split(modulation, 2 if self.cross is None else 3)
-        # S layers need no mask: frames are apart anyway.
+        # Spatial windows lie inside one frame and need no mask.
         out = self.attention(h.unflatten(1, grid), image=None if self.spatial else image).flatten(1, 3)
         x, h = adaln_residual_modulate(x, out, gates[0], shifts[1], scales[1])
         if self.cross is not None and context is not None:
@@ -132,7 +132,7 @@ class Layer(nn.Module):
 
 def split(modulation: Tensor, branches: int) -> tuple[tuple[Tensor, ...], ...]:
     """[..., 3 * branches * width] -> scales, shifts and gates, each a tuple with one for each branch of a layer."""
-    return tuple(part.chunk(branches, dim=-1) for part in modulation.chunk(3, dim=-1))
+    return tuple(chunk.chunk(branches, dim=-1) for chunk in modulation.chunk(3, dim=-1))
 
 
 class Transformer(nn.Module):
@@ -140,8 +140,8 @@ class Transformer(nn.Module):
 
     Modulations and the last projection are zero at first (adaLN-Zero): every layer is the identity and the output 0.
 
-    With `checkpointing` (False at first; set it before training) the backward pass runs each layer again in place of
-    keeping what is inside it: the same gradients, less memory, a third more time.
+    With `checkpointing` (False at first; set it before training) the backward pass computes each layer again instead of
+    keeping its activations: the same gradients, less memory, a third more time.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -168,7 +168,7 @@ class Transformer(nn.Module):
             self.modulation = SeparateAdaLN(width, config.layers, chunks)
         windows = zip(config.windows(), config.cross_windows(), strict=True)
         layers = nn.ModuleList(Layer(config, *pair) for pair in windows)
-        self.layers = cast(Sequence[Layer], layers)  # what type checkers cannot know of a ModuleList
+        self.layers = cast(Sequence[Layer], layers)  # type checkers see no layers in a ModuleList
         self.final_modulation = nn.Linear(width, 2 * width)
         self.project_out = nn.Linear(width, config.latent_channels * pixels)
         self.reset_parameters(recurse=False)
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
     def reset_parameters(self, *, recurse: bool = True) -> None:
         """Xavier for the linear layers, normal(0.02) for the tables, zeros for modulations and the last projection.
 
-        With recurse=False what is neither is left as it is: norms, bias tables, LoRA, embeddings of classes and text.
+        With recurse=False all else stays as it is: norms, bias tables, LoRA, embeddings of classes and text.
         """
         if recurse:
             reset_children(self)
@@ -186,8 +186,8 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
         for table in (self.space_table, self.time_table):
             nn.init.normal_(table, std=0.02)
-        for part in (self.modulation, self.final_modulation, self.project_out):
-            for linear in part.modules():
+        for module in (self.modulation, self.final_modulation, self.project_out):
+            for linear in module.modules():
                 if isinstance(linear, nn.Linear):
                     nn.init.zeros_(linear.weight)
 
@@ -250,22 +250,22 @@ class Transformer(nn.Module):
         low_resolution: Tensor | None,
         noise_level: Tensor | None,
     ) -> Tensor:
-        """z_t and all that is given as channels beside it: [B, input_channels, 1+t, h, w]."""
+        """z_t and the conditions that are channels beside it: [B, input_channels, 1+t, h, w]."""
         config, shape = self.config, tuple(z_t.shape)
         channels = [z_t]
         if config.self_condition:
-            channels.append(_as_z_t("self_condition", self_condition, shape, z_t))
+            channels.append(_or_zeros("self_condition", self_condition, shape, z_t))
         elif self_condition is not None:
             raise ValueError("self_condition: got a tensor; expected None, since the model has no self-conditioning")
         if (frames is None) != (known is None):
-            missing, given = ("frames", "known") if frames is None else ("known", "frames")
-            raise ValueError(f"{missing}: got None beside {given}; expected both or neither")
+            missing, other = ("frames", "known") if frames is None else ("known", "frames")
+            raise ValueError(f"{missing}: got None beside {other}; expected both or neither")
         if config.frame_condition:
             if known is None:
                 known = torch.zeros(shape[0], dtype=torch.int64, device=z_t.device)
             if known.dtype != torch.int64 or tuple(known.shape) != shape[:1]:
                 raise ValueError(f"known: got {known.dtype} {tuple(known.shape)}; expected torch.int64 [{shape[0]}]")
-            channels.append(frame_condition(_as_z_t("frames", frames, shape, z_t), known))
+            channels.append(frame_condition(_or_zeros("frames", frames, shape, z_t), known))
         elif frames is not None:
             raise ValueError("frames: got a tensor; expected None, since the model has no frame_condition")
         if self.upscale is not None:
@@ -275,14 +275,14 @@ class Transformer(nn.Module):
                         f"{name}: got None; expected a tensor, since the model is a super-resolution stage"
                     )
             half = (*shape[:3], shape[3] // 2, shape[4] // 2)
-            channels.append(self.upscale(_as_z_t("low_resolution", low_resolution, half, z_t)))
+            channels.append(self.upscale(_or_zeros("low_resolution", low_resolution, half, z_t)))
         elif low_resolution is not None or noise_level is not None:
             name = "noise_level" if low_resolution is None else "low_resolution"
             raise ValueError(f"{name}: got a tensor; expected None, since the model is no super-resolution stage")
         return torch.cat(channels, dim=1) if len(channels) > 1 else z_t
 
     def _condition(self, time: Tensor, label: Tensor | None, noise_level: Tensor | None) -> Tensor:
-        """What the modulations are made of: [B, width], or [B, 1+t, width] with labels for each image of a stack."""
+        """The input of the modulations: [B, width], or [B, 1+t, width] with labels for each image of a stack."""
         cond = self.embed_time(time)
         if self.embed_noise is not None and noise_level is not None:
             if noise_level.shape != time.shape:
@@ -340,7 +340,7 @@ class Transformer(nn.Module):
                 )
 
 
-def _as_z_t(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _or_zeros(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """The tensor in z_t's dtype, zeros for None; ValueError unless it has the shape."""
     if tensor is None:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -24,11 +24,11 @@ from walt.model.tokenizer import Tokenizer
 from walt.model.tokenizer_tiles import Piece, decode_pieces, encode_pieces
 
 LATENT = "latent"  # name of the tensor
-WHOLE = (1 << 16, 1 << 16)  # a tile that covers any frame
+FULL_FRAME = (1 << 16, 1 << 16)  # a tile that covers any frame
 
 
 def encode_film(
-    tokenizer: Tokenizer, path: Path, out: Path, *, tile: tuple[int, int] = WHOLE, overlap: int = 0
+    tokenizer: Tokenizer, path: Path, out: Path, *, tile: tuple[int, int] = FULL_FRAME, overlap: int = 0
 ) -> tuple[int, list[int]]:
     """Write the latents of a film or picture, float32 [1, c, 1+k, H/8, W/8], to a .safetensors file with the film's
     frame rate and the tokenizer's fingerprint -> the number of the film's frames, and the shape.
@@ -82,7 +82,7 @@ def decode_film(
     out: Path,
     fps: float,
     *,
-    tile: tuple[int, int] = WHOLE,
+    tile: tuple[int, int] = FULL_FRAME,
     overlap: int = 0,
 ) -> tuple[int, int, int]:
     """Write the film of what `encode_film` wrote to an .mp4 or .gif -> its frames, height and width.

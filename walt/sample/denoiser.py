@@ -42,8 +42,8 @@ def load_denoiser(folder: str | Path) -> tuple[Denoiser, dict[str, Any]]:
 
 def check_fit(tokenizer: Tokenizer, stages: Sequence[Denoiser], text: TextEncoder | None) -> None:
     """Raise ValueError, naming the field, unless the base model and the super-resolution stages after it fit."""
-    parts = [("transformer" if i == 0 else f"sr{i}", denoiser) for i, denoiser in enumerate(stages)]
-    for i, (name, denoiser) in enumerate(parts):
+    named = [("transformer" if i == 0 else f"sr{i}", denoiser) for i, denoiser in enumerate(stages)]
+    for i, (name, denoiser) in enumerate(named):
         config, clip = denoiser.transformer.config, denoiser.clip
         channels, *size = tokenizer.config.latent_shape(clip.frames, clip.height, clip.width)
         _expect(f"{name} latent_channels", config.latent_channels, channels, "as the tokenizer has")
@@ -53,7 +53,7 @@ def check_fit(tokenizer: Tokenizer, stages: Sequence[Denoiser], text: TextEncode
             raise ValueError(f"text: got no text encoder; expected one: {name} has text_width={config.text_width}")
         if config.text_width and text is not None:
             check_text(config, text)
-    for (_, before), (name, after) in pairwise(parts):
+    for (_, before), (name, after) in pairwise(named):
         frames, height, width = before.transformer.config.latent_size
         expected = (frames, 2 * height, 2 * width)
         _expect(f"{name} latent_size", after.transformer.config.latent_size, expected, "twice the stage before it")

@@ -21,7 +21,7 @@ from walt.model.text import TextEncoder, encode_sentences, text_encoder
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.names import look_alike, normal
-from walt.pretrained import load_tokenizer, of_another_tokenizer
+from walt.pretrained import load_tokenizer, tokenizer_mismatches
 from walt.sample.denoiser import Denoiser, check_fit, load_denoiser, local_folder
 from walt.sample.sampler import Options, Sampling, clip_starts, join_clips, sample_batches
 from walt_kernels.values import plain
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 Labels = str | int | Sequence[str | int] | None
 Texts = str | Sequence[str] | None
 
-# What sets the noises of one sample apart, after its number: a key of `sample_noise`. Those of `generate` have none.
+# The second number of a noise's key (`sample_noise`), after the sample's. Noise of `generate` has none.
 EXTENSION, UPSCALING, LOW_RESOLUTION = 1, 2, 3
-OVERLAP = 5  # pixel frames that a continuation is given: 2 latent frames
+OVERLAP = 5  # known pixel frames of a continuation: 2 latent frames
 LARGE = 32 * 32  # latent sites of a frame above which one latent frame is decoded at a time
 
 
@@ -46,7 +46,7 @@ class WaltPipeline:
     >>> longer = pipeline.extend(clips, chunks=2)  # uint8 [4, 41, 64, 64, 3]
     >>> larger = pipeline.upscale(longer)  # uint8 [4, 41, 256, 256, 3] with two stages
 
-    All samples have noise of their own, from the seed and their number: the same seed gives the same sample, whatever
+    Each sample has its own noise, from the seed and its number: the same seed gives the same sample, whatever
     batch it is in (to rounding).
     """
 
@@ -113,7 +113,7 @@ class WaltPipeline:
                 text=text,
                 upscalers=upscalers,
             )
-        for message in of_another_tokenizer(folder, fingerprint(tokenizer)):
+        for message in tokenizer_mismatches(folder, fingerprint(tokenizer)):
             raise WaltError(message)
         return pipeline
 
@@ -157,8 +157,8 @@ class WaltPipeline:
     ) -> np.ndarray:
         """Sample videos uint8 [num, T, H, W, 3], or with images=True independent pictures uint8 [num, H, W, 3].
 
-        label, text: one for all, or a sequence with one for each sample. An empty text is no text; what of a text is
-            longer than the encoder reads is not seen (WaltWarning).
+        label, text: one for all, or a sequence with one for each sample. An empty text is no text; one that is
+            longer than the encoder reads is cut (WaltWarning).
         frames: the first 1 or 5 frames, uint8 [1 or 5, H, W, 3] for all, or [num, 1 or 5, H, W, 3].
         options: the fields of `Sampling`.
         """
@@ -221,7 +221,7 @@ class WaltPipeline:
 
         video: uint8 [T, H, W, 3] or [num, T, H, W, 3] of the base model's size, or latents [num, c, t, h, w]. More
             frames than a stage takes are cut into clips that overlap by 5 frames or more, which the earlier clip keeps
-            (ours: the clips are upscaled on their own).
+            (ours: each clip is upscaled alone).
         noise: on the low-resolution latents, as a fraction of the steps (ours: the paper gives no value).
         label, text and options are those of `generate`; a stage gets those of label and text that it takes.
         """
@@ -262,8 +262,10 @@ class WaltPipeline:
             batch = as_int("batch", batch)
         large = latent.shape[3] * latent.shape[4] > LARGE
         videos = []
-        for part in latent.to(like).split(1 if large else batch):
-            chunks = self.tokenizer.decode_chunks(part.split(1, dim=2)) if large else [self.tokenizer.decode(part)]
+        for latents in latent.to(like).split(1 if large else batch):
+            chunks = (
+                self.tokenizer.decode_chunks(latents.split(1, dim=2)) if large else [self.tokenizer.decode(latents)]
+            )
             videos.append(np.concatenate([to_pixels(chunk.cpu()) for chunk in chunks], axis=1))
         return np.concatenate(videos)
 
@@ -271,8 +273,8 @@ class WaltPipeline:
     def _encode(self, video: np.ndarray, batch: int) -> Tensor:
         """uint8 [num, T, H, W, 3] -> latents [num, c, t, h, w] on the CPU."""
         like = self.tokenizer.latent_mean
-        parts = torch.from_numpy(np.ascontiguousarray(video)).split(batch)
-        return torch.cat([self.tokenizer.encode(to_model(part).to(like)).float().cpu() for part in parts])
+        videos = torch.from_numpy(np.ascontiguousarray(video)).split(batch)
+        return torch.cat([self.tokenizer.encode(to_model(pixels).to(like)).float().cpu() for pixels in videos])
 
     def _generate(
         self,

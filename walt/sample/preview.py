@@ -1,4 +1,4 @@
-"""What `walt train base` shows on its way: samples of the model with its averaged weights."""
+"""Previews of `walt train base`: samples of the model with its averaged weights."""
 
 from __future__ import annotations
 

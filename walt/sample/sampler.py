@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from walt.errors import WaltError, as_user_error
 from walt.model.config import as_int, check_frames
+from walt.model.diffusion import Preview
 from walt.model.randoms import sample_noise
 from walt.sample.denoiser import Denoiser
-
-Preview = Callable[[int, int, Tensor], None]
 
 
 class Options(TypedDict, total=False):
@@ -37,8 +36,8 @@ class Sampling:
 
     steps: of DDIM. seed: equal arguments give equal samples; the first samples of many are those of few.
     guidance, guidance_power: see `Diffusion.sample`. batch: videos at a time; of pictures, as many more as a video has
-    latent frames. progress: whether to show a bar. preview: called as preview(step, steps, estimate) with the latents
-    [B, c, t, h, w] at which the running batch aims; `WaltPipeline.decode` shows them.
+    latent frames. progress: whether to show a bar. preview: called as preview(step, steps, estimate) with the running
+    batch's estimate of its latents [B, c, t, h, w]; `WaltPipeline.decode` shows them.
     """
 
     steps: int = 50
@@ -65,9 +64,9 @@ def sample_batches(
     sampling: Sampling,
     desc: str,
 ) -> Tensor:
-    """A sample of `shape` for each key of its noise, a batch after another -> float32 [len(keys), *shape] on the CPU.
+    """A sample of `shape` for each noise key, batch by batch -> float32 [len(keys), *shape] on the CPU.
 
-    conditions: the conditions of `Diffusion.sample`, each with a row for every sample.
+    conditions: those of `Diffusion.sample`, each [len(keys), ...].
     """
     with as_user_error(desc):
         total = -(-len(keys) // sampling.batch) * len(denoiser.diffusion.timesteps(sampling.steps))
@@ -80,16 +79,16 @@ def sample_batches(
                 sampling.preview(step, steps, estimate)
 
         for first in range(0, len(keys), sampling.batch):
-            part = slice(first, first + sampling.batch)
+            batch = slice(first, first + sampling.batch)
             with as_user_error(desc):
                 latent = denoiser.diffusion.sample(
                     denoiser.transformer,
-                    sample_noise(sampling.seed, keys[part], shape),
+                    sample_noise(sampling.seed, keys[batch], shape),
                     steps=sampling.steps,
                     guidance=sampling.guidance,
                     guidance_power=sampling.guidance_power,
                     preview=show,
-                    **{name: tensor[part] for name, tensor in conditions.items()},
+                    **{name: tensor[batch] for name, tensor in conditions.items()},
                 )
             latents.append(latent.float().cpu())
     return torch.cat(latents)

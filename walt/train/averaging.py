@@ -8,30 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from walt.distributed import full, local
+from walt.train.precision import wide
 
 
 class WeightAverage:
     """ema += (1 - d)(weights - ema) with d = min(decay, (1 + n) / (10 + n)) after n updates, so that the random start
     is forgotten early; in float32, or the parameters' dtype if that is wider. Buffers are copied.
 
-    Made before the module is sharded or compiled; afterwards, `shard` has each rank keep its own part only. With
-    decay = 0 this is no average, and only the way to the whole weights of a sharded module.
+    Made before the module is sharded or compiled; afterwards, `shard` makes each rank keep its shard only. With
+    decay = 0 nothing is averaged: this then only gathers the full weights of a sharded module.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.live, self.decay, self.updates = module, decay, 0
         self._copy = copy.deepcopy(module).eval().requires_grad_(False)
         for parameter in self._copy.parameters():
-            parameter.data = _wide(parameter.data)
+            parameter.data = wide(parameter.data)
         self._weights: dict[str, Tensor] = dict(self._copy.named_parameters())
         self._sharded = False
 
     def shard(self) -> None:
-        """Follow the shards of the module from now on, and give up the whole copy."""
+        """Follow the shards of the module from now on, and free the full copy."""
         self._sharded = True
         self._weights = dict(self.live.named_parameters())
         if self.decay:
-            self._weights = {name: _wide(tensor.detach()).clone() for name, tensor in self._weights.items()}
+            self._weights = {name: wide(tensor.detach()).clone() for name, tensor in self._weights.items()}
         for module in self._copy.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
@@ -53,8 +54,8 @@ class WeightAverage:
         return {name: self._weights.get(name, tensor) for name, tensor in self._copy.state_dict().items()}
 
     def module(self) -> nn.Module:
-        """The module with the averaged weights, in evaluation mode. Of a sharded one, a whole copy made anew at each
-        call, in which every rank takes part; its buffers are those that are saved.
+        """The module with the averaged weights, in evaluation mode. Of a sharded one, a new full copy (a collective:
+        all ranks call this) that shares the buffers that are saved.
         """
         if not self._sharded:
             return self._copy
@@ -62,9 +63,3 @@ class WeightAverage:
         for name, parameter in self._copy.named_parameters():
             kept[id(parameter)] = nn.Parameter(full(self._weights[name]).detach(), requires_grad=False)
         return copy.deepcopy(self._copy, kept)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

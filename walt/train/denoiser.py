@@ -14,7 +14,7 @@ from walt.data.batches import LatentSource
 from walt.data.latents import LatentStore, encode_latents
 from walt.data.loading import Batch
 from walt.data.text_features import TextFeatures, encode_captions
-from walt.distributed import is_main
+from walt.distributed import is_rank0
 from walt.errors import WaltError, as_user_error, say
 from walt.model.config import TransformerConfig, transformer_description
 from walt.model.cost import denoiser_flops
@@ -22,7 +22,7 @@ from walt.model.diffusion import Diffusion
 from walt.model.text import TextEncoder, text_encoder, with_text
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
-from walt.pretrained import load_tokenizer, of_another_tokenizer
+from walt.pretrained import load_tokenizer, tokenizer_mismatches
 from walt.train.losses import DenoiserLoss
 from walt.train.objective import Objective
 from walt.train.run import (
@@ -36,7 +36,7 @@ from walt.train.run import (
 )
 from walt.train.trainer import Preview, Trainer
 
-# Makes of a run, with its tokenizer, diffusion and text encoder, what a trainer calls with averaged module and step.
+# (run, tokenizer, diffusion, text encoder) -> the preview that the trainer calls, or None.
 MakePreview = Callable[[Run, Tokenizer, Diffusion, TextEncoder | None], Preview | None]
 
 
@@ -45,7 +45,7 @@ def train_denoiser(
 ) -> Trainer[Transformer]:
     """Second stage and super-resolution: v-prediction on the latents of the tokenizer in the same folder.
 
-    seconds: of training, in this call; None: as many as it takes.
+    seconds: of training in this call; None: no limit.
     """
     settings = run.settings
     data = settings.data
@@ -97,12 +97,12 @@ def trained_tokenizer(out: Path) -> Tokenizer:
 def check_tokenizer(run: Run, key: str) -> None:
     """WaltError if the stage's checkpoint was trained with another tokenizer; a line for every other stage's.
 
-    It comes before the latents, which would be encoded anew. Other stages may be trained again later.
+    To be called before latents are encoded anew. Other stages may be trained again later.
     """
-    for message in of_another_tokenizer(run.out, key, [run.folder.name]):
+    for message in tokenizer_mismatches(run.out, key, [run.folder.name]):
         raise WaltError(message)
-    if is_main():
-        for message in of_another_tokenizer(run.out, key):
+    if is_rank0():
+        for message in tokenizer_mismatches(run.out, key):
             say(message)
 
 
@@ -120,7 +120,7 @@ def check_cascade(run: Run) -> None:
 
 
 def tell_rate_before(run: Run) -> None:
-    """A line if the clips of the stage before have another frame rate."""
+    """Print a line if the clips of the stage before have another frame rate."""
     stages = {"sr1": ("transformer", "tokenizer"), "sr2": ("sr1", "tokenizer")}.get(run.stage, ("tokenizer",))
     folder = next(run.out / name for name in stages if checkpoint_folder(run.out / name) is not None)
     kind = "tokenizer" if folder.name == "tokenizer" else "transformer"
@@ -151,7 +151,7 @@ class DenoiserSource:
     ) -> None:
         self.latents, self.diffusion, self.config, self.encoder = latents, diffusion, config, encoder
         captions = [caption for caption in latents.latents.clips.caption if caption]
-        # As with `TextFeatures`, texts are as long as the longest caption of all: the rest of them would be padding.
+        # As with `TextFeatures`, texts are as long as the longest caption; the rest would be padding.
         self.longest = max(encoder.count(captions), default=1) if encoder is not None and encoder.vocabulary else 0
 
     def __call__(self, shared: torch.Generator, samples: Mapping[int, torch.Generator]) -> Batch:

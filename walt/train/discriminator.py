@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from walt.train.precision import wide
 from walt_kernels.values import plain
 
 __all__ = ["Discriminator", "blur_pool"]
@@ -93,5 +94,4 @@ class Discriminator(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = F.leaky_relu(self.last(x), SLOPE)
-        logits = self.logit(x.mean(dim=(2, 3, 4))).squeeze(1)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return wide(self.logit(x.mean(dim=(2, 3, 4))).squeeze(1))

@@ -25,7 +25,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """The first of STOPS is noted, so that no step is left half done; a second Ctrl-C stops at once."""
+    """Notes the first of STOPS, so that the running step can be finished; a second Ctrl-C stops at once."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
         yield stop

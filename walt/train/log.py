@@ -15,10 +15,10 @@ from walt.errors import WaltError, say
 class RunLog:
     """Writes rows to `path` and their numbers to `<path less suffix>.tensorboard`.
 
-    tensorboard: None, if it is installed; True, or WaltError; False, never.
+    tensorboard: None, if it is installed; True: WaltError if it is not; False: never.
 
-    A run outlives its log: rows that cannot be written are told once, kept, and written with a later one. After an
-    error TensorBoard's numbers end.
+    Errors do not stop the run: rows that cannot be written are kept, with one line, and written with a later row.
+    TensorBoard is given up after its first error.
     """
 
     def __init__(self, path: Path, tensorboard: bool | None = None) -> None:
@@ -63,7 +63,7 @@ class RunLog:
                 self._events.add_scalar(name, value, int(row["step"]))
 
     def _record(self, work: Callable[[], Any]) -> Any:
-        """What `work` of TensorBoard's gives; after an error, nothing any more."""
+        """The result of `work` with TensorBoard, which is given up after an error."""
         try:
             with writing(self.folder):
                 return work()

@@ -19,6 +19,7 @@ from walt.data.loading import Batch
 from walt.model.diffusion import Diffusion
 from walt.settings import TokenizerLossConfig
 from walt.train.objective import Values, frozen
+from walt.train.precision import wide
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ class DecorrelationTerm:
 
     Left alone, the channels of a small autoencoder all come to carry brightness; differences between them are then
     too small for the second stage to model. Correlations do not change with a channel's scale, so this costs the
-    reconstruction nothing. Not in the paper: ours, in the place of the quantizer that keeps MAGVIT-v2's channels apart.
+    reconstruction nothing. Not in the paper: ours, instead of the quantizer that keeps MAGVIT-v2's channels apart.
     """
 
     name = "decorrelation"
 
     def __call__(self, made: Reconstruction) -> Tensor:
-        rows = made.latent.transpose(0, 1).flatten(1)
-        rows = rows - rows.mean(1, keepdim=True)
-        rows = rows * (rows.square().mean(1, keepdim=True) + 1e-6).rsqrt()
-        with torch.autocast(rows.device.type, enabled=False):
-            correlation = rows @ rows.T / rows.shape[1]
-        return (correlation - correlation.diag().diag()).square().sum() / len(rows)
+        channels = made.latent.transpose(0, 1).flatten(1)
+        channels = channels - channels.mean(1, keepdim=True)
+        channels = channels * (channels.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+        with torch.autocast(channels.device.type, enabled=False):
+            correlation = channels @ channels.T / channels.shape[1]
+        return (correlation - correlation.diag().diag()).square().sum() / len(channels)
 
 
 class PerceptualTerm:
@@ -90,8 +91,8 @@ class PerceptualTerm:
 
 
 class AdversarialTerm:
-    """`generator_loss` of the discriminator's logits for the output. No gradient reaches its parameters, so it is to be
-    the module itself and not a DistributedDataParallel wrapper, which would wait for them."""
+    """`generator_loss` of the discriminator's logits for the output. No gradient reaches its parameters, so it must be
+    the module itself: a DistributedDataParallel wrapper would wait for them."""
 
     name = "adversarial"
 
@@ -124,11 +125,6 @@ class TokenizerLoss:
         values = {term.name: term(made) for _, term in self.terms}
         loss = torch.stack([weight * values[term.name] for weight, term in self.terms]).sum()
         return loss, {name: value.detach() for name, value in values.items()}
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32, if it was narrower."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:

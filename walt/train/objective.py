@@ -16,12 +16,15 @@ from walt.distributed import all_mean, full, parallel, synchronizing, world_size
 from walt.settings import TrainingConfig
 from walt.train.averaging import WeightAverage
 from walt.train.optimizers import make_optimizer
+from walt.train.timing import PARTS
 
 Values = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch], tuple[Tensor, Values]]
 
-TIMES = ("data_s", "compute_s", "optimizer_s", "save_s", "peak_gib", "mfu")
-COLUMNS = frozenset(("step", "loss", "grad_norm", "lr", "frames_s", "seconds", *TIMES))  # with a meaning of their own
+TIMES = (*(f"{part}_s" for part in PARTS), "peak_gib", "mfu")
+COLUMNS = frozenset(
+    ("step", "loss", "grad_norm", "lr", "frames_s", "seconds", *TIMES)
+)  # taken: names that a loss's values may not have
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Result:
     values: dict[str, float]
 
     def not_finite(self) -> str | None:
-        """The name of what is not finite any more."""
+        """The name of what is not finite, or None."""
         return next((name for name in ("loss", "grad_norm") if not math.isfinite(getattr(self, name))), None)
 
     def columns(self, prefix: str = "") -> dict[str, float]:
@@ -45,11 +48,11 @@ class Result:
 class Objective:
     """A network spread over the ranks, its loss and its optimizer; with `average`, also the average of its weights.
 
-    loss(network, batch) -> (scalar, values to log), both means over the samples it is given, so that the mean over
-    equal microbatches is that of the whole batch. It may call any method of the network, and other networks, which it
-    does not train. The names in the network's state dict stay what they are.
-    after_step(values): called after a step with the values' means over the global batch; the place to follow them with
-    running statistics (LeCAM's), which are then the same on every rank and however the batch is cut.
+    loss(network, batch) -> (scalar, values to log), both means over the samples, so that the mean over equal
+    microbatches is that of the full batch. It may call any method of the network, and other networks, which it does not
+    train. The names in the network's state dict stay.
+    after_step(values): called after a step with the values' means over the global batch, to update running statistics
+    (LeCAM's) that are then the same on every rank and however the batch is cut.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Objective:
         sharded = config.strategy == "fsdp" and world_size() > 1
         keeps = sharded or (average and config.ema_decay > 0)
         self.average = WeightAverage(network, config.ema_decay) if keeps else None
-        if config.compile:  # in place, for the sake of the names
+        if config.compile:  # in place, so that names in the state dict stay
             for module in (network, *network.children()):
                 if type(module).forward is not nn.Module.forward:
                     module.compile()
@@ -78,8 +81,10 @@ class Objective:
             self.average.shard()
 
     def backward(self, microbatches: Sequence[Batch]) -> Result:
-        """Leave the clipped gradient of the mean loss over the global batch in the parameters; of that batch, this
-        rank's microbatches are given, on the device."""
+        """Put the clipped gradient of the mean loss over the global batch into the parameters' `grad`.
+
+        microbatches: this rank's share of that batch, on the device.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(microbatches, 1):
@@ -113,7 +118,7 @@ class Objective:
 
 @contextlib.contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Gradients go through the modules but not to their parameters, for what is computed inside."""
+    """Inside, gradients go through the modules but not to their parameters."""
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -125,7 +130,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 class LossModule(nn.Module):
-    """What DDP and FSDP wrap: a forward that is the whole loss, so that it may call any method of the network."""
+    """What DDP and FSDP wrap: its forward computes the loss, which may call any method of the network."""
 
     def __init__(self, network: nn.Module, loss: Loss, precision: str) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""The settings of a training run, and what follows from them: optimizer, learning rate."""
+"""Optimizer and learning rate of a training run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class ShardedAdafactor(torch.optim.Adafactor):
 
 
 class _Task:
-    """The update of one parameter, in the three parts between which ranks exchange sums."""
+    """The update of one parameter, in three steps between which ranks exchange sums."""
 
     def __init__(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         self.parameter, self.state, self.group = parameter, state, group
@@ -107,10 +107,5 @@ def _reduce(groups: list[list[Tensor]]) -> None:
     tensors = [tensor for group in groups for tensor in group]
     if tensors:
         flat = all_sum(torch.cat([tensor.flatten() for tensor in tensors]))
-        for tensor, part in zip(tensors, _cut(flat, tensors), strict=True):
-            tensor.copy_(part)
-
-
-def _cut(flat: Tensor, tensors: list[Tensor]) -> Iterator[Tensor]:
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        yield part.view_as(tensor)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from walt.errors import require
+from walt.train.precision import wide
 
 __all__ = ["EfficientNetFeatures", "PerceptualLoss", "efficientnet_features", "load_efficientnet"]
 
@@ -26,7 +27,7 @@ class PerceptualLoss(nn.Module):
         self.network = network.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> PerceptualLoss:
-        """Set the mode of the loss, which has none; the network's stays."""
+        """The network stays in evaluation mode."""
         self.training = mode
         return self
 
@@ -41,24 +42,20 @@ class PerceptualLoss(nn.Module):
         if frames is not None and (frames.dtype != torch.int64 or frames.ndim != 2 or len(frames) != len(output)):
             got = f"{frames.dtype} {list(frames.shape)}"
             raise ValueError(f"frames: got {got}; expected torch.int64 [{len(output)}, n]")
-        output, target = (self._chosen(video.transpose(1, 2), frames) for video in (output, target))
+        output, target = (self._frames(video.transpose(1, 2), frames) for video in (output, target))
         with torch.autocast(output.device.type, enabled=False):  # distances of normalised features need their digits
             with torch.no_grad():
-                expected = _unit_maps(self.network(_wide(target)))
-            found = _unit_maps(self.network(_wide(output)))
+                expected = _unit_maps(self.network(wide(target)))
+            found = _unit_maps(self.network(wide(output)))
         distances = [(a - b).square().sum(1).mean() for a, b in zip(found, expected, strict=True)]
         return torch.stack(distances).sum()
 
     @staticmethod
-    def _chosen(video: Tensor, frames: Tensor | None) -> Tensor:
+    def _frames(video: Tensor, frames: Tensor | None) -> Tensor:
         """[B, T, ...] -> [B * n, ...]."""
         if frames is not None:
             video = video[torch.arange(len(video), device=video.device)[:, None], frames.to(video.device)]
         return video.flatten(0, 1)
-
-
-def _wide(video: Tensor) -> Tensor:
-    return video.to(torch.promote_types(video.dtype, torch.float32))
 
 
 def _unit_maps(maps: Sequence[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What the stages of training share: the run, its data, and how it begins."""
+"""What the stages of training share: the run, its data, resuming, previews."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from walt.data.clips import INDEX, ClipStore
 from walt.data.pixels import to_model
 from walt.data.prepare import prepare
 from walt.data.video import tile, write_mp4
-from walt.distributed import is_main, raise_on_all_ranks, world_size
+from walt.distributed import is_rank0, raise_on_all_ranks, world_size
 from walt.errors import WaltError, say, some
 from walt.locks import locked
 from walt.model.config import ClipShape
@@ -31,7 +31,7 @@ from walt.settings import Settings
 from walt.train.trainer import Trainer
 
 CLIPS = 4  # at a time, for statistics and previews
-FILES = ".files.json"  # ending of a stage's list of its data
+FILES = ".files.json"  # suffix of a stage's list of its data
 
 Result = TypeVar("Result")
 
@@ -57,8 +57,8 @@ class Run:
         return ClipShape(data.frames, data.height, data.width, self.store.rate / data.stride or 8)
 
     def description(self) -> dict[str, Any]:
-        """What of the data decides the result."""
-        # The rate and what is held out are those of the data: a prepared folder gives them to settings that name none.
+        """What of the data the result depends on."""
+        # fps and held_out are the prepared folder's, as the settings may leave them open.
         prepared = self.store.settings
         taken = {**self.settings.data.to_dict(), "fps": prepared.fps, "held_out": prepared.held_out}
         data = {"content": self.store.fingerprint, **taken}
@@ -69,25 +69,25 @@ class Run:
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """The run's folder `locked` by the main rank, for all ranks."""
+    """Rank 0 locks the run's folder, for all ranks."""
     with contextlib.ExitStack() as held:
         with raise_on_all_ranks(f"cannot write {out}"):
-            if is_main():
+            if is_rank0():
                 held.enter_context(locked(out))
         yield
 
 
-def rank0_first(work: Callable[[], Result], find: Callable[[], Result], what: str) -> Result:
-    """`work()` on the main rank; on the others, when that is done, `find()`."""
-    done: list[Result] = []
+def rank0_first(build: Callable[[], Result], load: Callable[[], Result], what: str) -> Result:
+    """Rank 0 builds it, then the others load it."""
+    built: list[Result] = []
     with raise_on_all_ranks(what):
-        if is_main():
-            done.append(work())
-    return done[0] if done else find()
+        if is_rank0():
+            built.append(build())
+    return built[0] if built else load()
 
 
 def open_data(data: Path, out: Path, settings: Settings, captions: Path | None = None) -> ClipStore:
-    """A prepared folder as it is, any other folder after preparing it in `out`, for the size that the settings name."""
+    """Open a prepared folder; any other is prepared in `out` first, for the size in the settings."""
     size = settings.data
     with reading(data):
         is_prepared = (data / INDEX).is_file()
@@ -132,8 +132,8 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
 
 
 def tell(lines: Iterable[str]) -> None:
-    """Print lines on the data, once for all ranks."""
-    for line in lines if is_main() else ():
+    """Print lines about the data, on rank 0 alone."""
+    for line in lines if is_rank0() else ():
         say(line)
 
 
@@ -157,15 +157,15 @@ def captions_of(data: Path, captions: Path | None) -> Path | None:
 
 
 def warn_of_cut_captions(store: ClipStore, encoder: TextEncoder) -> None:
-    """WaltWarning on the main rank if the encoder cuts some of the captions."""
-    if is_main():
+    """WaltWarning on rank 0 if the encoder cuts some of the captions."""
+    if is_rank0():
         captions = {item.name: item.caption for item in store.items if item.caption}
         warn_of_cuts("captions", list(captions), list(captions.values()), encoder)
 
 
 def check(run: Run) -> None:
-    """WaltError for a batch that cannot be divided, and for data without what the batches are to hold; a line for what
-    of the data is too short for them."""
+    """WaltError if the batch cannot be divided, or the data holds no clip for it; a line for clips that are too
+    short."""
     data, count = run.settings.data, run.settings.training.accumulate * world_size()
     if data.batch % count:
         below = data.batch // count * count
@@ -185,21 +185,21 @@ def check(run: Run) -> None:
 
 
 def images_of(run: Run) -> int:
-    """Images, or stacks of them, of a batch: all of it where samples have a single frame."""
+    """Images, or stacks of them, in a batch: all of it if samples have a single frame."""
     return run.settings.data.batch if run.settings.data.frames == 1 else run.settings.data.images
 
 
 def resume_and_save_settings(run: Run, trainer: Trainer[Any]) -> None:
-    """Go on from the run's checkpoint, if there is one, and leave the settings beside it."""
+    """Go on from the run's checkpoint, if there is one, and write the settings beside it."""
     trainer.resume(new_settings=run.new_settings)
     with raise_on_all_ranks(str(run.out)):
-        if is_main() and not trainer.finished:  # else nothing is trained with them
+        if is_rank0() and not trainer.finished:  # else nothing is trained with them
             run.settings.save(run.folder.with_suffix(".yaml"))
             write_json(run.folder.with_suffix(FILES), files_of(run))
 
 
 def files_of(run: Run) -> dict[str, Any]:
-    """What `Run.description` has of the data as hashes, file by file, to tell what changed."""
+    """The data of `Run.description`, file by file, to tell what changed."""
     items = {normal(item.name): item for item in run.store.items}
     return {
         "content": run.store.fingerprint,
@@ -210,9 +210,9 @@ def files_of(run: Run) -> dict[str, Any]:
 
 
 def check_same_data(run: Run, kind: str) -> None:
-    """WaltError that says what changed, if the run's checkpoint was trained on other data, unless that is wanted.
+    """WaltError that says what changed, if the run's checkpoint was trained on other data (unless new_settings).
 
-    It comes before the latents, which would be encoded anew.
+    To be called before latents are encoded anew.
     """
     folder = checkpoint_folder(run.folder)
     if folder is None:
@@ -237,7 +237,7 @@ def check_same_data(run: Run, kind: str) -> None:
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Of two results of `files_of`: "2 files more: c.mp4, d.mp4; 1 file changed: a.mp4"."""
+    """The difference of two results of `files_of`: "2 files more: c.mp4, d.mp4; 1 file changed: a.mp4"."""
     old, new = before.get("file", {}), now["file"]
     old_text, new_text = before.get("caption", {}), now["caption"]
     named = {
@@ -264,16 +264,16 @@ def some_clips(run: Run, count: int, *, held_out: bool = False) -> Iterator[Tens
     They are of the files for training or, with `held_out`, of those that are held out, if they have some.
     """
     data = run.settings.data
-    for part in (True, False) if held_out else (False,):
-        rows, frames = run.store.windows(data.frames, stride=data.stride, held_out=part), data.frames
-        if not len(rows):
-            rows, frames = run.store.images(held_out=part), 1
-        if len(rows):
+    for held in (True, False) if held_out else (False,):
+        indices, frames = run.store.windows(data.frames, stride=data.stride, held_out=held), data.frames
+        if not len(indices):
+            indices, frames = run.store.images(held_out=held), 1
+        if len(indices):
             break
-    chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    chosen = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)]
     for first in range(0, len(chosen), CLIPS):
-        part = chosen[first : first + CLIPS]
-        yield to_model(run.store.read(part, frames, stride=data.stride, crop=(data.height, data.width)))
+        batch = chosen[first : first + CLIPS]
+        yield to_model(run.store.read(batch, frames, stride=data.stride, crop=(data.height, data.width)))
 
 
 def write_preview(run: Run, step: int, videos: np.ndarray, columns: int) -> None:

@@ -18,7 +18,7 @@ from walt.errors import WaltError, say
 PARTS = ("data", "compute", "optimizer", "save")
 
 # TFLOP/s of dense matrix products that the makers state, in bfloat16, and in float32 with and without TensorFloat-32.
-# The first name that is part of the device's counts.
+# The first of these names that the device's contains.
 PEAKS = {
     "H100 PCIe": (756.0, 378.0, 51.0),
     "H100 NVL": (835.0, 417.5, 60.0),
@@ -38,8 +38,8 @@ class StepTimes:
     """Seconds that steps spend in each of PARTS, from one row of the log to the next.
 
     With `synchronize`, a part ends when the device is done with it. A GPU runs behind the host, and waiting for it at
-    every boundary would let it idle: so this is for steps that are logged, and in the others what a part leaves to do
-    counts in the part that waits for it.
+    every boundary would let it idle: so this is for steps that are logged; in others, unfinished work counts in the
+    part that waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,12 +65,12 @@ class StepTimes:
 
     def means(self) -> dict[str, float]:
         """Seconds a step of each part, and of all ("step"), since `restart`."""
-        whole = time.perf_counter() - self.started
-        return {name: seconds / self.steps for name, seconds in {**self.seconds, "step": whole}.items()}
+        total = time.perf_counter() - self.started
+        return {name: seconds / self.steps for name, seconds in {**self.seconds, "step": total}.items()}
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """The most memory that was ever in use: a GPU's by tensors, on a CPU the process's. None where it is not known."""
+    """The peak of memory in use: a GPU's by tensors, on a CPU the process's. None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -108,7 +108,7 @@ def _product_flops(dtype: torch.dtype, n: int = 768, seconds: float = 0.2) -> fl
 
 @contextlib.contextmanager
 def profiled(steps: int, path: Path) -> Iterator[Callable[[], None]]:
-    """Trace so many steps, after two that are not, into path. Yields what is to be called after each step."""
+    """Trace `steps` steps into path, after skipping two. Yields what to call after each step."""
     if not steps:
         yield lambda: None
         return

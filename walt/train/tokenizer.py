@@ -12,7 +12,7 @@ from walt.checkpoint import checkpoint_folder
 from walt.data.batches import Bucket, Buckets, PixelSource
 from walt.data.loading import Batch, Source
 from walt.data.pixels import to_pixels
-from walt.distributed import is_main
+from walt.distributed import is_rank0
 from walt.errors import as_user_error, say
 from walt.model.config import tokenizer_description
 from walt.model.cost import tokenizer_flops
@@ -39,7 +39,7 @@ from walt.train.trainer import Preview, Trainer
 def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokenizer]:
     """First stage: reconstruct clips and images, with the losses whose weights are not 0; then latent statistics.
 
-    seconds: of training, in this call; None: as many as it takes.
+    seconds: of training in this call; None: no limit.
     """
     settings, data = run.settings, run.settings.data
     check_same_data(run, "tokenizer")
@@ -67,7 +67,7 @@ def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokeni
     resume_and_save_settings(run, trainer)
     averaged = trainer.averaged
     if not trainer.finished or bool((averaged.latent_std == 1).all()):
-        for name, stage in DENOISERS.items() if is_main() else ():
+        for name, stage in DENOISERS.items() if is_rank0() else ():
             if checkpoint_folder(run.out / name) is not None:
                 where = run.out / name
                 say(f"{where} was trained on this tokenizer's latents; afterwards, train it again (walt train {stage})")
@@ -79,7 +79,7 @@ def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokeni
 
 
 def buckets(run: Run) -> dict[Bucket, float]:
-    """Clips, and single images in so large a share of the steps as `data.images` is of `data.batch`."""
+    """The share of the steps of each shape: clips, and single images in data.images / data.batch of them."""
     data = run.settings.data
     video = Bucket(data.frames, data.height, data.width, stride=data.stride)
     image = replace(video, frames=1, images=True)
@@ -99,7 +99,9 @@ class TokenizerSource:
         frames = self.losses.perceptual_frames
         return {
             "video": self.videos(shared, samples)["video"],
-            "perceptual_frames": torch.stack([torch.rand(frames, generator=own) for own in samples.values()]),
+            "perceptual_frames": torch.stack(
+                [torch.rand(frames, generator=generator) for generator in samples.values()]
+            ),
             "penalise": int(torch.randint(self.losses.r1_every, (), generator=shared)) == 0,
         }
 
@@ -120,7 +122,7 @@ def tokenizer_objectives(tokenizer: Tokenizer, settings: Settings) -> tuple[list
 
 
 def tokenizer_terms(weights: TokenizerLossConfig, discriminator: nn.Module | None, device: torch.device) -> list[Term]:
-    """The terms of the tokenizer's loss; those with a network of their own only where they have a weight."""
+    """The terms of the tokenizer's loss; those that need a network only if their weight is not 0."""
     terms: list[Term] = [ReconstructionTerm(weights.absolute), DecorrelationTerm()]
     if weights.perceptual:
         terms.append(PerceptualTerm(PerceptualLoss(efficientnet_features()).to(device)))

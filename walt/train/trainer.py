@@ -28,7 +28,7 @@ from walt.checkpoint import (
     save_together,
 )
 from walt.data.loading import Loader, Source, map_tensors
-from walt.distributed import all_max, is_main, raise_on_all_ranks, rank, world_size
+from walt.distributed import all_max, is_rank0, raise_on_all_ranks, rank, world_size
 from walt.errors import WaltError, say
 from walt.model.randoms import keyed_seed
 from walt.settings import FREE, TrainingConfig
@@ -38,29 +38,28 @@ from walt.train.objective import Objective, Result, frozen
 from walt.train.optimizers import learning_rate
 from walt.train.timing import PARTS, StepTimes, peak_flops, peak_gib, profiled
 
-DATA = ("data", "clip")  # what of a run's description is of its data
+DATA = ("data", "clip")  # keys of a run's description that are of its data
 
 Model = TypeVar("Model", bound=nn.Module)
 Preview = Callable[[nn.Module, int], None]
 
 
 class Trainer(Generic[Model]):
-    """Trains the objectives' networks, with the settings of the first; its network is the model.
+    """Trains the objectives' networks. The first one's network is the model, and its settings are those of the run.
 
-    A step's batch has `batch` samples over all ranks, made by `source` from random numbers that the seed, the step and
-    a sample's number decide (`walt.data.loading`), ahead of their turn in threads; each rank makes its own samples
-    only. So the step is all that a run has to know of its data to go on. Other generators, torch's own (dropout), begin
-    every step from the seed, the step and the rank.
+    A step's batch has `batch` samples over all ranks. `source` makes them from (seed, step, sample) alone
+    (`walt.data.loading`), ahead in threads, on each rank its own: to resume, the data needs only the step. torch's
+    generator (dropout) begins every step from the seed, the step and the rank.
 
-    All losses of a step see the weights from before it, so that a step is taken whole or not at all. A run that was
+    All losses of a step see the weights from before it, so that it is taken completely or not at all. A run that was
     interrupted and resumed ends in the same bits as one that was not, on the same machine, number of threads and ranks:
     weights, averages, optimizers, the state of `extra_modules` and the step are in its checkpoint.
 
     A run has diverged when a loss or a gradient norm is not finite: it stops with a WaltError, and with a checkpoint of
-    the step before. preview(averaged module, step) is called on the main rank every config.preview_every steps.
+    the step before. Rank 0 calls preview(averaged module, step) every config.preview_every steps.
 
-    A disk that is full stops no run: what the log, a preview or a checkpoint in between cannot write is told, and the
-    last good checkpoint stays. Only the last checkpoint must be written, or WaltError.
+    A full disk does not stop a run: a line says that the log, a preview or a checkpoint was not written, and the last
+    good checkpoint stays. Only the last checkpoint must be written, or WaltError.
 
     frames: of a sample. flops(): of a step, over all ranks, for the log's mfu.
     """
@@ -93,7 +92,7 @@ class Trainer(Generic[Model]):
         self.elapsed = 0.0
         self.finished = False
         self.log_path = self.folder.with_suffix(".jsonl")
-        self._log = RunLog(self.log_path, self.config.tensorboard) if is_main() else None
+        self._log = RunLog(self.log_path, self.config.tensorboard) if is_rank0() else None
         self._times = StepTimes(self.device)
         self._saved: int | None = None  # the step of the checkpoint in the folder
         self._last: dict[str, float] = {}  # the last finite losses
@@ -137,7 +136,7 @@ class Trainer(Generic[Model]):
             objective.network.train()
         before, started = self.elapsed, time.monotonic()
         log = nullcontext() if self._log is None else closing(self._log)
-        trace = profiled(config.profile if is_main() else 0, self.folder.with_suffix(".trace.json.gz"))
+        trace = profiled(config.profile if is_rank0() else 0, self.folder.with_suffix(".trace.json.gz"))
         self._times.restart()
         with log, self._bar() as bar, self._loader() as loader, trace as trace_step, stop_signal() as stop:
             while not self.finished:
@@ -181,7 +180,7 @@ class Trainer(Generic[Model]):
         return results
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)  # it lies in pinned memory where that matters
+        return tensor.to(self.device, non_blocking=True)  # for a GPU from pinned memory
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.config.steps
@@ -199,7 +198,7 @@ class Trainer(Generic[Model]):
             desc=f"train {self.kind}",
             unit="step",
             smoothing=0.1,
-            disable=not is_main(),
+            disable=not is_rank0(),
         )
 
     def _loader(self) -> Loader:
@@ -215,7 +214,7 @@ class Trainer(Generic[Model]):
         )
 
     def _write_row(self, bar: tqdm[Any], results: Sequence[Result], lr: float) -> None:
-        """A row of the log, and what of it the progress bar shows."""
+        """Write a row of the log, and show the main numbers on the progress bar."""
         if self._log is None:
             return
         row: dict[str, float | None] = {"step": self.step, **results[0].columns()}
@@ -233,7 +232,7 @@ class Trainer(Generic[Model]):
         self._times.restart()
 
     def _mfu(self, seconds: float) -> float | None:
-        """The share of this device's peak that a step's FLOPs took, or None where one of the two is not known."""
+        """Model FLOPs utilisation: FLOP/s as a share of the device's peak; None if one of the two is not known."""
         if self.flops is None:
             return None
         stated = self.config.peak_tflops * 1e12
@@ -262,11 +261,11 @@ class Trainer(Generic[Model]):
         return WaltError(f"{message}; {self.folder} holds step {self.step}, to go on from with a lower learning rate")
 
     def _preview(self) -> None:
-        """All ranks take part in gathering a sharded module."""
+        """A collective: all ranks gather a sharded module."""
         if self.preview is None:
             return
         averaged = self.averaged
-        if is_main():
+        if is_rank0():
             training = averaged.training
             try:
                 self.preview(averaged.eval(), self.step)
@@ -276,8 +275,8 @@ class Trainer(Generic[Model]):
 
     @property
     def averaged(self) -> Model:
-        """The first module with the averaged weights, or itself if there is no average. Under FSDP it is a whole copy,
-        and every rank must ask for it."""
+        """The model with the averaged weights, or itself if there is no average. Under FSDP it is a full copy (a
+        collective: all ranks call this)."""
         average = self.objectives[0].average
         return self.model if average is None else cast(Model, average.module())
 
@@ -285,7 +284,7 @@ class Trainer(Generic[Model]):
         return {"done": self.step, "planned": self.config.steps, "seconds": round(self.elapsed, 1)}
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The groups of tensors that are saved and loaded in place, beside those of optimizers."""
+        """The groups of tensors that are saved, and loaded in place, beside the optimizers'."""
         modules: dict[str, nn.Module] = {
             "model": self.model,
             **{objective.name: objective.network for objective in self.objectives[1:]},
@@ -318,12 +317,12 @@ class Trainer(Generic[Model]):
         groups = {**self._tensors(), **optimizers}
         save_together(self.folder, self.kind, self.description, groups, state, keep_as=keep_as)
         self._saved = self.step
-        if is_main():
+        if is_rank0():
             for old in sorted(self.folder.parent.glob(f"{self.folder.name}.step*"))[: -(self.config.keep - 1) or None]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _save_or_keep(self, last: bool) -> None:
-        """`save`; where that fails, the checkpoint before stays: told and, for the last one, WaltError on all ranks."""
+        """`save`; if that fails, the one before stays, with a line or, for the last one, WaltError on all ranks."""
         try:
             self.save()
         except WaltError as error:
@@ -335,9 +334,9 @@ class Trainer(Generic[Model]):
     def resume(self, *, new_settings: bool = False) -> bool:
         """Go on from the last complete checkpoint in the folder, if there is one. Every rank must call this.
 
-        WaltError if it is another run's: of another description, or (unless new_settings) of other settings for
-        training than those that may always change (`walt.settings.FREE`), as the number of ranks may. With
-        new_settings the data may be another, too (DATA of the description).
+        WaltError if it is another run's: if the description differs, or settings of training other than those in
+        `walt.settings.FREE`. With new_settings, training and data (DATA of the description) may differ. The number of
+        ranks may always.
         """
         folder = checkpoint_folder(self.folder)
         if folder is None:
@@ -370,12 +369,12 @@ class Trainer(Generic[Model]):
 
 
 def _fixed(config: TrainingConfig) -> dict[str, Any]:
-    """The settings that make a run what it is."""
+    """The settings that must stay the same when a run is resumed."""
     return {name: value for name, value in config.to_dict().items() if name not in FREE}
 
 
 def _first_difference(key: str, found: Any, asked: Any) -> str:
-    """The innermost setting that differs, as "name: found, now asked"."""
+    """The innermost setting that differs, as "name is 1 there, 2 here"."""
     if isinstance(found, dict) and isinstance(asked, dict):
         for name in sorted({*found, *asked}):
             if found.get(name) != asked.get(name):
