@@ -114,7 +114,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     if not torch.cuda.is_available() or torch.version.hip is not None:
         pytest.skip("no NVIDIA GPU")
-    reason = _native.cuda_unsupported(torch.empty(0, device="cuda"))
+    reason = _native.cuda_unsupported(x=torch.empty(0, device="cuda"))
     if reason is not None:
         pytest.skip(reason)
     with wk.use_backend("cuda"):
@@ -312,7 +312,7 @@ def test_calls_that_do_not_fit_are_refused(emulation: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*cpu.MODULATED, "adaln_lora"])
 def test_calls_do_not_wait_for_the_gpu(name: str) -> None:
-    if not torch.cuda.is_available() or _native.cuda_unsupported(torch.empty(0, device="cuda")) is not None:
+    if not torch.cuda.is_available() or _native.cuda_unsupported(x=torch.empty(0, device="cuda")) is not None:
         pytest.skip("no NVIDIA GPU that the CUDA kernels were built for")
     inputs = (
         cpu.lora_inputs(2, 2, 64, 384, 2, torch.float32)

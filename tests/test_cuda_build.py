@@ -231,14 +231,14 @@ class Built:
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(2)
     monkeypatch.setattr(_native, "C", Built())
-    assert _native.cuda_unsupported(x) == "built without CUDA: nvcc was not found, or WALT_KERNELS_CUDA=0"
+    assert _native.cuda_unsupported(x=x) == "built without CUDA: nvcc was not found, or WALT_KERNELS_CUDA=0"
     monkeypatch.setattr(_native, "C", Built("80", "90a"))
-    assert _native.cuda_unsupported(x) == "runs on NVIDIA GPUs; this tensor is on cpu"
+    assert _native.cuda_unsupported(x=x) == "runs on NVIDIA GPUs; this tensor is on cpu"
     with FakeTensorMode():
         x = torch.empty(2, device="cuda")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert _native.cuda_unsupported(x, None) is None
-        assert _native.cuda_unsupported(x.double()) == "no CUDA kernel for torch.float64"
+        assert _native.cuda_unsupported(x=x, y=None) is None
+        assert _native.cuda_unsupported(x=x.double()) == "no CUDA kernel for torch.float64"
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-        assert _native.cuda_unsupported(x) == "built for 80, 90a; cuda:0 has compute capability 12.0"
+        assert _native.cuda_unsupported(x=x) == "built for 80, 90a; cuda:0 has compute capability 12.0"
