@@ -20,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import walt.checkpoint
 from walt.distributed import all_max, process_group, rank
-from walt.errors import WaltError
+from walt.errors import Interrupted, WaltError
 from walt.model.config import TransformerConfig
 from walt.model.diffusion import Diffusion
 from walt.model.transformer import Transformer
 from walt.settings import TrainingConfig
-from walt.train.interrupt import Interrupted
 from walt.train.losses import DenoiserLoss, r1_penalty
 from walt.train.objective import Objective
 from walt.train.trainer import Trainer

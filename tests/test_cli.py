@@ -186,6 +186,13 @@ class TestBadInput:
         assert main(["prepare", "--data", "x", "--out", "y"]) == code
         assert "interrupted: halfway; run the same command again to go on" in capsys.readouterr().err
 
+    def test_sigterm_ends_any_command_as_ctrl_c_does(self, capsys, monkeypatch):
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(info.Info, "run", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(["info"]) == 143
+        assert capsys.readouterr().err == "\nwalt: interrupted\n"
+        assert signal.getsignal(signal.SIGTERM) == before
+
 
 class TestSettings:
     """Of `walt train`: one line that names the setting."""

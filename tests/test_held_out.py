@@ -189,6 +189,49 @@ class TestWhoReadsThem:
         fit("tokenizer", prepared, tmp_path / "run", "data.held_out=0.3")
         fit("base", prepared, tmp_path / "run")
 
+    def test_what_counts_is_what_the_model_was_trained_without(self, trained, tmp_path, capsys):
+        """Not how the folder was marked since, which would pass training data off as held out, or the reverse."""
+        folder, _ = trained
+        arguments = ["evaluate", "--from", str(folder / "run"), "--metrics", "psnr", "--data"]
+        shown = []
+        for share in (0.0, 0.3, 0.9):
+            make(folder / "films", tmp_path / str(share), held_out=share)
+            assert main([*arguments, str(tmp_path / str(share))]) == 0
+            captured = capsys.readouterr()
+            shown.append(captured.out)
+            told = f"{folder / 'run'} was trained with 0.3, which counts here" in captured.err
+            assert told == (share != 0.3)
+        assert shown == [shown[1]] * 3
+
+    def test_a_refused_training_marks_nothing_anew(self, trained):
+        folder, _ = trained
+        with pytest.raises(
+            WaltError, match=r"data-16x16 was prepared with 0\.3 of its files held out; 0\.5 are wanted"
+        ):
+            fit("base", folder / "films", folder / "run", "data.held_out=0.5")
+        assert ClipStore.open(folder / "run/data-16x16").settings.held_out == 0.3
+
+    def test_the_share_is_in_the_settings_of_the_stage(self, trained):
+        folder, _ = trained
+        for stage in ("tokenizer", "transformer"):
+            assert "held_out: 0.3" in (folder / f"run/{stage}.yaml").read_text()
+
+
+def test_a_share_that_leaves_something_out(source, tmp_path):
+    """Nothing held out, a class without a file to train on, and nothing to train on are told."""
+    _, lines = make(source, tmp_path / "a", held_out=1e-9)
+    assert lines == ["held out: 0 of 46 files (the share is too small)"]
+    store, _ = make(source, tmp_path / "b", held_out=0.3)
+    alone = tmp_path / "alone"
+    shutil.copytree(source / "images", alone / "images")
+    kept = next(item for item in store.items if item.held_out and item.kind == "video")
+    (alone / "films").mkdir()
+    shutil.copy(source / kept.name, alone / kept.name)
+    _, lines = make(alone, tmp_path / "c", held_out=0.3)
+    assert "classes of which all files are held out, so that no model learns them: films" in lines
+    with pytest.raises(WaltError, match="all clips of 5 frames are held out; prepare it with a smaller --held-out"):
+        fit("tokenizer", tmp_path / "c", tmp_path / "run")
+
 
 def test_the_command(source, tmp_path, capsys):
     arguments = ["prepare", "--data", str(source), "--out", str(tmp_path / "a"), "--size", "16", "--held-out", "0.3"]

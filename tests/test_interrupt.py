@@ -10,7 +10,8 @@ import pytest
 from on_ranks import fit, regression
 from test_training import same
 
-from walt.train.interrupt import Interrupted, stop_signal
+from walt.errors import Interrupted
+from walt.train.interrupt import stop_signal
 
 
 def struck(trainers, at: int, *numbers: int):

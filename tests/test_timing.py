@@ -125,6 +125,26 @@ def test_a_trace_of_some_steps(tmp_path, capsys):
     assert [row["step"] for row in read_log(tmp_path / "a.jsonl")][-1] == 7
 
 
+def test_a_trace_of_what_steps_there_are(tmp_path, capsys):
+    """It says how many it has, and none takes the place of one that has some."""
+    fit(tmp_path / "a", 5, profile=50).run()
+    path = tmp_path / "a.trace.json.gz"
+    assert f"{path}: a trace of 3 steps" in capsys.readouterr().err
+    size = path.stat().st_size
+    for steps in (6, 8):
+        trainer = fit(tmp_path / "a", steps, profile=50)
+        trainer.resume(new_settings=True)
+        trainer.run()
+        assert "no trace: the first 2 steps are not traced, and there were no more" in capsys.readouterr().err
+        assert path.stat().st_size == size
+
+
+def test_a_trace_counts_as_saving(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda self, path: time.sleep(0.3))
+    fit(tmp_path / "a", 5, profile=1, log_every=1).run()
+    assert max(row["save_s"] for row in read_log(tmp_path / "a.jsonl")) > 0.3
+
+
 def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from walt.errors import WaltError, WaltWarning, did_you_mean, one_line
+from walt.errors import Interrupted, WaltError, WaltWarning, did_you_mean, one_line
 from walt.terminal import check_stdout, terminal
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ RESUMED = ("demo", "prepare", "train")  # commands that resume when they are run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit code: 0, 2 after a user error (one line on stderr), or 128 + N after signal N."""
-    with terminal(), warnings.catch_warnings():
+    with terminal(), _sigterm_interrupts(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         speaker = "walt"
         try:
@@ -74,6 +77,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             again = "; run the same command again to go on" if name in RESUMED else ""
             print(f"\nwalt: interrupted{what}{again}", file=sys.stderr)
             return 128 + getattr(interruption, "signal", signal.SIGINT)  # as shells report it
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which clusters send, ends a command as Ctrl-C does; training has a handler of its own."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted("", number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _printed() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Collection, Iterator
 from types import ModuleType
@@ -28,6 +29,14 @@ class WaltError(Exception):
     def of(cls, file: object, reason: str) -> WaltError:
         """The message "<file> <reason>"."""
         return cls(f"{file} {reason}", reason=reason)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, told by the number `signal`. During training the running step is finished and saved first."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 class WaltWarning(UserWarning):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,11 @@ def write_store(folder: Path, clips: Iterable[tuple[str, np.ndarray]], fps: floa
     return ClipStore.open(folder)
 
 
+def is_held_out(digest: str, share: float) -> bool:
+    """By the file's SHA-256: adding or renaming files changes nothing, and copies stay together."""
+    return int(digest[:16], 16) < share * 2**64
+
+
 class ClipStore:
     """A prepared folder, read-only. A clip's index is (item, first frame); an image's is (item, frame)."""
 
@@ -216,11 +221,20 @@ class ClipStore:
         """Frames a second of most films (the median); 0 if no film's is known."""
         return float(np.median(self.fps[self.fps > 0])) if self.fps.any() else 0.0
 
+    def hold_out(self, share: float) -> ClipStore:
+        """The same frames, with this share of the files held out."""
+        settings = replace(self.settings, held_out=share)
+        items = tuple(replace(item, held_out=is_held_out(item.digest, share)) for item in self.items)
+        return ClipStore(self.folder, settings, items, self._shards)
+
     def remarks(self) -> Iterator[str]:
         """Lines for the user: how many files are held out, and whether frame rates differ."""
-        if self.held_out.any():
+        if self.settings.held_out:
             names = [item.name for item in self.items if item.held_out]
-            yield f"held out: {len(names)} of {len(self.items)} files ({some(names)})"
+            yield f"held out: {len(names)} of {len(self.items)} files ({some(names) or 'the share is too small'})"
+        trained = {item.label for item in self.items if not item.held_out}
+        if left := [name for name in self.classes if name not in trained]:
+            yield f"classes of which all files are held out, so that no model learns them: {some(left)}"
         yield from self.uneven()
 
     def uneven(self) -> Iterator[str]:

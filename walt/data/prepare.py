@@ -30,6 +30,7 @@ from walt.data.clips import (
     ClipStore,
     Item,
     PrepareSettings,
+    is_held_out,
     read_index,
     shard_path,
     write_index,
@@ -68,7 +69,7 @@ def prepare(
 
     The folder that a file lies in is its class. With `shots`, clips do not span a cut (`walt.data.shots`). With `fps`,
     films are taken at that rate by their time stamps; else frame by frame. `held_out` is the share of files that
-    training never sees (None: as before, or none); which they are depends on their bytes alone (`_is_held_out`).
+    training never sees (None: as before, or none); which they are depends on their bytes alone.
 
     `say` gets `ClipStore.remarks`; a line for each reason why something is passed over (`walt.data.folders`, and what
     cannot be decoded), with a count and ten names (all are in passed-over.json in `folder`); and the names that
@@ -102,7 +103,7 @@ def prepare(
             flush(path)
         write_json(folder / PASSED_OVER, passed.names)
         marked = [
-            replace(item, caption=texts.get(normal(name)), held_out=_is_held_out(item.digest, settings.held_out))
+            replace(item, caption=texts.get(normal(name)), held_out=is_held_out(item.digest, settings.held_out))
             for name in files
             if (item := decoder.items.get(name)) is not None
         ]
@@ -112,11 +113,6 @@ def prepare(
     for line in store.remarks():
         say(line)
     return store
-
-
-def _is_held_out(digest: str, share: float) -> bool:
-    """By the file's SHA-256: adding or renaming files changes nothing, and copies stay together."""
-    return int(digest[:16], 16) < share * 2**64
 
 
 def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], PassedOver]:

@@ -39,9 +39,9 @@ def real_clips(
     """At most `count` clips spread over a folder, or from the beginning of a film -> uint8 [N, frames, *size, 3], and
     of those from a folder the classes and captions. No more is decoded than they take.
 
-    Of a prepared folder they are those that are held out, if some are. As in the model's training, films are taken at
-    data.fps, and every data.stride-th of their frames. If the clips still have another rate
-    than those of training, a line says so; for a prepared folder it is a WaltError.
+    Of a prepared folder they are of the files that were held out in the model's training, if some were. As in that,
+    films are taken at data.fps, and every data.stride-th of their frames. If the clips still have another rate than
+    those of training, a line says so; for a prepared folder it is a WaltError.
     """
     clip, data = trained_on(model)
     fps, stride = data.get("fps", 0.0), data.get("stride", 1)
@@ -62,7 +62,15 @@ def real_clips(
                 f"{source} was prepared at {prepared:g} frames a second, but {model} was trained on films of"
                 f" {rate * stride:g}: prepare it without --fps"
             )
-        clips, labels, captions = _of_store(store, count, frames, size, stride)
+        share = data.get("held_out", 0.0)  # whatever the folder was marked with since
+        if share != store.settings.held_out:
+            tell(
+                [
+                    f"{source} was prepared with {store.settings.held_out:g} of its files held out, but {model} was"
+                    f" trained with {share:g}, which counts here"
+                ]
+            )
+        clips, labels, captions = _of_store(store.hold_out(share), count, frames, size, stride)
         found = store.rate
     else:
         if data.get("held_out"):

@@ -11,14 +11,6 @@ from types import FrameType
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal during training, after the running step was finished and the checkpoint written."""
-
-    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
-        super().__init__(message)
-        self.signal = number
-
-
 class Stop:
     number = 0  # of the signal that came; 0: none
 
@@ -34,7 +26,7 @@ def stop_signal() -> Iterator[Stop]:
     def handle(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.number = number
+        stop.number = stop.number or number
 
     before = {number: signal.signal(number, handle) for number in STOPS}
     try:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from walt.atomic import read_json, reading, write_json
 from walt.checkpoint import checkpoint_folder, load_description
-from walt.data.clips import INDEX, ClipStore
+from walt.data.clips import INDEX, ClipStore, read_index
 from walt.data.pixels import to_model
 from walt.data.prepare import prepare
 from walt.data.video import tile, write_mp4
@@ -115,6 +115,14 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
     place = out / f"data-{size.height}x{size.width}{f'-{size.fps:.10g}fps' if size.fps else ''}"
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
         raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
+    with raise_on_all_ranks(str(place)):
+        # Marking it anew here would change the data of the stages that are trained, even if this one is refused.
+        marked = read_index(place)[0].held_out if (place / INDEX).is_file() else size.held_out
+        if size.held_out and marked != size.held_out:
+            raise WaltError(
+                f"{place} was prepared with {marked:g} of its files held out; {size.held_out:g} are wanted: delete"
+                " it, or give another --out"
+            )
     return rank0_first(
         lambda: prepare(
             data,
@@ -176,6 +184,11 @@ def check(run: Run) -> None:
         )
     if data.frames > 1 and not len(run.store.windows(data.frames, stride=data.stride)):
         needed = (data.frames - 1) * data.stride + 1
+        if len(run.store.windows(data.frames, stride=data.stride, held_out=True)):
+            raise WaltError(
+                f"{run.store.folder}: all clips of {data.frames} frames are held out; prepare it with a smaller"
+                " --held-out"
+            )
         raise WaltError(
             f"{run.store.folder} holds no clip of {data.frames} frames, for which a shot must have {needed}; give fewer"
             " --frames, and for pictures alone --frames 1"
@@ -194,7 +207,8 @@ def resume_and_save_settings(run: Run, trainer: Trainer[Any]) -> None:
     trainer.resume(new_settings=run.new_settings)
     with raise_on_all_ranks(str(run.out)):
         if is_rank0() and not trainer.finished:  # else nothing is trained with them
-            run.settings.save(run.folder.with_suffix(".yaml"))
+            data = replace(run.settings.data, held_out=run.store.settings.held_out)  # the settings may leave it open
+            replace(run.settings, data=data).save(run.folder.with_suffix(".yaml"))
             write_json(run.folder.with_suffix(FILES), files_of(run))
 
 

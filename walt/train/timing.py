@@ -15,6 +15,7 @@ import torch
 from walt.atomic import atomic_write
 from walt.errors import WaltError, say
 
+SKIPPED = 2  # steps before a trace, in which much happens once
 PARTS = ("data", "compute", "optimizer", "save")
 
 # TFLOP/s of dense matrix products that the makers state, in bfloat16, and in float32 with and without TensorFloat-32.
@@ -108,19 +109,30 @@ def _product_flops(dtype: torch.dtype, n: int = 768, seconds: float = 0.2) -> fl
 
 @contextlib.contextmanager
 def profiled(steps: int, path: Path) -> Iterator[Callable[[], None]]:
-    """Trace `steps` steps into path, after skipping two. Yields what to call after each step."""
+    """Trace `steps` steps into path, after SKIPPED others. Yields what to call after each step."""
     if not steps:
         yield lambda: None
         return
 
+    taken = 0
+
     def write(profiler: torch.profiler.profile) -> None:
+        traced = min(taken - SKIPPED, steps)
         try:
-            with atomic_write(path) as temporary:
-                profiler.export_chrome_trace(str(temporary))
-            say(f"{path}: a trace of {steps} steps, to open at https://ui.perfetto.dev")
+            if traced > 0:
+                with atomic_write(path) as temporary:
+                    profiler.export_chrome_trace(str(temporary))
+                say(f"{path}: a trace of {traced} steps, to open at https://ui.perfetto.dev")
         except WaltError as error:
             say(f"{error}; training goes on")
 
-    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+    def step() -> None:
+        nonlocal taken
+        taken += 1
+        profiler.step()
+
+    schedule = torch.profiler.schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
-        yield profiler.step
+        yield step
+    if taken <= SKIPPED:
+        say(f"no trace: the first {SKIPPED} steps are not traced, and there were no more")

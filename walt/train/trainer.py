@@ -29,10 +29,10 @@ from walt.checkpoint import (
 )
 from walt.data.loading import Loader, Source, map_tensors
 from walt.distributed import all_max, is_rank0, raise_on_all_ranks, rank, world_size
-from walt.errors import WaltError, say
+from walt.errors import Interrupted, WaltError, say
 from walt.model.randoms import keyed_seed
 from walt.settings import FREE, TrainingConfig
-from walt.train.interrupt import Interrupted, stop_signal
+from walt.train.interrupt import stop_signal
 from walt.train.log import RunLog
 from walt.train.objective import Objective, Result, frozen
 from walt.train.optimizers import learning_rate
@@ -153,10 +153,10 @@ class Trainer(Generic[Model]):
                         self._save_or_keep(last=interrupted or self.finished)
                     if config.preview_every and self.step % config.preview_every == 0 and not interrupted:
                         self._preview()
+                    trace_step()
                 if interrupted:
                     held = f"{self.folder} holds a checkpoint at step {self.step} of {config.steps}"
                     raise Interrupted(held, int(number))
-                trace_step()
         for objective in self.objectives:
             objective.network.eval()
 
