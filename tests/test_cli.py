@@ -144,6 +144,10 @@ class TestBadInput:
         assert "--seed: -1 must not be negative" in fails(capsys, "sample", "--from", "x", "--seed", "-1")
         assert "--size: 'big' is not a whole number" in fails(capsys, "train", "base", "--size", "big")
         assert "required: --from" in fails(capsys, "sample")
+        assert "unknown option --form; did you mean --from?" in fails(capsys, "sample", "--form", "x")
+        assert "--seed: 9223372036854775808 must be below 2^63" in fails(
+            capsys, "sample", "--from", "x", "--seed", 2**63
+        )
 
     def test_sizes_of_the_demo(self, capsys, tmp_path):
         line = fails(capsys, "demo", "--out", tmp_path / "out", "--frames", "16")
@@ -200,6 +204,14 @@ class TestSettings:
     def parse(self, *words: object):
         return parse("train", ["base", "--data", "x", "--out", "y", *map(str, words)]).settings
 
+    def test_whole_numbers_are_those_of_python(self, capsys):
+        """010 is 10, as an array job writes it, and not YAML's octal 8."""
+        assert self.parse("--seed", "010", "--steps", "0008").training.seed == 10
+        for word in ("1:30", "0x10", "1e3"):
+            assert f"got '{word}'; expected a whole number" in fails(
+                capsys, "train", "base", "--data", "x", "--out", "y", "--steps", word
+            )
+
     def test_over_the_file_and_the_preset(self, tmp_path):
         (tmp_path / "a.yaml").write_text("preset: tiny-text\ntraining: {lr: 1e-4, steps: 7, warmup: 3}\n")
         made = self.parse(
@@ -243,6 +255,7 @@ class TestSettings:
             (["--transformer.latent-size", "5", "8"], "--transformer.latent_size: got (5, 8); expected 3 ints >= 1"),
             (["--data.flip", "maybe"], "--data.flip: got 'maybe'; expected true or false"),
             (["--preset", "huge"], "unknown preset 'huge'; there are tiny, L, "),
+            (["--set=training.lr=3"], "--set training.lr=3 is now an option of its own: --training.lr 3"),
             (["-s", "training.lr=3"], "-s training.lr=3 is now an option of its own: --training.lr 3"),
             (["--set", "data.flip=true"], "--set data.flip=true is now an option of its own: --data.flip true"),
         ],

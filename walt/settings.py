@@ -120,6 +120,7 @@ class TrainingConfig(Config):
             value = getattr(self, name)
             good = is_int(value) and value >= least
             self._expect(good, name, f"an int >= {least}")
+        self._expect(self.seed < 2**63, "seed", "an int below 2^63")
         for name, choices in CHOICES.items():
             self._expect(getattr(self, name) in choices, name, " or ".join(map(str, choices)))
         for name in ("compile", "checkpointing"):
@@ -221,7 +222,9 @@ def merge_settings(stage: str, preset: str | None, file: Path | None, overrides:
     document = _read(file) if file is not None else {}
     name = preset or document.get("preset") or ("tiny-sr" if stage.startswith("sr") else "tiny")
     if not isinstance(name, str) or name not in PRESETS:
-        raise WaltError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        origin = f"{file}: " if file is not None and not preset else ""
+        nearest = did_you_mean(str(name), PRESETS) or f"; there are {', '.join(PRESETS)}"
+        raise WaltError(f"{origin}unknown preset {name!r}{nearest}")
     tokenizer, transformer = PRESETS[name]
     settings = Settings(name, tokenizer, transformer, **_recipe(name, stage))
     settings = _apply(settings, {k: v for k, v in document.items() if k != "preset"}, f"{file}: ")
@@ -278,7 +281,8 @@ def _apply(settings: Settings, sections: Mapping[str, Any], origin: str) -> Sett
     changed = {}
     for name, values in sections.items():
         if name not in names:
-            raise WaltError(f"{origin}unknown section {name!r}; there are {', '.join(names)}")
+            nearest = did_you_mean(str(name), names) or f"; there are {', '.join(names)}"
+            raise WaltError(f"{origin}unknown section {name!r}{nearest}")
         if not isinstance(values, dict):
             raise WaltError(f"{origin}section {name} holds {values!r}, expected fields with values")
         changed[name] = section(names[name], {**vars(getattr(settings, name)), **values}, origin)

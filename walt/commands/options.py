@@ -118,6 +118,8 @@ def natural(text: str) -> int:
     result = number(text, int, "a whole number")
     if result < 0:
         raise ValueError(f"{text} must not be negative")
+    if result >= 2**63:
+        raise ValueError(f"{text} must be below 2^63")
     return int(result)
 
 
@@ -216,6 +218,9 @@ def read(
 
 def _missing(arguments: Sequence[str], seen: _Seen) -> str:
     """The message for tyro's other errors: a required option is missing, or an option's value."""
+    known = {*seen.valued, *seen.flags}
+    if unknown := [word for word in arguments if word.startswith("--") and _option(word) not in known]:
+        return _unknown(unknown, seen)
     if missing := sorted(seen.required - {_option(word) for word in arguments}):
         return f"required: {', '.join(missing)}"
     for word, after in zip(arguments, [*arguments[1:], "--"], strict=True):
@@ -227,9 +232,9 @@ def _missing(arguments: Sequence[str], seen: _Seen) -> str:
 def _unknown(unknown: Sequence[str], seen: _Seen) -> str:
     options = [word for word in unknown if word.startswith("-")]
     for option, after in zip(unknown, [*unknown[1:], "SECTION.FIELD=VALUE"], strict=True):
-        if option in ("-s", "--set"):
-            name, _, setting = after.partition("=")
-            return f"{option} {after} is now an option of its own: --{name} {setting}"
+        if option in ("-s", "--set") or option.startswith("--set="):
+            name, _, setting = (option.removeprefix("--set=") if "=" in option else after).partition("=")
+            return f"{option.partition('=')[0]} {name}={setting} is now an option of its own: --{name} {setting}"
     if not options:
         return f"unknown argument {unknown[0]!r}"
     option = _option(options[0])
@@ -317,4 +322,13 @@ def _setting(kind: Any) -> Value:
 
         return Value("*", f"{get_args(kind)[0].__name__.upper()} ...", read, lambda _: True, lambda v: [*map(_show, v)])
     metavar = "TEXT" if kind is str else kind.__name__.upper()
-    return value(str if kind is str else yaml_value, metavar, _show)
+    reads: dict[Any, Callable[[str], Any]] = {int: _whole, float: str, str: str}
+    return value(reads.get(kind, yaml_value), metavar, _show)
+
+
+def _whole(word: str) -> Any:
+    """In Python's form: YAML's has octal numbers, such as 010, and base 60."""
+    try:
+        return int(word)
+    except ValueError:
+        return word

@@ -131,13 +131,13 @@ def _known(folder: Path, settings: PrepareSettings) -> dict[str, Item]:
     decoded: list[Item] = []
     if (folder / INDEX).exists():
         found, items = read_index(folder)
-        found = replace(found, held_out=settings.held_out)  # which is marked anew
-        if items and found != settings:
+        same = replace(found, held_out=settings.held_out) == settings  # which is marked anew
+        if items and not same:
             raise WaltError(
                 f"{folder} was prepared with {found}, not with {settings}; delete that folder, or prepare into another"
                 " one"
             )
-        if found != settings:
+        if not same:
             (folder / JOURNAL).unlink(missing_ok=True)
         decoded += items
     if not decoded:

@@ -17,14 +17,14 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """Notes the first of STOPS, so that the running step can be finished; a second Ctrl-C stops at once."""
+    """Notes the first of STOPS, so that the running step can be finished; a Ctrl-C after it stops at once."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
         yield stop
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stop.number == signal.SIGINT:
+        if number == signal.SIGINT and stop.number:
             raise KeyboardInterrupt
         stop.number = stop.number or number
 
