@@ -117,12 +117,13 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
         raise WaltError(f"{out} lies inside {data}: what is written there would be taken for data; name another folder")
     with raise_on_all_ranks(str(place)):
         # Marking it anew here would change the data of the stages that are trained, even if this one is refused.
-        marked = read_index(place)[0].held_out if (place / INDEX).is_file() else size.held_out
-        if size.held_out and marked != size.held_out:
-            raise WaltError(
-                f"{place} was prepared with {marked:g} of its files held out; {size.held_out:g} are wanted: delete"
-                " it, or give another --out"
-            )
+        if size.held_out and (place / INDEX).is_file():
+            marked = read_index(place)[0].held_out
+            if marked != size.held_out:
+                raise WaltError(
+                    f"{place} was prepared with {marked:g} of its files held out; {size.held_out:g} are wanted: delete"
+                    " it, or give another --out"
+                )
     return rank0_first(
         lambda: prepare(
             data,
@@ -183,12 +184,12 @@ def check(run: Run) -> None:
             f" {nearest}"
         )
     if data.frames > 1 and not len(run.store.windows(data.frames, stride=data.stride)):
-        needed = (data.frames - 1) * data.stride + 1
         if len(run.store.windows(data.frames, stride=data.stride, held_out=True)):
             raise WaltError(
                 f"{run.store.folder}: all clips of {data.frames} frames are held out; prepare it with a smaller"
                 " --held-out"
             )
+        needed = (data.frames - 1) * data.stride + 1
         raise WaltError(
             f"{run.store.folder} holds no clip of {data.frames} frames, for which a shot must have {needed}; give fewer"
             " --frames, and for pictures alone --frames 1"
