@@ -70,7 +70,8 @@ def real_clips(
                     f" trained with {share:g}, which counts here"
                 ]
             )
-        clips, labels, captions = _of_store(store.hold_out(share), count, frames, size, stride)
+            store = store.hold_out(share)
+        clips, labels, captions = _of_store(store, count, frames, size, stride)
         found = store.rate
     else:
         if data.get("held_out"):
