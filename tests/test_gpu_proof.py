@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +133,23 @@ def test_test_files_are_run_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_file_that_takes_too_long_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = tmp_path / "reached"
+
+    class Late(subprocess.Popen):  # type: ignore[type-arg]
+        """Its time is up as soon as the slow test runs: how long pytest takes to start says nothing."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout != 7.0:
+                return super().wait(timeout)
+            while not reached.exists() and self.poll() is None:
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(gpu_tests.subprocess, "Popen", Late)
+    slow = f"def test_slow():\n    open({str(reached)!r}, 'w').close()\n    time.sleep(120)\n"
     begin = "import pytest, time\npytestmark = pytest.mark.GPU\ndef test_quick(): pass\n"
-    (tmp_path / "test_cuda_x.py").write_text(f"{begin}def test_slow(): time.sleep(120)\n".replace("GPU", "gpu"))
-    found = gpu_tests.outcome(tmp_path / "test_cuda_x.py", 20.0)  # pytest may take seconds to start
+    (tmp_path / "test_cuda_x.py").write_text(f"{begin}{slow}".replace("GPU", "gpu"))
+    found = gpu_tests.outcome(tmp_path / "test_cuda_x.py", 7.0)
     assert not found["finished"]
     assert found["passed"] == 1  # what was done before is kept
     assert "stopped by the time limit" in gpu_tests.line(found)
