@@ -58,7 +58,14 @@ def limited(command: list[str], seconds: float) -> tuple[bool, str]:
     forced = ("TRITON_INTERPRET", "WALT_KERNELS_BACKEND")
     environment = {name: value for name, value in os.environ.items() if name not in forced}
     with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        )
         finished = True
         try:
             child.wait(seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -132,7 +133,10 @@ def test_test_files_are_run_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
     assert "test_bad: AssertionError: one is not two" in said[0]
 
 
-def test_a_file_that_takes_too_long_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in the background"])
+def test_a_file_that_takes_too_long_is_interrupted(
+    handler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reached = tmp_path / "reached"
 
     class Late(subprocess.Popen):  # type: ignore[type-arg]
@@ -149,7 +153,11 @@ def test_a_file_that_takes_too_long_is_interrupted(tmp_path: Path, monkeypatch: 
     slow = f"def test_slow():\n    open({str(reached)!r}, 'w').close()\n    time.sleep(120)\n"
     begin = "import pytest, time\npytestmark = pytest.mark.GPU\ndef test_quick(): pass\n"
     (tmp_path / "test_cuda_x.py").write_text(f"{begin}{slow}".replace("GPU", "gpu"))
-    found = gpu_tests.outcome(tmp_path / "test_cuda_x.py", 7.0)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        found = gpu_tests.outcome(tmp_path / "test_cuda_x.py", 7.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not found["finished"]
     assert found["passed"] == 1  # what was done before is kept
     assert "stopped by the time limit" in gpu_tests.line(found)
