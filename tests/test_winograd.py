@@ -42,6 +42,27 @@ def test_runs_from_eight_channels_on(channels: tuple[int, int, bool], dtype: tor
     assert torch.equal(y, plain) != channels[2]
 
 
+PAIRS = [  # channels, height, width: where it beats a processor that multiplies pairs of bfloat16
+    (16, (12, 12), True),
+    (16, (15, 17), True),
+    (40, (37, 44), True),
+    (15, (16, 16), False),
+    (16, (11, 16), False),
+    (16, (14, 14), False),
+    (16, (13, 17), False),
+]
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="this processor multiplies no pairs of bfloat16")
+@pytest.mark.parametrize(("channels", "size", "taken"), PAIRS)
+def test_runs_in_place_of_pairs_on_large_frames(channels: int, size: tuple[int, int], taken: bool) -> None:
+    _native.C.set_isa("avx512")
+    inputs = sample(channels=channels, out_channels=channels, size=size, dtype=torch.bfloat16)
+    y, plain = causal_conv3d(**inputs), direct(inputs)
+    torch.testing.assert_close(y, plain, rtol=2**-7, atol=2**-7 * plain.abs().max().item())
+    assert torch.equal(y, plain) != taken
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [*itertools.product((1, 2, 3, 4, 7), (3, 6, 7)), (5, 1), (37, 35)], ids=str)
 def test_matches_the_truth_around_tile_edges(size: tuple[int, int], dtype: torch.dtype) -> None:
@@ -68,11 +89,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_matches_the_truth_for_every_option(option: str, dtype: torch.dtype) -> None:
+    size = (12, 13) if dtype is torch.bfloat16 else (7, 9)
     for layout in ("contiguous", "channels_last", "sliced"):
-        check(sample(**{"channels": 18, "out_channels": 34, "dtype": dtype, "layout": layout, **OPTIONS[option]}))
+        shape = {"channels": 18, "out_channels": 34, "size": size, "dtype": dtype, "layout": layout}
+        check(sample(**{**shape, **OPTIONS[option]}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -60,7 +60,7 @@ def takes_winograd(**options: Any) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_takes_it_where_it_pays(dtype: torch.dtype, isa: str) -> None:
     _native.C.set_isa(isa)
-    pairs = dtype == torch.bfloat16 and isa == "avx512"  # that processor multiplies pairs of bfloat16
+    pairs = dtype == torch.bfloat16 and isa == "avx512"  # that processor multiplies pairs: only large frames pay
     taken = [
         {},
         {"channels": 64, "out_channels": 64},
@@ -72,6 +72,10 @@ def test_takes_it_where_it_pays(dtype: torch.dtype, isa: str) -> None:
         {"stride": (2, 1, 1), "dilation": (2, 1, 1)},
     ]
     assert [takes_winograd(dtype=dtype, **options) for options in taken] == [not pairs] * len(taken)
+    large = [{"channels": 16, "size": (12, 12)}, {"channels": 16, "size": (15, 17), "kernel": (1, 3, 3)}]
+    assert all(takes_winograd(dtype=dtype, **options) for options in large)
+    between = [{"channels": 15, "size": (16, 16)}, {"channels": 16, "size": (14, 14)}]
+    assert [takes_winograd(dtype=dtype, **options) for options in between] == [not pairs] * len(between)
     direct = [
         {"channels": 7},
         {"channels": 15, "kernel": (1, 3, 3)},

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
+
+#include "common/scratch_pool.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -37,23 +37,19 @@ inline int64_t part_begin(int64_t n, int64_t parts, int64_t index) {
   return n / parts * index + (n % parts < index ? n % parts : index);
 }
 
-// Uninitialised memory, aligned to a cache line, freed with its owner.
+// Uninitialised memory, aligned to a cache line, given back with its owner.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(data_); }
+  explicit Scratch(int64_t count) : block_(ScratchPool::take(static_cast<size_t>(count) * sizeof(T) + 64)) {}
+  ~Scratch() { ScratchPool::give(block_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* data() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
+  T* data() const { return static_cast<T*>(block_.data); }
+  T& operator[](int64_t i) const { return data()[i]; }
 
  private:
-  T* data_;
+  ScratchPool::Block block_;
 };
 
 }  // namespace walt::WALT_ISA

@@ -1,13 +1,13 @@
-// Backward weight of 3 x 3 kernels by Winograd's F(2 x 2, 3 x 3): 16 products per tile of 2 x 2 outputs instead of 36.
+// Backward weight of 3 x 3 kernels by Winograd's method: (m + 2)^2 products per tile of m x m outputs instead of 9 m^2.
 //
 //   dg = G^T [ sum over tiles of (A dy A^T) * (B^T d B) ] G
 //
-// A slab of the clip (some frames of some tiles) is transformed once, by all threads; then, for each of the 16
-// positions, all taps in time multiply the same transformed frames, shifted. Every product adds to one set of sums in
+// A slab of the clip (some frames of some tiles) is transformed once, by all threads; then, for each position of a
+// tile, all taps in time multiply the same transformed frames, shifted. Every product adds to one set of sums in
 // the order of the slabs, whichever thread does it: the same bits on any number of threads.
 #include "causal_conv3d/weight_gradient.h"
 #include "causal_conv3d/weights.h"
-#include "causal_conv3d/winograd/transforms.h"
+#include "causal_conv3d/winograd/tiles.h"
 
 namespace walt::WALT_ISA::causal_conv3d {
 namespace {
@@ -20,8 +20,9 @@ constexpr int64_t kPieceTiles = 128;     // a panel of gradients and as many lin
 template <class T>
 class WinogradWeightKernel {
   using A = accumulate_t<T>;
-  using Tile = Winograd<2>;
-  static constexpr int lanes = kLanes<A>, panel_width = 2 * lanes, positions = Tile::n * Tile::n;
+  static constexpr int m = kWinogradTile<T>;
+  using Tile = Winograd<m>;
+  static constexpr int lanes = kLanes<A>, panel_width = 2 * lanes, n = Tile::n, positions = n * n;
   static constexpr int64_t line = 64 / sizeof(A);
 
   // Output frames and tiles of one sample.
@@ -48,9 +49,9 @@ class WinogradWeightKernel {
     source_.view = &p.x;
     source_.history = &p.history;
     for (int i = 1; i < 3; ++i) {
-      source_.map[i].position.push_back(-1);  // under the last tile of an odd size
-      tiles_[i] = (axes[i].outputs() + 1) / 2;
-      runs_[i] = {0, 1, 0, 1, 2 * tiles_[i], {{0, 0}, {1, 1}, {2, 2}}};
+      tiles_[i] = (axes[i].outputs() + m - 1) / m;
+      source_.map[i].position.insert(source_.map[i].position.end(), m - 1, -1);  // under a last tile that overhangs
+      runs_[i] = {0, 1, 0, 1, m * tiles_[i], {{0, 0}, {1, 1}, {2, 2}}};
     }
     runs_[0] = {0, 1, 0, 1, 1, {{0, 0}}};
     tiles_[0] = axes[0].outputs();
@@ -60,7 +61,8 @@ class WinogradWeightKernel {
   void run() {
     Scratch<A> x(positions * x_stride_), y(positions * y_stride_);
     Scratch<A> sums(positions * sum_stride_), bias(panels_ * panel_width);
-    const int64_t patch_size = 2 * (columns_ + 1) * std::max(4 * in_.widest(), 2 * panels_ * panel_width);
+    const int64_t patch_size =
+        std::max(n * (m * columns_ + 2) * in_.widest(), m * m * columns_ * panels_ * panel_width);
     const int64_t rows_size = kStoreChannels * 9 * time_.kernel * panel_width;
     Scratch<A> scratch(threads_ * std::max(patch_size, rows_size));
     const auto thread_scratch = [&](int thread) { return scratch.data() + thread * std::max(patch_size, rows_size); };
@@ -83,7 +85,8 @@ class WinogradWeightKernel {
           const A* gradients = y.data() + position * y_stride_ + panel * rows_ * panel_width;
           multiply(unit, slab, panel, x.data() + position * x_stride_, gradients,
                    sums.data() + position * sum_stride_ + panel * in_.widest() * panel_width);
-          if (position == 5 && unit.in == 0) add_bias(slab, width(unit, panel), gradients, &bias[panel * panel_width]);
+          if (position == n + 1 && unit.in == 0)
+            add_bias(slab, width(unit, panel), gradients, &bias[panel * panel_width]);
         });
       }
       const int64_t parts = (in_.size(unit.in) + kStoreChannels - 1) / kStoreChannels;
@@ -174,31 +177,15 @@ class WinogradWeightKernel {
   void transform_input(const Unit& unit, const Slab& slab, int64_t task, A* patch, A* x) const {
     const int64_t slot = task / slab.count[1], row = task % slab.count[1], tiles = slab.count[2];
     const Block block{{&runs_[0], &runs_[1], &runs_[2]},
-                      {frames_[static_cast<size_t>(slot)], 2 * (slab.begin[1] + row), 2 * slab.begin[2]},
-                      {1, 2, 2 * tiles},
+                      {frames_[static_cast<size_t>(slot)], m * (slab.begin[1] + row), m * slab.begin[2]},
+                      {1, m, m * tiles},
                       slab.batch};
-    const int64_t pitch = in_.pitch(unit.in), row_pitch = block.patch_size(2) * pitch;
+    const int64_t pitch = in_.pitch(unit.in);
     std::vector<Piece> pieces;
     fill_patch<T>(source_, block, unit.group * in_.channels + in_.begin(unit.in), in_.size(unit.in), pitch, pieces,
                   patch);
-    A* to = x + (slot * slab.tiles() + row * tiles) * x_pitch_;
-    for (int64_t i = 0; i < tiles; ++i, patch += 2 * pitch, to += x_pitch_) {
-      for (int64_t c = 0; c < pitch; c += lanes) {
-        vector_t<A> d[positions];
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; ++s) {
-#pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) d[4 * r + s] = load(patch + r * row_pitch + s * pitch + c);
-          Tile::input(d + s, d + s, 4);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          Tile::input(d + 4 * r, d + 4 * r, 1);
-#pragma GCC unroll 4
-          for (int s = 0; s < 4; ++s) store(to + (4 * r + s) * x_stride_ + c, d[4 * r + s]);
-        }
-      }
-    }
+    causal_conv3d::transform_input<m>(patch, block.patch_size(2) * pitch, pitch, tiles,
+                                      x + (slot * slab.tiles() + row * tiles) * x_pitch_, x_stride_, x_pitch_);
   }
 
   // A dy A^T of one row of tiles of one output frame, as panels of [tile][width].
@@ -206,41 +193,42 @@ class WinogradWeightKernel {
     const TensorView& view = p_.grad_y;
     const int64_t frame = task / slab.count[1], row = task % slab.count[1], tiles = slab.count[2];
     const int64_t channels = out_.size(unit.out), pitch = (channels + lanes - 1) / lanes * lanes;
-    const int64_t columns = std::min(2 * tiles, view.shape[4] - 2 * slab.begin[2]);
-    const int64_t row_pitch = 2 * tiles * pitch;
-    if (pitch != channels || columns < 2 * tiles) {
-      std::memset(grad, 0, static_cast<size_t>(2 * row_pitch) * sizeof(A));
+    const int64_t columns = std::min(m * tiles, view.shape[4] - m * slab.begin[2]);
+    const int64_t row_pitch = m * tiles * pitch;
+    if (pitch != channels || columns < m * tiles) {
+      std::memset(grad, 0, static_cast<size_t>(m * row_pitch) * sizeof(A));
     }
-    for (int64_t r = 0; r < 2; ++r) {
-      const int64_t at = 2 * (slab.begin[1] + row) + r;
+    for (int64_t r = 0; r < m; ++r) {
+      const int64_t at = m * (slab.begin[1] + row) + r;
       if (at >= view.shape[3]) {
         std::memset(grad + r * row_pitch, 0, static_cast<size_t>(row_pitch) * sizeof(A));
         continue;
       }
       const T* from = static_cast<const T*>(view.data) + slab.batch * view.stride[0] +
                       out_channel(unit, 0) * view.stride[1] + (slab.begin[0] + frame) * view.stride[2] +
-                      at * view.stride[3] + 2 * slab.begin[2] * view.stride[4];
+                      at * view.stride[3] + m * slab.begin[2] * view.stride[4];
       copy_columns(from, view.stride[1], view.stride[4], grad + r * row_pitch, pitch, channels, columns);
     }
-    for (int64_t i = 0; i < tiles; ++i, grad += 2 * pitch) {
+    for (int64_t i = 0; i < tiles; ++i, grad += m * pitch) {
       for (int64_t c = 0; c < pitch; c += lanes) {
         const int64_t panel = c / panel_width, tile = (frame * slab.count[1] + row) * tiles + i;
         A* to = y + panel * rows_ * panel_width + tile * width(unit, panel) + c % panel_width;
-        vector_t<A> d[8];
-#pragma GCC unroll 2
-        for (int s = 0; s < 2; ++s) {
-          const vector_t<A> column[2] = {load(grad + s * pitch + c), load(grad + row_pitch + s * pitch + c)};
-          vector_t<A> transformed[4];
-          Tile::output_gradient(column, transformed, 1);
+        vector_t<A> d[n * m];
 #pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) d[2 * r + s] = transformed[r];
+        for (int s = 0; s < m; ++s) {
+          vector_t<A> column[n];
+#pragma GCC unroll 4
+          for (int r = 0; r < m; ++r) column[r] = load(grad + r * row_pitch + s * pitch + c);
+          Tile::output_gradient(column, column, 1);
+#pragma GCC unroll 6
+          for (int r = 0; r < n; ++r) d[m * r + s] = column[r];
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          vector_t<A> transformed[4];
-          Tile::output_gradient(d + 2 * r, transformed, 1);
-#pragma GCC unroll 4
-          for (int s = 0; s < 4; ++s) store(to + (4 * r + s) * y_stride_, transformed[s]);
+#pragma GCC unroll 6
+        for (int r = 0; r < n; ++r) {
+          vector_t<A> transformed[n];
+          Tile::output_gradient(d + m * r, transformed, 1);
+#pragma GCC unroll 6
+          for (int s = 0; s < n; ++s) store(to + (n * r + s) * y_stride_, transformed[s]);
         }
       }
     }
@@ -248,7 +236,7 @@ class WinogradWeightKernel {
 
   // Adds one panel's products at one position, for every tap in time.
   void multiply(const Unit& unit, const Slab& slab, int64_t panel, const A* x, const A* y, A* sums) const {
-    const int64_t n = width(unit, panel), channels = in_.size(unit.in);
+    const int64_t pitch = width(unit, panel), channels = in_.size(unit.in);
     const int64_t tiles = (channels + kTilePixels - 1) / kTilePixels;
     for (int64_t k = 0; k < time_.kernel; ++k, sums += panels_ * in_.widest() * panel_width) {
       const int64_t start = starts_[static_cast<size_t>(k)], rows = slab.rows() - start;
@@ -258,20 +246,20 @@ class WinogradWeightKernel {
         const int64_t* offsets = offsets_.data() + k * slab.rows() + start + begin;
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t c = part_begin(channels, tiles, tile), height = part_begin(channels, tiles, tile + 1) - c;
-          weight_tile_for<A>(static_cast<int>(height), static_cast<int>(n / lanes))(
-              x + c, offsets, size, y + (start + begin) * n, sums + c * n);
+          weight_tile_for<A>(static_cast<int>(height), static_cast<int>(pitch / lanes))(
+              x + c, offsets, size, y + (start + begin) * pitch, sums + c * pitch);
         }
       }
     }
   }
 
-  // The position that sums all four gradients of a tile gives the bias.
-  static void add_bias(const Slab& slab, int64_t n, const A* y, A* sum) {
+  // The position that sums all gradients of a tile gives the bias.
+  static void add_bias(const Slab& slab, int64_t pitch, const A* y, A* sum) {
     A total[panel_width] = {};
     for (int64_t i = 0; i < slab.rows(); ++i) {
-      for (int64_t c = 0; c < n; ++c) total[c] += y[i * n + c];
+      for (int64_t c = 0; c < pitch; ++c) total[c] += y[i * pitch + c];
     }
-    for (int64_t c = 0; c < n; ++c) sum[c] += total[c];
+    for (int64_t c = 0; c < pitch; ++c) sum[c] += total[c];
   }
 
   void store_bias(const Unit& unit, const A* bias) const {
@@ -283,25 +271,25 @@ class WinogradWeightKernel {
 
   // G^T p G of some channels of one panel.
   void store_panel(const Unit& unit, int64_t panel, int64_t channel, const A* sums, A* rows) const {
-    const int64_t n = width(unit, panel), channels = std::min(kStoreChannels, in_.size(unit.in) - channel);
+    const int64_t pitch = width(unit, panel), channels = std::min(kStoreChannels, in_.size(unit.in) - channel);
     A* to = rows;
     for (int64_t c = channel; c < channel + channels; ++c) {
-      for (int64_t k = 0; k < time_.kernel; ++k, to += 9 * n) {
-        const A* from = sums + k * panels_ * in_.widest() * panel_width + c * n;
-        for (int64_t v = 0; v < n; v += lanes) {
-          vector_t<A> p[positions], taps[12];
+      for (int64_t k = 0; k < time_.kernel; ++k, to += 9 * pitch) {
+        const A* from = sums + k * panels_ * in_.widest() * panel_width + c * pitch;
+        for (int64_t v = 0; v < pitch; v += lanes) {
+          vector_t<A> p[positions];
           for (int i = 0; i < positions; ++i) p[i] = load(from + i * sum_stride_ + v);
-          for (int s = 0; s < 4; ++s) Tile::weight_gradient(p + s, taps + s, 4);
+          for (int s = 0; s < n; ++s) Tile::weight_gradient(p + s, p + s, n);  // to rows 0, 1 and 2
           for (int r = 0; r < 3; ++r) {
             vector_t<A> result[3];
-            Tile::weight_gradient(taps + 4 * r, result, 1);
-            for (int s = 0; s < 3; ++s) store(to + (3 * r + s) * n + v, result[s]);
+            Tile::weight_gradient(p + n * r, result, 1);
+            for (int s = 0; s < 3; ++s) store(to + (3 * r + s) * pitch + v, result[s]);
           }
         }
       }
     }
-    store_weight_gradient<T>(p_, rows, n, out_channel(unit, panel), count(unit, panel), in_.begin(unit.in) + channel,
-                             channels);
+    store_weight_gradient<T>(p_, rows, pitch, out_channel(unit, panel), count(unit, panel),
+                             in_.begin(unit.in) + channel, channels);
   }
 
   const ConvBackwardWeightParams& p_;
@@ -323,17 +311,17 @@ class WinogradWeightKernel {
 // Whether fewer products make up for the transforms, whose cost all channels of the other tensor and all taps in time
 // share, and for the halves of tiles that lie past an odd size.
 bool winograd_pays(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {
-#if defined(WALT_HAS_BF16_DOT)
-  if (p.x.dtype == DType::bfloat16) return false;
-#endif
-  int64_t tiles = 1, pixels = 1;
   for (int i = 1; i < 3; ++i) {
     if (axes[i].kernel != 3 || axes[i].stride != 1 || axes[i].dilation != 1) return false;
-    pixels *= axes[i].outputs();
-    tiles *= (axes[i].outputs() + 1) / 2;
   }
-  const int64_t channels = p.x.shape[1] / p.groups;
-  return p.grad_weight.defined() && channels >= 8 && channels * axes[0].kernel >= 16 && 20 * tiles <= 9 * pixels;
+  const int64_t channels = p.x.shape[1] / p.groups, rows = axes[1].outputs(), columns = axes[2].outputs();
+  if (!p.grad_weight.defined() || channels < 8 || channels * axes[0].kernel < 16) return false;
+#if defined(WALT_HAS_BF16_DOT)
+  if (p.x.dtype == DType::bfloat16) return winograd_beats_pairs(channels, rows, columns);
+#endif
+  const int64_t m = p.x.dtype == DType::bfloat16 || p.x.dtype == DType::float16 ? 4 : 2;  // as kWinogradTile
+  const int64_t tiles = (rows + m - 1) / m * ((columns + m - 1) / m);
+  return 5 * (m + 2) * (m + 2) * tiles <= 4 * 9 * rows * columns;
 }
 
 void winograd_backward_weight(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {

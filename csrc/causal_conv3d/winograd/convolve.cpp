@@ -14,10 +14,6 @@
 namespace walt::WALT_ISA::causal_conv3d {
 namespace {
 
-// The larger tile needs 4 / 2.25 times fewer products and rounds more: for outputs of 16 bits.
-template <class T>
-constexpr int kWinogradTile = sizeof(T) == 2 ? 4 : 2;
-
 // Whether neighbouring outputs read three neighbouring source positions each, by kernel index 0, 1, 2 or 2, 1, 0.
 bool three_taps(const AxisRun& run) {
   if (run.taps.size() != 3 || run.step != 1 || run.base_step != 1) return false;
@@ -346,16 +342,19 @@ class WinogradKernel {
 }  // namespace
 
 bool winograd_takes(const Convolution& conv, const AxisRun* const run[3]) {
-#if defined(WALT_HAS_BF16_DOT)
-  if (conv.source.view->dtype == DType::bfloat16) return false;
-#endif
   const WeightView& weight = conv.weight;
   if (run[0]->taps.empty() || weight.kernel(1) != 3 || weight.kernel(2) != 3) return false;
   if (!three_taps(*run[1]) || !three_taps(*run[2])) return false;
   // Measured: from 8 channels on both sides and 3 x 3 outputs on. Frames of far more channels would not fit the
   // scratch.
-  const bool fits = weight.in_channels * weight.kernel(0) <= 16384;
-  return fits && std::min(weight.in_channels, weight.out_channels) >= 8 && std::min(run[1]->count, run[2]->count) >= 3;
+  if (weight.in_channels * weight.kernel(0) > 16384) return false;
+  const int64_t channels = std::min(weight.in_channels, weight.out_channels);
+#if defined(WALT_HAS_BF16_DOT)
+  if (conv.source.view->dtype == DType::bfloat16) {
+    return winograd_beats_pairs(channels, run[1]->count, run[2]->count);
+  }
+#endif
+  return channels >= 8 && std::min(run[1]->count, run[2]->count) >= 3;
 }
 
 void winograd_convolve(const Convolution& conv) {
