@@ -50,12 +50,13 @@ format: $(VENV)/.test
 
 # The sanitized module goes to its own folder; python itself is not instrumented, so the runtime is preloaded. Tests of the
 # PyTorch side of the ops (compilation, schemas) would only repeat themselves here. Where the processor has no AVX-512,
-# its level is emulated here, so that every level's kernels are tested on every machine.
+# or AMX, the level is emulated here, so that every level's kernels are tested on every machine.
 SANITIZED := $(foreach op,$(notdir $(patsubst %/op.py,%,$(wildcard walt_kernels/*/op.py))),$(wildcard tests/test_$(op)*.py))
 UNSANITIZED := -k "not compile and not opcheck and not gradcheck"
-EMULATE := $(if $(shell grep -m 1 avx512_bf16 /proc/cpuinfo),0,1)
+EMULATE = $(if $(shell grep -m 1 $(1) /proc/cpuinfo),0,1)
 sanitize: $(VENV)/.test
-	WALT_KERNELS_SANITIZE=1 WALT_KERNELS_CUDA=0 WALT_KERNELS_EMULATE_AVX512=$(EMULATE) $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	WALT_KERNELS_SANITIZE=1 WALT_KERNELS_CUDA=0 WALT_KERNELS_EMULATE_AVX512=$(call EMULATE,avx512_bf16) WALT_KERNELS_EMULATE_AMX=$(call EMULATE,amx_bf16) \
+	$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED) $(UNSANITIZED)

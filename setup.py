@@ -6,10 +6,10 @@ with the PyTorch reference kernels only. With nvcc, the .cu files and cuda_bind.
 without a GPU and without a driver all the same.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
-UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 (the AVX-512 level as plain code that AVX2 can run, for
-tests). WALT_KERNELS_CUDA=auto (CUDA kernels where nvcc is found; the default), 1 (an error where they cannot be built)
-or 0; nvcc is looked for in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda; TORCH_CUDA_ARCH_LIST (as PyTorch reads it)
-says for which architectures.
+UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 and WALT_KERNELS_EMULATE_AMX=1 (these levels as plain code,
+for tests where the processor lacks them). WALT_KERNELS_CUDA=auto (CUDA kernels where nvcc is found; the default), 1 (an
+error where they cannot be built) or 0; nvcc is looked for in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda;
+TORCH_CUDA_ARCH_LIST (as PyTorch reads it) says for which architectures.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ ISA_FLAGS = {
 }
 if os.environ.get("WALT_KERNELS_EMULATE_AVX512") == "1":
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-DWALT_EMULATE_AVX512", "-Wno-psabi"]
+if os.environ.get("WALT_KERNELS_EMULATE_AMX") == "1":
+    ISA_FLAGS["avx512"].append("-DWALT_EMULATE_AMX")
 OPTIMIZE = ["-O3", "-fno-math-errno", "-mprefer-vector-width=512"]
 SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # GCC 12 takes the deliberately undefined vectors of its own AVX-512 headers for mistakes.
@@ -65,10 +67,10 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def compiles(compiler: list[str], flags: list[str], include: str = "cstdint") -> bool:
+def compiles(compiler: list[str], flags: list[str], include: str = "cstdint", statement: str = "") -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text(f"#include <{include}>\nint main() {{ return 0; }}\n")
+        source.write_text(f"#include <{include}>\nint main() {{ {statement} return 0; }}\n")
         command = [*compiler, "-std=c++17", *flags, str(source), "-o", str(Path(folder, "probe"))]
         try:
             return subprocess.run(command, capture_output=True).returncode == 0
@@ -209,6 +211,8 @@ class BuildNative(build_ext):
 
         x86 = platform.machine() in ("x86_64", "AMD64")
         levels = [level for level, flags in ISA_FLAGS.items() if not flags or (x86 and compiles(compiler, flags))]
+        if "avx512" in levels and compiles(compiler, [], statement='asm volatile("tilerelease");'):
+            levels.append("amx")  # avx512's kernels, which then have tiles
         openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
@@ -257,8 +261,9 @@ def ninja_file(compiler: list[str], levels: list[str], openmp: list[str], cuda: 
     objects = {"module.o": (CSRC / "module.cpp", module)}
     objects |= {f"{name}.o": (source, module) for name, source in sources("bind.cpp").items()}
     kernels = {name: source for name, source in sources("*.cpp").items() if "bind" not in source.stem}
-    for level in levels:
-        flags = [*optimize, *ISA_FLAGS[level], f"-DWALT_ISA=isa_{level}"]
+    tiles = ["-DWALT_HAS_AMX"] if "amx" in levels else []
+    for level in [level for level in levels if level != "amx"]:
+        flags = [*optimize, *ISA_FLAGS[level], *tiles, f"-DWALT_ISA=isa_{level}"]
         objects |= {f"{name}.{level}.o": (source, flags) for name, source in kernels.items()}
     cuda_objects = {}
     if cuda:

@@ -42,7 +42,7 @@ TensorView make_view(uintptr_t address, const std::string& dtype, const std::vec
 py::dict build_info() {
   py::dict info;
   std::vector<std::string> compiled, runnable;
-  for (walt::Isa isa : {walt::Isa::baseline, walt::Isa::avx2, walt::Isa::avx512}) {
+  for (walt::Isa isa : walt::kIsas) {
     if (!walt::isa_compiled(isa)) continue;
     compiled.emplace_back(walt::isa_name(isa));
     if (walt::isa_runs_here(isa)) runnable.emplace_back(walt::isa_name(isa));
@@ -57,14 +57,14 @@ py::dict build_info() {
 }
 
 void set_isa(const std::string& name) {
-  for (walt::Isa isa : {walt::Isa::baseline, walt::Isa::avx2, walt::Isa::avx512}) {
+  for (walt::Isa isa : walt::kIsas) {
     if (name != walt::isa_name(isa)) continue;
     walt::require(walt::isa_compiled(isa), "isa: this level was not compiled");
     walt::require(walt::isa_runs_here(isa), "isa: this processor cannot run this level");
     walt::current_isa() = isa;
     return;
   }
-  throw std::invalid_argument("isa " + name + " is not one of baseline, avx2, avx512");
+  throw std::invalid_argument("isa " + name + " is not one of baseline, avx2, avx512, amx");
 }
 
 // The shared object that OpenMP calls of this module resolve to; torch's own when torch was imported first.

@@ -184,6 +184,17 @@ def test_every_isa_level(isa: str, dtype: torch.dtype) -> None:
         check(make(**options, dtype=dtype))
 
 
+@pytest.mark.skipif("amx" not in ISA, reason="this processor has no tiles, and this build does not emulate them")
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_on_tiles(case: str) -> None:
+    before = _native.C.build_info()["isa"]
+    _native.C.set_isa("amx")
+    try:
+        check(make(**CASES[case], dtype=torch.bfloat16))
+    finally:
+        _native.C.set_isa(before)
+
+
 # ---- against other definitions --------------------------------------------------------------------------------------
 
 

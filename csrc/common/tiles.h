@@ -1,0 +1,90 @@
+// Products of bfloat16 matrices in the tile registers of AMX. A tile is up to 16 rows of 16 units of 32 bits: sums, or
+// pairs of bfloat16 that are consecutive along the axis of the sum. WALT_EMULATE_AMX computes the same in plain code,
+// so that what is built of tiles can be tested where the processor has none.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/isa.h"
+#include "common/simd.h"
+
+#if defined(WALT_HAS_AMX) && defined(WALT_HAS_BF16_DOT)
+#define WALT_HAS_TILES 1
+
+namespace walt::WALT_ISA {
+
+constexpr int64_t kTile = 16;  // rows of a tile, and units of a row
+
+inline bool tiles_in_use() { return current_isa().load(std::memory_order_relaxed) == Isa::amx; }
+
+// The shapes of all tiles, in the layout of ldtilecfg.
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  void set(int tile, int64_t tile_rows, int64_t units) {
+    rows[tile] = static_cast<uint8_t>(tile_rows);
+    bytes[tile] = static_cast<uint16_t>(4 * units);
+  }
+};
+static_assert(sizeof(TileShapes) == 64, "as the processor reads it");
+
+#if defined(WALT_EMULATE_AMX)
+struct EmulatedTiles {
+  TileShapes shapes;
+  int32_t units[8][kTile][kTile];
+};
+inline thread_local EmulatedTiles tiles;
+
+inline void configure_tiles(const TileShapes& shapes) {
+  tiles.shapes = shapes;
+  std::memset(tiles.units, 0, sizeof tiles.units);
+}
+inline void release_tiles() { configure_tiles({}); }
+
+template <int tile>
+inline void load_tile(const void* from, int64_t stride) {  // in bytes
+  for (int64_t row = 0; row < tiles.shapes.rows[tile]; ++row) {
+    std::memcpy(tiles.units[tile][row], static_cast<const char*>(from) + row * stride, tiles.shapes.bytes[tile]);
+  }
+}
+template <int tile>
+inline void store_tile(void* to, int64_t stride) {
+  for (int64_t row = 0; row < tiles.shapes.rows[tile]; ++row) {
+    std::memcpy(static_cast<char*>(to) + row * stride, tiles.units[tile][row], tiles.shapes.bytes[tile]);
+  }
+}
+
+// sum[i][j] += a[i][k] . b[k][j], k over the units of a row of a.
+template <int sum, int a, int b>
+inline void multiply_tiles() {
+  const int64_t depth = tiles.shapes.bytes[a] / 4;
+  for (int64_t i = 0; i < tiles.shapes.rows[sum]; ++i) {
+    vfloat row = load(reinterpret_cast<const float*>(tiles.units[sum][i]));
+    for (int64_t k = 0; k < depth; ++k) row = dot_bf16(row, tiles.units[a][i][k] - vint{}, load(tiles.units[b][k]));
+    store(reinterpret_cast<float*>(tiles.units[sum][i]), row);
+  }
+}
+#else
+// Not the compiler's intrinsics: before GCC 14 these do not tell it that they read and write memory.
+inline void configure_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes) : "memory"); }
+inline void release_tiles() { asm volatile("tilerelease" : : : "memory"); }
+
+template <int tile>
+inline void load_tile(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(tile), "r"(from), "r"(stride) : "memory");
+}
+template <int tile>
+inline void store_tile(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(tile), "r"(to), "r"(stride) : "memory");
+}
+template <int sum, int a, int b>
+inline void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(a), "i"(b));
+}
+#endif
+
+}  // namespace walt::WALT_ISA
+#endif
