@@ -4,6 +4,7 @@
   table RESULTS.json   an earlier run's tables and plots again
   floors               FLOPs, bytes and the least time on an H200 of every case, without running anything
   gpu-report           the proof on a GPU: tests, ceilings, every op and mode, targets, README's "verified on" table
+  levels               every instruction level and library that this CPU has; whether the op takes the fastest
   verified             that table again, or what is known without a GPU
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import floors, gpu_report, plots, report, scaling, verified
+from . import floors, gpu_report, levels, plots, report, scaling, verified
 from .cases import CASES, chosen
 from .machine import ROOT, ceilings, level, machine, sentence
 from .measure import GPU_BACKENDS, Effort, rows_of
@@ -59,7 +60,13 @@ def measure_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"table": table, "floors": floors_of, "gpu-report": gpu_report.main, "verified": verified_on}
+    commands = {
+        "table": table,
+        "floors": floors_of,
+        "gpu-report": gpu_report.main,
+        "levels": levels.main,
+        "verified": verified_on,
+    }
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return measure(arguments)

@@ -16,14 +16,22 @@ from .case import Case, Inputs, Target
 from .contender import Contender
 
 
-def _padded(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+def _padded(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int, int],
+    time_padding: str = "zeros",
+    space_padding: str = "zeros",
+) -> Tensor:
     kt = weight.shape[2]
     pads: list[int] = []
     for size, kernel, step in zip(x.shape[:2:-1], weight.shape[:2:-1], stride[:0:-1], strict=True):  # width, height
         # The op's padding="same": the rest of the last window lies beyond the frame's edge.
         before, last = (kernel - 1) // 2, (size - 1) // step * step
         pads += [before, max(last + kernel - size - before, 0)]
-    padded = F.pad(x, (*pads, kt - 1, 0)) if any(pads) or kt > 1 else x
+    mode = "constant" if space_padding == "zeros" else space_padding  # which time takes too
+    padded = F.pad(x, (*pads, kt - 1, 0), mode) if any(pads) or kt > 1 else x
     return F.conv3d(padded, weight, bias, stride)
 
 
@@ -46,14 +54,15 @@ def convolution(
     kernel: tuple[int, int, int] = (3, 3, 3),
     stride: tuple[int, int, int] = (1, 1, 1),
     quick: bool = True,
+    **padding: str,
 ) -> Case:
-    """channels_last_3d, zero padding; ``shape`` is [B, C, T, H, W]."""
+    """channels_last_3d, zero padding unless ``padding`` says otherwise; ``shape`` is [B, C, T, H, W]."""
     B, C, T, H, W = shape
 
     def inputs(dtype: torch.dtype) -> Inputs:
         x = random(*shape, dtype=dtype, grad=False).to(memory_format=torch.channels_last_3d).requires_grad_()
         weight = random(out_channels, C, *kernel, dtype=dtype, scale=(C * kernel[0] * kernel[1] * kernel[2]) ** -0.5)
-        return {"x": x, "weight": weight, "bias": random(out_channels, dtype=dtype), "stride": stride}
+        return {"x": x, "weight": weight, "bias": random(out_channels, dtype=dtype), "stride": stride, **padding}
 
     y = (B, out_channels, *(-(-size // s) for size, s in zip(shape[2:], stride, strict=True)))
     taps = kernel[0] * kernel[1] * kernel[2]
@@ -67,10 +76,14 @@ def convolution(
         1 + BACKWARD,
         3.0,
         taps * C,
-        lambda: convolution("small", (1, min(C, 64), min(T, 2), 8, 8), min(out_channels, 64), kernel, stride),
+        lambda: convolution(
+            "small", (1, min(C, 64), min(T, 2), 8, 8), min(out_channels, 64), kernel, stride, quick=True, **padding
+        ),
         quick,
     )
 
+
+REPLICATED = {"time_padding": "first_frame", "space_padding": "replicate"}  # in time and space, one F.pad
 
 CASES = [
     convolution("C 64, 17x64x64", (1, 64, 17, 64, 64), 64),
@@ -81,6 +94,7 @@ CASES = [
     convolution("head 128 to 3, 17x64x64", (1, 128, 17, 64, 64), 3, quick=False),
     convolution("down 128, 17x32x32", (1, 128, 17, 32, 32), 128, (4, 4, 4), (2, 2, 2), quick=False),
     convolution("1x1x1 128 to 256, 17x32x32", (1, 128, 17, 32, 32), 256, (1, 1, 1), quick=False),
+    convolution("C 384 replicated, 5x16x16", (1, 384, 5, 16, 16), 384, quick=False, **REPLICATED),
 ]
 
 # The most important ones first.

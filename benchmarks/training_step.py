@@ -127,13 +127,11 @@ def check(
     own = results(dtype)
     with use_backend("reference"):
         truth, yardstick = results(torch.float64), results(dtype)
+    rows = small.terms
+    rounded: dict[str, Any] = {"rows": rows} if dtype is torch.float32 else {"averaged": rows, "dtype": dtype}
+    loss, gradient = zip(own, truth, yardstick, strict=True)
     ratios = [
-        testing.compare(name, *values, k=k, rows=small.terms)
-        for name, k, values in zip(
-            ("loss", "gradient"),
-            (testing.K_FORWARD, testing.K_BACKWARD),
-            zip(own, truth, yardstick, strict=True),
-            strict=True,
-        )
+        testing.compare("loss", *loss, k=testing.K_FORWARD, **rounded),
+        testing.compare("gradient", *gradient, k=testing.K_BACKWARD, rows=rows),
     ]
     return max(ratios), ["checked on a smaller batch"]

@@ -189,9 +189,10 @@ def attention(
     window: tuple[int, int, int],
     images: int = 0,
     quick: bool = True,
-    plain: bool = False,
+    table: bool = True,
+    norm: bool = True,
 ) -> Case:
-    """Packed q, k, v with a bias table and QK norm, or without both; ``shape`` is [B, T, H, W, heads, dim].
+    """Packed q, k, v with or without a bias table and QK norm; ``shape`` is [B, T, H, W, heads, dim].
 
     The last ``images`` samples are stacks of images: they need no attention, and their FLOPs are not counted. They move
     v to out, the gradient of out to that of v, and zeros to those of q and k.
@@ -202,12 +203,14 @@ def attention(
     def inputs(dtype: torch.dtype) -> Inputs:
         qkv = random(B, T, H, W, 3, heads, dim, dtype=dtype, grad=False)
         q, k, v = (x.requires_grad_() for x in qkv.unbind(4))
-        if plain:
-            return {"q": q, "k": k, "v": v, "window": window}
-        table = random(heads, 2 * t - 1, 2 * h - 1, 2 * w - 1)
-        norms = {"q_norm": random(dim), "k_norm": random(dim, seed=1)}
-        flags = {"image": torch.arange(B) >= B - images} if images else {}
-        return {"q": q, "k": k, "v": v, "window": window, "bias_table": table, **norms, **flags}
+        made: Inputs = {"q": q, "k": k, "v": v, "window": window}
+        if table:
+            made["bias_table"] = random(heads, 2 * t - 1, 2 * h - 1, 2 * w - 1)
+        if norm:
+            made |= {"q_norm": random(dim), "k_norm": random(dim, seed=1)}
+        if images:
+            made["image"] = torch.arange(B) >= B - images
+        return made
 
     per_sample, per_window = T * H * W, t * h * w
     width = heads * dim
@@ -220,7 +223,9 @@ def attention(
         1 + BACKWARD,
         3.0,
         per_window,
-        lambda: attention("small", (1 + bool(images), t, h, w, 2, dim), window, int(bool(images)), plain=plain),
+        lambda: attention(
+            "small", (1 + bool(images), t, h, w, 2, dim), window, int(bool(images)), table=table, norm=norm
+        ),
         quick,
     )
 
@@ -231,6 +236,11 @@ CASES = [
     attention("L 5x8x8, half the batch images", (2, 5, 16, 16, 16, 64), (5, 8, 8), images=1, quick=False),
     attention("XL spatial 1x16x16", (1, 5, 16, 16, 16, 72), (1, 16, 16), quick=False),
     attention("XL spatiotemporal 5x8x8", (1, 5, 16, 16, 16, 72), (5, 8, 8), quick=False),
+    # Other models' windows: a table, no norm.
+    attention("Swin-T, first stage, 1x7x7", (4, 1, 56, 56, 3, 32), (1, 7, 7), norm=False),
+    attention("Swin-T, third stage, 1x7x7", (4, 1, 14, 14, 12, 32), (1, 7, 7), quick=False, norm=False),
+    attention("Video Swin 8x7x7", (1, 8, 28, 28, 6, 32), (8, 7, 7), quick=False, norm=False),
+    attention("SwinUNETR 7x7x7", (1, 14, 28, 28, 6, 32), (7, 7, 7), quick=False, norm=False),
 ]
 
 # The most important ones first.
@@ -238,7 +248,7 @@ GPU_CASES = [
     attention("L spatiotemporal 5x8x8", (16, 5, 16, 16, 16, 64), (5, 8, 8)),
     attention("L spatial 1x16x16", (16, 5, 16, 16, 16, 64), (1, 16, 16)),
     attention("L 5x8x8, half the batch images", (16, 5, 16, 16, 16, 64), (5, 8, 8), images=8),
-    attention("L 5x8x8, no table, no norm", (16, 5, 16, 16, 16, 64), (5, 8, 8), plain=True),
+    attention("L 5x8x8, no table, no norm", (16, 5, 16, 16, 16, 64), (5, 8, 8), table=False, norm=False),
     attention("XL spatiotemporal 5x8x8", (16, 5, 16, 16, 16, 72), (5, 8, 8), quick=False),
     attention("XL spatial 1x16x16", (16, 5, 16, 16, 16, 72), (1, 16, 16), quick=False),
     attention("base-3B spatiotemporal 5x8x8, dim 88", (8, 5, 16, 16, 16, 88), (5, 8, 8), quick=False),

@@ -24,7 +24,7 @@ from walt.cli import main
 from walt.data.video import read_video
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["docs/model.md", "docs/training.md", "docs/scaling.md", "docs/evaluation.md", "README.md"]
+PAGES = ["docs/cpu.md", "docs/model.md", "docs/training.md", "docs/scaling.md", "docs/evaluation.md", "README.md"]
 FENCES = {"sh", "python", "yaml", "output", "text"}
 
 Replacement = str | Callable[[re.Match[str]], str]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from walt.cli import main
-from walt.commands.doctor import OPTIONAL, codec_lines, cudnn_line, diagnose, existing
+from walt.commands.doctor import OPTIONAL, codec_lines, cudnn_line, diagnose, existing, processors, threads_line
 
 
 @pytest.fixture
@@ -43,6 +43,23 @@ def test_cudnn(version, name, warns):
 
 def test_no_cudnn():
     assert cudnn_line(None) == "  cuDNN      none: convolutions do not use it here"
+
+
+@pytest.mark.parametrize(("threads", "count", "warns"), [(2, 2, False), (1, 8, False), (2, 1, True), (64, 4, True)])
+def test_threads(threads, count, warns):
+    line = threads_line(threads, count)
+    assert line.startswith("! " if warns else "  ")
+    assert f"{threads} for {count} processor" in line
+    assert (f"OMP_NUM_THREADS={count}" in line) == warns
+
+
+def test_a_quota_leaves_fewer_processors(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    quota = tmp_path / "cpu.max"
+    assert processors(quota) == 8  # no file
+    for text, count in {"max 100000": 8, "200000 100000": 2, "50000 100000": 1, "1600000 100000": 8}.items():
+        quota.write_text(text + "\n")
+        assert processors(quota) == count
 
 
 def test_packages(quiet, monkeypatch, tmp_path):

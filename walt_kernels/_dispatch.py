@@ -18,7 +18,7 @@ import torch
 
 from . import _checkpoint
 
-BACKENDS = ("cuda", "flash", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "flash", "triton", "onednn", "cpu", "reference")
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,20 @@ class Backend:
 
     ``unsupported(**inputs)`` returns the reason why it cannot take these (checked) inputs, or None. Without a
     ``backward``, PyTorch differentiates what ``forward(**inputs)`` returns. With one, both write into the memory that
-    they are given (see ``define_op``). An ``opt_in`` backend is only used when it is forced.
+    they are given (see ``define_op``). An ``opt_in`` backend is only used when it is forced, and so is one for the
+    inputs of which ``behind(**inputs)`` says why another one is faster.
     """
 
     name: str
     unsupported: Callable[..., str | None]
     forward: Callable[..., Any]
     backward: Callable[..., None] | None = None
-    opt_in: str | None = None  # why it is not a default yet
+    opt_in: str | None = None  # why it is not a default
+    behind: Callable[..., str | None] | None = None
+
+    def reason(self, **inputs: Any) -> str | None:
+        """Why it would not be chosen for these inputs, or None."""
+        return self.unsupported(**inputs) or self.opt_in or (self.behind(**inputs) if self.behind else None)
 
     @property
     def differentiable(self) -> bool:
@@ -111,7 +117,7 @@ def prepare(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
     """For every backend of ``op``, in order of preference: why it would not be chosen for ``inputs``, or None."""
-    return {b.name: b.unsupported(**inputs) or b.opt_in for b in _ops[op].backends}
+    return {b.name: b.reason(**inputs) for b in _ops[op].backends}
 
 
 def select(op: str, inputs: Mapping[str, Any]) -> str:
@@ -125,7 +131,7 @@ def select(op: str, inputs: Mapping[str, Any]) -> str:
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # whose file knows PyTorch's ops only
         return "reference"
     for candidate in _ops[op].backends:
-        if candidate.opt_in is None and candidate.unsupported(**inputs) is None:
+        if candidate.opt_in is None and candidate.reason(**inputs) is None:
             if candidate.name == "reference" and not torch.compiler.is_compiling():
                 _warn_about_reference(op, inputs)
             return candidate.name

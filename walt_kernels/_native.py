@@ -22,6 +22,18 @@ try:
 except ImportError as error:
     reason = f"the native module is not built or does not load ({error})"
 
+
+def _processor_flags() -> frozenset[str]:
+    """What Linux says that the processor and itself can do ("avx2", "amx_tile")."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return frozenset(next((line for line in lines if line.startswith("flags")), "").split()[2:])
+    except OSError:
+        return frozenset()
+
+
+PROCESSOR_FLAGS = _processor_flags()
+
 # What the CPU kernels compute in: float64 as it is, everything else in float32.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*DTYPES, torch.bool)}

@@ -27,13 +27,16 @@ def compare(
     *,
     k: float,
     rows: int = 1,
+    averaged: int = 1,
     dtype: torch.dtype | None = None,
 ) -> float:
     """Asserts that ``actual`` is as near to ``truth`` as the yardstick allows; returns the larger of two error ratios.
 
-    ``rows`` is the length of a reduction in the tested dtype: rounding grows with its square root. Both the largest
-    absolute error and the relative L2 error must pass. ``dtype`` is the tested dtype where it is not ``actual``'s: a
-    float32 parameter beside bfloat16 tokens has a gradient in float32 that was made of bfloat16 products.
+    Both the largest absolute error and the relative L2 error must pass. ``rows`` is the length of a reduction in the
+    tested dtype: rounding grows with its square root. ``averaged`` is the number of terms, each rounded in the tested
+    dtype, that ``actual`` is a mean of: rounding shrinks with its square root, and a single mean (a loss) has one draw
+    of it, which in the yardstick may be near zero by luck. ``dtype`` is the tested dtype where it is not ``actual``'s:
+    a float32 parameter beside bfloat16 tokens has a gradient in float32 that was made of bfloat16 products.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.dtype == yardstick.dtype, f"{name}: dtype {actual.dtype}, expected {yardstick.dtype}"
@@ -43,7 +46,8 @@ def compare(
     error = (actual.double() - truth).abs()
     allowed = (yardstick.double() - truth).abs()
     eps = torch.finfo(dtype or actual.dtype).eps
-    floor = 4 * eps * math.sqrt(rows) * truth.abs().max().item()
+    unit = 4 * eps * math.sqrt(rows / averaged)
+    floor = unit * truth.abs().max().item()
     assert torch.isfinite(actual).all() or not torch.isfinite(truth).all(), f"{name}: values that are not finite"
     worst = error.max().item()
     limit = k * allowed.max().item() + floor
@@ -53,7 +57,7 @@ def compare(
         f"limit {limit:.3e} = {k} x {allowed.max().item():.3e} + {floor:.3e}"
     )
     norm = truth.norm().item()
-    l2, l2_limit = error.norm().item(), k * allowed.norm().item() + 4 * eps * math.sqrt(rows) * norm
+    l2, l2_limit = error.norm().item(), k * allowed.norm().item() + unit * norm
     assert l2 <= l2_limit, f"{name}: L2 error {l2:.3e} of norm {norm:.3e}, limit {l2_limit:.3e}"
     return max(worst / limit, l2 / l2_limit) if limit > 0 and l2_limit > 0 else 0.0
 

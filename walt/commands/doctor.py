@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def diagnose(folder: Path) -> Iterator[str]:
     yield kernels.stdout
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     yield cudnn_line(cudnn)
+    yield threads_line(torch.get_num_threads(), processors())
     for module, (purpose, command) in OPTIONAL.items():
         found = importlib.util.find_spec(module) is not None
         yield f"  {module:<34} for {purpose}" if found else f"- {module:<34} for {purpose}: {command}"
@@ -73,6 +75,24 @@ def cudnn_line(version: int | None) -> str:
             " install 9.15 or newer: pip install -U nvidia-cudnn-cu12"
         )
     return f"  {text}"
+
+
+def processors(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """What this process may use: the processors that it is bound to, less what a container's quota leaves of them."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        most, period = quota.read_text().split()
+        return max(1, min(count, int(most) // int(period)))
+    except (OSError, ValueError):  # no such limit
+        return count
+
+
+def threads_line(threads: int, count: int) -> str:
+    """More threads than processors wait for one another: in containers, and beside workers that compute too."""
+    text = f"threads    {threads} for {count} processor{'s' * (count != 1)}"
+    if threads <= count:
+        return f"  {text}"
+    return f"! {text}: they wait for one another; set OMP_NUM_THREADS={count}, less where other processes compute"
 
 
 def codec_lines() -> Iterator[str]:

@@ -25,7 +25,7 @@ from .._define import define_op
 from .._dispatch import Backend
 from .._library import autocast, is_open, transformed
 from ..values import is_int, plain
-from . import native, reference
+from . import native, onednn, reference
 from .layout import gradients_like, memory_format, output_like
 
 Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
@@ -80,6 +80,7 @@ def _sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
     flops=(flops, _backward_flops),
     backends=(
         _triton.backend(__package__),
+        onednn.backend(),
         Backend("cpu", _native.unsupported, native.forward, native.backward),
     ),
     sample=_sample,

@@ -1,0 +1,134 @@
+"""Every way that a CPU has of running a case, interleaved: which is ahead, and whether the op takes it.
+
+A way is a backend, and for our own kernels an instruction level: what the processor can run of avx2, avx512 and so on.
+The tables by which an op chooses (``behind`` of its backends) are to say what this prints, on every processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import walt_kernels
+from walt_kernels import _dispatch, _native
+
+from . import ops
+from .case import Case
+from .cases import CASES, chosen
+from .contender import on_backend, step
+from .machine import machine, sentence
+from .say import say
+from .timing import interleaved
+
+DEFAULT = "default"
+BACKENDS = ("cpu", "onednn")  # backends that are kernels for CPUs
+MARGIN = 1.10  # times the fastest way: beyond this the default is behind
+DTYPES = ("float32", "bfloat16")
+
+Row = dict[str, Any]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks levels", description=__doc__)
+    parser.add_argument("--op", choices=sorted({case.op for case in CASES} - {"training_step"}), help="only this op")
+    parser.add_argument("--case", metavar="NAME", help="only cases whose name contains this text")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine here")
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit with 1 where the default takes {MARGIN:g} times as long"
+    )
+    options = parser.parse_args(arguments)
+    cases = [case for case in chosen(options.op, options.case, options.quick) if case.op != "training_step"]
+    if not cases:
+        parser.error(f"--case {options.case!r} matches nothing; cases: {', '.join(case.name for case in CASES)}")
+    where = machine("cpu")
+    say(sentence(where))
+    rows: list[Row] = []
+    for name in [options.dtype] if options.dtype else DTYPES:
+        for case in cases:
+            for row in rows_of(case, getattr(torch, name), 0.25 if options.quick else 1.0):
+                rows.append(row)
+                say(line(row))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
+    late = [row for row in rows if row["behind"] > MARGIN]
+    for row in late:
+        print(f"the default is behind {row['best']}: {line(row)}")
+    return 1 if options.check and late else 0
+
+
+def rows_of(case: Case, dtype: torch.dtype, seconds: float) -> list[Row]:
+    """One row a mode. What gives a wrong result is an AssertionError."""
+    inputs = ops.inputs_of(case, dtype, "cpu")
+    ways = ways_of(case.op, inputs)
+    for way in ways.values():
+        with at_level(way.level):
+            ops.check(case, dtype, "cpu", False, way.backend or "ours")
+    rows = []
+    for mode in case.modes:
+        times = interleaved({name: way.call(case.op, inputs, mode) for name, way in ways.items()}, seconds=seconds)
+        ms = {name: value.p50 for name, value in times.items()}
+        best = min((name for name in ms if name != DEFAULT), key=ms.__getitem__)
+        row = {"op": case.op, "case": case.name, "mode": mode, "dtype": str(dtype).removeprefix("torch.")}
+        rows.append({**row, "ms": ms, "best": best, "behind": ms[DEFAULT] / ms[best]})
+    return rows
+
+
+class Way(NamedTuple):
+    """A backend, or "" for what the op chooses; and an instruction level, or "" for the one that is in use."""
+
+    backend: str = ""
+    level: str = ""
+
+    def call(self, op: str, inputs: dict[str, Any], mode: str) -> Callable[[], object]:
+        function = getattr(walt_kernels, op)
+        call = step(on_backend(function, self.backend) if self.backend else function, inputs, mode)
+
+        def at() -> object:
+            with at_level(self.level):
+                return call()
+
+        return at
+
+
+def ways_of(op: str, inputs: dict[str, Any]) -> dict[str, Way]:
+    """What the op chooses by itself, and every way that takes these inputs."""
+    ways = {DEFAULT: Way()}
+    existing = [found.name for found in _dispatch.op(op).backends]
+    for backend in (name for name in BACKENDS if name in existing and ops.why_not(op, name, inputs) is None):
+        if backend == "cpu":
+            levels = [level for level in _native.C.build_info()["isa_runnable"] if level != "baseline"]
+            ways |= {f"cpu, {level}": Way(backend, level) for level in levels}
+        else:
+            ways[backend] = Way(backend)
+    return ways
+
+
+@contextlib.contextmanager
+def at_level(level: str) -> Iterator[None]:
+    """Our own kernels run at this instruction level."""
+    if not level:
+        yield
+        return
+    before = _native.C.build_info()["isa"]
+    _native.C.set_isa(level)
+    try:
+        yield
+    finally:
+        _native.C.set_isa(before)
+
+
+def line(row: Row) -> str:
+    ways = ", ".join(f"{name} {ms:.3f}" for name, ms in row["ms"].items() if name != DEFAULT)
+    return (
+        f"{row['op']:<24} {row['case']:<30} {row['mode']:<17} {row['dtype']:<9} "
+        f"{row['ms'][DEFAULT]:9.3f} ms, {row['behind']:.2f}x of the best; {ways}"
+    )

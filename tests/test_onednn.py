@@ -1,0 +1,87 @@
+"""causal_conv3d on PyTorch's own convolution: right for every option, and chosen where it is ahead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_causal_conv3d import OPTIONS, SHAPES, reference, sample, terms
+
+from walt_kernels import _dispatch, causal_conv3d, explain, use_backend
+from walt_kernels.causal_conv3d import onednn
+from walt_kernels.testing import check_op
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def forced(**inputs: Any) -> torch.Tensor:
+    with use_backend("onednn"):
+        return causal_conv3d(**inputs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_matches_the_truth_for_every_option(option: str, dtype: torch.dtype, layout: str) -> None:
+    inputs = sample(dtype=dtype, layout=layout, **OPTIONS[option])
+    check_op(forced, reference, inputs, rows=terms(inputs))
+    with use_backend("cpu"):
+        assert forced(**inputs).stride() == causal_conv3d(**inputs).stride()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_the_truth_in_every_shape(shape: str) -> None:
+    inputs = sample(dtype=torch.bfloat16, layout="channels_last", **SHAPES[shape])
+    check_op(forced, reference, inputs, rows=terms(inputs))
+
+
+def test_an_empty_batch() -> None:
+    inputs = sample(batch=0)
+    y = forced(**inputs)
+    assert y.shape == (0, 20, 4, 7, 9)
+    y.sum().backward()
+    assert not inputs["weight"].grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_dtypes_that_onednn_has_not_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match=f"backend 'onednn' was forced and cannot run: no convolution for {dtype}"):
+        forced(**sample(dtype=dtype))
+
+
+# ---- where it is chosen ---------------------------------------------------------------------------------------------
+
+
+def test_without_amx_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = _dispatch.op("causal_conv3d")
+    replaced = [b if b.name != "onednn" else onednn.backend(frozenset()) for b in at.backends]
+    monkeypatch.setitem(_dispatch._ops, "causal_conv3d", at._replace(backends=tuple(replaced)))
+    reason = explain("causal_conv3d", **sample(channels=64, out_channels=64, dtype=torch.bfloat16))["onednn"]
+    assert reason is not None
+    assert "AMX" in reason
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"channels": 64, "out_channels": 64}, None),
+        ({"channels": 64, "out_channels": 64, "dtype": torch.float32}, "AMX does not multiply torch.float32"),
+        ({"channels": 3, "out_channels": 64}, "from 64 channels on both sides on"),
+        ({"channels": 64, "out_channels": 64, "groups": 2}, "in one group"),
+    ],
+    ids=["bfloat16", "float32", "few channels", "groups"],
+)
+def test_with_amx_it_is_chosen_where_it_was_measured(
+    options: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = _dispatch.op("causal_conv3d")
+    amx = onednn.backend(frozenset({"amx_tile", "amx_bf16"}))
+    replaced = [b if b.name != "onednn" else amx for b in at.backends]
+    monkeypatch.setitem(_dispatch._ops, "causal_conv3d", at._replace(backends=tuple(replaced)))
+    inputs = sample(**{"dtype": torch.bfloat16} | options)
+    said = explain("causal_conv3d", **inputs)["onednn"]
+    assert said is None if reason is None else said is not None and reason in said
+    assert (_dispatch.select("causal_conv3d", _dispatch.prepare("causal_conv3d", **inputs)) == "onednn") == (not reason)

@@ -1,0 +1,76 @@
+"""PyTorch's own convolution (oneDNN) in the layout that it likes, over a copy of x that is padded in time.
+
+It is the fastest one where the processor multiplies matrices of 16-bit numbers (AMX), and slower everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._dispatch import Backend
+from .._native import PROCESSOR_FLAGS
+from . import reference
+from .layout import memory_format
+
+DTYPES = (torch.float32, torch.bfloat16)  # oneDNN's; what it has not, PyTorch computes in minutes
+CHANNELS = 64  # of a group, on both sides: the fewest with which it was measured, far ahead
+SLOWER = "slower than cpu on a processor without AMX, so only where it is forced"
+
+
+def backend(flags: frozenset[str] = PROCESSOR_FLAGS) -> Backend:
+    """The backend on a processor with these flags."""
+    amx = {"amx_tile", "amx_bf16"} <= flags
+    return Backend("onednn", unsupported, forward, opt_in=None if amx else SLOWER, behind=behind)
+
+
+def unsupported(x: Tensor, **inputs: Any) -> str | None:
+    if x.device.type != "cpu":
+        return f"runs on CPU tensors; this one is on {x.device}"
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch was built without oneDNN"
+    if x.dtype not in DTYPES:
+        return f"no convolution for {x.dtype}"
+    return None
+
+
+def behind(x: Tensor, weight: Tensor, groups: int, **inputs: Any) -> str | None:
+    """Why the C++ kernels are the faster ones for this call on a processor with AMX, or None."""
+    if x.dtype is not torch.bfloat16:
+        return f"AMX does not multiply {x.dtype}"
+    if groups > 1 or min(weight.shape[:2]) < CHANNELS:
+        return f"ahead from {CHANNELS} channels on both sides on, in one group"
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_padding: str,
+    space_padding: str,
+    groups: int,
+) -> Tensor:
+    given, wanted = memory_format(x), torch.channels_last_3d
+    frames = (weight.shape[2] - 1) * dilation[0]
+    x = x.contiguous(memory_format=wanted)
+    if history is None and time_padding == "zeros":
+        padded = F.pad(x, (0, 0, 0, 0, frames, 0)) if frames else x
+    else:
+        before = reference.past(x, frames, time_padding) if history is None else history
+        padded = torch.cat([before.contiguous(memory_format=wanted), x], dim=2)
+    top, bottom, left, right = padding
+    if space_padding == "zeros" and (top, left) == (bottom, right):
+        both = (0, top, left)
+    else:
+        padded, both = reference.pad_space(padded, padding, space_padding), (0, 0, 0)
+    y = F.conv3d(padded, weight, bias, tuple(stride), both, tuple(dilation), groups)
+    return y.contiguous(memory_format=given)
