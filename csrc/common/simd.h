@@ -12,6 +12,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace walt::WALT_ISA {
@@ -66,6 +68,10 @@ inline float to_float(bfloat16 x) {
 inline float to_float(float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &x, sizeof half);
+  return half;
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
@@ -109,6 +115,11 @@ template <>
 inline float16 from_float<float16>(float x) {
 #if defined(__F16C__)
   return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#elif defined(__aarch64__)
+  const __fp16 half = x;
+  float16 result;
+  std::memcpy(&result, &half, sizeof half);
+  return result;
 #else
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -143,6 +154,8 @@ inline vfloat load(const bfloat16* p) {
 #elif defined(__AVX2__) && !defined(WALT_EMULATE_AVX512)
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#elif defined(__aarch64__)
+  return (vfloat)vshlq_n_u32(vmovl_u16(vld1_u16(&p->bits)), 16);
 #else
   vhalf half;
   std::memcpy(&half, p, sizeof half);
@@ -154,6 +167,8 @@ inline vfloat load(const float16* p) {
   return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__) && !defined(WALT_EMULATE_AVX512)
   return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (vfloat)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
   vfloat v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(p[i]);
@@ -185,6 +200,8 @@ inline void store(float16* p, vfloat v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && !defined(WALT_EMULATE_AVX512)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i] = from_float<float16>(v[i]);
 #endif
