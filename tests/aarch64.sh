@@ -9,12 +9,10 @@ for tool in aarch64-linux-gnu-g++ qemu-aarch64 apt-get dpkg; do
     exit 1
   }
 done
-. /etc/os-release
 mkdir -p "$folder/apt/lists/partial" "$folder/apt/cache/archives/partial" "$folder/debs" "$folder/root"
 
-# Packages of the same release as the compiler's libraries, by lists of their own: the machine's stay as they are.
-echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $VERSION_CODENAME main" \
-  >"$folder/apt/sources.list"
+# Packages of the same release as the compiler's libraries, from where this machine has its own, whose lists stay
+# untouched.
 : >"$folder/apt/status"
 cat >"$folder/apt.conf" <<END
 APT::Architecture "arm64";
@@ -22,8 +20,6 @@ APT::Architectures "arm64";
 Dir::State::lists "$folder/apt/lists";
 Dir::State::status "$folder/apt/status";
 Dir::Cache "$folder/apt/cache";
-Dir::Etc::sourcelist "$folder/apt/sources.list";
-Dir::Etc::sourceparts "/dev/null";
 END
 export APT_CONFIG="$folder/apt.conf"
 apt-get -qq update
