@@ -52,7 +52,7 @@ format: $(VENV)/.test
 # The sanitized module goes to its own folder; python itself is not instrumented, so the runtime is preloaded. Tests of the
 # PyTorch side of the ops (compilation, schemas) would only repeat themselves here. Where the processor has no AVX-512,
 # or AMX, the level is emulated here, so that every level's kernels are tested on every machine.
-SANITIZED := $(foreach op,$(notdir $(patsubst %/op.py,%,$(wildcard walt_kernels/*/op.py))),$(wildcard tests/test_$(op)*.py))
+SANITIZED := $(foreach op,$(notdir $(patsubst %/op.py,%,$(wildcard walt_kernels/*/op.py))),$(wildcard tests/test_$(op)*.py)) $(wildcard tests/test_winograd*.py)
 UNSANITIZED := -k "not compile and not opcheck and not gradcheck"
 EMULATE = $(if $(shell grep -m 1 $(1) /proc/cpuinfo),0,1)
 sanitize: $(VENV)/.test
@@ -62,7 +62,7 @@ sanitize: $(VENV)/.test
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED) $(UNSANITIZED)
 
-# The same tests and Winograd's on an emulated AArch64 processor: a quarter of an hour, so no part of `make test`. Left out
+# The same tests on an emulated AArch64 processor: a quarter of an hour, so no part of `make test`. Left out
 # is a gradient that is zero, as our kernels have it, and that PyTorch rounds there even in float64.
 AARCH64 := $(CURDIR)/build/aarch64
 aarch64: $(VENV)/.test $(AARCH64)/.python
@@ -70,7 +70,7 @@ aarch64: $(VENV)/.test $(AARCH64)/.python
 	mv $(AARCH64)/lib/walt_kernels/_C.*.so $(AARCH64)/lib/walt_kernels/_C.so
 	export PYTHONPATH=$(AARCH64)/lib:$(AARCH64)/site OMP_NUM_THREADS=1; \
 	$(AARCH64)/python -Pc "import walt_kernels._C as C; print(C.build_info())" && \
-	$(AARCH64)/python -Pm pytest -q -p no:cacheprovider $(SANITIZED) $(wildcard tests/test_winograd*.py) $(UNSANITIZED) \
+	$(AARCH64)/python -Pm pytest -q -p no:cacheprovider $(SANITIZED) $(UNSANITIZED) \
 		--deselect "tests/test_adaln_lora.py::test_a_width_of_one[torch.float64" $(ARGS)
 
 $(AARCH64)/.python: tests/aarch64.sh | $(VENV)/bin/python

@@ -72,9 +72,9 @@ def test_takes_it_where_it_pays(dtype: torch.dtype, isa: str) -> None:
         {"stride": (2, 1, 1), "dilation": (2, 1, 1)},
     ]
     assert [takes_winograd(dtype=dtype, **options) for options in taken] == [not pairs] * len(taken)
-    large = [{"channels": 16, "size": (12, 12)}, {"channels": 16, "size": (15, 17), "kernel": (1, 3, 3)}]
+    large = [{"channels": 16, "size": (16, 16)}, {"channels": 16, "size": (18, 20), "kernel": (1, 3, 3)}]
     assert all(takes_winograd(dtype=dtype, **options) for options in large)
-    between = [{"channels": 15, "size": (16, 16)}, {"channels": 16, "size": (14, 14)}]
+    between = [{"channels": 15, "size": (16, 16)}, {"channels": 16, "size": (14, 16)}]
     assert [takes_winograd(dtype=dtype, **options) for options in between] == [not pairs] * len(between)
     direct = [
         {"channels": 7},

@@ -12,7 +12,9 @@
 namespace walt::WALT_ISA::causal_conv3d {
 namespace {
 
-constexpr int64_t kUnitChannels = 128;   // input and output channels at a time: 3 MiB of sums for 3 taps in time
+// Input and output channels at a time: at most 3 MiB of sums for 3 taps in time.
+template <int m>
+constexpr int64_t kUnitChannels = m == 2 ? 128 : 64;
 constexpr int64_t kSlabBytes = 6 << 20;  // of transformed tiles; with the sums they stay in a third-level cache
 constexpr int64_t kSlabColumns = 64;     // tiles
 constexpr int64_t kPieceTiles = 128;     // a panel of gradients and as many lines of inputs stay in the first level
@@ -41,8 +43,8 @@ class WinogradWeightKernel {
       : p_(p),
         time_(axes[0]),
         groups_(p.groups),
-        in_(p.x.shape[1] / groups_, lanes, kUnitChannels),
-        out_(p.grad_y.shape[1] / groups_, panel_width, kUnitChannels),
+        in_(p.x.shape[1] / groups_, lanes, kUnitChannels<m>),
+        out_(p.grad_y.shape[1] / groups_, panel_width, kUnitChannels<m>),
         panels_(out_.widest() / panel_width),
         threads_(std::max(p.threads, 1)) {
     for (int i = 0; i < 3; ++i) source_.map[i] = forward_map(axes[i]);

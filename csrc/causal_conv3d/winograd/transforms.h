@@ -139,7 +139,7 @@ constexpr int kWinogradTile = sizeof(T) == 2 ? 4 : 2;
 inline bool winograd_beats_pairs(int64_t channels, int64_t rows, int64_t columns) {
   constexpr int64_t m = kWinogradTile<uint16_t>;
   const int64_t tiles = (rows + m - 1) / m * ((columns + m - 1) / m);
-  return channels >= 16 && rows >= 12 && columns >= 12 && 37 * tiles <= 3 * rows * columns;
+  return channels >= 16 && rows >= 16 && columns >= 16 && 37 * tiles <= 3 * rows * columns;
 }
 
 }  // namespace walt::WALT_ISA::causal_conv3d
