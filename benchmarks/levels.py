@@ -22,7 +22,7 @@ from . import ops
 from .case import Case
 from .cases import CASES, chosen
 from .contender import on_backend, step
-from .machine import machine, sentence
+from .machine import ROOT, level, machine, sentence
 from .say import say
 from .timing import interleaved
 
@@ -40,7 +40,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--case", metavar="NAME", help="only cases whose name contains this text")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine here")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=ROOT / "benchmarks" / "results" / f"levels-{level()}.json",
+        metavar="FILE",
+        help="write the rows and the machine here; without FILE to benchmarks/results/, named by the best level",
+    )
     parser.add_argument(
         "--check", action="store_true", help=f"exit with 1 where the default takes {MARGIN:g} times as long"
     )

@@ -1,0 +1,70 @@
+"""``python -m benchmarks levels``: every way that a CPU has, the rows, and the verdict on what an op chooses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from found_ops import needs_native
+
+from benchmarks import adaln_lora, causal_conv3d, levels
+from walt_kernels import _native
+
+SMALL = causal_conv3d.convolution("small", (1, 4, 3, 5, 5), 6)
+
+
+def names() -> set[str]:
+    return {f"cpu, {level}" for level in _native.C.build_info()["isa_runnable"] if level != "baseline"}
+
+
+@needs_native
+def test_every_level_and_library_is_timed() -> None:
+    before = _native.C.build_info()["isa"]
+    rows = levels.rows_of(SMALL, torch.float32, 0.01)
+    assert [row["mode"] for row in rows] == ["forward", "forward+backward"]
+    for row in rows:
+        assert set(row["ms"]) == {"default", "onednn", *names()}
+        assert row["best"] != "default"
+        assert row["ms"][row["best"]] == min(ms for name, ms in row["ms"].items() if name != "default")
+        assert row["behind"] == row["ms"]["default"] / row["ms"][row["best"]]
+        assert "of the best" in levels.line(row)
+    assert _native.C.build_info()["isa"] == before
+
+
+@needs_native
+def test_a_backend_that_an_op_has_not_is_no_way() -> None:
+    (row, _) = levels.rows_of(adaln_lora.modulation("small", 1, 8, 16), torch.bfloat16, 0.01)
+    assert set(row["ms"]) == {"default", *names()}
+
+
+@needs_native
+def test_a_way_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from walt_kernels.causal_conv3d import onednn
+
+    right = onednn.forward
+    wrong = onednn.backend()
+    object.__setattr__(wrong, "forward", lambda **inputs: right(**inputs) * 1.01)
+    at = levels._dispatch.op("causal_conv3d")
+    replaced = tuple(b if b.name != "onednn" else wrong for b in at.backends)
+    monkeypatch.setitem(levels._dispatch._ops, "causal_conv3d", at._replace(backends=replaced))
+    with pytest.raises(AssertionError, match="largest error"):
+        levels.rows_of(SMALL, torch.float32, 0.01)
+
+
+@pytest.mark.parametrize(("behind", "code"), [(1.05, 0), (1.2, 1)])
+def test_check_says_where_the_default_is_behind(
+    behind: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    row = {"op": "causal_conv3d", "case": "small", "mode": "forward", "dtype": "float32", "best": "onednn"}
+    row = {**row, "behind": behind, "ms": {"default": behind, "onednn": 1.0}}
+    monkeypatch.setattr(levels, "chosen", lambda *_: [SMALL])
+    monkeypatch.setattr(levels, "rows_of", lambda *_: [row])
+    path = tmp_path / "new" / "rows.json"
+    options: list[Any] = ["--dtype", "float32", "--json", str(path)]
+    assert levels.main([*options, "--check"]) == code
+    assert ("the default is behind onednn" in capsys.readouterr().out) == bool(code)
+    assert levels.main(options) == 0
+    assert json.loads(path.read_text())["rows"] == [row]
