@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from test_causal_conv3d import ISAS, all_results, check, in_chunks, native, sample
 from torch import Tensor
 
-from walt_kernels import _native, causal_conv3d
+from walt_kernels import _native, causal_conv3d, use_backend
 
 pytestmark = native
 FLOATS = (torch.float32, torch.float64)
 
 
 @pytest.fixture(autouse=True)
-def restore():
+def restore():  # and nothing else than these kernels
     threads = torch.get_num_threads()
     isa = _native.C.build_info()["isa"]
-    yield
+    with use_backend("cpu"):
+        yield
     torch.set_num_threads(threads)
     _native.C.set_isa(isa)
 

@@ -11,16 +11,17 @@ from test_causal_conv3d import DTYPES, ISAS, native, reference
 from test_causal_conv3d import sample as call_sample
 from torch import Tensor
 
-from walt_kernels import _native, causal_conv3d
+from walt_kernels import _native, causal_conv3d, use_backend
 from walt_kernels.testing import LAYOUTS, check_op, random
 
 pytestmark = native
 
 
 @pytest.fixture(autouse=True)
-def restore():
+def restore():  # and nothing else than these kernels
     isa, threads = _native.C.build_info()["isa"], torch.get_num_threads()
-    yield
+    with use_backend("cpu"):
+        yield
     _native.C.set_isa(isa)
     torch.set_num_threads(threads)
 

@@ -1,6 +1,6 @@
 """PyTorch's own convolution (oneDNN) in the layout that it likes, over a copy of x that is padded in time.
 
-It is the fastest one where the processor multiplies matrices of 16-bit numbers (AMX), and slower everywhere else.
+It is by far the fastest where the processor multiplies matrices of 16-bit numbers (AMX), and mostly slower elsewhere.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from .._native import PROCESSOR_FLAGS
 from . import reference
 from .layout import memory_format
 
+AVAILABLE = torch.backends.mkldnn.is_available()  # torch.compile cannot ask
 DTYPES = (torch.float32, torch.bfloat16)  # oneDNN's; what it has not, PyTorch computes in minutes
 CHANNELS = 64  # of a group, on both sides: the fewest with which it was measured, far ahead
-SLOWER = "slower than cpu on a processor without AMX, so only where it is forced"
+SLOWER = "mostly slower than cpu on a processor without AMX, so only where it is forced"
 
 
 def backend(flags: frozenset[str] = PROCESSOR_FLAGS) -> Backend:
@@ -31,7 +32,7 @@ def backend(flags: frozenset[str] = PROCESSOR_FLAGS) -> Backend:
 def unsupported(x: Tensor, **inputs: Any) -> str | None:
     if x.device.type != "cpu":
         return f"runs on CPU tensors; this one is on {x.device}"
-    if not torch.backends.mkldnn.is_available():
+    if not AVAILABLE:
         return "this PyTorch was built without oneDNN"
     if x.dtype not in DTYPES:
         return f"no convolution for {x.dtype}"

@@ -28,6 +28,7 @@ constexpr int64_t kTransformedBytes = 4 << 20;  // of the source, of one thread
 constexpr int64_t kProductBytes = 2 << 20;      // likewise
 constexpr int64_t kWeightBytes = 16 << 20;      // transformed at a time: half of a last-level cache
 constexpr int64_t kProductRows = 192;           // tiles that share a pass over the weights, at most
+constexpr int64_t kThreadProducts = 1 << 16;    // of a position of the tiles
 
 template <class T>
 class WinogradKernel {
@@ -138,7 +139,7 @@ class WinogradKernel {
     return most;
   }
 
-  // Blocks as large as the cache allows: weights are read once per block and step.
+  // Blocks as large as the cache allows, for weights are read once per block and step; but some for every thread.
   void choose_blocks() {
     int64_t longest = 1;
     for (const AxisRun& t : conv_.axes[0]) longest = std::max(longest, t.count);
@@ -153,8 +154,14 @@ class WinogradKernel {
       return positions * span(frames) * rows * column_limit_ * pitch_ * static_cast<int64_t>(sizeof(A));
     };
     while (column_limit_ > 1 && bytes(1, 1) > kTransformedBytes) column_limit_ = (column_limit_ + 1) / 2;
+    const int64_t planes = conv_.batches * conv_.weight.groups * static_cast<int64_t>(planes_.size());
+    const int64_t apart = planes * parts * ((layout_.panels + 1) / 2);  // tasks in any case, see make_tasks
+    const int64_t products = widest * tallest * longest * layout_.channels * conv_.weight.out_channels;
+    // Blocks along the height. Too few products are not worth waking a thread for.
+    const int64_t wanted = products < kThreadProducts ? 1 : (conv_.threads + apart - 1) / apart;
+    tallest = std::min<int64_t>((tallest + wanted - 1) / wanted, 64);
     double best = 0;
-    for (int64_t rows = 1; rows <= std::min<int64_t>(tallest, 64); ++rows) {
+    for (int64_t rows = 1; rows <= tallest; ++rows) {
       for (int64_t frames = 1; frames <= std::min<int64_t>(longest, 16); ++frames) {
         const int64_t sums = frames * rows * column_limit_;
         if (best > 0 && (bytes(rows, frames) > kTransformedBytes || sums > kProductRows)) continue;
