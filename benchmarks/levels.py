@@ -115,8 +115,8 @@ def ways_of(op: str, inputs: dict[str, Any]) -> dict[str, Way]:
     levels = [level for level in _native.C.build_info()["isa_runnable"] if level != "baseline"]
     ways = {}
     for backend in (name for name in BACKENDS if name in existing and ops.why_not(op, name, inputs) is None):
-        for level in levels if backend == "cpu" else [""]:
-            ways[name_of(backend, level)] = Way(backend, level)
+        for isa in levels if backend == "cpu" else [""]:
+            ways[name_of(backend, isa)] = Way(backend, isa)
     return ways
 
 

@@ -2,7 +2,8 @@
 
 On a GPU the allocator counts. On Linux the kernel does: writing 5 to /proc/self/clear_refs resets a process's
 high-water mark (VmHWM, proc(5)), so the mark after the call minus the resident set before it is what the call added.
-Memory that malloc keeps from earlier calls is given back first, otherwise it would be used again and not be seen.
+Memory that malloc and our kernels keep from earlier calls is given back first, otherwise it would be used again and not
+be seen.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from walt_kernels import _native
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -28,6 +31,8 @@ def peak(call: Callable[[], object], device: str = "cpu") -> float | None:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if _native.C is not None:
+        _native.C.free_scratch()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")

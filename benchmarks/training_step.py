@@ -19,6 +19,7 @@ from walt.demo.demo import DemoConfig
 from walt.model.diffusion import Diffusion
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
+from walt.presets import PRESETS
 from walt.train.losses import DenoiserLoss
 from walt.train.objective import Objective
 from walt.train.tokenizer import tokenizer_objectives
@@ -38,10 +39,12 @@ def build(stage: str, batch: int, frames: int, size: int, dtype: torch.dtype, de
     torch.manual_seed(0)
     made: Batch
     network: nn.Module
-    settings = DemoConfig().settings("tokenizer" if stage == "tokenizer tiny" else "base")
+    settings = DemoConfig().settings(stage.split()[0])
     precision = "bfloat16" if dtype is torch.bfloat16 else "float32"
     settings = replace(settings, training=replace(settings.training, precision=precision))
-    if stage == "tokenizer tiny":
+    if stage == "tokenizer L":
+        settings = replace(settings, tokenizer=PRESETS["L"][0])
+    if stage.startswith("tokenizer"):
         network = Tokenizer(settings.tokenizer)
         made = {"video": torch.rand(batch, 3, frames, size, size) * 2 - 1}
     else:

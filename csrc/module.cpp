@@ -6,6 +6,7 @@
 #include "common/bind.h"
 #include "common/checks.h"
 #include "common/isa.h"
+#include "common/scratch_pool.h"
 
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -84,6 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("set_isa", &set_isa, py::arg("isa"));
   m.def("openmp_library", &openmp_library);
+  m.def("free_scratch", &walt::ScratchPool::clear);
 
   py::class_<TensorView>(m, "TensorView")
       .def(py::init(&make_view), py::arg("address"), py::arg("dtype"), py::arg("shape"), py::arg("stride"));
