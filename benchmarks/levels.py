@@ -27,6 +27,7 @@ from .say import say
 from .timing import interleaved
 
 BACKENDS = ("cpu", "onednn")  # backends that are kernels for CPUs
+AMX = "amx_bf16" in _native.PROCESSOR_FLAGS
 MARGIN = 1.10  # times the fastest way: beyond this the default is behind
 DTYPES = ("float32", "bfloat16")
 
@@ -43,9 +44,9 @@ def main(arguments: list[str]) -> int:
         "--json",
         type=Path,
         nargs="?",
-        const=ROOT / "benchmarks" / "results" / f"levels-{level()}.json",
+        const=ROOT / "benchmarks" / "results" / f"levels-{'amx' if AMX else level()}.json",
         metavar="FILE",
-        help="write the rows and the machine here; without FILE to benchmarks/results/, named by the best level",
+        help="write the rows and the machine here; without FILE to benchmarks/results/, named by its best level",
     )
     parser.add_argument(
         "--check", action="store_true", help=f"exit with 1 where the default takes {MARGIN:g} times as long"
@@ -53,14 +54,25 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     cases = [case for case in chosen(options.op, options.case, options.quick) if case.op != "training_step"]
     if not cases:
-        parser.error(f"--case {options.case!r} matches nothing; cases: {', '.join(case.name for case in CASES)}")
+        names = ", ".join(case.name for case in chosen(options.op, None, options.quick) if case.op != "training_step")
+        parser.error(f"--case {options.case!r} matches nothing; cases: {names}")
+    if _native.C is None:
+        parser.error(f"there are no levels: {_native.reason}")
+    if options.json and options.json.is_dir():
+        parser.error(f"--json {options.json} is a folder, expected a file")
     where = machine("cpu")
     say(sentence(where))
     rows: list[Row] = []
+    wrong = []
     for name in [options.dtype] if options.dtype else DTYPES:
         for case in cases:
-            for row in rows_of(case, getattr(torch, name), 0.25 if options.quick else 1.0):
-                rows.append(row)
+            try:
+                found = rows_of(case, getattr(torch, name), 0.25 if options.quick else 1.0)
+            except AssertionError as error:
+                wrong.append(f"{case.op}, {case.name}, {name}: wrong result, not timed: {error}")
+                found = []
+            rows += found
+            for row in found:
                 say(line(row))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +80,9 @@ def main(arguments: list[str]) -> int:
     late = [row for row in rows if row["behind"] > MARGIN]
     for row in late:
         print(f"behind {row['best']}: {line(row)}")
-    return 1 if options.check and late else 0
+    for text in wrong:
+        print(text)
+    return 1 if wrong or (options.check and late) else 0
 
 
 def rows_of(case: Case, dtype: torch.dtype, seconds: float) -> list[Row]:
@@ -112,7 +126,8 @@ def name_of(backend: str, level: str) -> str:
 def ways_of(op: str, inputs: dict[str, Any]) -> dict[str, Way]:
     """Every way that takes these inputs, by name."""
     existing = [found.name for found in _dispatch.op(op).backends]
-    levels = [level for level in _native.C.build_info()["isa_runnable"] if level != "baseline"]
+    info = _native.C.build_info()
+    levels = [level for level in info["isa_runnable"] if level in ("avx2", "avx512", "amx", info["isa"])]
     ways = {}
     for backend in (name for name in BACKENDS if name in existing and ops.why_not(op, name, inputs) is None):
         for isa in levels if backend == "cpu" else [""]:

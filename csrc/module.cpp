@@ -12,8 +12,13 @@
 #include <dlfcn.h>
 #endif
 
+namespace walt {
+bool tiles_in_use();  // what kernels at level avx512 ask, see amx.h
+}
 namespace py = pybind11;
 using walt::TensorView;
+
+bool walt::tiles_in_use() { return current_isa().load(std::memory_order_relaxed) == Isa::amx; }
 
 namespace {
 

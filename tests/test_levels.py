@@ -41,6 +41,13 @@ def test_a_backend_that_an_op_has_not_is_no_way() -> None:
 
 
 @needs_native
+def test_the_level_in_use_is_a_way_also_where_it_is_the_lowest() -> None:
+    with levels.at_level("baseline"):
+        rows = levels.rows_of(SMALL, torch.float32, 0.01)
+    assert all(row["default"] == "cpu, baseline" and "cpu, baseline" in row["ms"] for row in rows)
+
+
+@needs_native
 def test_a_way_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from walt_kernels.causal_conv3d import onednn
 
@@ -52,6 +59,28 @@ def test_a_way_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(levels._dispatch._ops, "causal_conv3d", at._replace(backends=replaced))
     with pytest.raises(AssertionError, match="largest error"):
         levels.rows_of(SMALL, torch.float32, 0.01)
+
+
+def test_arguments_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, text in (
+        (["--json", str(tmp_path)], "is a folder, expected a file"),
+        (["--case", "nothing", "--op", "adaln_lora"], "cases: 24 layers, rank 2, 24 layers, rank 256"),
+    ):
+        with pytest.raises(SystemExit):
+            levels.main(arguments)
+        assert text in capsys.readouterr().err
+
+
+def test_a_wrong_case_is_told_and_the_others_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*_: Any) -> Any:
+        raise AssertionError("output 0: largest error 1")
+
+    monkeypatch.setattr(levels, "chosen", lambda *_: [SMALL])
+    monkeypatch.setattr(levels, "rows_of", wrong)
+    assert levels.main(["--dtype", "float32"]) == 1
+    assert "small, float32: wrong result, not timed: output 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("behind", "code"), [(1.05, 0), (1.2, 1)])

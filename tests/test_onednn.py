@@ -17,6 +17,16 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def on_a_processor(flags: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    at = _dispatch.op("causal_conv3d")
+    replaced = tuple(b if b.name != "onednn" else onednn.backend(flags) for b in at.backends)
+    monkeypatch.setitem(_dispatch._ops, "causal_conv3d", at._replace(backends=replaced))
+
+
+def on_a_processor_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_processor(frozenset({"amx_tile", "amx_bf16"}), monkeypatch)
+
+
 def forced(**inputs: Any) -> torch.Tensor:
     with use_backend("onednn"):
         return causal_conv3d(**inputs)
@@ -52,13 +62,31 @@ def test_dtypes_that_onednn_has_not_are_refused(dtype: torch.dtype) -> None:
         forced(**sample(dtype=dtype))
 
 
+def test_transforms_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_processor_with_amx(monkeypatch)
+    weight = torch.randn(64, 64, 3, 3, 3).bfloat16()
+    x = torch.randn(2, 1, 64, 3, 8, 8).bfloat16()
+    y = torch.vmap(causal_conv3d, (0, None))(x, weight)
+    torch.testing.assert_close(y[1], causal_conv3d(x[1], weight))
+    grads = torch.vmap(torch.func.grad(lambda w, one: causal_conv3d(one, w).sum()), (None, 0))(weight, x)
+    assert grads.shape == (2, *weight.shape)
+    with pytest.raises(RuntimeError, match=r"cannot run: does not run in forward mode and under torch\.func"):
+        torch.vmap(lambda one: forced(x=one, weight=weight))(x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiles_as_the_default(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_processor_with_amx(monkeypatch)
+    inputs = sample(channels=64, out_channels=64, dtype=torch.bfloat16, layout=layout)
+    compiled = torch.compile(causal_conv3d, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), causal_conv3d(**inputs))
+
+
 # ---- where it is chosen ---------------------------------------------------------------------------------------------
 
 
 def test_without_amx_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    at = _dispatch.op("causal_conv3d")
-    replaced = [b if b.name != "onednn" else onednn.backend(frozenset()) for b in at.backends]
-    monkeypatch.setitem(_dispatch._ops, "causal_conv3d", at._replace(backends=tuple(replaced)))
+    on_a_processor(frozenset(), monkeypatch)
     reason = explain("causal_conv3d", **sample(channels=64, out_channels=64, dtype=torch.bfloat16))["onednn"]
     assert reason is not None
     assert "AMX" in reason
@@ -77,10 +105,7 @@ def test_without_amx_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_with_amx_it_is_chosen_where_it_was_measured(
     options: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = _dispatch.op("causal_conv3d")
-    amx = onednn.backend(frozenset({"amx_tile", "amx_bf16"}))
-    replaced = [b if b.name != "onednn" else amx for b in at.backends]
-    monkeypatch.setitem(_dispatch._ops, "causal_conv3d", at._replace(backends=tuple(replaced)))
+    on_a_processor_with_amx(monkeypatch)
     inputs = sample(**{"dtype": torch.bfloat16} | options)
     said = explain("causal_conv3d", **inputs)["onednn"]
     assert said is None if reason is None else said is not None and reason in said

@@ -25,9 +25,18 @@ def test_it_measures_ours_and_the_reference(
 
     monkeypatch.setattr(training_memory, "build", small)
     assert benchmark.main(["memory", "--frames", "5", "--size", "16", "--dtype", "bfloat16"]) == 0
-    assert built == [("tokenizer L", 1, 5, 16, torch.bfloat16, "cpu")]
+    assert built[0] == ("tokenizer L", 1, 5, 16, torch.bfloat16, "cpu")
     found = dict(re.findall(r"^(ours|eager reference) +(\d+ MiB|unknown)$", capsys.readouterr().out, re.M))
     assert set(found) == {"ours", "eager reference"}
+
+
+@pytest.mark.parametrize("arguments", [["--frames", "0"], ["--frames", "6"], ["--size", "15"], ["--size", "0"]])
+def test_clips_that_the_tokenizer_cannot_take_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        training_memory.main(arguments)
+    assert f"{arguments[0]} {arguments[1]}, expected" in capsys.readouterr().err
 
 
 @needs_native

@@ -131,7 +131,7 @@ def select(op: str, inputs: Mapping[str, Any]) -> str:
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # whose file knows PyTorch's ops only
         return "reference"
     for candidate in _ops[op].backends:
-        if candidate.opt_in is None and candidate.reason(**inputs) is None:
+        if candidate.opt_in is None and candidate.reason(**inputs) is None:  # in this order: reasons cost time
             if candidate.name == "reference" and not torch.compiler.is_compiling():
                 _warn_about_reference(op, inputs)
             return candidate.name

@@ -1,7 +1,7 @@
 // One binary, several instruction sets, called levels. setup.py compiles every .cpp of an op but its bind.cpp once per
 // level, with that level's compiler flags and with WALT_ISA naming its namespace; kernels are in walt::WALT_ISA::<op>.
 // A call runs at the best level that was compiled and that this processor has, or at the one that set_isa chose.
-// The level amx is the kernels of avx512, whose products of bfloat16 then run on tiles (tiles.h). It has never been
+// The level amx is the kernels of avx512, whose products of bfloat16 then run on tiles (amx.h). It has never been
 // timed, so it is never the best level by itself.
 #pragma once
 

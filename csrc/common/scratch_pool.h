@@ -41,7 +41,7 @@ class ScratchPool {
     pool.bytes_ += block.bytes;
   }
 
-  // Gives the system back what the calling thread keeps.
+  // Frees what the calling thread keeps; malloc may keep it still.
   static void clear() {
     ScratchPool& pool = mine();
     while (!pool.kept_.empty()) std::free(pool.remove(0).data);

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/tiles.h"
+#include "common/amx.h"
 
 #ifdef WALT_HAS_TILES
 namespace walt::WALT_ISA::window_attention {

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import Backend
+from .._library import transformed
 from .._native import PROCESSOR_FLAGS
 from . import reference
 from .layout import memory_format
@@ -36,6 +37,8 @@ def unsupported(x: Tensor, **inputs: Any) -> str | None:
         return "this PyTorch was built without oneDNN"
     if x.dtype not in DTYPES:
         return f"no convolution for {x.dtype}"
+    if transformed():
+        return "does not run in forward mode and under torch.func, which know no memory formats"
     return None
 
 

@@ -322,8 +322,7 @@ bool winograd_pays(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {
   if (p.x.dtype == DType::bfloat16) return winograd_beats_pairs(channels, rows, columns);
 #endif
   const int64_t m = p.x.dtype == DType::bfloat16 || p.x.dtype == DType::float16 ? 4 : 2;  // as kWinogradTile
-  const int64_t tiles = (rows + m - 1) / m * ((columns + m - 1) / m);
-  return 5 * (m + 2) * (m + 2) * tiles <= 4 * 9 * rows * columns;
+  return 5 * (m + 2) * (m + 2) * winograd_tiles(m, rows, columns) <= 4 * 9 * rows * columns;
 }
 
 void winograd_backward_weight(const ConvBackwardWeightParams& p, const Axis (&axes)[3]) {

@@ -6,17 +6,18 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/isa.h"
 #include "common/simd.h"
 
 #if defined(WALT_HAS_AMX) && defined(WALT_HAS_BF16_DOT)
 #define WALT_HAS_TILES 1
 
+namespace walt {
+bool tiles_in_use();  // module.cpp
+}
+
 namespace walt::WALT_ISA {
 
 constexpr int64_t kTile = 16;  // rows of a tile, and units of a row
-
-inline bool tiles_in_use() { return current_isa().load(std::memory_order_relaxed) == Isa::amx; }
 
 // The shapes of all tiles, in the layout of ldtilecfg.
 struct TileShapes {
