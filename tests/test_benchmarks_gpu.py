@@ -29,7 +29,7 @@ from walt_kernels import _native, testing
 
 needs_native = pytest.mark.skipif(_native.C is None, reason=f"native kernels: {_native.reason}")
 QUICK = measure.Effort(True, ("cpu",))
-PLAIN = window_attention.attention("plain", (1, 2, 4, 4, 2, 8), (2, 2, 4), plain=True)
+PLAIN = window_attention.attention("plain", (1, 2, 4, 4, 2, 8), (2, 2, 4), table=False, norm=False)
 BOTH = {name: dataclasses.replace(case, modes=GPU_MODES) for name, case in KINDS.items()}
 
 
