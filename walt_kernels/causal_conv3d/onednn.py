@@ -66,8 +66,10 @@ def forward(
     given, wanted = memory_format(x), torch.channels_last_3d
     frames = (weight.shape[2] - 1) * dilation[0]
     x = x.contiguous(memory_format=wanted)
-    if history is None and time_padding == "zeros":
-        padded = F.pad(x, (0, 0, 0, 0, frames, 0)) if frames else x
+    if history is None and frames == 0:
+        padded = x
+    elif history is None and time_padding == "zeros":
+        padded = F.pad(x, (0, 0, 0, 0, frames, 0))
     else:
         before = reference.past(x, frames, time_padding) if history is None else history
         padded = torch.cat([before.contiguous(memory_format=wanted), x], dim=2)
