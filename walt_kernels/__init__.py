@@ -1,4 +1,4 @@
-"""Trainable kernels for video diffusion: causal 3D convolution, window attention, fused AdaLN-LoRA."""
+"""Trainable kernels for video diffusion: causal 3D convolution, video norm, window attention, fused AdaLN-LoRA."""
 
 import importlib
 import sys
@@ -10,6 +10,7 @@ from ._dispatch import explain, use_backend
 from ._version import __version__ as __version__
 from .adaln_lora import adaln_lora, adaln_modulate, adaln_residual, adaln_residual_modulate
 from .causal_conv3d import causal_conv3d, next_history
+from .video_norm import video_norm
 from .window_attention import window_attention
 
 # What `from walt_kernels import *` brings: not `nn`, which would take the place of torch's.
@@ -22,6 +23,7 @@ __all__ = [
     "explain",
     "next_history",
     "use_backend",
+    "video_norm",
     "window_attention",
 ]
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import autocast_enabled
 from .values import is_int, plain
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -69,6 +70,29 @@ def positive(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name} is {value}, expected a positive int")
     return value
+
+
+def positive_number(name: str, value: Any) -> float:
+    value = number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} is {value}, expected a positive number")
+    return value
+
+
+def one_dtype(x: Tensor, **rows: Tensor) -> dict[str, Tensor]:
+    """Checks that the rows that modulate x have one dtype, x's or float32 beside a 16-bit x; autocast widens them."""
+    allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
+    first_name, first = next(iter(rows.items()))
+    if autocast_enabled(x.device.type):
+        fits = first.dtype in allowed and all(tensor.dtype == first.dtype for tensor in rows.values())
+        common = first.dtype if fits else torch.promote_types(x.dtype, torch.float32)
+        return {name: tensor.to(common) for name, tensor in rows.items()}
+    if first.dtype not in allowed:
+        either = f"{' or '.join(map(str, allowed))} as x has{', or wider' * (len(allowed) > 1)}"
+        raise TypeError(f"{first_name} has dtype {first.dtype}, expected {either}")
+    for name, tensor in rows.items():
+        check_same_dtype(name, tensor, first_name, first)
+    return rows
 
 
 def triple(name: str, value: Any) -> tuple[int, int, int]:

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels compute in, and keep statistics in."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def like(tensor: Tensor) -> Tensor:
-    """Contiguous, whatever the tensor is."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+from .._layout import accumulate_dtype, like
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,22 @@ import torch
 from torch import Tensor
 
 from .. import _native, _triton
-from .._checks import check_dtype, check_same_device, check_same_dtype, check_shape, check_tensor, number, shape_error
+from .._checks import (
+    check_dtype,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+    one_dtype,
+    positive_number,
+    shape_error,
+)
 from .._define import define_op
 from .._dispatch import Backend
+from .._layout import like
 from .._library import autocast_enabled
 from . import cuda, native, reference
-from .layout import hidden_like, like, lora_gradients, lora_output, statistics
+from .layout import hidden_like, lora_gradients, lora_output, statistics
 
 _CPU, _CUDA = native.KERNELS, cuda.KERNELS
 
@@ -141,7 +151,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     _check_tokens(x)
-    return {"x": x, **_modulation(x, shift=shift, scale=scale), "eps": _positive("eps", eps)}
+    return {"x": x, **_modulation(x, shift=shift, scale=scale), "eps": positive_number("eps", eps)}
 
 
 @define_op(
@@ -223,14 +233,7 @@ def adaln_residual_modulate(
     """
     _check_tokens(x)
     rows = _modulation(x, gate=gate, shift=shift, scale=scale)
-    return {"x": x, "branch": _checked_branch(x, branch), **rows, "eps": _positive("eps", eps)}
-
-
-def _positive(name: str, value: Any) -> float:
-    value = number(name, value)
-    if value <= 0:
-        raise ValueError(f"{name} is {value}, expected a positive number")
-    return value
+    return {"x": x, "branch": _checked_branch(x, branch), **rows, "eps": positive_number("eps", eps)}
 
 
 def _check_tokens(x: Any) -> None:
@@ -265,15 +268,4 @@ def _modulation(x: Tensor, **rows: Any) -> dict[str, Tensor]:
             either = f"[B, D] = ({batch}, {width}) or [B, F, D] with F dividing N = {tokens}"
             raise shape_error(name, tensor, either)
         check_same_device(name, tensor, "x", x)
-    allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
-    first_name, first = next(iter(rows.items()))
-    if autocast_enabled(x.device.type):
-        fits = first.dtype in allowed and all(tensor.dtype == first.dtype for tensor in rows.values())
-        common = first.dtype if fits else torch.promote_types(x.dtype, torch.float32)
-        return {name: tensor.to(common) for name, tensor in rows.items()}
-    if first.dtype not in allowed:
-        either = f"{' or '.join(map(str, allowed))} as x has{', or wider' * (len(allowed) > 1)}"
-        raise TypeError(f"{first_name} has dtype {first.dtype}, expected {either}")
-    for name, tensor in rows.items():
-        check_same_dtype(name, tensor, first_name, first)
-    return rows
+    return one_dtype(x, **rows)

@@ -7,12 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last_3d for x and slices of such tensors."""
-    if x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous():
-        return torch.channels_last_3d
-    return torch.contiguous_format
+from .._layout import like_video, memory_format
 
 
 def output_shape(
@@ -38,13 +33,10 @@ def gradients_like(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Memory for those of the gradients of x, weight, bias and history that are wanted."""
 
-    def like(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format(tensor))
-
     of_x, of_weight, of_bias, of_history = wanted
     return (
-        like(x) if of_x else None,
-        like(weight) if of_weight else None,
+        like_video(x) if of_x else None,
+        like_video(weight) if of_weight else None,
         torch.empty(weight.shape[:1], dtype=weight.dtype, device=weight.device) if of_bias else None,
-        like(history) if of_history and history is not None else None,
+        like_video(history) if of_history and history is not None else None,
     )

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import Backend
+from .._layout import memory_format
 from .._library import transformed
 from .._native import PROCESSOR_FLAGS
 from . import reference
-from .layout import memory_format
 
 AVAILABLE = torch.backends.mkldnn.is_available()  # torch.compile cannot ask
 DTYPES = (torch.float32, torch.bfloat16)  # oneDNN's; what it has not, PyTorch computes in minutes

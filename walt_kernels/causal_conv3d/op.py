@@ -23,10 +23,11 @@ from .._checks import (
 )
 from .._define import define_op
 from .._dispatch import Backend
+from .._layout import memory_format
 from .._library import autocast, is_open, transformed
 from ..values import is_int, plain
 from . import native, onednn, reference
-from .layout import gradients_like, memory_format, output_like
+from .layout import gradients_like, output_like
 
 Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
 

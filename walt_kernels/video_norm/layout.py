@@ -1,0 +1,40 @@
+"""Memory for what video_norm returns beside y, the same for real and fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._layout import accumulate_dtype, like, like_video
+
+
+def statistics_shape(x: Tensor, over: str, groups: int) -> tuple[int, ...]:
+    """[B, T, groups] over a frame, [B, groups] over a clip, [B, T, H, W] over a pixel."""
+    B, _, T, H, W = x.shape
+    return {"frame": (B, T, groups), "clip": (B, groups), "pixel": (B, T, H, W)}[over]
+
+
+def outputs_like(x: Tensor, over: str, groups: int, center: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean (nothing where the norm does not centre) and rstd."""
+    shape, dtype = statistics_shape(x, over, groups), accumulate_dtype(x.dtype)
+    mean = torch.empty(shape if center else (0,), dtype=dtype, device=x.device)
+    return like_video(x), mean, torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def gradients_like(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Memory for those of the gradients that are wanted."""
+    given = (x, weight, bias, scale, shift)
+    makers = (like_video, like, like, like, like)
+    return [
+        make(tensor) if want and tensor is not None else None
+        for make, tensor, want in zip(makers, given, wanted, strict=True)
+    ]
