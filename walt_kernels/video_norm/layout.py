@@ -11,9 +11,9 @@ from .._layout import accumulate_dtype, like, like_video
 
 
 def statistics_shape(x: Tensor, over: str, groups: int) -> tuple[int, ...]:
-    """[B, T, groups] over a frame, [B, groups] over a clip, [B, T, H, W] over a pixel."""
+    """[B, T, groups] over a frame, [B, groups] over a clip, [B, T, H * W] over a pixel."""
     B, _, T, H, W = x.shape
-    return {"frame": (B, T, groups), "clip": (B, groups), "pixel": (B, T, H, W)}[over]
+    return {"frame": (B, T, groups), "clip": (B, groups), "pixel": (B, T, H * W)}[over]
 
 
 def outputs_like(x: Tensor, over: str, groups: int, center: bool) -> tuple[Tensor, Tensor, Tensor]:

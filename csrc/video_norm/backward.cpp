@@ -1,0 +1,149 @@
+// Gradients where statistics are over groups of channels of frames or clips. With g the gradient of what is activated,
+// normal = (x - mean) * rstd and n elements in a group,
+//   grad_x = rstd * (g * gain - sum(g * gain) / n - normal * sum(g * gain * normal) / n).
+// The sums over a group are made of those over a channel, which the gradients of the modulation are made of, too.
+#include "video_norm/gradients.h"
+
+namespace walt::WALT_ISA::video_norm {
+namespace {
+
+// The rows of a frame's coefficients.
+enum Row { kMean, kRstd, kGroup, kGroupNormal, kRowCount };
+
+template <class T, bool kRows, bool kSilu>
+void differentiate(const VideoNormBackwardParams& p) {
+  using A = accumulate_t<T>;
+  using V = vector_t<A>;
+  const Sizes s(p);
+  const Video<const T> x(p.x), grad_y(p.grad_y);
+  const Video<T> grad_x(p.grad_x);
+  const Modulation<A> modulation(p, s);
+  const Units units = kRows ? Units(s.P, s.C, kTilePixels) : Units(s.C, s.P, 1);
+  const int threads = threads_for(p.x.numel(), p.threads);
+  const int64_t width = padded<A>(s.C);
+  const int64_t sets = p.over == Over::clip ? s.B : s.frames(), frames = s.frames() / std::max<int64_t>(sets, 1);
+
+  const ChannelSums sums(s);
+  const Scratch<A> partial(kRows ? s.frames() * units.count() * 2 * width : 0);
+  const Scratch<A> coefficients(s.frames() * kRowCount * width);
+  const auto row_of = [&](int64_t frame, Row row) { return coefficients.data() + (frame * kRowCount + row) * width; };
+  for (int64_t frame = 0; frame < s.frames(); ++frame) {
+    std::fill(row_of(frame, kMean), row_of(frame + 1, kMean), A{0});
+    for (int64_t c = 0; c < s.C; ++c) {
+      const int64_t at = frame / frames * s.groups + c / s.channels;
+      if (p.center) row_of(frame, kMean)[c] = static_cast<const A*>(p.mean.data)[at];
+      row_of(frame, kRstd)[c] = static_cast<const A*>(p.rstd.data)[at];
+    }
+  }
+
+  const auto measure = [&](int64_t frame, int64_t unit, int) {
+    const A *const mean = row_of(frame, kMean), *const rstd = row_of(frame, kRstd);
+    const A *const gain = modulation.gain(frame), *const offset = modulation.offset(frame);
+    if constexpr (kRows) {
+      A *const sum = partial.data() + (frame * units.count() + unit) * 2 * width, *const sum_normal = sum + width;
+      std::fill(sum, sum + 2 * width, A{0});
+      const auto add = [&](int64_t i, auto pixels) __attribute__((always_inline)) {
+        const T *const x_row = x.frame(frame) + i * x.p, *const grad_row = grad_y.frame(frame) + i * grad_y.p;
+        sweep<A>(s.C, [&](int64_t c, auto piece, int) __attribute__((always_inline)) {
+          const V mean_c = load(mean + c), rstd_c = load(rstd + c), gain_c = load(gain + c),
+                  offset_c = load(offset + c);
+          V g_sum{}, normal_sum{};
+          for (int64_t k = 0; k < decltype(pixels)::value; ++k) {
+            const V normal = (piece.load(x_row + k * x.p + c) - mean_c) * rstd_c;
+            const V g = through_activation<kSilu>(V(piece.load(grad_row + k * grad_y.p + c)), normal * gain_c + offset_c);
+            g_sum += g;
+            normal_sum += g * normal;
+          }
+          store(sum + c, load(sum + c) + g_sum);
+          store(sum_normal + c, load(sum_normal + c) + normal_sum);
+        });
+      };
+      int64_t i = units.begin(unit);
+      for (; i + 4 <= units.end(unit); i += 4) add(i, std::integral_constant<int64_t, 4>{});
+      for (; i < units.end(unit); ++i) add(i, std::integral_constant<int64_t, 1>{});
+    } else {
+      for (int64_t c = units.begin(unit); c < units.end(unit); ++c) {
+        const T *const from = x.frame(frame) + c * x.c, *const grad = grad_y.frame(frame) + c * grad_y.c;
+        double sum = 0, sum_normal = 0;
+        for (int64_t begin = 0; begin < s.P; begin += kGrain) {
+          V g_sums[kSlots] = {}, normal_sums[kSlots] = {};
+          sweep<A>(std::min(kGrain, s.P - begin), [&](int64_t i, auto piece, int slot) __attribute__((always_inline)) {
+            const V normal = piece.keep((piece.load(from + begin + i) - mean[c]) * rstd[c]);
+            const V g = through_activation<kSilu>(V(piece.load(grad + begin + i)), normal * gain[c] + offset[c]);
+            g_sums[slot] += g;
+            normal_sums[slot] += g * normal;
+          });
+          sum += static_cast<double>(sum_slots(g_sums));
+          sum_normal += static_cast<double>(sum_slots(normal_sums));
+        }
+        sums.of(frame)[c] = sum;
+        sums.with_normal(frame)[c] = sum_normal;
+      }
+    }
+  };
+
+  const auto finish = [&](int64_t set) {
+    const int64_t first = set * frames, last = first + frames;
+    if constexpr (kRows) {
+      for (int64_t frame = first; frame < last; ++frame) {
+        sums.join(frame, partial.data() + frame * units.count() * 2 * width, units.count(), width);
+      }
+    }
+    const double n = static_cast<double>(frames * s.channels * s.P);
+    for (int64_t g = 0; g < s.groups; ++g) {
+      double group = 0, group_normal = 0;
+      for (int64_t frame = first; frame < last; ++frame) {
+        const A* const gain = modulation.gain(frame);
+        for (int64_t c = g * s.channels; c < (g + 1) * s.channels; ++c) {
+          group += static_cast<double>(gain[c]) * sums.of(frame)[c];
+          group_normal += static_cast<double>(gain[c]) * sums.with_normal(frame)[c];
+        }
+      }
+      for (int64_t frame = first; frame < last; ++frame) {
+        for (int64_t c = g * s.channels; c < (g + 1) * s.channels; ++c) {
+          row_of(frame, kGroup)[c] = static_cast<A>(p.center ? group / n : 0);
+          row_of(frame, kGroupNormal)[c] = static_cast<A>(group_normal / n);
+        }
+      }
+    }
+  };
+
+  const auto apply = [&](int64_t frame, int64_t unit, int) {
+    if (!p.grad_x.defined()) return;
+    const A *const mean = row_of(frame, kMean), *const rstd = row_of(frame, kRstd);
+    const A *const group = row_of(frame, kGroup), *const group_normal = row_of(frame, kGroupNormal);
+    const A *const gain = modulation.gain(frame), *const offset = modulation.offset(frame);
+    const auto gradient = [](V x, V grad, auto mean, auto rstd, auto gain, auto offset, auto group, auto group_normal)
+                              __attribute__((always_inline)) {
+                                const V normal = (x - mean) * rstd;
+                                const V g = through_activation<kSilu>(grad, normal * gain + offset);
+                                return (g * gain - group - normal * group_normal) * rstd;
+                              };
+    for (int64_t i = units.begin(unit); i < units.end(unit); ++i) {
+      const T* const from = x.frame(frame) + i * (kRows ? x.p : x.c);
+      const T* const grad = grad_y.frame(frame) + i * (kRows ? grad_y.p : grad_y.c);
+      T* const to = grad_x.frame(frame) + i * (kRows ? grad_x.p : grad_x.c);
+      sweep<A>(kRows ? s.C : s.P, [&](int64_t j, auto piece, int) __attribute__((always_inline)) {
+        const V x_j = piece.load(from + j), grad_j = piece.load(grad + j);
+        if constexpr (kRows) {
+          piece.store(to + j, gradient(x_j, grad_j, load(mean + j), load(rstd + j), load(gain + j), load(offset + j),
+                                       load(group + j), load(group_normal + j)));
+        } else {
+          piece.store(to + j, gradient(x_j, grad_j, mean[i], rstd[i], gain[i], offset[i], group[i], group_normal[i]));
+        }
+      });
+    }
+  };
+  in_sets(sets, frames, units.count(), threads, measure, finish, apply);
+  write_gradients(p, s, sums);
+}
+
+}  // namespace
+
+void backward(const VideoNormBackwardParams& p) {
+  check(p);
+  if (p.over == Over::pixel) return backward_pixels(p);
+  dispatch(p.x, p.silu, [&](auto tag, auto rows, auto silu) { differentiate<decltype(tag), rows, silu>(p); });
+}
+
+}  // namespace walt::WALT_ISA::video_norm
