@@ -174,7 +174,7 @@ class Upsample(nn.Module):
         starts = history is None or self.conv not in history
         y = depth_to_space(convolve(self.conv, x, history), self.factor)
         dropped = self.factor[0] - 1 if starts else 0
-        return channels_last(y[:, :, dropped:])
+        return y[:, :, dropped:]
 
 
 def depth_to_space(x: Tensor, factor: tuple[int, int, int]) -> Tensor:

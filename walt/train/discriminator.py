@@ -32,8 +32,9 @@ def blur_pool(x: Tensor) -> Tensor:
         kernel = kernel[..., None] * (taps / taps.sum())
         padding = [*((1, 1 + size % 2) if size > 1 else (0, 0)), *padding]  # F.pad starts with the last axis
     stride = [2 if size > 1 else 1 for size in x.shape[2:]]
-    y = F.conv3d(F.pad(x, padding, mode="replicate").flatten(0, 1)[:, None], kernel[None, None], stride=stride)
-    return y[:, 0].unflatten(0, x.shape[:2])
+    channels = x.shape[1]
+    weight = kernel.expand(channels, 1, *kernel.shape)
+    return F.conv3d(F.pad(x, padding, mode="replicate"), weight, stride=stride, groups=channels)
 
 
 class Conv(nn.Conv3d):
@@ -90,7 +91,7 @@ class Discriminator(nn.Module):
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             expected = "floating point [B, 3, T, H, W]"
             raise ValueError(f"video: got {video.dtype} {tuple(video.shape)}; expected {expected}")
-        x = F.leaky_relu(self.first(video), SLOPE)
+        x = F.leaky_relu(self.first(video.contiguous(memory_format=torch.channels_last_3d)), SLOPE)
         for block in self.blocks:
             x = block(x)
         x = F.leaky_relu(self.last(x), SLOPE)
