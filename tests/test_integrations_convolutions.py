@@ -23,6 +23,7 @@ from walt_kernels.testing import K_BACKWARD, K_FORWARD, compare, random
 autoencoders = pytest.importorskip("diffusers.models.autoencoders", reason="diffusers is not installed")
 
 CHANNELS, HEIGHT, WIDTH = 4, 6, 7
+TERMS = CHANNELS * 27  # of one output
 
 
 class MagvitCausalConv3d(nn.Module):
@@ -262,9 +263,9 @@ def test_exact_forward_and_backward(name: str, dtype: torch.dtype, count: list[i
         )
         assert len(count) == len(lengths), f"{lengths}: the op ran in {len(count)} of {len(lengths)} calls"
         for i, (ours, exact, theirs) in enumerate(zip(*outputs, strict=True)):
-            compare(f"{lengths} output {i}", ours, exact, theirs, k=K_FORWARD)
+            compare(f"{lengths} output {i}", ours, exact, theirs, k=K_FORWARD, rows=TERMS)
         for i, (ours, exact, theirs) in enumerate(zip(*grads, strict=True)):
-            compare(f"{lengths} gradient {i}", ours, exact, theirs, k=K_BACKWARD)
+            compare(f"{lengths} gradient {i}", ours, exact, theirs, k=K_BACKWARD, rows=TERMS)
     restore(module)
     again = [results(m, run, x, all_lengths[-1]) for m in (module, original)]
     for kind in (0, 1):
@@ -282,7 +283,7 @@ def test_autocast_gives_what_the_original_gives(name: str, count: list[int]) -> 
         (ours, _), (theirs, _) = (results(m, run, x, all_lengths[-1]) for m in (module, original))
     assert len(count) == len(all_lengths[-1])
     for a, b, c in zip(ours, exact, theirs, strict=True):
-        compare(name, a, b, c, k=K_FORWARD, dtype=torch.bfloat16)
+        compare(name, a, b, c, k=K_FORWARD, rows=TERMS, dtype=torch.bfloat16)
 
 
 def test_every_class_of_diffusers_is_replaced_or_left_with_a_reason() -> None:
@@ -325,7 +326,7 @@ def left(name: str, *args: Any, **kwargs: Any) -> str:
 X = random(1, CHANNELS, 5, HEIGHT, WIDTH, grad=False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name or name == "kvae, cached"])
 def test_compiled_whole(name: str, count: list[int]) -> None:
     original, run, all_lengths = case(name)
     module = copy.deepcopy(original)
