@@ -9,7 +9,8 @@ import torch
 
 from .._aot import Call
 
-SPILLS: dict[str, int] = {}
+# On sm_100 the assembler uses a few bytes of stack although registers are left.
+SPILLS = {"video_norm_backward_kernel": 16}
 
 # batch, channels, frames, rows and columns, options; x is channels_last_3d unless the name says otherwise.
 FRAME: dict[str, Any] = {"groups": 32, "activation": "silu", "modulated": True}
@@ -19,6 +20,7 @@ CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "frame 128": (2, 128, 17, 128, FRAME),
     "frame 256": (2, 256, 9, 32, FRAME),
     "frame 512": (2, 512, 5, 16, FRAME),
+    "frame 512, few pixels": (2, 512, 5, 8, FRAME),
     "frame 128, contiguous": (2, 128, 17, 128, FRAME),
     "frame 512, contiguous": (2, 512, 5, 16, FRAME),
     "frame 512, one frame": (1, 512, 1, 16, FRAME),

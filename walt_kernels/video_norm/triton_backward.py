@@ -103,14 +103,14 @@ def video_norm_backward_kernel(
             xhat -= middle
         xhat *= scatter
         if SILU:
-            z = xhat * gain + offset
+            z = xhat * gain[None, :] + offset[None, :]
             s = tl.sigmoid(z)
             g *= s * (1.0 + z * (1.0 - s))
         if partial is not None:
             sum_g += g
             sum_gx += g * xhat
         if grad_x is not None:
-            g *= gain
+            g *= gain[None, :]
             if sums_gx is None:
                 if CENTER:
                     mean_g = total(g, PIXEL, GROUPS, SIZE) / count
@@ -148,7 +148,7 @@ def video_norm_finish_kernel(
     SUMS_EACH: tl.constexpr, SCALE_EACH: tl.constexpr, SHIFT_EACH: tl.constexpr,
     PARTS: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the modulation of LANES channels, and the sums of g gain and g gain xhat over a frame or clip."""
+    """The gradients of the modulation of LANES channels, and the sums of g gain and g gain xhat that grad_x needs."""
     c = (tl.program_id(0) * LANES + tl.arange(0, LANES)).to(tl.int64)
     valid = c < C
     number = tl.arange(0, PARTS).to(tl.int64)

@@ -143,7 +143,7 @@ def video_norm_forward_kernel(
         weight, bias, scale, shift, b, t, c, valid,
         weight_c, bias_c, scale_b, scale_c, scale_t, shift_b, shift_c, shift_t,
     )  # fmt: skip
-    value = value * gain + offset
+    value = value * gain[None, :] + offset[None, :]
     if SILU:
         value *= tl.sigmoid(value)
     tl.store(y + b * y_b + t * y_t + places(p, c, y_p, y_c), value.to(y.dtype.element_ty), mask=inside)
@@ -189,6 +189,13 @@ def forward(
         video_norm_forward_kernel,
         (B * T * triton.cdiv(H * W, pixels_of(block, shape)) * shape["across"],),
         block,
-        **(video("x", x) | video("y", y) | rows(weight=weight, bias=bias, scale=scale, shift=shift) | size | statistics | shape),
+        **(
+            video("x", x)
+            | video("y", y)
+            | rows(weight=weight, bias=bias, scale=scale, shift=shift)
+            | size
+            | statistics
+            | shape
+        ),
         **{"frames": T, "KNOWN": tile is None, "PIXEL": over == "pixel", "SILU": activation == "silu"},
     )

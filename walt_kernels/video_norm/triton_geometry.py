@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._layout import memory_format
-from .triton_tiles import LANES, LARGEST, PART, PARTS, SMALLEST, WHOLE
+from .triton_tiles import PART, PARTS, WHOLE, lanes
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def gain_and_offset(
         offset *= factor
     if shift is not None:
         offset += tl.load(shift + (b * shift_b + t * shift_t + c * shift_c), mask=valid, other=0.0).to(tl.float32)
-    return gain[None, :], offset[None, :]
+    return gain, offset
 
 
 @triton.jit
@@ -82,24 +82,22 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _pixel_stride(x: Tensor) -> int | None:
-    """The distance of pixels that follow one another in a frame, None where there is no such one."""
-    if x.shape[4] == 1:
-        return x.stride(3)
-    return x.stride(4) if x.shape[3] == 1 or x.stride(3) == x.shape[4] * x.stride(4) else None
+def _scattered(x: Tensor) -> bool:
+    """Whether no one distance leads from each pixel of a frame to the next."""
+    return x.shape[3] > 1 and x.shape[4] > 1 and x.stride(3) != x.shape[4] * x.stride(4)
 
 
 def by_pixel(tensor: Tensor, x: Tensor) -> Tensor:
     """The tensor, or where the pixels of its frames are scattered in memory, a copy in x's memory format."""
-    return tensor if _pixel_stride(tensor) is not None else tensor.clone(memory_format=memory_format(x))
+    return tensor.clone(memory_format=memory_format(x)) if _scattered(tensor) else tensor
 
 
 def video(name: str, tensor: Tensor | None) -> dict[str, Any]:
     """Arguments of a video [B, C, T, H, W], whose pixels are numbered."""
-    axes = dict.fromkeys("btpc", 0)
-    if tensor is not None:
-        axes = dict(zip("btpc", (tensor.stride(0), tensor.stride(2), _pixel_stride(tensor), tensor.stride(1)), strict=True))
-    return {name: tensor, **{f"{name}_{axis}": stride for axis, stride in axes.items()}}
+    if tensor is None:
+        return {name: None, **{f"{name}_{axis}": 0 for axis in "btpc"}}
+    b, c, t, h, w = tensor.stride()
+    return {name: tensor, f"{name}_b": b, f"{name}_t": t, f"{name}_p": h if tensor.shape[4] == 1 else w, f"{name}_c": c}
 
 
 def rows(**given: Tensor | None) -> dict[str, Any]:
@@ -138,28 +136,30 @@ def whole(kernel: str, x: Tensor, over: str, groups: int) -> tuple[_triton.Tile,
 
     By the sizes of a frame alone, so that an image is computed as the first frame of a video is.
     """
-    size, number, most, last = _power_of_2(x.shape[1] // groups), 1, LARGEST[kernel], order(x) == "rows"
+    size, number, last = _power_of_2(x.shape[1] // groups), 1, order(x) == "rows"
+    smallest, *_, largest = sorted(elements for name, elements in WHOLE if name == kernel)
+    sector = 64 // x.element_size()  # what memory gives at once
     if over == "pixel":
-        elements = max(size, min(most, 2048 if last else 64 * size))
+        elements = max(size, min(largest, 2048 if last else sector * size))
     elif over == "clip" and x.shape[2] > 1:
         return None
     else:
-        pixels, sector = _power_of_2(x.shape[3] * x.shape[4]), 64 // x.element_size()  # what memory gives at once
-        while number < groups and (pixels * number * size < SMALLEST or (last and number * size < sector)):
+        pixels = _power_of_2(x.shape[3] * x.shape[4])
+        while number < groups and (pixels * number * size < smallest or (last and number * size < sector)):
             number *= 2
         elements = pixels * number * size
-        if elements > most:
+        if elements > largest:
             return None
-    elements = max(SMALLEST, elements)
-    tile = _triton.pick(WHOLE, (kernel, min(elements, most)), x.device)
+    elements = max(smallest, elements)
+    tile = _triton.pick(WHOLE, (kernel, min(elements, largest)), x.device)
     return _tile(replace(tile, blocks={"ELEMENTS": elements}), x, groups, number, size)
 
 
 def part(kernel: str, x: Tensor, groups: int) -> tuple[_triton.Tile, dict[str, Any]]:
     """A tile with a part of what its statistics are taken over."""
-    lanes = LANES[order(x)]
-    size = min(lanes, _power_of_2(x.shape[1] // groups))
-    number = min(lanes // size, _power_of_2(groups))
+    most = lanes(order(x))
+    size = min(most, _power_of_2(x.shape[1] // groups))
+    number = min(most // size, _power_of_2(groups))
     return _tile(_triton.pick(PART, (kernel, order(x)), x.device), x, groups, number, size)
 
 

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from .._triton import Table, Tile
 
-LANES = {"rows": 128, "planes": 16}  # channels of a tile that holds a part of what statistics are taken over
 PARTS = 128  # of a frame at most, whose sums one program adds up
+
+
+def lanes(order: str) -> int:
+    """Channels of a tile that holds a part of what statistics are taken over."""
+    return 128 if order == "rows" else 16
 
 
 def _elements(count: int, thread: int) -> Tile:
@@ -27,10 +31,9 @@ PART: Table = {
     ("grad_x", "planes"): {"any": _elements(4096, 8)},
 }
 # Tiles that hold all that a statistic is taken over; the backward pass has twice as much in registers.
-SMALLEST, LARGEST = 1024, {"forward": 16384, "backward": 8192}
 WHOLE: Table = {
     **{("forward", 1 << i): {"any": _elements(1 << i, 16)} for i in range(10, 15)},
-    **{("backward", 1 << i): {"any": _elements(1 << i, 8)} for i in range(10, 14)},
+    **{("backward", 1 << i): {"any": _elements(1 << i, 16)} for i in range(10, 14)},
 }
 SUMS: Table = {
     ("combine",): {"any": Tile({"BLOCK": 1024})},
