@@ -9,8 +9,7 @@ import torch
 
 from .._aot import Call
 
-# On sm_100 the assembler uses a few bytes of stack although registers are left.
-SPILLS = {"video_norm_backward_kernel": 16}
+SPILLS: dict[str, int] = {}
 
 # batch, channels, frames, rows and columns, options; x is channels_last_3d unless the name says otherwise.
 FRAME: dict[str, Any] = {"groups": 32, "activation": "silu", "modulated": True}

@@ -21,9 +21,9 @@ from .triton_geometry import (
     by_pixel,
     channels_of,
     gain_and_offset,
+    modulation,
     part,
     places,
-    rows,
     shared_by,
     sizes,
     split,
@@ -35,23 +35,23 @@ from .triton_tiles import SUMS
 
 
 @triton.jit
-def _of_group(sums, c, valid, first, channels, sums_c, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+def _of_group(sums, c, valid, first, channels, sum_c, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     """Sum of a row of channels over each group of a tile."""
     if GROUPS == 1:  # the tile may be a piece of the group
         row = tl.zeros((SIZE,), tl.float32)
         for begin in range(0, channels, SIZE):
             inner = begin + tl.arange(0, SIZE)
-            row += tl.load(sums + (first * channels + inner) * sums_c, mask=inner < channels, other=0.0)
+            row += tl.load(sums + (first * channels + inner) * sum_c, mask=inner < channels, other=0.0)
     else:
-        row = tl.load(sums + c * sums_c, mask=valid, other=0.0)
+        row = tl.load(sums + c * sum_c, mask=valid, other=0.0)
     return by_group(row, GROUPS, SIZE)
 
 
 @triton.jit
 def video_norm_backward_kernel(
-    grad_y, x, weight, bias, scale, shift, mean, rstd, sums_g, sums_gx, grad_x, partial,
+    grad_y, x, weight, bias, scale, shift, mean, rstd, sum_g, sum_gx, grad_x, partial,
     grad_y_b, grad_y_t, grad_y_p, grad_y_c, x_b, x_t, x_p, x_c, grad_x_b, grad_x_t, grad_x_p, grad_x_c,
-    weight_c, bias_c, scale_b, scale_c, scale_t, shift_b, shift_c, shift_t, sums_b, sums_c, sums_t,
+    weight_c, bias_c, scale_b, scale_c, scale_t, shift_b, shift_c, shift_t, sum_b, sum_c, sum_t,
     frames, pixels, channels, groups, span, count, across, run, parts,
     PIXEL: tl.constexpr, CENTER: tl.constexpr, SILU: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -59,7 +59,7 @@ def video_norm_backward_kernel(
     """grad_x and the partial rows of a run of a frame's pixels, where these are given.
 
     grad_x = rstd (g gain - mean(g gain) - xhat mean(g gain xhat)), without the first mean if not ``CENTER``; from
-    ``sums_g`` and ``sums_gx`` where the tile does not hold all that the means are taken over.
+    ``sum_g`` and ``sum_gx`` where the tile does not hold all that the means are taken over.
     """
     PIXELS: tl.constexpr = ELEMENTS // (GROUPS * SIZE)
     program = tl.program_id(0)
@@ -81,14 +81,20 @@ def video_norm_backward_kernel(
         if CENTER:
             middle = tl.load(mean + at, mask=valid, other=0.0)[None, :]
         scatter = tl.load(rstd + at, mask=valid, other=0.0)[None, :]
-    if sums_gx is not None:
+    if sum_gx is not None:
         first_group = program % across // tl.cdiv(channels, SIZE) * GROUPS
-        at = b * sums_b + t * sums_t
+        at = b * sum_b + t * sum_t
         if CENTER:
-            mean_g = _of_group(sums_g + at, c, valid, first_group, channels, sums_c, GROUPS, SIZE) / count
-        mean_gx = _of_group(sums_gx + at, c, valid, first_group, channels, sums_c, GROUPS, SIZE) / count
-    sum_g = tl.zeros((PIXELS, GROUPS * SIZE), tl.float32)
-    sum_gx = tl.zeros((PIXELS, GROUPS * SIZE), tl.float32)
+            mean_g = _of_group(sum_g + at, c, valid, first_group, channels, sum_c, GROUPS, SIZE) / count
+        mean_gx = _of_group(sum_gx + at, c, valid, first_group, channels, sum_c, GROUPS, SIZE) / count
+    ONCE: tl.constexpr = not PIXEL and grad_x is not None and sum_gx is None  # the tile holds all of its groups
+    SUMS: tl.constexpr = partial is not None and not ONCE
+    C = channels * groups
+    if partial is not None:
+        partial += row.to(tl.int64) * 2 * C + c
+    if SUMS:
+        of_g = tl.zeros((PIXELS, GROUPS * SIZE), tl.float32)
+        of_gx = tl.zeros((PIXELS, GROUPS * SIZE), tl.float32)
     for first in range(begin, end, PIXELS):
         p = first + tl.arange(0, PIXELS)
         inside = (p < end)[:, None] & valid[None, :]
@@ -106,12 +112,15 @@ def video_norm_backward_kernel(
             z = xhat * gain[None, :] + offset[None, :]
             s = tl.sigmoid(z)
             g *= s * (1.0 + z * (1.0 - s))
-        if partial is not None:
-            sum_g += g
-            sum_gx += g * xhat
+        if SUMS:
+            of_g += g
+            of_gx += g * xhat
+        elif partial is not None:
+            tl.store(partial, tl.sum(g, 0), mask=valid)
+            tl.store(partial + C, tl.sum(g * xhat, 0), mask=valid)
         if grad_x is not None:
             g *= gain[None, :]
-            if sums_gx is None:
+            if sum_gx is None:
                 if CENTER:
                     mean_g = total(g, PIXEL, GROUPS, SIZE) / count
                 mean_gx = total(g * xhat, PIXEL, GROUPS, SIZE) / count
@@ -119,11 +128,9 @@ def video_norm_backward_kernel(
                 g -= mean_g
             g = (g - xhat * mean_gx) * scatter
             tl.store(grad_x + places(p, c, grad_x_p, grad_x_c), g.to(grad_x.dtype.element_ty), mask=inside)
-    if partial is not None:
-        C = channels * groups
-        partial += row.to(tl.int64) * 2 * C + c
-        tl.store(partial, tl.sum(sum_g, 0), mask=valid)
-        tl.store(partial + C, tl.sum(sum_gx, 0), mask=valid)
+    if SUMS:
+        tl.store(partial, tl.sum(of_g, 0), mask=valid)
+        tl.store(partial + C, tl.sum(of_gx, 0), mask=valid)
 
 
 @triton.jit
@@ -143,7 +150,7 @@ def _add_frame(out, sums, row, b, t, c, frames, C, valid, EACH: tl.constexpr):
 
 @triton.jit
 def video_norm_finish_kernel(
-    partial, weight, bias, scale, sums_g, sums_gx, grad_weight, grad_bias, grad_scale, grad_shift,
+    partial, weight, bias, scale, sum_g, sum_gx, grad_weight, grad_bias, grad_scale, grad_shift,
     weight_c, bias_c, scale_b, scale_c, scale_t, batch, frames, parts, C,
     SUMS_EACH: tl.constexpr, SCALE_EACH: tl.constexpr, SHIFT_EACH: tl.constexpr,
     PARTS: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
@@ -181,21 +188,13 @@ def video_norm_finish_kernel(
             gx *= factor
         of_bias += g
         of_weight += gx
-        if sums_gx is not None:
-            of_g = _add_frame(sums_g, of_g, gain * g, b, t, c, frames, C, valid, SUMS_EACH)
-            of_gx = _add_frame(sums_gx, of_gx, gain * gx, b, t, c, frames, C, valid, SUMS_EACH)
+        if sum_gx is not None:
+            of_g = _add_frame(sum_g, of_g, gain * g, b, t, c, frames, C, valid, SUMS_EACH)
+            of_gx = _add_frame(sum_gx, of_gx, gain * gx, b, t, c, frames, C, valid, SUMS_EACH)
     if grad_weight is not None:
         tl.store(grad_weight + c, of_weight.to(grad_weight.dtype.element_ty), mask=valid)
     if grad_bias is not None:
         tl.store(grad_bias + c, of_bias.to(grad_bias.dtype.element_ty), mask=valid)
-
-
-def of_sums(sums: Tensor | None) -> dict[str, Any]:
-    """Arguments of sums [2, B, C, T], or [2, B, C, 1] where a clip's frames have them in common."""
-    if sums is None:
-        return dict.fromkeys(("sums_g", "sums_gx")) | dict.fromkeys(("sums_b", "sums_c", "sums_t"), 0)
-    _, b, c, t = sums.stride()
-    return {"sums_g": sums[0], "sums_gx": sums[1], "sums_b": b, "sums_c": c, "sums_t": t if sums.shape[3] > 1 else 0}
 
 
 def backward(
@@ -221,38 +220,52 @@ def backward(
     B, C, T, H, W = x.shape
     gradients = {"grad_weight": grad_weight, "grad_bias": grad_bias, "grad_scale": grad_scale, "grad_shift": grad_shift}
     shared = {
-        **(video("grad_y", grad_y) | video("x", x) | rows(weight=weight, bias=bias, scale=scale, shift=shift)),
+        **(video("grad_y", grad_y) | video("x", x) | modulation(weight=weight, bias=bias, scale=scale, shift=shift)),
         **(sizes(x, groups) | shared_by(x, over, groups)),
         **{"mean": mean if center else None, "rstd": rstd, "frames": T},
         **{"PIXEL": over == "pixel", "CENTER": center, "SILU": activation == "silu"},
     }
 
-    def run(tile: tuple[_triton.Tile, dict[str, Any]], parts: dict[str, int], **given: Any) -> None:
-        grid = (B * T * parts["parts"] * tile[1]["across"],)
-        _triton.launch(video_norm_backward_kernel, grid, tile[0], **shared, **tile[1], **parts, **given)
+    def run(
+        tile: tuple[_triton.Tile, dict[str, Any]],
+        parts: dict[str, int],
+        grad_x: Tensor | None,
+        partial: Tensor | None,
+        sum_g: Tensor | None = None,
+        sum_gx: Tensor | None = None,
+    ) -> None:
+        each = 0 if sum_gx is None else sum_gx.shape[2]  # frames that have sums of their own, or 1 for all
+        _triton.launch(
+            video_norm_backward_kernel,
+            (B * T * parts["parts"] * tile[1]["across"],),
+            tile[0],
+            **(shared | video("grad_x", grad_x) | parts | tile[1]),
+            **{"partial": partial, "sum_g": sum_g, "sum_gx": sum_gx},
+            **{"sum_b": C * each, "sum_c": each, "sum_t": int(each > 1)},
+        )
 
     fits = whole("backward", x, over, groups)
     tile = fits or part("sums", x, groups)
     parts = split(H * W, *tile)
-    partial = sums = None
+    partial = sum_g = sum_gx = None
     if fits is None or any(gradient is not None for gradient in gradients.values()):
         partial = torch.empty((B * T, parts["parts"], 2, C), dtype=torch.float32, device=x.device)
-    run(tile, parts, **video("grad_x", grad_x if fits else None), **of_sums(None), partial=partial)
+    run(tile, parts, grad_x if fits else None, partial)
     if fits is None and grad_x is not None:
-        sums = torch.empty((2, B, C, 1 if over == "clip" else T), dtype=torch.float32, device=x.device)
+        sum_g, sum_gx = torch.empty((2, B, C, 1 if over == "clip" else T), dtype=torch.float32, device=x.device)
     if partial is not None:
         finish = _triton.pick(SUMS, ("finish",), x.device)
         _triton.launch(
             video_norm_finish_kernel,
             (triton.cdiv(C, finish.blocks["LANES"]),),
             finish,
-            **(rows(weight=weight, bias=bias, scale=scale) | gradients),
-            **{"sums_g": None if sums is None else sums[0], "sums_gx": None if sums is None else sums[1]},
-            **{"partial": partial, "batch": B, "frames": T, "parts": parts["parts"], "C": C},
+            **(modulation(weight=weight, bias=bias, scale=scale) | gradients),
+            **{"partial": partial, "sum_g": sum_g, "sum_gx": sum_gx},
+            **{"batch": B, "frames": T, "parts": parts["parts"], "C": C},
             **{"SUMS_EACH": over == "frame", "STAGES": finish.stages},
             SCALE_EACH=scale is not None and scale.dim() == 3,
             SHIFT_EACH=shift is not None and shift.dim() == 3,
         )
-    if sums is not None:
+    if sum_gx is not None:
         tile = part("grad_x", x, groups)
-        run(tile, split(H * W, *tile), **video("grad_x", grad_x), **of_sums(sums), partial=None)
+        run(tile, split(H * W, *tile), grad_x, None, sum_g, sum_gx)

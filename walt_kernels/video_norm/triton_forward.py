@@ -17,10 +17,10 @@ from .triton_geometry import (
     by_pixel,
     channels_of,
     gain_and_offset,
+    modulation,
     part,
     pixels_of,
     places,
-    rows,
     shared_by,
     sizes,
     split,
@@ -192,7 +192,7 @@ def forward(
         **(
             video("x", x)
             | video("y", y)
-            | rows(weight=weight, bias=bias, scale=scale, shift=shift)
+            | modulation(weight=weight, bias=bias, scale=scale, shift=shift)
             | size
             | statistics
             | shape

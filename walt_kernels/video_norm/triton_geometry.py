@@ -38,6 +38,7 @@ def channels_of(tile, channels, groups, GROUPS: tl.constexpr, SIZE: tl.constexpr
 
 @triton.jit
 def places(p, c, stride_p, stride_c):
+    """Offsets of pixels and channels in a frame."""
     return p.to(tl.int64)[:, None] * stride_p + c.to(tl.int64)[None, :] * stride_c
 
 
@@ -100,7 +101,7 @@ def video(name: str, tensor: Tensor | None) -> dict[str, Any]:
     return {name: tensor, f"{name}_b": b, f"{name}_t": t, f"{name}_p": h if tensor.shape[4] == 1 else w, f"{name}_c": c}
 
 
-def rows(**given: Tensor | None) -> dict[str, Any]:
+def modulation(**given: Tensor | None) -> dict[str, Any]:
     """Arguments of weight and bias [C], scale and shift [B, C] or [B, C, T]."""
     arguments: dict[str, Any] = dict(given)
     for name, tensor in given.items():
@@ -111,6 +112,7 @@ def rows(**given: Tensor | None) -> dict[str, Any]:
 
 
 def sizes(x: Tensor, groups: int) -> dict[str, Any]:
+    """Sizes of a frame; ``channels`` are a group's, as in all kernels."""
     return {"pixels": x.shape[3] * x.shape[4], "channels": x.shape[1] // groups, "groups": groups}
 
 
@@ -122,10 +124,12 @@ def shared_by(x: Tensor, over: str, groups: int) -> dict[str, Any]:
 
 
 def order(x: Tensor) -> str:
-    return "rows" if x.stride(1) == 1 else "planes"
+    """Of frames of one pixel always the same: their strides do not tell."""
+    return "rows" if x.stride(1) == 1 or x.shape[3] * x.shape[4] == 1 else "planes"
 
 
 def _tile(tile: _triton.Tile, x: Tensor, groups: int, number: int, size: int) -> tuple[_triton.Tile, dict[str, Any]]:
+    """The tile with its channels, and how many of such tiles are all channels."""
     channels = x.shape[1] // groups
     across = triton.cdiv(channels, size) * triton.cdiv(groups, number)
     return tile, {"GROUPS": number, "SIZE": size, "EXACT": channels == size, "across": across}
@@ -164,6 +168,7 @@ def part(kernel: str, x: Tensor, groups: int) -> tuple[_triton.Tile, dict[str, A
 
 
 def pixels_of(tile: _triton.Tile, blocks: dict[str, Any]) -> int:
+    """Pixels of a tile."""
     return tile.blocks["ELEMENTS"] // (blocks["GROUPS"] * blocks["SIZE"])
 
 

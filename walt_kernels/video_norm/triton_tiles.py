@@ -27,7 +27,7 @@ PART: Table = {
     ("forward", "planes"): {"any": _elements(4096, 16)},
     ("sums", "rows"): {"any": _elements(2048, 8)},
     ("sums", "planes"): {"any": _elements(4096, 8)},
-    ("grad_x", "rows"): {"any": _elements(4096, 8)},
+    ("grad_x", "rows"): {"any": _elements(2048, 8)},
     ("grad_x", "planes"): {"any": _elements(4096, 8)},
 }
 # Tiles that hold all that a statistic is taken over; the backward pass has twice as much in registers.
