@@ -1,0 +1,59 @@
+"""Calls that reach every Triton kernel of video_norm and every entry of its tile tables, for ``_aot``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .._aot import Call
+
+SPILLS: dict[str, int] = {}
+
+# batch, channels, frames, rows and columns, options; x is channels_last_3d unless the name says otherwise.
+FRAME: dict[str, Any] = {"groups": 32, "activation": "silu", "modulated": True}
+CLIP: dict[str, Any] = {"over": "clip", "groups": 32, "activation": "silu"}
+PIXEL: dict[str, Any] = {"over": "pixel", "center": False, "eps": 1e-24, "activation": "silu", "bias": False}
+CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
+    "frame 128": (2, 128, 17, 128, FRAME),
+    "frame 256": (2, 256, 9, 32, FRAME),
+    "frame 512": (2, 512, 5, 16, FRAME),
+    "frame 512, few pixels": (2, 512, 5, 8, FRAME),
+    "frame 128, contiguous": (2, 128, 17, 128, FRAME),
+    "frame 512, contiguous": (2, 512, 5, 16, FRAME),
+    "frame 512, one frame": (1, 512, 1, 16, FRAME),
+    "frame 96, one group": (2, 96, 5, 64, FRAME | {"groups": 1}),
+    "clip 128": (1, 128, 20, 256, CLIP),  # HunyuanVideo
+    "clip 128, contiguous": (1, 128, 20, 256, CLIP),
+    "clip 256, contiguous": (2, 256, 4, 60, CLIP | {"modulated": True}),  # CogVideoX
+    "pixel 96": (1, 96, 5, 64, PIXEL),  # Wan
+    "pixel 192": (1, 192, 5, 64, PIXEL),
+    "pixel 384": (1, 384, 5, 64, PIXEL),
+    "pixel 96, contiguous": (1, 96, 5, 64, PIXEL),
+    "pixel 192, contiguous": (1, 192, 5, 64, PIXEL),
+    "pixel 384, contiguous": (1, 384, 5, 64, PIXEL),
+    "pixel 128, centred, contiguous": (1, 128, 5, 64, {"over": "pixel", "modulated": True}),
+    "pixel 4096": (1, 4096, 2, 16, PIXEL),
+}
+
+
+def _inputs(case: str, dtype: torch.dtype) -> dict[str, Any]:
+    B, C, T, size, given = CASES[case]
+    options = dict(given)
+    modulated, biased = options.pop("modulated", False), options.pop("bias", True)
+    format = torch.contiguous_format if "contiguous" in case else torch.channels_last_3d
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = torch.empty((B, C, T, size, size), dtype=dtype, memory_format=format, device="meta")
+    modulation = {"scale": rows(B, C), "shift": rows(B, C, T)} if modulated else {}
+    return {"x": x, "weight": rows(C), "bias": rows(C) if biased else None, **modulation, **options}
+
+
+def aot_calls() -> Iterator[Call]:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    for dtype, name in names.items():
+        for case in CASES:
+            yield Call(f"{case}, {name}", "video_norm", _inputs(case, dtype))
