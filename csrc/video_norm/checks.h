@@ -59,11 +59,15 @@ inline void check(const VideoNormBackwardParams& p) {
   require_video(p.x, "x", p.x);
   require_video(p.grad_y, "grad_y", p.x);
   if (p.grad_x.defined()) require_video(p.grad_x, "grad_x", p.x);
-  for (const auto& [v, name] : {std::pair{&p.weight, "weight"}, {&p.bias, "bias"}, {&p.grad_weight, "grad_weight"},
+  for (const auto& [v, name] : {std::pair{&p.weight, "weight"},
+                                {&p.bias, "bias"},
+                                {&p.grad_weight, "grad_weight"},
                                 {&p.grad_bias, "grad_bias"}}) {
     require_modulation(*v, name, p.x, false);
   }
-  for (const auto& [v, name] : {std::pair{&p.scale, "scale"}, {&p.shift, "shift"}, {&p.grad_scale, "grad_scale"},
+  for (const auto& [v, name] : {std::pair{&p.scale, "scale"},
+                                {&p.shift, "shift"},
+                                {&p.grad_scale, "grad_scale"},
                                 {&p.grad_shift, "grad_shift"}}) {
     require_modulation(*v, name, p.x, true);
   }

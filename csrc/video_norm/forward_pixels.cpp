@@ -21,8 +21,8 @@ void normalize_row(const T* x, T* y, const A* gain, const A* offset, int64_t C, 
   A m = 0, r;
   if (center) {
     V sums[kSlots] = {};
-    sweep<A>(C, [&](int64_t c, auto piece, int slot)
-                    __attribute__((always_inline)) { sums[slot] += piece.load(x + c); });
+    sweep<A>(C,
+             [&](int64_t c, auto piece, int slot) __attribute__((always_inline)) { sums[slot] += piece.load(x + c); });
     m = sum_slots(sums) / static_cast<A>(C);
   }
   V sums[kSlots] = {}, squares[kSlots] = {};

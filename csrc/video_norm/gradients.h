@@ -37,7 +37,9 @@ inline void assign(const TensorView& v, int64_t index, double value) {
   switch (v.dtype) {
     case DType::float32: static_cast<float*>(v.data)[index] = static_cast<float>(value); break;
     case DType::float64: static_cast<double*>(v.data)[index] = value; break;
-    case DType::bfloat16: static_cast<bfloat16*>(v.data)[index] = from_float<bfloat16>(static_cast<float>(value)); break;
+    case DType::bfloat16:
+      static_cast<bfloat16*>(v.data)[index] = from_float<bfloat16>(static_cast<float>(value));
+      break;
     default: static_cast<float16*>(v.data)[index] = from_float<float16>(static_cast<float>(value));
   }
 }

@@ -68,9 +68,8 @@ Moments measure_line(const T* x, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kLine) {
     const int64_t count = std::min(kLine, n - begin);
     V sums[kSlots] = {}, squares[kSlots] = {};
-    sweep<A>(count, [&](int64_t i, auto piece, int slot) __attribute__((always_inline)) {
-      sums[slot] += piece.load(x + begin + i);
-    });
+    sweep<A>(count, [&](int64_t i, auto piece, int slot)
+                        __attribute__((always_inline)) { sums[slot] += piece.load(x + begin + i); });
     const A mean = sum_slots(sums) / static_cast<A>(count);
     sweep<A>(count, [&](int64_t i, auto piece, int slot) __attribute__((always_inline)) {
       const V centred = piece.keep(piece.load(x + begin + i) - mean);

@@ -1,8 +1,8 @@
 // Arguments of video_norm's kernels. x, y and gradients of their size are [B, C, T, P], P the pixels of a frame, with
-// unit stride over C (rows of channels) or over P (planes of pixels), all alike, and any other strides. weight, bias and
-// their gradients are [C], scale, shift and their gradients [B, C, F], F 1 or T, with any strides. mean and rstd are
-// [B, T, groups] over a frame, [B, groups] over a clip and [B, T, P] over a pixel, contiguous, in the accumulation type.
-// What was left out is an undefined view.
+// unit stride over C (rows of channels) or over P (planes of pixels), all alike, and any other strides. weight, bias
+// and their gradients are [C], scale, shift and their gradients [B, C, F], F 1 or T, with any strides. mean and rstd
+// are [B, T, groups] over a frame, [B, groups] over a clip and [B, T, P] over a pixel, contiguous, in the accumulation
+// type. What was left out is an undefined view.
 #pragma once
 
 #include "common/isa.h"

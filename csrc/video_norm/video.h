@@ -16,12 +16,7 @@ struct Sizes {
   int64_t B, C, T, P, groups, channels;  // channels: of a group
   template <class Params>
   explicit Sizes(const Params& p)
-      : B(p.x.shape[0]),
-        C(p.x.shape[1]),
-        T(p.x.shape[2]),
-        P(p.x.shape[3]),
-        groups(p.groups),
-        channels(C / p.groups) {}
+      : B(p.x.shape[0]), C(p.x.shape[1]), T(p.x.shape[2]), P(p.x.shape[3]), groups(p.groups), channels(C / p.groups) {}
   int64_t frames() const { return B * T; }
 };
 
@@ -80,7 +75,9 @@ class Modulation {
         width_(padded<A>(s.C)),
         per_sample_(p.scale.defined() || p.shift.defined()),
         per_frame_((p.scale.defined() && p.scale.shape[2] > 1) || (p.shift.defined() && p.shift.shape[2] > 1)),
-        rows_(per_frame_ ? s.frames() : per_sample_ ? s.B : 1),
+        rows_(per_frame_    ? s.frames()
+              : per_sample_ ? s.B
+                            : 1),
         values_(rows_ * 2 * width_) {
     for (int64_t row = 0; row < rows_; ++row) {
       const int64_t b = per_frame_ ? row / s.T : row, t = per_frame_ ? row % s.T : 0;
