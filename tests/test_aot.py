@@ -121,3 +121,19 @@ def test_calls_reach_every_entry_of_the_tile_tables(op: str, monkeypatch: pytest
     assert list(_aot.kernels(op, TARGETS))
     assert entries
     assert entries - reached == set()
+
+
+@pytest.mark.parametrize("size", [(4, 6), (8, 8), (50, 42), (64, 64)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+@pytest.mark.parametrize("channels", [24, 32])
+def test_an_image_and_a_video_are_normed_by_the_same_code(
+    channels: int, layout: torch.memory_format, size: tuple[int, int]
+) -> None:
+    def alignment(frames: int) -> list[set[str]]:
+        x = torch.empty((1, channels, frames, *size), dtype=torch.bfloat16, device="meta").to(memory_format=layout)
+        with _triton.record(TARGETS["sm_90"]) as launches:
+            _aot.Call("a call", "video_norm", {"x": x, "groups": 4, "activation": "silu"}).run()
+        kernels = [_aot.specialise(launch, "a call", "sm_90", {}) for launch in launches]
+        return [{name for name in k.divisible if name.split("_")[0] in ("x", "y", "grad")} for k in kernels]
+
+    assert alignment(1) == alignment(2) == alignment(16)

@@ -113,7 +113,8 @@ def specialise(launch: Launch, call: str, architecture: str, spills: dict[str, i
         else:  # a tensor descriptor
             kind = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
         signature.append((parameter.name, kind))
-        if isinstance(value, Tensor) or (isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0):
+        aligned = isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize_on_alignment:
             divisible.append(parameter.name)
     return Kernel(
         call,

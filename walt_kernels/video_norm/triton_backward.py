@@ -20,6 +20,7 @@ from .triton_geometry import (
     by_group,
     by_pixel,
     channels_of,
+    for_frames_of,
     gain_and_offset,
     modulation,
     part,
@@ -236,7 +237,7 @@ def backward(
     ) -> None:
         each = 0 if sum_gx is None else sum_gx.shape[2]  # frames that have sums of their own, or 1 for all
         _triton.launch(
-            video_norm_backward_kernel,
+            for_frames_of(x, video_norm_backward_kernel),
             (B * T * parts["parts"] * tile[1]["across"],),
             tile[0],
             **(shared | video("grad_x", grad_x) | parts | tile[1]),

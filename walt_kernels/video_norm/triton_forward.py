@@ -16,6 +16,7 @@ from .. import _triton
 from .triton_geometry import (
     by_pixel,
     channels_of,
+    for_frames_of,
     gain_and_offset,
     modulation,
     part,
@@ -174,7 +175,7 @@ def forward(
         parts = split(H * W, block, shape)
         partial = torch.empty((B * T * parts["parts"], 2, C), dtype=torch.float32, device=x.device)
         _triton.launch(
-            video_norm_statistics_kernel,
+            for_frames_of(x, video_norm_statistics_kernel),
             (partial.shape[0] * shape["across"],),
             block,
             **(video("x", x) | size | parts | shape),
@@ -186,7 +187,7 @@ def forward(
         )
     block, shape = tile or part("forward", x, groups)
     _triton.launch(
-        video_norm_forward_kernel,
+        for_frames_of(x, video_norm_forward_kernel),
         (B * T * triton.cdiv(H * W, pixels_of(block, shape)) * shape["across"],),
         block,
         **(

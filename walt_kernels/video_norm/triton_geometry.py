@@ -6,6 +6,7 @@ A tile is in one frame. Its channels are GROUPS whole groups, each padded to SIZ
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -133,6 +134,21 @@ def _tile(tile: _triton.Tile, x: Tensor, groups: int, number: int, size: int) ->
     channels = x.shape[1] // groups
     across = triton.cdiv(channels, size) * triton.cdiv(groups, number)
     return tile, {"GROUPS": number, "SIZE": size, "EXACT": channels == size, "across": across}
+
+
+@functools.cache
+def _unaligned(kernel: Any) -> Any:
+    return triton.jit(kernel.fn, do_not_specialize_on_alignment=kernel.arg_names)
+
+
+def for_frames_of(x: Tensor, kernel: Any) -> Any:
+    """The kernel as it is compiled for every video with frames of x's size.
+
+    Strides and addresses that are multiples of 16 are loaded in wider vectors, and summed in another order. Where those
+    of a frame are not, those of a video of many may be by chance: the kernel is then compiled as if it had none.
+    """
+    step = x.shape[1] if order(x) == "rows" else x.shape[3] * x.shape[4]
+    return kernel if step % 16 == 0 else _unaligned(kernel)
 
 
 def whole(kernel: str, x: Tensor, over: str, groups: int) -> tuple[_triton.Tile, dict[str, Any]] | None:
