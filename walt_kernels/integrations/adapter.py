@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import io
+import sys
 import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Adapter:
         known: `fingerprint` of the class's ``methods`` in every release that ``forward`` was checked against. A class
             that reads otherwise is left as it is: a new release of a library is never changed unseen.
         refuses: says why an instance is left as it is, None where it is not.
-        methods: what ``forward`` takes the place of: the class's own forward and the methods that this one calls.
+        methods: what ``forward`` takes the place of: the class's own forward, and the methods of the class and functions
+            of its module that this one calls.
     """
 
     path: str
@@ -42,7 +44,9 @@ class Adapter:
 
     def unknown(self, cls: type) -> str | None:
         """Why it is not known what instances of ``cls``, a class of this path, compute; None where it is."""
-        print_ = fingerprint(*(inspect.getattr_static(cls, name, None) for name in self.methods))
+        file = sys.modules.get(cls.__module__)
+        methods = (inspect.getattr_static(cls, name, None) or getattr(file, name, None) for name in self.methods)
+        print_ = fingerprint(*methods)
         if print_ is None:
             return "its source cannot be read, so what it computes is not known"
         if print_ not in self.known:
@@ -54,6 +58,12 @@ class Adapter:
         if "forward" in vars(module):
             return "its forward was replaced by another library (a hook that offloads or casts, say)"
         return self.unknown(type(module)) or self.refuses(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(len, hooks)) or "forward" in vars(module)
 
 
 def class_path(cls: type) -> str:
