@@ -197,7 +197,11 @@ def test_scales(over: str, scale: float) -> None:
 def test_large_mean(over: str, dtype: torch.dtype) -> None:
     """The mean is far above the spread: a mean of squares would have lost it."""
     for layout in ("contiguous", "channels_last"):
-        check(inputs_of((1, 40, 2, 30, 31), dtype, over=over, mean=1000.0 if dtype == torch.float32 else 30.0, layout=layout))
+        check(
+            inputs_of(
+                (1, 40, 2, 30, 31), dtype, over=over, mean=1000.0 if dtype == torch.float32 else 30.0, layout=layout
+            )
+        )
 
 
 @pytest.mark.parametrize("over", OVER)

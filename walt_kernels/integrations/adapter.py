@@ -31,8 +31,8 @@ class Adapter:
         known: `fingerprint` of the class's ``methods`` in every release that ``forward`` was checked against. A class
             that reads otherwise is left as it is: a new release of a library is never changed unseen.
         refuses: says why an instance is left as it is, None where it is not.
-        methods: what ``forward`` takes the place of: the class's own forward, and the methods of the class and functions
-            of its module that this one calls.
+        methods: what ``forward`` takes the place of: the class's own forward, and the methods of the class and the
+            functions of its module that this one calls.
     """
 
     path: str

@@ -1,7 +1,7 @@
 """Swin's window attention in other libraries, by `window_attention`: no scores and no bias of all pairs in memory.
 
-Their tables of relative positions are ``[(2h-1)(2w-1), heads]`` (with a window in time ``[(2t-1)(2h-1)(2w-1), heads]``),
-ours ``[heads, 2t-1, 2h-1, 2w-1]``: a view of the same numbers, through which gradients flow into their parameter.
+Their tables of relative positions are ``[(2h-1)(2w-1), heads]``, with a window in time ``[(2t-1)(2h-1)(2w-1), heads]``;
+ours ``[heads, 2t-1, 2h-1, 2w-1]`` is a view of the same numbers, through which gradients flow into their parameter.
 Where a class is handed windows that are cut out already, every window is a sample of its own.
 A call with a mask (shifted windows), with dropout at work, or of which somebody wants the weights is the original's.
 """
@@ -33,6 +33,7 @@ LEFT = {
 }
 
 DIMS = range(8, 257)  # of a head, that window_attention takes
+_OTHER_SCORES = ("is_causal", "position_bias", "softcap")  # what transformers' attention functions take beside a mask
 
 
 def _three(window: Sequence[int]) -> tuple[int, int, int]:
@@ -61,8 +62,8 @@ def _swin(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None
     """Windows [B, N, C]; beside the output the weights, which the implementation "sdpa" has as None."""
     bias = self.relative_position_bias
     dropout = self.training and self.attention_dropout > 0
-    wanted = self.config._attn_implementation != "sdpa" or kwargs.get("is_causal")
-    if dropout or wanted or attention_mask is not None or not _one_window(hidden_states, bias.window_size, bias):
+    other = self.config._attn_implementation != "sdpa" or not kwargs.keys().isdisjoint(_OTHER_SCORES)
+    if dropout or other or attention_mask is not None or not _one_window(hidden_states, bias.window_size, bias):
         return self.original_forward(hidden_states, attention_mask, **kwargs)
     window = _three(bias.window_size)
     q, k, v = (layer(hidden_states).unflatten(1, window) for layer in (self.q_proj, self.k_proj, self.v_proj))
@@ -116,7 +117,7 @@ def _whole_frames(self: Any, x: Tensor) -> Tensor:
 
 
 def _refuses(width: Callable[[Any], int], *skipped: str) -> Callable[[Any], str | None]:
-    """The reasons of a class; ``width`` is that of all heads, ``skipped`` names children that the op takes the place of."""
+    """``width`` is that of all heads together; the op takes the place of the children that ``skipped`` names."""
 
     def reason(module: Any) -> str | None:
         for name in skipped:
@@ -128,7 +129,9 @@ def _refuses(width: Callable[[Any], int], *skipped: str) -> Callable[[Any], str 
 
 
 def _refuses_swin(module: Any) -> str | None:
-    bias = module.relative_position_bias
+    bias, implementation = module.relative_position_bias, module.config._attn_implementation
+    if implementation != "sdpa":  # which has no weights to return
+        return f"its config has attn_implementation {implementation!r}, expected 'sdpa'"
     if class_path(type(bias)) != "transformers.models.swin.modeling_swin.SwinRelativePositionBias":
         return f"its relative_position_bias is a {type(bias).__name__}"
     if fingerprint(type(bias).forward) != "e9ec9d5613eaf9f7":

@@ -41,7 +41,7 @@ def _takes(x: Tensor, *rows: Tensor) -> bool:
     return all(tuple(row.shape) in shapes for row in rows)
 
 
-def _plain(norm: nn.Module, x: Tensor) -> bool:
+def _plain(norm: Any, x: Tensor) -> bool:
     """Whether a call of ``norm`` is a LayerNorm over the last dimension in x's dtype or wider, and nothing else."""
     if type(norm) is not nn.LayerNorm and (class_path(type(norm)) != _FP32[0] or x.dtype == torch.float64):
         return False
@@ -49,7 +49,7 @@ def _plain(norm: nn.Module, x: Tensor) -> bool:
     return bool(bare) and not hooked(norm)
 
 
-def _normalizes(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> bool:
+def _normalizes(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> bool:
     """Whether ``norm(x) * (1 + scale) + shift`` is what adaln_modulate returns, in the same dtype."""
     widened = x.device.type != "cpu" and autocast_enabled(x.device.type) and x.dtype.itemsize == 2
     return _takes(x, scale, shift) and _plain(norm, x) and _common(x, scale, shift) == x.dtype and not widened
@@ -62,7 +62,7 @@ def _common(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _modulate(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _modulate(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift"""
     if _normalizes(norm, x, scale, shift):
         return adaln_modulate(x, shift.to(x.dtype), scale.to(x.dtype), eps=norm.eps)
@@ -81,7 +81,7 @@ def _gates(x: Tensor, branch: Tensor, gate: Tensor) -> bool:
 
 
 def _residual_modulate(
-    norm: nn.Module, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
+    norm: Any, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The two above in turn: the new x, and what comes of it."""
     if _gates(x, branch, gate) and _normalizes(norm, x, scale, shift):
@@ -167,7 +167,7 @@ def _basic_block(
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    timestep: Tensor | None = None,
+    timestep: Any = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
     class_labels: Tensor | None = None,
     added_cond_kwargs: dict[str, Tensor] | None = None,
@@ -282,7 +282,7 @@ ADAPTERS = (
         _basic_block,
         _refuses_basic_block,
         "ef029e74fb99e6fe",
-        _BOTH,
+        "adaln_residual",
     ),
     *(
         _adapter(f"{_BLOCKS}.{file}.WanTransformerBlock", _wan_block, _refuses("norm1", "norm3"), "b1c3724d168a629e")
