@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerated import as_public, cast, check, ops, randomize, results
 from torch import Tensor, nn
 
-from accelerated import as_public, cast, check, ops, randomize, results
 from walt_kernels import testing
 from walt_kernels.integrations import accelerate
 

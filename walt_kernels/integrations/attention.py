@@ -62,7 +62,7 @@ def _swin(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None
     """Windows [B, N, C]; beside the output the weights, which the implementation "sdpa" has as None."""
     bias = self.relative_position_bias
     dropout = self.training and self.attention_dropout > 0
-    other = self.config._attn_implementation != "sdpa" or not kwargs.keys().isdisjoint(_OTHER_SCORES)
+    other = self.config._attn_implementation != "sdpa" or any(name in kwargs for name in _OTHER_SCORES)
     if dropout or other or attention_mask is not None or not _one_window(hidden_states, bias.window_size, bias):
         return self.original_forward(hidden_states, attention_mask, **kwargs)
     window = _three(bias.window_size)
