@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -28,7 +27,7 @@ def as_public(monkeypatch: pytest.MonkeyPatch, path: str, cls: type[nn.Module], 
     vars(file).update(functions)
     monkeypatch.setitem(sys.modules, module, file)
     public = type(name, (cls,), {"__module__": module, "__qualname__": name, "forward": cls.forward})
-    methods = [inspect.getattr_static(public, method, None) or functions[method] for method in adapter.methods]
+    methods = [getattr(public, method, None) or functions[method] for method in adapter.methods]
     known = fingerprint(*methods)
     assert known is not None
     monkeypatch.setitem(replace._ADAPTERS, path, dataclasses.replace(adapter, known=frozenset({known})))

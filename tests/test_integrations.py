@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import linecache
 import pickle
@@ -206,6 +207,18 @@ def test_another_release_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(net[0]) is wan.WanCausalConv3d
 
 
+def test_a_wrapped_forward_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = wan.WanCausalConv3d.forward
+
+    @functools.wraps(original)  # by which inspect finds the original's source
+    def forward(self: Any, *args: Any) -> Tensor:
+        y: Tensor = original(self, *args) + 1
+        return y
+
+    monkeypatch.setattr(wan.WanCausalConv3d, "forward", forward)
+    assert "of a release that was not checked" in accelerate(model()).left[0].what
+
+
 def test_a_source_that_cannot_be_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     exec("def forward(self, x, cache_x=None): return x", names)
@@ -220,7 +233,7 @@ def test_a_forward_of_its_own_is_left_and_stops_restore() -> None:
     assert [row.name for row in report.left] == ["0"]
     assert "replaced by another library" in report.left[0].what
     net[2].forward = net[2].forward
-    with pytest.raises(ValueError, match="'2' has a forward that another library wrapped"):
+    with pytest.raises(ValueError, match="'2' was wrapped by another library"):
         restore(net)
     del net[2].forward
     restore(net)

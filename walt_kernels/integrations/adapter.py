@@ -45,12 +45,11 @@ class Adapter:
     def unknown(self, cls: type) -> str | None:
         """Why it is not known what instances of ``cls``, a class of this path, compute; None where it is."""
         file = sys.modules.get(cls.__module__)
-        methods = (inspect.getattr_static(cls, name, None) or getattr(file, name, None) for name in self.methods)
-        print_ = fingerprint(*methods)
-        if print_ is None:
+        found = fingerprint(*(getattr(cls, name, None) or getattr(file, name, None) for name in self.methods))
+        if found is None:
             return "its source cannot be read, so what it computes is not known"
-        if print_ not in self.known:
-            return f"its {' and '.join(self.methods)} are of a release that was not checked (fingerprint {print_})"
+        if found not in self.known:
+            return f"its {' and '.join(self.methods)} are of a release that was not checked (fingerprint {found})"
         return None
 
     def reason(self, module: nn.Module) -> str | None:
@@ -60,23 +59,31 @@ class Adapter:
         return self.unknown(type(module)) or self.refuses(module)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(map(len, hooks)) or "forward" in vars(module)
-
-
 def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward and nothing else, so that another may take its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
+
+
 @functools.cache
 def fingerprint(*functions: Callable[..., Any]) -> str | None:
-    """16 hexadecimal digits for the source of functions, whatever its comments and blanks; None if it is not there."""
-    try:
-        sources = [inspect.getsource(function) for function in functions]
-    except (OSError, TypeError):
-        return None
+    """16 hexadecimal digits for the source of functions, whatever its comments and blanks; None if it is not there.
+
+    Of a function that another one wraps, both count: inspect would look through the wrapper.
+    """
+    sources = []
+    for function in functions:
+        layer: Any = function
+        while layer is not None:
+            try:
+                sources.append(inspect.getsource(layer.__code__))
+            except (OSError, AttributeError):
+                return None
+            layer = getattr(layer, "__wrapped__", None)
     code = "".join("".join(_without_comments(source).split()) for source in sources)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..window_attention import window_attention
-from .adapter import Adapter, class_path, fingerprint, hooked
+from .adapter import Adapter, class_path, fingerprint, is_bare
 
 FAMILY = ("WindowAttention", "SwinSelfAttention", "SwinAttention", "Swinv2SelfAttention", "Swin2SRSelfAttention")
 
@@ -53,7 +53,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int, int], table
 
 def _one_window(x: Tensor, window: Sequence[int], *skipped: nn.Module) -> bool:
     """Whether every sample [B, N, C] is a whole window, and the modules that the op skips would do nothing."""
-    if x.dim() != 3 or 0 in x.shape or x.shape[1] != math.prod(window) or any(map(hooked, skipped)):
+    if x.dim() != 3 or 0 in x.shape or x.shape[1] != math.prod(window) or not all(map(is_bare, skipped)):
         return False
     return not any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in skipped)
 

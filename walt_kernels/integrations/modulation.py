@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._library import autocast_enabled
 from ..adaln_lora import adaln_modulate, adaln_residual, adaln_residual_modulate
-from .adapter import Adapter, class_path, fingerprint, hooked
+from .adapter import Adapter, class_path, fingerprint, is_bare
 
 FAMILY = ("AdaLayerNorm", "AdaLN", "LayerNormZero", "AdaNorm")
 
@@ -46,7 +46,7 @@ def _plain(norm: Any, x: Tensor) -> bool:
     if type(norm) is not nn.LayerNorm and (class_path(type(norm)) != _FP32[0] or x.dtype == torch.float64):
         return False
     bare = norm.weight is None and norm.bias is None and norm.normalized_shape == x.shape[-1:]
-    return bool(bare) and not hooked(norm)
+    return bool(bare) and is_bare(norm)
 
 
 def _normalizes(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> bool:
