@@ -154,6 +154,9 @@ def test_calls_that_go_to_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 1
     hook.remove()
     assert OP in ops(lambda: ours(x, None))
+    ours.softmax, softmax = nn.Softmin(-1), ours.softmax
+    assert OP not in ops(lambda: ours(x, None))
+    ours.softmax = softmax
     ours.attn_drop.p = plain.attn_drop.p = 0.5
     assert OP in ops(lambda: ours(x, None))  # not at work outside of training
     for module in (plain, ours):

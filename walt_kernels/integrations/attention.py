@@ -19,20 +19,18 @@ from torch.nn import functional as F
 from ..window_attention import window_attention
 from .adapter import Adapter, class_path, fingerprint, is_bare
 
-FAMILY = ("WindowAttention", "SwinSelfAttention", "SwinAttention", "Swinv2SelfAttention", "Swin2SRSelfAttention")
+FAMILY = ("WindowAttention", "SwinSelfAttention")
 
 _COSINE = "its scores are cosines with a learned scale, and its bias comes from an MLP"
-_AROUND = "projects what its self-attention, a module of its own, returns"
 LEFT = {
     "transformers.models.swinv2.modeling_swinv2.Swinv2SelfAttention": _COSINE,
     "transformers.models.swin2sr.modeling_swin2sr.Swin2SRSelfAttention": _COSINE,
     "timm.models.swin_transformer_v2.WindowAttention": _COSINE,
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": _COSINE,
-    "transformers.models.donut.modeling_donut_swin.DonutSwinAttention": _AROUND,
-    "transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinAttention": _AROUND,
 }
 
 DIMS = range(8, 257)  # of a head, that window_attention takes
+_SKIPPED = (nn.Dropout, nn.Softmax)  # between the two products, whose place the op takes
 _OTHER_SCORES = ("is_causal", "position_bias", "softcap")  # what transformers' attention functions take beside a mask
 
 
@@ -52,8 +50,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int, int], table
 
 
 def _one_window(x: Tensor, window: Sequence[int], *skipped: nn.Module) -> bool:
-    """Whether every sample [B, N, C] is a whole window, and the modules that the op skips would do nothing."""
-    if x.dim() != 3 or 0 in x.shape or x.shape[1] != math.prod(window) or not all(map(is_bare, skipped)):
+    """Whether every sample [B, N, C] is a whole window, and nothing but the op's own softmax would be skipped."""
+    if x.dim() != 3 or 0 in x.shape or x.shape[1] != math.prod(window):
+        return False
+    if not all(type(module) in _SKIPPED and is_bare(module) for module in skipped):
         return False
     return not any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in skipped)
 
@@ -63,7 +63,8 @@ def _swin(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None
     bias = self.relative_position_bias
     dropout = self.training and self.attention_dropout > 0
     other = self.config._attn_implementation != "sdpa" or any(name in kwargs for name in _OTHER_SCORES)
-    if dropout or other or attention_mask is not None or not _one_window(hidden_states, bias.window_size, bias):
+    whole = _one_window(hidden_states, bias.window_size) and is_bare(bias)
+    if dropout or other or attention_mask is not None or not whole:
         return self.original_forward(hidden_states, attention_mask, **kwargs)
     window = _three(bias.window_size)
     q, k, v = (layer(hidden_states).unflatten(1, window) for layer in (self.q_proj, self.k_proj, self.v_proj))
@@ -121,7 +122,7 @@ def _refuses(width: Callable[[Any], int], *skipped: str) -> Callable[[Any], str 
 
     def reason(module: Any) -> str | None:
         for name in skipped:
-            if type(child := getattr(module, name)) not in (nn.Dropout, nn.Softmax):
+            if type(child := getattr(module, name)) not in _SKIPPED:
                 return f"its {name} is a {type(child).__name__}"
         return _refuses_positions(module, width(module))
 
