@@ -87,8 +87,7 @@ class WholeFrames(nn.Module):
         places = torch.arange(math.prod(x.shape[1:-1])).view(x.shape[1:-1])
         for axis, extent in reversed(list(enumerate(window))):
             places = places.unfold(axis, extent, extent)
-        order = places.reshape(-1, math.prod(window))  # [windows, tokens]; the last axes of places are reversed
-        order = order.sort(dim=1).values
+        order = places.reshape(-1, math.prod(window)).sort(dim=1).values  # [windows, tokens]; unfold reversed the axes
         q, k, v = (
             F.linear(x.flatten(1, -2), self.qkv.weight, self.qkv.bias)[:, order].unflatten(-1, (3, 2, -1)).unbind(-3)
         )
@@ -261,18 +260,16 @@ class TestTransformers:
         ours, x = copy.deepcopy(plain), windows(4, 16, 24)
         accelerate(ours)
         mask = torch.zeros(2, 16, 16).masked_fill(torch.arange(16) > 7, -100.0)
-        calls: list[dict[str, Any]] = [{"attention_mask": mask}]
-        if name == "SwinAttention":
+        weights = {} if name == "SwinAttention" else {"output_attentions": True}
+        for implementation, options in (("sdpa", {"attention_mask": mask}), ("eager", weights)):
             for module in (plain, ours):
-                module.config._attn_implementation = "eager"
-            calls.append({})  # returns the weights
-        else:
-            calls.append({"output_attentions": True})
-        for options in calls:
-            torch.testing.assert_close(ours(x, **options), plain(x, **options))
+                if name == "SwinAttention":  # which returns its weights where it is eager
+                    module.config._attn_implementation = implementation
+            expected = plain(x, **options)
+            torch.testing.assert_close(ours(x, **options), expected)
             assert OP not in ops(lambda options=options: ours(x, **options))
+        assert expected[1] is not None
         if name == "SwinAttention":
-            assert ours(x)[1] is not None
             ours.config._attn_implementation = "sdpa"
         assert OP in ops(lambda: ours(x))
         assert OP not in ops(lambda: ours.train()(x))
