@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import io
+import sys
 import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Adapter:
         known: `fingerprint` of the class's ``methods`` in every release that ``forward`` was checked against. A class
             that reads otherwise is left as it is: a new release of a library is never changed unseen.
         refuses: says why an instance is left as it is, None where it is not.
-        methods: what ``forward`` takes the place of: the class's own forward and the methods that this one calls.
+        methods: what ``forward`` takes the place of: the class's own forward, and the methods of the class and the
+            functions of its module that this one calls.
     """
 
     path: str
@@ -42,7 +44,8 @@ class Adapter:
 
     def unknown(self, cls: type) -> str | None:
         """Why it is not known what instances of ``cls``, a class of this path, compute; None where it is."""
-        found = fingerprint(*(getattr(cls, name, None) for name in self.methods))
+        file = sys.modules.get(cls.__module__)
+        found = fingerprint(*(getattr(cls, name, None) or getattr(file, name, None) for name in self.methods))
         if found is None:
             return "its source cannot be read, so what it computes is not known"
         if found not in self.known:
@@ -58,6 +61,12 @@ class Adapter:
 
 def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward and nothing else, so that another may take its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
 
 
 @functools.cache

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..nn import CausalConv3d
-from . import causal_convolutions
+from ..nn import CausalConv3d, WindowAttention
+from . import attention, causal_convolutions, modulation
 from .adapter import Adapter, class_path
 
-_FILES = (causal_convolutions,)
+_FILES = (causal_convolutions, modulation, attention)
 _ADAPTERS: dict[str, Adapter] = {adapter.path: adapter for file in _FILES for adapter in file.ADAPTERS}
+# Classes that no instance of can be replaced, and why.
+_LEFT: dict[str, str] = {path: reason for file in (modulation, attention) for path, reason in file.LEFT.items()}
 # Parts of the names of classes that do what our ops do: a report does not pass over such a module in silence.
 _FAMILIES = tuple(name for file in _FILES for name in file.FAMILY)
 # The classes that `accelerate` has made, by what they are made of; and those that they take the place of.
@@ -103,8 +105,10 @@ def _check_model(model: Any) -> None:
 
 def _stranger(cls: type) -> str | None:
     """Why a module without an adapter is left; None where it is nothing to us, or runs on our ops already."""
-    if issubclass(cls, CausalConv3d):
+    if issubclass(cls, (CausalConv3d, WindowAttention)):
         return None
+    if class_path(cls) in _LEFT:
+        return _LEFT[class_path(cls)]
     for base in cls.__mro__[1:]:
         if class_path(base) in _ADAPTERS:
             return f"a subclass of {base.__name__}, which may compute something else"
