@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..nn import CausalConv3d
-from . import causal_convolutions
+from . import causal_convolutions, norms
 from .adapter import Adapter, class_path
 
-_FILES = (causal_convolutions,)
+_FILES = (causal_convolutions, norms)
 _ADAPTERS: dict[str, Adapter] = {adapter.path: adapter for file in _FILES for adapter in file.ADAPTERS}
 # Parts of the names of classes that do what our ops do: a report does not pass over such a module in silence.
 _FAMILIES = tuple(name for file in _FILES for name in file.FAMILY)
