@@ -49,7 +49,7 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 def _rms(norm: Any, x: Tensor, activation: str | None) -> Tensor | None:
-    """gamma * sqrt(C) * x / max(|x|, 1e-12) + bias over the channels: RMS with an epsilon that only a zero pixel sees."""
+    """gamma * sqrt(C) * x / max(|x|, 1e-12) + bias, |x| over channels: RMS with an epsilon that zeros alone see."""
     gamma, bias = norm.gamma, getattr(norm, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None
     if not getattr(norm, "channel_first", True) or gamma.dim() != x.dim() - 1:
@@ -269,7 +269,10 @@ def _block(path: str, known: str, forward: Callable[..., Any]) -> Adapter:
     return Adapter(_AUTOENCODERS + path, "video_norm with SiLU", forward, frozenset({known}), refuses)
 
 
-_FORWARDS = {"KVAECachedGroupNorm": _kvae_norm_forward, "PerChannelRMSNorm": _per_channel_forward}
+_FORWARDS: dict[str, Callable[..., Any]] = {
+    "KVAECachedGroupNorm": _kvae_norm_forward,
+    "PerChannelRMSNorm": _per_channel_forward,
+}
 ADAPTERS = (
     *(
         Adapter(path, "video_norm", _FORWARDS.get(path.rpartition(".")[2], _norm_forward), frozenset({known}))
@@ -291,9 +294,7 @@ ADAPTERS = (
     _pairs("kl_hunyuan_video.HunyuanVideoResnetBlockCausal3D", "539d90c749600658", "norm1 norm2", "nonlinearity"),
     _pairs("kl_hunyuan_video.HunyuanVideoEncoder3D", "ad072b13c641b717", "conv_norm_out", "conv_act"),
     _pairs("kl_hunyuan_video.HunyuanVideoDecoder3D", "f8b5c2e933b5279a", "conv_norm_out", "conv_act"),
-    _pairs(
-        "kl_hunyuanimage_refiner.HunyuanImageRefinerResnetBlock", "6b843a854ea0dbd9", "norm1 norm2", "nonlinearity"
-    ),
+    _pairs("kl_hunyuanimage_refiner.HunyuanImageRefinerResnetBlock", "6b843a854ea0dbd9", "norm1 norm2", "nonlinearity"),
     _pairs("kl_hunyuanimage_refiner.HunyuanImageRefinerEncoder3D", "66bde065e45867b3", "norm_out", "conv_act"),
     _pairs("kl_hunyuanimage_refiner.HunyuanImageRefinerDecoder3D", "c29219c1660fdc6c", "norm_out", "conv_act"),
     _pairs("kl_hunyuanvideo15.HunyuanVideo15ResnetBlock", "6b843a854ea0dbd9", "norm1 norm2", "nonlinearity"),
