@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import streams_ltx
 from .adapter import class_path, fingerprint
-from .causal_convolutions import _convolve
 
 _AUTOENCODERS = "diffusers.models.autoencoders.autoencoder_"
 
@@ -49,7 +49,7 @@ def stream_decode(vae: nn.Module, latents: Tensor | Iterable[Tensor]) -> Iterato
 
     Args:
         vae: as for `stream_encode`; of MiniMax-H3 and of LTX with its usual decoder, which look ahead, the encoder
-            alone. Mochi's decoder, too.
+            alone.
         latents: [B, C, T, h, w], or chunks of them, each of any number of frames.
 
     Returns:
@@ -67,12 +67,16 @@ class _Frames:
     def __init__(self, name: str, source: Tensor | Iterable[Tensor]) -> None:
         self._chunks = iter([source] if isinstance(source, Tensor) else source)
         self._rest: list[Tensor] = []
-        self._name, self._shape = name, None
+        self._name = name
+        self._shape: tuple[int, ...] | None = None
 
     def take(self, count: int) -> Tensor | None:
         """The next ``count`` frames, fewer at the end of the video, None after it."""
-        while self._length() < count and (chunk := next(self._chunks, None)) is not None:
-            self._rest.append(self._checked(chunk))
+        while sum(chunk.shape[2] for chunk in self._rest) < count:
+            try:
+                self._rest.append(self._checked(next(self._chunks)))
+            except StopIteration:
+                break
         frames = self._rest[0] if len(self._rest) == 1 else torch.cat(self._rest, dim=2) if self._rest else None
         if frames is None or frames.shape[2] <= count:
             self._rest = []
@@ -80,16 +84,16 @@ class _Frames:
         self._rest = [frames[:, :, count:]]
         return frames[:, :, :count]
 
-    def parts(self, first: int, then: int, *, whole: bool = False) -> Iterator[Tensor]:
-        """``first`` frames, then ``then`` at a time; the last part may have fewer, or is left out where ``whole``."""
+    def parts(self, first: int, then: int, end: str = "taken") -> Iterator[Tensor]:
+        """``first`` frames, then ``then`` at a time; fewer at the end are "taken", "left out" or "refused"."""
         count = first
         while (frames := self.take(count)) is not None and frames.shape[2] > 0:
-            if frames.shape[2] == count or not whole:
+            if frames.shape[2] < count and end == "refused":
+                got = f"{frames.shape[2]} frames more than {first} + {then} k"
+                raise ValueError(f"{self._name} ends with {got}, expected none")
+            if frames.shape[2] == count or end == "taken":
                 yield frames
             count = then
-
-    def _length(self) -> int:
-        return sum(chunk.shape[2] for chunk in self._rest)
 
     def _checked(self, chunk: Tensor) -> Tensor:
         if not isinstance(chunk, Tensor) or chunk.dim() != 5:
@@ -114,7 +118,7 @@ def _stream(vae: nn.Module, source: Tensor | Iterable[Tensor], task: str) -> Ite
         )
     method = next(name for name in (f"_{task}", task) if hasattr(type(vae), name))
     if path.startswith(_AUTOENCODERS) and fingerprint(getattr(type(vae), method)) not in _KNOWN:
-        raise ValueError(f"vae is a {kind} of a release that was not checked, expected one whose {method} is known")
+        raise ValueError(f"vae is a {kind} of a release that was not checked; expected one whose {method} is known")
     if path != _MINIMAX and any(getattr(vae, f"use_{way}", False) for way in _TILED):
         raise ValueError("vae blends tiles, which gives other values than its whole frames; call vae.disable_tiling()")
     return run(vae, _Frames("video" if task == "encode" else "latents", source))
@@ -124,10 +128,9 @@ _TILED = ("tiling", "framewise_encoding", "framewise_decoding")
 
 
 def _why(vae: nn.Module, task: str) -> str:
-    """What of a class without a stream is the reason, by its first module of a name."""
-    pattern, why = _REASONS.get(class_path(type(vae)), ("", "the class is not known"))
+    pattern, why = _REASONS.get(class_path(type(vae)), (None, ""))
     names = [name for name, _ in vae.named_modules() if fnmatch.fnmatch(name, f"{task}r.{pattern}")]
-    return f"{names[0]} {why}" if names else why
+    return f"whose {names[0]} {why}" if names else "which is not known"
 
 
 # Every stream below calls what the class's own encode or decode calls, with the same caches, part by part.
@@ -140,7 +143,7 @@ def _filled(coder: nn.Module) -> list[Any]:
 @torch.no_grad()
 def _wan_encode(vae: Any, frames: _Frames) -> Iterator[Tensor]:
     cache = _filled(vae.encoder)
-    for part in frames.parts(1, 4, whole=True):
+    for part in frames.parts(1, 4, end="left out"):
         if getattr(vae.config, "patch_size", None) is not None:
             part = vars(sys.modules[type(vae).__module__])["patchify"](part, patch_size=vae.config.patch_size)
         yield vae.quant_conv(vae.encoder(part, feat_cache=cache, feat_idx=[0]))
@@ -161,7 +164,7 @@ def _wan_decode(vae: Any, frames: _Frames, **first: bool) -> Iterator[Tensor]:
 def _kandinsky(vae: Any, frames: _Frames, task: str) -> Iterator[Tensor]:
     coder = vae.encoder if task == "encode" else vae.decoder
     cache = coder.make_cache()
-    for part in frames.parts(1, vae.temporal_compression_ratio if task == "encode" else 1):
+    for part in frames.parts(1, vae.temporal_compression_ratio if task == "encode" else 1, end="refused"):
         yield coder(part, cache)
 
 
@@ -179,15 +182,6 @@ def _kvae_decode(vae: Any, frames: _Frames) -> Iterator[Tensor]:
     first, then = (math.ceil(count / vae.config.temporal_compress_times) for count in (17, 16))
     for part in frames.parts(first, then):
         yield vae.decoder(part, cache)
-
-
-@torch.no_grad()
-def _mochi_decode(vae: Any, frames: _Frames) -> Iterator[Tensor]:
-    cache, drop = None, vae.temporal_compression_ratio - 1 if vae.drop_last_temporal_frames else 0
-    for part in frames.parts(1, 1):
-        y, cache = vae.decoder(part, conv_cache=cache)
-        yield y[:, :, drop:]
-        drop = 0
 
 
 @torch.no_grad()
@@ -225,112 +219,14 @@ def _remember(past: dict[Any, Any]) -> None:
         module.prev_features = features
 
 
-def _own_forward(module: nn.Module) -> Any:
-    return getattr(type(module), "original_forward", type(module).forward)
-
-
-class _LTX:
-    """The encoder or decoder of LTX from part to part: its layers in time, given a past."""
-
-    def __init__(self, vae: Any, task: str) -> None:
-        self.coder: Any = vae.encoder if task == "encode" else vae.decoder
-        self.first = True
-        self.past: dict[nn.Module, Tensor] = {}
-        self.forwards: dict[nn.Module, Callable[..., Tensor]] = {}
-        self.factor = 1  # frames of the video to one of the latents
-        for name, module in self.coder.named_modules(prefix=f"{task}r"):
-            forward = _LTX_LAYERS.get(type(module).__name__)
-            self._check(name, module, forward is not None or module is self.coder)
-            if forward is not None:
-                self.forwards[module] = functools.partial(forward, self, module)
-                stride = module.conv.stride if forward is _LTX.convolve else module.stride
-                self.factor *= stride[0]
-
-    def _check(self, name: str, module: Any, in_time: bool) -> None:
-        why = None
-        if getattr(module, "is_causal", True) is False:
-            why = "looks ahead"
-        elif getattr(module, "patch_size_t", 1) != 1:
-            why = "makes patches of several frames"
-        elif getattr(module, "per_channel_scale1", None) is not None:
-            why = "adds noise, which every part would draw anew"
-        elif getattr(module, "scale_shift_table", None) is not None:
-            why = "takes a timestep"
-        elif in_time and "forward" in vars(module):
-            why = "has had its forward wrapped by another library"
-        elif in_time and fingerprint(_own_forward(module)) not in _KNOWN:
-            why = "is of a release that was not checked"
-        if why is not None:
-            raise ValueError(f"vae is not streamed, because its {name} {why}")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The part of the whole's result that x, the part after the ones before, completes."""
-        for module, forward in self.forwards.items():
-            module.forward = forward  # type: ignore[method-assign]
-        try:
-            y: Tensor = self.coder(x)
-        finally:
-            for module in self.forwards:
-                del module.forward
-        self.first = False
-        return y
-
-    def convolve(self, module: Any, x: Tensor, causal: bool = True) -> Tensor:
-        conv, span = module.conv, module.kernel_size[0] - 1
-        past = self.past.get(module, x[:, :, :1].expand(-1, -1, span, -1, -1))
-        ours = "original_forward" in vars(type(module))
-        padding = {"padding": conv.padding[1:], "mode": conv.padding_mode}
-        y = _convolve(conv, x, front=0, before=past, **padding) if ours and span else None
-        y = conv(torch.cat([past, x], dim=2)) if y is None else y
-        keep = past.shape[2] + x.shape[2] - y.shape[2] * conv.stride[0]  # from the next window's start on
-        frames = x if keep <= x.shape[2] else torch.cat([past, x], dim=2)
-        self.past[module] = frames[:, :, frames.shape[2] - keep :].clone()
-        return y
-
-    def downsample(self, module: Any, x: Tensor, causal: bool = True) -> Tensor:
-        if self.first:
-            x = torch.cat([x[:, :, : module.stride[0] - 1], x], dim=2)
-        mean = _space_to_depth(x, module.stride).unflatten(1, (-1, module.group_size)).mean(dim=2)
-        return _space_to_depth(module.conv(x), module.stride) + mean
-
-    def upsample(self, module: Any, x: Tensor, causal: bool = True) -> Tensor:
-        y = _depth_to_space(module.conv(x), module.stride)
-        if module.residual:
-            repeats = math.prod(module.stride) // module.upscale_factor
-            y = y + _depth_to_space(x, module.stride).repeat(1, repeats, 1, 1, 1)
-        return y[:, :, module.stride[0] - 1 :] if self.first else y
-
-
-_LTX_LAYERS: dict[str, Callable[..., Tensor]] = {
-    f"{family}Video{layer}": forward
-    for family in ("LTX", "LTX2")
-    for layer, forward in (
-        ("CausalConv3d", _LTX.convolve),
-        ("Downsampler3d", _LTX.downsample),
-        ("Upsampler3d", _LTX.upsample),
-    )
-}
-
-
-def _space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    x = x.unflatten(4, (-1, stride[2])).unflatten(3, (-1, stride[1])).unflatten(2, (-1, stride[0]))
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-
-
-def _depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    return x.unflatten(1, (-1, *stride)).permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-
 def _ltx(vae: Any, frames: _Frames, task: str) -> Iterator[Tensor]:
-    coder = _LTX(vae, task)  # says now, not at the first part, what cannot be streamed
-    return _ltx_parts(coder, frames, coder.factor if task == "encode" else 1)
+    coder = streams_ltx.Coder(vae, task)  # says now, not at the first part, what cannot be streamed
+    return _one_by_one(coder, frames.parts(1, coder.factor if task == "encode" else 1, end="refused"))
 
 
 @torch.no_grad()
-def _ltx_parts(coder: _LTX, frames: _Frames, count: int) -> Iterator[Tensor]:
-    for part in frames.parts(1, count):
-        if not coder.first and part.shape[2] != count:
-            raise ValueError(f"video ends with {part.shape[2]} frames more than 1 + {count} k, expected none")
+def _one_by_one(coder: streams_ltx.Coder, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    for part in parts:
         yield coder(part)
 
 
@@ -361,20 +257,27 @@ _STREAMS = {
     f"{_AUTOENCODERS}kl_ltx2.AutoencoderKLLTX2Video": _both(_ltx),
     f"{_AUTOENCODERS}kl_magvit.AutoencoderKLMagvit": _both(_easyanimate),
     _MINIMAX: _Stream(encode=_minimax_encode),
-    f"{_AUTOENCODERS}kl_mochi.AutoencoderKLMochi": _Stream(decode=_mochi_decode),
     f"{_AUTOENCODERS}kl_qwenimage.AutoencoderKLQwenImage": _Stream(_wan_encode, _wan_decode),
     f"{_AUTOENCODERS}kl_wan.AutoencoderKLWan": _Stream(_wan_encode, functools.partial(_wan_decode, first_chunk=True)),
 }
-# Fingerprints of their encode and decode (or of _encode and _decode, which these call), and of what `_LTX` computes.
-_KNOWN = frozenset(
-    """
-    f1e9e12bd4e8f722 6ddeed6d5abeeda1 29ab766f8e92b099 2223dbbbfd3bffa8 d9086d4d561bb678 04a56d733b120dec
-    9a1b579fcb493135 fb4efb44ed35e068 1ea62bac2a2ae090 72838a1da8100699 cd6641d3b4524a0f 84fe67d9e626197a
-    332adcd232c1a5fc 40751ee4720ec34d 2bd39235b952e964 f9d0c2a39a9fd54e
-    9c392e4d9b458b74 8ffac93765179e3f d0df77c2fcce4727 caffd1a3c8117f5f
-    9a270ae96f9f09f8 535ae97edc993d70 d35093f954d6b5e0 9c4e437b4f268a11 d8e9be0cd4701f3c 627fbdc99a159482
-    """.split()
-)
+# Fingerprints of their encode and decode (or of _encode and _decode, which these call).
+_KNOWN = {
+    "f1e9e12bd4e8f722",
+    "6ddeed6d5abeeda1",
+    "29ab766f8e92b099",
+    "2223dbbbfd3bffa8",
+    "d9086d4d561bb678",
+    "04a56d733b120dec",
+    "9a1b579fcb493135",
+    "fb4efb44ed35e068",
+    "72838a1da8100699",
+    "cd6641d3b4524a0f",
+    "84fe67d9e626197a",
+    "332adcd232c1a5fc",
+    "40751ee4720ec34d",
+    "2bd39235b952e964",
+    "f9d0c2a39a9fd54e",
+}
 # The classes that cannot be, and why: a pattern for the name of a module in the encoder or decoder, and what it does.
 _REASONS = {
     f"{_AUTOENCODERS}kl_allegro.AutoencoderKLAllegro": ("*temp_convs.0", "looks ahead"),
@@ -390,6 +293,6 @@ _REASONS = {
     ),
     f"{_AUTOENCODERS}kl_hunyuanvideo15.AutoencoderKLHunyuanVideo15": ("*attentions.0", "attends to all frames before"),
     _MINIMAX: ("transformer_blocks.0", "attends to frames ahead"),
-    f"{_AUTOENCODERS}kl_mochi.AutoencoderKLMochi": ("*attentions.0", "attends to all frames before"),
+    f"{_AUTOENCODERS}kl_mochi.AutoencoderKLMochi": ("*conv1", "keeps no frames for the next part"),
     f"{_AUTOENCODERS}kl_qwenimage21.AutoencoderKLQwenImage21": ("conv_in", "is of single images"),
 }
