@@ -265,6 +265,48 @@ def test_the_group_norm_of_a_spatial_norm() -> None:
     assert ops(module, call, video()) == ["video_norm"]
 
 
+SMALL = {"latent_channels": 4, "layers_per_block": 1}
+GROUPED = SMALL | {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
+HUNYUAN_15 = {"spatial_compression_ratio": 4, "temporal_compression_ratio": 2, "block_out_channels": (32, 32, 32)}
+VAES: dict[str, tuple[dict[str, Any], int]] = {
+    "kl_hunyuan_video.AutoencoderKLHunyuanVideo": (GROUPED, 5),
+    "kl_hunyuanvideo15.AutoencoderKLHunyuanVideo15": (SMALL | HUNYUAN_15, 5),
+    "kl_hunyuanimage_refiner.AutoencoderKLHunyuanImageRefiner": (SMALL | HUNYUAN_15, 4),
+    "kl_cogvideox.AutoencoderKLCogVideoX": (GROUPED, 5),
+    "kl_cosmos.AutoencoderKLCosmos": (
+        {
+            "encoder_block_out_channels": (8, 8, 8),
+            "decode_block_out_channels": (8, 8, 8),
+            "latent_channels": 4,
+            "num_layers": 1,
+        },
+        9,
+    ),
+    "vidtok.AutoencoderVidTok": ({"ch": 8, "ch_mult": [1, 1, 1, 1], "z_channels": 4, "num_res_blocks": 1}, 5),
+}
+
+
+@pytest.mark.parametrize("path", VAES)
+def test_whole_autoencoders(path: str) -> None:
+    """The pair at the end of an encoder and a decoder, and every block in between."""
+    options, frames = VAES[path]
+    vae = make(path, **options)().eval()
+    x = torch.rand(1, 3, frames, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def run(vae: Any, x: Tensor) -> list[Tensor]:
+        output = vae.encode(x)
+        z = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
+        y = vae.decode(torch.ones_like(z))
+        return [z, getattr(y, "sample", y)]
+
+    yardsticks, truths = run(vae, x), run(copy.deepcopy(vae).double(), x.double())
+    names = {row.name for row in accelerate(vae).replaced if row.what.startswith("video_norm")}
+    assert not names.isdisjoint({"encoder", "encoder.norm_out"})
+    for actual, truth, yardstick in zip(run(vae, x), truths, yardsticks, strict=True):
+        compare(path, actual, truth, yardstick, k=K_FORWARD)
+
+
 def test_compiles_whole() -> None:
     module, x = make("kl_hunyuan_video.HunyuanVideoResnetBlockCausal3D", 32, 32, groups=4)(), video()
     expected = module(x)

@@ -220,15 +220,17 @@ def test_memory_does_not_grow(name: str) -> None:
         for _ in range(count):
             yield draw(vae, 4)
 
-    gc.freeze()  # only what is made from now on counts
     for stream, draw in ((stream_encode, video), (stream_decode, latent)):
         held = []
-        for i, part in enumerate(stream(vae, drawn(draw, 10))):
-            del part
-            if i in (4, 8):
-                held.append(live_bytes())
+        gc.freeze()  # only what is made from now on counts
+        try:
+            for i, part in enumerate(stream(vae, drawn(draw, 10))):
+                del part
+                if i in (4, 8):
+                    held.append(live_bytes())
+        finally:
+            gc.unfreeze()
         assert held[0] == held[1] > 0
-    gc.unfreeze()
 
 
 def test_nothing_is_read_before_it_is_wanted() -> None:
@@ -254,6 +256,18 @@ def test_two_streams_of_a_class_that_keeps_the_past_itself() -> None:
         assert torch.equal(first, expected)
     next(stream_encode(vae, x))  # left in the middle
     assert all(getattr(module, "prev_features", None) is None for module in vae.modules())
+
+
+def test_an_offloaded_vae_is_brought_back_first() -> None:
+    class Hook:
+        def pre_forward(self, module: nn.Module) -> None:
+            brought.append(module)
+
+    brought: list[nn.Module] = []
+    vae = make("Wan")
+    vae._hf_hook = Hook()
+    stream_decode(vae, latent(vae, 2))
+    assert brought == [vae]
 
 
 def test_what_the_whole_leaves_out_is_left_out() -> None:
