@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from walt_kernels.integrations import accelerate, causal_convolutions, replace, restore
-from walt_kernels.integrations.adapter import class_path, fingerprint
+from walt_kernels.integrations.adapter import fingerprint
 from walt_kernels.testing import K_BACKWARD, K_FORWARD, compare, random
 
 autoencoders = pytest.importorskip("diffusers.models.autoencoders", reason="diffusers is not installed")
 
 CHANNELS, HEIGHT, WIDTH = 4, 6, 7
+TERMS = CHANNELS * 27  # of one output
 
 
 class MagvitCausalConv3d(nn.Module):
@@ -262,9 +263,9 @@ def test_exact_forward_and_backward(name: str, dtype: torch.dtype, count: list[i
         )
         assert len(count) == len(lengths), f"{lengths}: the op ran in {len(count)} of {len(lengths)} calls"
         for i, (ours, exact, theirs) in enumerate(zip(*outputs, strict=True)):
-            compare(f"{lengths} output {i}", ours, exact, theirs, k=K_FORWARD)
+            compare(f"{lengths} output {i}", ours, exact, theirs, k=K_FORWARD, rows=TERMS)
         for i, (ours, exact, theirs) in enumerate(zip(*grads, strict=True)):
-            compare(f"{lengths} gradient {i}", ours, exact, theirs, k=K_BACKWARD)
+            compare(f"{lengths} gradient {i}", ours, exact, theirs, k=K_BACKWARD, rows=TERMS)
     restore(module)
     again = [results(m, run, x, all_lengths[-1]) for m in (module, original)]
     for kind in (0, 1):
@@ -282,7 +283,7 @@ def test_autocast_gives_what_the_original_gives(name: str, count: list[int]) -> 
         (ours, _), (theirs, _) = (results(m, run, x, all_lengths[-1]) for m in (module, original))
     assert len(count) == len(all_lengths[-1])
     for a, b, c in zip(ours, exact, theirs, strict=True):
-        compare(name, a, b, c, k=K_FORWARD, dtype=torch.bfloat16)
+        compare(name, a, b, c, k=K_FORWARD, rows=TERMS, dtype=torch.bfloat16)
 
 
 def test_every_class_of_diffusers_is_replaced_or_left_with_a_reason() -> None:
@@ -302,3 +303,142 @@ def test_every_class_of_diffusers_is_replaced_or_left_with_a_reason() -> None:
             replaced.add(name)
     assert len(found) >= 16
     assert len(replaced) >= 14, sorted(found.keys() - replaced)
+
+
+def pair(name: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """A module and the same one accelerated."""
+    torch.manual_seed(0)
+    original = make(name, *args, **kwargs)
+    module = copy.deepcopy(original)
+    accelerate(module)
+    return original, module
+
+
+def left(name: str, *args: Any, **kwargs: Any) -> str:
+    """The reason why a module is left."""
+    module = make(name, *args, **kwargs)
+    cls = type(module)
+    (row,) = accelerate(module).left
+    assert type(module) is cls
+    return row.what
+
+
+X = random(1, CHANNELS, 5, HEIGHT, WIDTH, grad=False)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name or name == "kvae, cached"])
+def test_compiled_whole(name: str, count: list[int]) -> None:
+    original, run, all_lengths = case(name)
+    module = copy.deepcopy(original)
+    accelerate(module)
+    chunks = [X[:, :, : all_lengths[0][0]]]
+
+    def first(x: Tensor) -> list[Tensor]:
+        return list(run(module, [x]))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(first, fullgraph=True, backend="eager", dynamic=False)
+    for ours, theirs in zip(compiled(*chunks), run(original, chunks), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert count
+
+
+def test_a_call_that_is_not_causal_is_the_originals(count: list[int]) -> None:
+    original, module = pair("LTX2VideoCausalConv3d", 4, 6, 3)
+    assert torch.equal(module(X, causal=False), original(X, causal=False))
+    assert not count
+    assert left("LTXVideoCausalConv3d", 4, 6, 3, is_causal=False) == "it is not causal"
+    original, module = pair("LTXVideoCausalConv3d", 4, 6, 3)
+    original.is_causal = module.is_causal = False
+    assert torch.equal(module(X), original(X))
+    assert not count
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_a_cache_of_any_length(frames: int, count: list[int]) -> None:
+    cache = random(1, CHANNELS, frames, HEIGHT, WIDTH, grad=False)
+    for name, kwargs in (("WanCausalConv3d", {"padding": 1}), ("CogVideoXCausalConv3d", {})):
+        original, module = pair(name, 4, 6, 3, **kwargs)
+        torch.testing.assert_close(module(X, cache), original(X, cache))
+    assert len(count) == (2 if frames < 3 else 0)
+
+
+def test_what_the_op_cannot_take_is_the_originals(count: list[int]) -> None:
+    original, module = pair("WanCausalConv3d", 4, 6, 3, padding=1)
+    assert torch.equal(module(X[0]), original(X[0]))  # no batch
+    for call in (original, module):
+        with pytest.raises(RuntimeError, match="should be the same"):
+            call(X.double())
+    original, module = (m.double() for m in (original, module))
+    cache = X[:, :, :2]
+    assert torch.equal(module(X.double(), cache), original(X.double(), cache))  # widened by torch.cat
+    assert not count
+
+
+def test_hooks_and_wrappers_of_an_inner_convolution_are_not_passed_over(count: list[int]) -> None:
+    def double(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+        return 2 * y
+
+    original, module = pair("HunyuanVideoCausalConv3d", 4, 6, 3)
+    handle = module.conv.register_forward_hook(double)
+    assert torch.equal(module(X), 2 * original(X))
+    assert not count
+    handle.remove()
+    module.conv = nn.Sequential(module.conv, nn.Identity())
+    assert torch.equal(module(X), original(X))
+    assert not count
+    original.conv.register_forward_hook(double)
+    (row,) = accelerate(original).left
+    assert row.what == "its conv is a Conv3d of another kind, or has hooks"
+
+
+def test_parametrized_weights(count: list[int]) -> None:
+    weight_norm = nn.utils.parametrizations.weight_norm
+    original, module = pair("WanCausalConv3d", 4, 6, 3, padding=1)
+    torch.testing.assert_close(weight_norm(module)(X), original(X))
+    assert len(count) == 1
+    assert [row.name for row in accelerate(module).replaced] == [""]
+    with pytest.raises(ValueError, match="another library"):
+        restore(module)
+    torch.nn.utils.parametrize.remove_parametrizations(module, "weight")
+    restore(module)
+    inner = make("CosmosTokenizerCausalConv3d", 4, 6, 3)
+    weight_norm(inner.conv3d)
+    (row,) = accelerate(inner).left
+    assert row.what == "its conv3d is a ParametrizedConv3d of another kind, or has hooks"
+
+
+def test_large_inputs_that_the_original_splits(monkeypatch: pytest.MonkeyPatch, count: list[int]) -> None:
+    splitting = {path: (known, lambda itemsize: 1000) for path, (known, _) in causal_convolutions._SPLITTING.items()}
+    monkeypatch.setattr(causal_convolutions, "_SPLITTING", splitting)
+    for stride, calls in ((1, 1), (2, 0)):  # without a stride, splitting changes nothing
+        original, module = pair("KVAECausalConv3d", 4, 6, 3, stride=(stride, 1, 1))
+        count.clear()
+        torch.testing.assert_close(module(X), original(X))
+        assert len(count) == calls
+
+
+def test_another_release_of_an_inner_class_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make("KVAECausalConv3d", 4, 6, 3)
+
+    def forward(self: Any, input: Tensor, write_to: Tensor | None = None) -> Tensor:
+        return input
+
+    monkeypatch.setattr(type(module.conv), "forward", forward)
+    assert "of a release that was not checked" in accelerate(module).left[0].what
+
+
+@pytest.mark.parametrize(
+    ("reason", "name", "args", "kwargs"),
+    [
+        ("pads by 'reflect'", "HunyuanVideoCausalConv3d", (4, 6, 3), {"pad_mode": "reflect"}),
+        ("pads by 'circular'", "LTX2VideoCausalConv3d", (4, 6, 3), {"spatial_padding_mode": "circular"}),
+        ("pads by 'circular'", "EasyAnimateCausalConv3d", (4, 6, 3), {"padding_mode": "circular"}),
+        ("pads by 'circular'", "CosmosCausalConv3d", (4, 6, 3), {"pad_mode": "circular"}),
+        ("pads twice", "HunyuanVideoCausalConv3d", (4, 6, 3), {"padding": 1}),
+        ("pads twice", "KVAECausalConv3d", (4, 6, 3), {"padding": "valid"}),
+        ("keeps all of its input", "EasyAnimateCausalConv3d", (4, 6, (1, 3, 3)), {}),
+    ],
+)
+def test_options_that_the_op_has_not(reason: str, name: str, args: Any, kwargs: Any) -> None:
+    assert reason in left(name, *args, **kwargs)
