@@ -143,7 +143,7 @@ def test_a_class_computes_what_it_did(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_norm_and_silu_are_one_pass(name: str) -> None:
     build, call = CLASSES[name]
-    module, x = build(), video()
+    module, x = build().bfloat16(), video(dtype=torch.bfloat16)
     before = ops(module, call, x)
     expected = call(module, x) if call else module(x)
     accelerate(module)
@@ -262,7 +262,14 @@ def test_the_group_norm_of_a_spatial_norm() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check(module, call, video(), dtype)
     accelerate(module)
-    assert ops(module, call, video()) == ["video_norm"]
+    assert ops(module.bfloat16(), call, video(dtype=torch.bfloat16)) == ["video_norm"]
+
+
+def test_a_float32_group_norm_alone_is_pytorch_s_on_a_cpu() -> None:
+    """Which is faster; see _is_slower."""
+    module = make("kl_cosmos.CosmosCausalGroupNorm", 32)()
+    accelerate(module)
+    assert ops(module, None, video()) == ["native_group_norm"]
 
 
 SMALL = {"latent_channels": 4, "layers_per_block": 1}

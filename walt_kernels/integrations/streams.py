@@ -122,7 +122,7 @@ def _stream(vae: nn.Module, source: Tensor | Iterable[Tensor], task: str) -> Ite
     if path != _MINIMAX and any(getattr(vae, f"use_{way}", False) for way in _TILED):
         raise ValueError("vae blends tiles, which gives other values than its whole frames; call vae.disable_tiling()")
     hook = getattr(vae, "_hf_hook", None)  # of the library accelerate: brings an offloaded model to its device
-    if hasattr(hook, "pre_forward"):
+    if hook is not None and hasattr(hook, "pre_forward"):
         hook.pre_forward(vae)
     return run(vae, _Frames("video" if task == "encode" else "latents", source))
 
