@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import linecache
 import pickle
@@ -204,6 +205,18 @@ def test_another_release_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not report.replaced
     assert "of a release that was not checked" in report.left[0].what
     assert type(net[0]) is wan.WanCausalConv3d
+
+
+def test_a_wrapped_forward_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = wan.WanCausalConv3d.forward
+
+    @functools.wraps(original)  # by which inspect finds the original's source
+    def forward(self: Any, *args: Any) -> Tensor:
+        y: Tensor = original(self, *args) + 1
+        return y
+
+    monkeypatch.setattr(wan.WanCausalConv3d, "forward", forward)
+    assert "of a release that was not checked" in accelerate(model()).left[0].what
 
 
 def test_a_source_that_cannot_be_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,7 @@ CASES: dict[str, Case] = {
     "wan": ("WanCausalConv3d", (4, 6, 3), {"padding": 1}, with_cache, CHUNKS),
     "wan, time padding alone": ("WanCausalConv3d", (4, 6, (3, 1, 1)), {"padding": (1, 0, 0)}, with_cache, CHUNKS),
     "wan, one frame": ("WanCausalConv3d", (4, 6, 1), {}, with_cache, CHUNKS),
+    "wan, tall": ("WanCausalConv3d", (4, 6, (1, 3, 1)), {"padding": (0, 1, 0)}, with_cache, CHUNKS),
     "wan, strided": ("WanCausalConv3d", (4, 6, (3, 1, 1)), {"stride": (2, 1, 1)}, whole, [[5], [6]]),
     "qwen-image": ("QwenImageCausalConv3d", (4, 6, 3), {"padding": 1}, with_cache, CHUNKS),
     "qwen-image 2.1": ("QwenImage21CausalConv3d", (4, 6, 3), {"padding": 1}, whole, [[1]]),
@@ -189,11 +190,13 @@ CASES: dict[str, Case] = {
     "cosmos tokenizer, strided": ("CosmosTokenizerCausalConv3d", (4, 6, 3, 2, 0), {}, whole, [[2], [6]]),
     "ltx": ("LTXVideoCausalConv3d", (4, 6, 3), {}, whole, CLIPS),
     "ltx, strided": ("LTXVideoCausalConv3d", (4, 6, 3), {"stride": 2}, whole, CLIPS),
+    "ltx, wide": ("LTXVideoCausalConv3d", (4, 6, (2, 1, 3)), {}, whole, CLIPS),
     "ltx, grouped": ("LTXVideoCausalConv3d", (4, 6, 3), {"groups": 2}, whole, CLIPS),
     "ltx 2": ("LTX2VideoCausalConv3d", (4, 6, 3), {}, whole, CLIPS),
     "ltx 2, reflect": ("LTX2VideoCausalConv3d", (4, 6, 3), {"spatial_padding_mode": "reflect"}, whole, CLIPS),
     "ltx 2, dilated": ("LTX2VideoCausalConv3d", (4, 6, 3), {"dilation": 2}, whole, [[4], [5]]),
     "cogvideox": ("CogVideoXCausalConv3d", (4, 6, 3), {}, with_returned_cache, CHUNKS),
+    "cogvideox, tall": ("CogVideoXCausalConv3d", (4, 6, (2, 3, 1)), {}, with_returned_cache, CHUNKS),
     "cogvideox, one frame": ("CogVideoXCausalConv3d", (4, 6, 1), {}, with_returned_cache, CHUNKS),
     "mochi": (
         "CogVideoXCausalConv3d",
@@ -207,6 +210,7 @@ CASES: dict[str, Case] = {
     "easyanimate": ("EasyAnimateCausalConv3d", (4, 6, 3), {}, with_features, CHUNKS),
     "easyanimate, strided": ("EasyAnimateCausalConv3d", (4, 6, 3, 2), {}, with_features, [[1], [5], [1, 4], [1, 2, 2]]),
     "vidtok": ("VidTokCausalConv3d", (4, 6, 3), {}, with_first_chunk(0), CHUNKS),
+    "vidtok, even": ("VidTokCausalConv3d", (4, 6, (3, 2, 4)), {}, with_first_chunk(0), CHUNKS),
     "vidtok, one frame": ("VidTokCausalConv3d", (4, 6, 1), {}, with_first_chunk(0), CHUNKS),
     "vidtok, strided": ("VidTokCausalConv3d", (4, 6, 3, (2, 2, 2)), {}, with_first_chunk(0), [[2], [4, 4]]),
     "vidtok, overlapping": ("VidTokCausalConv3d", (4, 6, 3), {"pad_mode": "replicate"}, with_first_chunk(1), CHUNKS),
@@ -390,6 +394,19 @@ def test_hooks_and_wrappers_of_an_inner_convolution_are_not_passed_over(count: l
     original.conv.register_forward_hook(double)
     (row,) = accelerate(original).left
     assert row.what == "its conv is a Conv3d of another kind, or has hooks"
+
+
+def test_another_convolution_under_the_module_is_not_passed_over(count: list[int]) -> None:
+    for name, inner in (("WanCausalConv3d", False), ("HunyuanVideoCausalConv3d", True)):
+        module = make(name, 4, 6, 3)
+        accelerate(module)
+        conv = module.conv if inner else module
+        conv._conv_forward = lambda x, weight, bias: x
+        assert module(X).shape[1] == CHANNELS
+        restore(module)
+        (row,) = accelerate(module).left
+        assert row.what == "its convolution was replaced by another library"
+    assert not count
 
 
 def test_parametrized_weights(count: list[int]) -> None:

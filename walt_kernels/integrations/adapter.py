@@ -42,7 +42,7 @@ class Adapter:
 
     def unknown(self, cls: type) -> str | None:
         """Why it is not known what instances of ``cls``, a class of this path, compute; None where it is."""
-        print_ = fingerprint(*(inspect.getattr_static(cls, name, None) for name in self.methods))
+        print_ = fingerprint(*(getattr(cls, name, None) for name in self.methods))
         if print_ is None:
             return "its source cannot be read, so what it computes is not known"
         if print_ not in self.known:
@@ -62,11 +62,19 @@ def class_path(cls: type) -> str:
 
 @functools.cache
 def fingerprint(*functions: Callable[..., Any]) -> str | None:
-    """16 hexadecimal digits for the source of functions, whatever its comments and blanks; None if it is not there."""
-    try:
-        sources = [inspect.getsource(function) for function in functions]
-    except (OSError, TypeError):
-        return None
+    """16 hexadecimal digits for the source of functions, whatever its comments and blanks; None if it is not there.
+
+    Of a function that another one wraps, both count: inspect would look through the wrapper.
+    """
+    sources = []
+    for function in functions:
+        layer: Any = function
+        while layer is not None:
+            try:
+                sources.append(inspect.getsource(layer.__code__))
+            except (OSError, AttributeError):
+                return None
+            layer = getattr(layer, "__wrapped__", None)
     code = "".join("".join(_without_comments(source).split()) for source in sources)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 

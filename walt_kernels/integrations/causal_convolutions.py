@@ -87,8 +87,11 @@ def _convolve(
 
 
 def _takes(conv: Any, x: Tensor, before: Tensor | None) -> bool:
-    """Whether the tensors of a call are of one dtype that the op has, or become so by autocast, on one device."""
-    if x.dim() != 5 or 0 in x.shape[1:]:
+    """Whether the tensors of a call are of one dtype that the op has, or become so by autocast, on one device.
+
+    Where another library has put a convolution of its own under this one's, as ``_conv_forward``, nothing is.
+    """
+    if x.dim() != 5 or 0 in x.shape[1:] or "_conv_forward" in vars(conv):
         return False
     if before is not None and (before.dtype != x.dtype or before.device != x.device):
         return False
@@ -124,10 +127,8 @@ def _twice(padding: Any) -> tuple[int, int, int, int]:
     return padding[2], padding[2], padding[1], padding[1]
 
 
-# Wan, Qwen-Image: zeros in front, of which a cache takes the place
-
-
 def _wan(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor | None:
+    """Zeros in front, of which a cache takes the place."""
     *padding, front, _ = self._padding
     before = None if cache_x is None or not front else cache_x.to(x.device)
     missing = front if before is None else front - before.shape[2]
@@ -150,10 +151,8 @@ def _wan_image(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor | 
     )
 
 
-# HunyuanVideo, magvit2-pytorch, KVAE: one F.pad for time and frame
-
-
 def _hunyuan(self: Any, hidden_states: Tensor) -> Tensor | None:
+    """One F.pad for time and frame."""
     *padding, front, _ = self.time_causal_padding
     mode = self.pad_mode
     return _convolve(
@@ -172,10 +171,8 @@ def _kvae(self: Any, input: Tensor) -> Tensor | None:
     return _convolve(self.conv, input, front=self.time_pad, padding=padding, mode="replicate")
 
 
-# Cosmos, LTX, CogVideoX: copies of the first frame in front
-
-
 def _cosmos(self: Any, hidden_states: Tensor) -> Tensor | None:
+    """Copies of the first frame in front."""
     return _convolve(self, hidden_states, front=self.temporal_pad, padding=self.spatial_pad, mode=self.pad_mode)
 
 
@@ -209,10 +206,8 @@ def _cogvideox(self: Any, inputs: Tensor, conv_cache: Tensor | None = None) -> t
     return y, _tail(inputs, before, frames) if frames else inputs.clone()
 
 
-# MiniMax-H3: zeros in front
-
-
 def _minimax(self: Any, hidden_states: Tensor) -> Tensor | None:
+    """Zeros in front."""
     return _convolve(
         self,
         hidden_states,
@@ -223,10 +218,8 @@ def _minimax(self: Any, hidden_states: Tensor) -> Tensor | None:
     )
 
 
-# EasyAnimate, VidTok: the past is an attribute
-
-
 def _easyanimate(self: Any, hidden_states: Tensor) -> Tensor | None:
+    """The past is an attribute."""
     frames, before = self.temporal_padding, self.prev_features
     front = frames if before is None else 0
     if before is not None and self.t_stride == 2:
@@ -251,9 +244,6 @@ def _vidtok(self: Any, x: Tensor) -> Tensor | None:
     return y
 
 
-# KVAE, Kandinsky: the past is in a dictionary, with its padding of the frame
-
-
 def _kvae_cached(self: Any, input: Tensor, cache: dict[str, Any]) -> Tensor | None:
     padding = (self.height_pad, self.height_pad, self.width_pad, self.width_pad)
     return _with_dictionary(self, input, cache, self.stride[0], padding, "replicate")
@@ -274,7 +264,10 @@ def _with_dictionary(
     *,
     whole: bool = False,
 ) -> Tensor | None:
-    """``whole``: a chunk that is shorter than what is kept of it is completed by what was kept before."""
+    """The past is in a dictionary, its frames padded.
+
+    ``whole``: a chunk that is shorter than what is kept of it is completed by what was kept before.
+    """
     if x.dim() != 5:
         return None
     held, (frames, height, width) = cache["padding"], x.shape[2:]
@@ -328,6 +321,8 @@ def _adapter(
         conv: Any = getattr(module, inner) if inner else module
         if inner and not _plain(conv):
             return f"its {inner} is a {type(conv).__name__} of another kind, or has hooks"
+        if "_conv_forward" in vars(conv):
+            return "its convolution was replaced by another library"
         checked, found = _SPLITTING.get(class_path(type(conv)), ("",))[0], fingerprint(type(conv).forward)
         if checked and checked != found:
             return f"its {inner} is of a release that was not checked (fingerprint {found})"
