@@ -60,6 +60,12 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward and nothing else, so that another may take its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
+
+
 @functools.cache
 def fingerprint(*functions: Callable[..., Any]) -> str | None:
     """16 hexadecimal digits for the source of functions, whatever its comments and blanks; None if it is not there.

@@ -116,9 +116,8 @@ def _stream(vae: nn.Module, source: Tensor | Iterable[Tensor], task: str) -> Ite
         raise ValueError(
             f"vae is a {kind}, of which stream_{task} knows no way to get the whole clip: {_why(vae, task)}"
         )
-    method = next(name for name in (f"_{task}", task) if hasattr(type(vae), name))
-    if path.startswith(_AUTOENCODERS) and fingerprint(getattr(type(vae), method)) not in _KNOWN:
-        raise ValueError(f"vae is a {kind} of a release that was not checked; expected one whose {method} is known")
+    if stream.checked and fingerprint(stream.checked(vae, task)) not in _KNOWN:
+        raise ValueError(f"vae is a {kind} of a release that was not checked; expected one whose {task} is known")
     if path != _MINIMAX and any(getattr(vae, f"use_{way}", False) for way in _TILED):
         raise ValueError("vae blends tiles, which gives other values than its whole frames; call vae.disable_tiling()")
     hook = getattr(vae, "_hf_hook", None)  # of the library accelerate: brings an offloaded model to its device
@@ -245,37 +244,44 @@ class _Stream:
 
     encode: Callable[[Any, _Frames], Iterator[Tensor]] | None = None
     decode: Callable[[Any, _Frames], Iterator[Tensor]] | None = None
+    checked: Callable[[Any, str], Any] | None = lambda vae, task: getattr(type(vae), f"_{task}")  # by its fingerprint
 
 
-def _both(stream: Callable[..., Iterator[Tensor]]) -> _Stream:
-    return _Stream(functools.partial(stream, task="encode"), functools.partial(stream, task="decode"))
+def _both(stream: Callable[..., Iterator[Tensor]], **options: Any) -> _Stream:
+    return _Stream(functools.partial(stream, task="encode"), functools.partial(stream, task="decode"), **options)
+
+
+def _coder(vae: Any, task: str) -> Any:
+    """Where the library accelerate, if it is there, wraps the method that would be looked at."""
+    kind = type(vae.encoder if task == "encode" else vae.decoder)
+    return getattr(kind, "original_forward", kind.forward)
 
 
 _MINIMAX = f"{_AUTOENCODERS}kl_minimax_h3.AutoencoderKLMiniMaxH3"
 _STREAMS = {
-    "walt.model.tokenizer.Tokenizer": _both(_walt),
-    f"{_AUTOENCODERS}kandinsky6_sr.Kandinsky6SRVAE": _both(_kandinsky),
+    "walt.model.tokenizer.Tokenizer": _both(_walt, checked=None),
+    f"{_AUTOENCODERS}kandinsky6_sr.Kandinsky6SRVAE": _both(_kandinsky, checked=_coder),
     f"{_AUTOENCODERS}kl_kvae_video.AutoencoderKLKVAEVideo": _Stream(_kvae_encode, _kvae_decode),
     f"{_AUTOENCODERS}kl_ltx.AutoencoderKLLTXVideo": _both(_ltx),
     f"{_AUTOENCODERS}kl_ltx2.AutoencoderKLLTX2Video": _both(_ltx),
-    f"{_AUTOENCODERS}kl_magvit.AutoencoderKLMagvit": _both(_easyanimate),
+    f"{_AUTOENCODERS}kl_magvit.AutoencoderKLMagvit": _both(_easyanimate, checked=_coder),
     _MINIMAX: _Stream(encode=_minimax_encode),
     f"{_AUTOENCODERS}kl_qwenimage.AutoencoderKLQwenImage": _Stream(_wan_encode, _wan_decode),
     f"{_AUTOENCODERS}kl_wan.AutoencoderKLWan": _Stream(_wan_encode, functools.partial(_wan_decode, first_chunk=True)),
 }
-# Fingerprints of their encode and decode (or of _encode and _decode, which these call).
+# Fingerprints of what is checked.
 _KNOWN = {
     "f1e9e12bd4e8f722",
     "6ddeed6d5abeeda1",
     "29ab766f8e92b099",
     "2223dbbbfd3bffa8",
-    "d9086d4d561bb678",
-    "04a56d733b120dec",
+    "332bcc615dc34dff",
+    "4578a69bb24a6912",
     "9a1b579fcb493135",
     "fb4efb44ed35e068",
     "72838a1da8100699",
-    "cd6641d3b4524a0f",
-    "84fe67d9e626197a",
+    "0e0ddf353cdc7921",
+    "7a52967de6659cb8",
     "332adcd232c1a5fc",
     "40751ee4720ec34d",
     "2bd39235b952e964",

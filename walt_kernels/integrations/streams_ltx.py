@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..causal_conv3d.reference import past
 from .adapter import fingerprint
-from .causal_convolutions import _convolve, _tail, _twice
+from .causal_convolutions import _convolve, _plain, _tail, _twice
 
 # Fingerprints of the forwards of the encoders and decoders, and of the layers that are given a past.
 KNOWN = {
@@ -79,7 +79,7 @@ class Coder:
     def convolve(self, module: Any, x: Tensor, causal: bool = True) -> Tensor:
         conv, span, before = module.conv, module.kernel_size[0] - 1, self.past.get(module)
         y = None
-        if hasattr(module, "original_forward"):  # accelerated
+        if hasattr(module, "original_forward") and _plain(conv):  # accelerated
             front, padding = span if before is None else 0, _twice(conv.padding)
             y = _convolve(conv, x, front=front, before=before, padding=padding, mode=conv.padding_mode)
         frames = past(x, span, "first_frame") if before is None else before
