@@ -171,13 +171,13 @@ def check(name: str, stream: Any, whole: Any, draw: Any, frames: int, *, ours: b
 
 
 def cut(x: Tensor) -> list[Tensor]:
-    """Chunks of 2, 3, 1, 4, 2, ... frames."""
-    chunks, start, lengths = [], 0, (2, 3, 1, 4)
+    """Chunks of 2, 3, 1, 0, 4, 2, ... frames, and an empty one."""
+    chunks, start, lengths = [], 0, (2, 3, 1, 0, 4)
     while start < x.shape[2]:
-        length = lengths[len(chunks) % 4]
+        length = lengths[len(chunks) % 5]
         chunks.append(x[:, :, start : start + length])
         start += length
-    return chunks
+    return [*chunks, x[:, :, :0]]
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["plain", "accelerated"])
@@ -355,6 +355,8 @@ def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ([torch.zeros(1, 3, 5, 16, 16), torch.zeros(1, 3, 4, 16, 8)], "beside its frames, expected"),
         ([None], "a chunk of NoneType"),
+        ([], "video has no frames"),
+        (torch.zeros(1, 3, 0, 16, 16), "video has no frames"),
     ],
 )
 def test_frames_that_do_not_fit(source: Any, message: str) -> None:

@@ -46,7 +46,11 @@ def _rms(norm: Any, x: Tensor, activation: str | None) -> Tensor | None:
     """gamma * sqrt(C) * x / max(|x|, 1e-12) + bias, |x| over channels: RMS with an epsilon that zeros alone see."""
     gamma, bias = norm.gamma, getattr(norm, "bias", None)
     bias = bias if isinstance(bias, Tensor) else None
-    if not getattr(norm, "channel_first", True) or gamma.dim() != x.dim() - 1:
+    if (
+        not getattr(norm, "channel_first", True)
+        or gamma.dim() != x.dim() - 1
+        or not {x.dtype, gamma.dtype} <= {*DTYPES}
+    ):
         return None
     weight, bias = (None if row is None else row.flatten() for row in (gamma, bias))
     x, weight, bias = _in(torch.promote_types(x.dtype, gamma.dtype), x, weight, bias)

@@ -74,11 +74,14 @@ class _Frames:
         """The next ``count`` frames, fewer at the end of the video, None after it."""
         while sum(chunk.shape[2] for chunk in self._rest) < count:
             try:
-                self._rest.append(self._checked(next(self._chunks)))
+                chunk = self._checked(next(self._chunks))
             except StopIteration:
                 break
-        frames = self._rest[0] if len(self._rest) == 1 else torch.cat(self._rest, dim=2) if self._rest else None
-        if frames is None or frames.shape[2] <= count:
+            self._rest += [chunk] if chunk.shape[2] else []
+        if not self._rest:
+            return None
+        frames = self._rest[0] if len(self._rest) == 1 else torch.cat(self._rest, dim=2)
+        if frames.shape[2] <= count:
             self._rest = []
             return frames
         self._rest = [frames[:, :, count:]]
@@ -86,14 +89,16 @@ class _Frames:
 
     def parts(self, first: int, then: int, end: str = "taken") -> Iterator[Tensor]:
         """``first`` frames, then ``then`` at a time; fewer at the end are "taken", "left out" or "refused"."""
-        count = first
-        while (frames := self.take(count)) is not None and frames.shape[2] > 0:
+        count, frames = first, self.take(first)
+        if frames is None:
+            raise ValueError(f"{self._name} has no frames, expected 1 or more")
+        while frames is not None:
             if frames.shape[2] < count and end == "refused":
                 got = f"{frames.shape[2]} frames more than {first} + {then} k"
                 raise ValueError(f"{self._name} ends with {got}, expected none")
             if frames.shape[2] == count or end == "taken":
                 yield frames
-            count = then
+            count, frames = then, self.take(then)
 
     def _checked(self, chunk: Tensor) -> Tensor:
         if not isinstance(chunk, Tensor) or chunk.dim() != 5:
@@ -113,9 +118,7 @@ def _stream(vae: nn.Module, source: Tensor | Iterable[Tensor], task: str) -> Ite
     kind, stream = type(vae).__name__, _STREAMS.get(path)
     run = None if stream is None else getattr(stream, task)
     if stream is None or run is None:
-        raise ValueError(
-            f"vae is a {kind}, of which stream_{task} knows no way to get the whole clip: {_why(vae, task)}"
-        )
+        raise ValueError(f"vae is a {kind}, {_why(vae, task)}; expected one that stream_{task} can do in parts")
     if stream.checked and fingerprint(stream.checked(vae, task)) not in _KNOWN:
         raise ValueError(f"vae is a {kind} of a release that was not checked; expected one whose {task} is known")
     if path != _MINIMAX and any(getattr(vae, f"use_{way}", False) for way in _TILED):
@@ -210,9 +213,11 @@ def _easyanimate(vae: Any, frames: _Frames, task: str) -> Iterator[Tensor]:
     for part in frames.parts(1, count):
         others = {module: module.prev_features for module in kept}
         _remember(kept)
-        y = vae.quant_conv(coder(part)) if task == "encode" else coder(vae.post_quant_conv(part))
-        kept = {module: module.prev_features for module in kept}
-        _remember(others)
+        try:
+            y = vae.quant_conv(coder(part)) if task == "encode" else coder(vae.post_quant_conv(part))
+            kept = {module: module.prev_features for module in kept}
+        finally:
+            _remember(others)
         yield y
 
 
