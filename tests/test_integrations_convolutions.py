@@ -367,6 +367,25 @@ def test_a_cache_of_any_length(frames: int, count: list[int]) -> None:
     assert len(count) == (2 if frames < 3 else 0)
 
 
+def test_a_stream_that_the_original_takes_amiss_is_the_originals(count: list[int]) -> None:
+    original, module = pair("Kandinsky6SRCausalConv3d", 4, 6, 3, (2, 1, 1))
+    ours, theirs = (list(with_dictionary(m, [X, X])) for m in (module, original))  # two chunks of odd length
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(count) == 1
+
+
+def test_options_changed_later_are_seen(count: list[int]) -> None:
+    original, module = pair("HunyuanVideoCausalConv3d", 4, 6, 3)
+    original.pad_mode = module.pad_mode = "reflect"
+    assert torch.equal(module(X), original(X))
+    original, module = pair("LTX2VideoCausalConv3d", 4, 6, 3)
+    for m in (original, module):
+        m.conv.padding_mode, m.conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1, 0, 0]
+    assert torch.equal(module(X), original(X))
+    assert not count
+
+
 def test_what_the_op_cannot_take_is_the_originals(count: list[int]) -> None:
     original, module = pair("WanCausalConv3d", 4, 6, 3, padding=1)
     assert torch.equal(module(X[0]), original(X[0]))  # no batch

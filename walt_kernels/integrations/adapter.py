@@ -42,11 +42,11 @@ class Adapter:
 
     def unknown(self, cls: type) -> str | None:
         """Why it is not known what instances of ``cls``, a class of this path, compute; None where it is."""
-        print_ = fingerprint(*(getattr(cls, name, None) for name in self.methods))
-        if print_ is None:
+        found = fingerprint(*(getattr(cls, name, None) for name in self.methods))
+        if found is None:
             return "its source cannot be read, so what it computes is not known"
-        if print_ not in self.known:
-            return f"its {' and '.join(self.methods)} are of a release that was not checked (fingerprint {print_})"
+        if found not in self.known:
+            return f"its {' and '.join(self.methods)} are of a release that was not checked (fingerprint {found})"
         return None
 
     def reason(self, module: nn.Module) -> str | None:

@@ -45,7 +45,7 @@ def _convolve(
     *,
     front: int,
     before: Tensor | None = None,
-    time_padding: str = "first_frame",
+    time_padding: str | None = "first_frame",
     padding: tuple[int, int, int, int],
     mode: str = "zeros",
 ) -> Tensor | None:
@@ -56,7 +56,9 @@ def _convolve(
     """
     span = (conv.kernel_size[0] - 1) * conv.dilation[0]
     known = front + (0 if before is None else before.shape[2])
-    if not _takes(conv, x, before) or mode not in _SPACE or front < 0 or not known <= span < known + x.shape[2]:
+    if not _takes(conv, x, before) or mode not in _SPACE or time_padding is None:
+        return None
+    if front < 0 or not known <= span < known + x.shape[2]:
         return None
     left, right, top, bottom = padding
     if class_path(type(conv)) in _SPLITTING and (conv.stride[0] > 1 or conv.dilation[0] > 1):
@@ -153,15 +155,13 @@ def _hunyuan(self: Any, hidden_states: Tensor) -> Tensor | None:
     """One F.pad for time and frame."""
     *padding, front, _ = self.time_causal_padding
     mode = self.pad_mode
-    return _convolve(
-        self.conv, hidden_states, front=front, time_padding=_TIME.get(mode, ""), padding=padding, mode=mode
-    )
+    return _convolve(self.conv, hidden_states, front=front, time_padding=_TIME.get(mode), padding=padding, mode=mode)
 
 
 def _magvit2(self: Any, x: Tensor) -> Tensor | None:
     *padding, front, _ = self.time_causal_padding
     mode = self.pad_mode if self.time_pad < x.shape[2] else "constant"
-    return _convolve(self.conv, x, front=front, time_padding=_TIME.get(mode, ""), padding=padding, mode=mode)
+    return _convolve(self.conv, x, front=front, time_padding=_TIME.get(mode), padding=padding, mode=mode)
 
 
 def _kvae(self: Any, input: Tensor) -> Tensor | None:

@@ -82,7 +82,7 @@ def restore(model: nn.Module) -> None:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: another library has wrapped a module's forward, and keeps ours, since `accelerate`.
+        ValueError: another library has wrapped a module, or its forward, since `accelerate`.
     """
     _check_model(model)
     replaced = [(name, module) for name, module in model.named_modules() if _ours(module)]
