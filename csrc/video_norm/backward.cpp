@@ -162,7 +162,7 @@ void differentiate(const VideoNormBackwardParams& p) {
 }  // namespace
 
 void backward(const VideoNormBackwardParams& p) {
-  check(p);
+  check_video_norm(p);
   if (p.over == Over::pixel) return backward_pixels(p);
   dispatch(p.x, p.silu, [&](auto tag, auto rows, auto silu) { differentiate<decltype(tag), rows, silu>(p); });
 }

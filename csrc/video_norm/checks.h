@@ -44,7 +44,7 @@ inline void require_modulation(const TensorView& v, const char* name, const Tens
   require(v.shape[2] == 1 || v.shape[2] == x.shape[2], "scale and shift have one row, or one per frame");
 }
 
-inline void check(const VideoNormForwardParams& p) {
+inline void check_video_norm(const VideoNormForwardParams& p) {
   check_video(p);
   require_video(p.x, "x", p.x);
   require_video(p.y, "y", p.x);
@@ -54,7 +54,7 @@ inline void check(const VideoNormForwardParams& p) {
   require_modulation(p.shift, "shift", p.x, true);
 }
 
-inline void check(const VideoNormBackwardParams& p) {
+inline void check_video_norm(const VideoNormBackwardParams& p) {
   check_video(p);
   require_video(p.x, "x", p.x);
   require_video(p.grad_y, "grad_y", p.x);

@@ -87,7 +87,7 @@ void normalize(const VideoNormForwardParams& p) {
 }  // namespace
 
 void forward(const VideoNormForwardParams& p) {
-  check(p);
+  check_video_norm(p);
   if (p.over == Over::pixel) return forward_pixels(p);
   dispatch(p.x, p.silu, [&](auto tag, auto rows, auto silu) { normalize<decltype(tag), rows, silu>(p); });
 }

@@ -21,7 +21,7 @@ from .._checks import DTYPES
 from .._library import autocast_enabled
 from ..causal_conv3d import causal_conv3d
 from ..causal_conv3d.reference import past
-from .adapter import Adapter, class_path, fingerprint
+from .adapter import Adapter, class_path, fingerprint, is_bare
 
 FAMILY = ("CausalConv3d",)
 
@@ -106,9 +106,7 @@ def _takes(conv: Any, x: Tensor, before: Tensor | None) -> bool:
 
 def _plain(conv: nn.Module) -> bool:
     """Whether a call of this convolution, inside another module, is a convolution by its weight and nothing else."""
-    hooks = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
-    known = type(conv) is nn.Conv3d or class_path(type(conv)) in _SPLITTING
-    return known and not hooks and "forward" not in vars(conv)
+    return is_bare(conv) and (type(conv) is nn.Conv3d or class_path(type(conv)) in _SPLITTING)
 
 
 def _last(x: Tensor, frames: int) -> Tensor:

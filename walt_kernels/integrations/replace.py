@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..nn import CausalConv3d, WindowAttention
-from . import attention, causal_convolutions, modulation
+from . import attention, causal_convolutions, modulation, norms
 from .adapter import Adapter, class_path
 
-_FILES = (causal_convolutions, modulation, attention)
+_FILES = (causal_convolutions, norms, modulation, attention)
 _ADAPTERS: dict[str, Adapter] = {adapter.path: adapter for file in _FILES for adapter in file.ADAPTERS}
 # Classes that no instance of can be replaced, and why.
 _LEFT: dict[str, str] = {path: reason for file in (modulation, attention) for path, reason in file.LEFT.items()}
