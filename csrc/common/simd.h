@@ -265,14 +265,18 @@ inline void store_partial(T* p, vector_t<accumulate_t<T>> v, int64_t count) {
 // b where either is NaN, which is what the processor's own instruction gives; the compiler writes two for it.
 template <class V>
 inline V maximum(V a, V b) {
-#if defined(__AVX__) && !defined(__AVX512F__) && !defined(WALT_EMULATE_AVX512)
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, vfloat>) return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__) && !defined(WALT_EMULATE_AVX512)
   if constexpr (std::is_same_v<V, vfloat>) return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
 #endif
   return a > b ? a : b;
 }
 template <class V>
 inline V minimum(V a, V b) {
-#if defined(__AVX__) && !defined(__AVX512F__) && !defined(WALT_EMULATE_AVX512)
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, vfloat>) return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__) && !defined(WALT_EMULATE_AVX512)
   if constexpr (std::is_same_v<V, vfloat>) return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
 #endif
   return a < b ? a : b;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/simd.h"
 
@@ -70,6 +71,27 @@ inline auto sum_slots(const V (&slots)[kSlots]) {
 // Below this much work a second thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
 inline int threads_for(int64_t elements, int threads) { return elements < kGrain ? 1 : threads; }
+
+// Calls f(d, piece, count) for all vectors of a row, `count` of them at a time, a constant: long chains of operations
+// (an exponential) on neighbouring vectors, written side by side, run side by side.
+constexpr int kPack = kVectorBytes == 64 ? 4 : 2;  // as many as the registers hold
+template <class A, class F>
+inline __attribute__((always_inline)) void sweep_packs(int64_t D, F&& f) {
+  constexpr int lanes = kLanes<A>;
+  int64_t d = 0;
+  for (; d + kPack * lanes <= D; d += kPack * lanes) f(d, FullVector<>{}, std::integral_constant<int, kPack>{});
+  if constexpr (kPack == 4) {
+    if (d + 2 * lanes <= D) {
+      f(d, FullVector<>{}, std::integral_constant<int, 2>{});
+      d += 2 * lanes;
+    }
+  }
+  if (d + lanes <= D) {
+    f(d, FullVector<>{}, std::integral_constant<int, 1>{});
+    d += lanes;
+  }
+  if (d < D) f(d, PartialVector{D - d}, std::integral_constant<int, 1>{});
+}
 
 // A row length rounded up so that whole vectors may be read and written in scratch memory.
 template <class A>

@@ -2,6 +2,7 @@
 // normal = (x - mean) * rstd and n elements in a group,
 //   grad_x = rstd * (g * gain - sum(g * gain) / n - normal * sum(g * gain * normal) / n).
 // The sums over a group are made of those over a channel, which the gradients of the modulation are made of, too.
+#include "video_norm/activation.h"
 #include "video_norm/gradients.h"
 
 namespace walt::WALT_ISA::video_norm {
@@ -47,12 +48,18 @@ void differentiate(const VideoNormBackwardParams& p) {
         sweep<A>(s.C, [&](int64_t c, auto piece, int) __attribute__((always_inline)) {
           const V mean_c = load(mean + c), rstd_c = load(rstd + c), gain_c = load(gain + c),
                   offset_c = load(offset + c);
+          constexpr int64_t count = decltype(pixels)::value;
+          V g[count], normal[count], z[count];
+          for (int64_t k = 0; k < count; ++k) {
+            normal[k] = (piece.load(x_row + k * x.p + c) - mean_c) * rstd_c;
+            z[k] = normal[k] * gain_c + offset_c;
+            g[k] = piece.load(grad_row + k * grad_y.p + c);
+          }
+          through_activation<kSilu>(g, z);
           V g_sum{}, normal_sum{};
-          for (int64_t k = 0; k < decltype(pixels)::value; ++k) {
-            const V normal = (piece.load(x_row + k * x.p + c) - mean_c) * rstd_c;
-            const V g = through_activation<kSilu>(V(piece.load(grad_row + k * grad_y.p + c)), normal * gain_c + offset_c);
-            g_sum += g;
-            normal_sum += g * normal;
+          for (int64_t k = 0; k < count; ++k) {
+            g_sum += g[k];
+            normal_sum += g[k] * normal[k];
           }
           store(sum + c, load(sum + c) + g_sum);
           store(sum_normal + c, load(sum_normal + c) + normal_sum);
@@ -67,12 +74,21 @@ void differentiate(const VideoNormBackwardParams& p) {
         double sum = 0, sum_normal = 0;
         for (int64_t begin = 0; begin < s.P; begin += kGrain) {
           V g_sums[kSlots] = {}, normal_sums[kSlots] = {};
-          sweep<A>(std::min(kGrain, s.P - begin), [&](int64_t i, auto piece, int slot) __attribute__((always_inline)) {
-            const V normal = piece.keep((piece.load(from + begin + i) - mean[c]) * rstd[c]);
-            const V g = through_activation<kSilu>(V(piece.load(grad + begin + i)), normal * gain[c] + offset[c]);
-            g_sums[slot] += g;
-            normal_sums[slot] += g * normal;
-          });
+          const auto add = [&](int64_t i, auto piece, auto count) __attribute__((always_inline)) {
+            V g[count], normal[count], z[count];
+            for (int k = 0; k < count; ++k) {
+              const int64_t at = begin + i + k * kLanes<A>;
+              normal[k] = piece.keep((piece.load(from + at) - mean[c]) * rstd[c]);
+              z[k] = normal[k] * gain[c] + offset[c];
+              g[k] = piece.load(grad + at);
+            }
+            through_activation<kSilu>(g, z);
+            for (int k = 0; k < count; ++k) {
+              g_sums[k] += g[k];
+              normal_sums[k] += g[k] * normal[k];
+            }
+          };
+          sweep_packs<A>(std::min(kGrain, s.P - begin), add);
           sum += static_cast<double>(sum_slots(g_sums));
           sum_normal += static_cast<double>(sum_slots(normal_sums));
         }
@@ -113,24 +129,29 @@ void differentiate(const VideoNormBackwardParams& p) {
     const A *const mean = row_of(frame, kMean), *const rstd = row_of(frame, kRstd);
     const A *const group = row_of(frame, kGroup), *const group_normal = row_of(frame, kGroupNormal);
     const A *const gain = modulation.gain(frame), *const offset = modulation.offset(frame);
-    const auto gradient = [](V x, V grad, auto mean, auto rstd, auto gain, auto offset, auto group, auto group_normal)
-                              __attribute__((always_inline)) {
-                                const V normal = (x - mean) * rstd;
-                                const V g = through_activation<kSilu>(grad, normal * gain + offset);
-                                return (g * gain - group - normal * group_normal) * rstd;
-                              };
     for (int64_t i = units.begin(unit); i < units.end(unit); ++i) {
       const T* const from = x.frame(frame) + i * (kRows ? x.p : x.c);
       const T* const grad = grad_y.frame(frame) + i * (kRows ? grad_y.p : grad_y.c);
       T* const to = grad_x.frame(frame) + i * (kRows ? grad_x.p : grad_x.c);
-      sweep<A>(kRows ? s.C : s.P, [&](int64_t j, auto piece, int) __attribute__((always_inline)) {
-        const V x_j = piece.load(from + j), grad_j = piece.load(grad + j);
-        if constexpr (kRows) {
-          piece.store(to + j, gradient(x_j, grad_j, load(mean + j), load(rstd + j), load(gain + j), load(offset + j),
-                                       load(group + j), load(group_normal + j)));
-        } else {
-          piece.store(to + j, gradient(x_j, grad_j, mean[i], rstd[i], gain[i], offset[i], group[i], group_normal[i]));
+      const auto at = [&](const A* row, int64_t j) __attribute__((always_inline)) {
+        if constexpr (kRows) return load(row + j);
+        return broadcast(row[i]);
+      };
+      sweep_packs<A>(kRows ? s.C : s.P, [&](int64_t j, auto piece, auto count) __attribute__((always_inline)) {
+        constexpr int64_t lanes = kLanes<A>;
+        V g[count], normal[count], z[count];
+        for (int k = 0; k < count; ++k) {
+          const int64_t jk = j + k * lanes;
+          normal[k] = (piece.load(from + jk) - at(mean, jk)) * at(rstd, jk);
+          z[k] = normal[k] * at(gain, jk) + at(offset, jk);
+          g[k] = piece.load(grad + jk);
         }
+        through_activation<kSilu>(g, z);
+        for (int k = 0; k < count; ++k) {
+          const int64_t jk = j + k * lanes;
+          g[k] = (g[k] * at(gain, jk) - at(group, jk) - normal[k] * at(group_normal, jk)) * at(rstd, jk);
+        }
+        store_pack(piece, to + j, g);
       });
     }
   };

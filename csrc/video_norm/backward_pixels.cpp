@@ -1,4 +1,5 @@
 // Gradients where statistics are over the channels of one pixel; the formula of backward.cpp.
+#include "video_norm/activation.h"
 #include "video_norm/gradients.h"
 
 namespace walt::WALT_ISA::video_norm {
@@ -11,15 +12,25 @@ void differentiate_row(const T* x, const T* grad_y, T* grad_x, const A* gain, co
   using V = vector_t<A>;
   A *const grads = scratch, *const normals = scratch + padded<A>(C);
   V group[kSlots] = {}, group_normal[kSlots] = {};
-  sweep<A>(C, [&](int64_t c, auto piece, int slot) __attribute__((always_inline)) {
-    const V gain_c = load(gain + c), normal = (piece.load(x + c) - mean) * rstd;
-    const V g = through_activation<kSilu>(V(piece.load(grad_y + c)), normal * gain_c + load(offset + c));
-    store(sum + c, load(sum + c) + g);
-    store(sum_normal + c, load(sum_normal + c) + g * normal);
-    store(grads + c, g * gain_c);
-    store(normals + c, normal);
-    group[slot] += g * gain_c;  // beyond the end g is zero
-    group_normal[slot] += g * gain_c * normal;
+  sweep_packs<A>(C, [&](int64_t c, auto piece, auto count) __attribute__((always_inline)) {
+    V g[count], normal[count], z[count];
+    for (int k = 0; k < count; ++k) {
+      const int64_t at = c + k * kLanes<A>;
+      normal[k] = (piece.load(x + at) - mean) * rstd;
+      z[k] = normal[k] * load(gain + at) + load(offset + at);
+      g[k] = piece.load(grad_y + at);
+    }
+    through_activation<kSilu>(g, z);
+    for (int k = 0; k < count; ++k) {  // beyond the end g is zero
+      const int64_t at = c + k * kLanes<A>;
+      store(sum + at, load(sum + at) + g[k]);
+      store(sum_normal + at, load(sum_normal + at) + g[k] * normal[k]);
+      g[k] *= load(gain + at);
+      store(grads + at, g[k]);
+      store(normals + at, normal[k]);
+      group[k] += g[k];
+      group_normal[k] += g[k] * normal[k];
+    }
   });
   if (grad_x == nullptr) return;
   const A of_mean = center ? sum_slots(group) / static_cast<A>(C) : 0;
@@ -40,13 +51,22 @@ void differentiate_tile(const T* x, int64_t x_c, const T* grad_y, int64_t grad_c
   const auto mean_of = [&](int64_t i, auto piece) { return center ? piece.load(mean + i) : V{}; };
   for (int64_t c = 0; c < C; ++c) {
     V sums[kSlots] = {}, normal_sums[kSlots] = {};
-    sweep<A>(count, [&](int64_t i, auto piece, int slot) __attribute__((always_inline)) {
-      const V normal = (piece.load(x + c * x_c + i) - mean_of(i, piece)) * piece.load(rstd + i);
-      const V g = through_activation<kSilu>(V(piece.load(grad_y + c * grad_c + i)), normal * gain[c] + offset[c]);
-      sums[slot] += g;
-      normal_sums[slot] += g * normal;
-      store(group + i, load(group + i) + g * gain[c]);
-      store(group_normal + i, load(group_normal + i) + g * gain[c] * normal);
+    sweep_packs<A>(count, [&](int64_t i, auto piece, auto vectors) __attribute__((always_inline)) {
+      V g[vectors], normal[vectors], z[vectors];
+      for (int k = 0; k < vectors; ++k) {
+        const int64_t at = i + k * kLanes<A>;
+        normal[k] = (piece.load(x + c * x_c + at) - mean_of(at, piece)) * piece.load(rstd + at);
+        z[k] = normal[k] * gain[c] + offset[c];
+        g[k] = piece.load(grad_y + c * grad_c + at);
+      }
+      through_activation<kSilu>(g, z);
+      for (int k = 0; k < vectors; ++k) {
+        const int64_t at = i + k * kLanes<A>;
+        sums[k] += g[k];
+        normal_sums[k] += g[k] * normal[k];
+        store(group + at, load(group + at) + g[k] * gain[c]);
+        store(group_normal + at, load(group_normal + at) + g[k] * gain[c] * normal[k]);
+      }
     });
     sum[c] = sum_slots(sums);
     sum_normal[c] = sum_slots(normal_sums);
@@ -54,11 +74,21 @@ void differentiate_tile(const T* x, int64_t x_c, const T* grad_y, int64_t grad_c
   if (grad_x == nullptr) return;
   const A share = 1 / static_cast<A>(C);
   for (int64_t c = 0; c < C; ++c) {
-    sweep<A>(count, [&](int64_t i, auto piece, int) __attribute__((always_inline)) {
-      const V rstd_i = piece.load(rstd + i), normal = (piece.load(x + c * x_c + i) - mean_of(i, piece)) * rstd_i;
-      const V g = through_activation<kSilu>(V(piece.load(grad_y + c * grad_c + i)), normal * gain[c] + offset[c]);
-      const V of_mean = center ? load(group + i) * share : V{};
-      piece.store(grad_x + c * to_c + i, (g * gain[c] - of_mean - normal * (load(group_normal + i) * share)) * rstd_i);
+    sweep_packs<A>(count, [&](int64_t i, auto piece, auto vectors) __attribute__((always_inline)) {
+      V g[vectors], normal[vectors], z[vectors];
+      for (int k = 0; k < vectors; ++k) {
+        const int64_t at = i + k * kLanes<A>;
+        normal[k] = (piece.load(x + c * x_c + at) - mean_of(at, piece)) * piece.load(rstd + at);
+        z[k] = normal[k] * gain[c] + offset[c];
+        g[k] = piece.load(grad_y + c * grad_c + at);
+      }
+      through_activation<kSilu>(g, z);
+      for (int k = 0; k < vectors; ++k) {
+        const int64_t at = i + k * kLanes<A>;
+        const V of_mean = center ? load(group + at) * share : V{};
+        g[k] = (g[k] * gain[c] - of_mean - normal[k] * (load(group_normal + at) * share)) * piece.load(rstd + at);
+      }
+      store_pack(piece, grad_x + c * to_c + i, g);
     });
   }
 }

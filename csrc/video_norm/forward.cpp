@@ -1,4 +1,5 @@
 // Statistics over groups of channels of frames or clips, then normalisation, modulation and activation.
+#include "video_norm/activation.h"
 #include "video_norm/moments.h"
 
 namespace walt::WALT_ISA::video_norm {
@@ -65,13 +66,18 @@ void normalize(const VideoNormForwardParams& p) {
     for (int64_t i = units.begin(unit); i < units.end(unit); ++i) {
       const T* const from = x.frame(frame) + i * (kRows ? x.p : x.c);
       T* const to = y.frame(frame) + i * (kRows ? y.p : y.c);
-      sweep<A>(kRows ? s.C : s.P, [&](int64_t j, auto piece, int) __attribute__((always_inline)) {
-        if constexpr (kRows) {
-          const auto z = (piece.load(from + j) - load(means + j)) * load(factors + j) + load(offsets + j);
-          piece.store(to + j, activate<kSilu>(z));
-        } else {
-          piece.store(to + j, activate<kSilu>((piece.load(from + j) - means[i]) * factors[i] + offsets[i]));
+      sweep_packs<A>(kRows ? s.C : s.P, [&](int64_t j, auto piece, auto count) __attribute__((always_inline)) {
+        vector_t<A> z[count];
+        for (int k = 0; k < count; ++k) {
+          const int64_t at = j + k * kLanes<A>;
+          if constexpr (kRows) {
+            z[k] = (piece.load(from + at) - load(means + at)) * load(factors + at) + load(offsets + at);
+          } else {
+            z[k] = (piece.load(from + at) - means[i]) * factors[i] + offsets[i];
+          }
         }
+        activate<kSilu>(z);
+        store_pack(piece, to + j, z);
       });
     }
   };

@@ -1,4 +1,5 @@
 // Statistics over the channels of one pixel, then normalisation, modulation and activation.
+#include "video_norm/activation.h"
 #include "video_norm/video.h"
 
 namespace walt::WALT_ISA::video_norm {
@@ -31,9 +32,14 @@ void normalize_row(const T* x, T* y, const A* gain, const A* offset, int64_t C, 
     squares[slot] += centred * centred;
   });
   finish(m, r, sum_slots(sums), sum_slots(squares), C, center, eps);
-  sweep<A>(C, [&](int64_t c, auto piece, int) __attribute__((always_inline)) {
-    const V z = (piece.load(x + c) - m) * r * load(gain + c) + load(offset + c);
-    piece.store(y + c, activate<kSilu>(z));
+  sweep_packs<A>(C, [&](int64_t c, auto piece, auto count) __attribute__((always_inline)) {
+    V z[count];
+    for (int k = 0; k < count; ++k) {
+      const int64_t at = c + k * kLanes<A>;
+      z[k] = (piece.load(x + at) - m) * r * load(gain + at) + load(offset + at);
+    }
+    activate<kSilu>(z);
+    store_pack(piece, y + c, z);
   });
   mean = m;
   rstd = r;
@@ -62,9 +68,14 @@ void normalize_tile(const T* x, int64_t x_c, T* y, int64_t y_c, const A* gain, c
   }
   for (int64_t i = 0; i < count; ++i) finish(mean[i], rstd[i], sum[i], rstd[i], C, center, eps);
   for (int64_t c = 0; c < C; ++c) {
-    sweep<A>(count, [&](int64_t i, auto piece, int) __attribute__((always_inline)) {
-      const auto normal = (piece.load(x + c * x_c + i) - load(mean + i)) * load(rstd + i);
-      piece.store(y + c * y_c + i, activate<kSilu>(normal * gain[c] + offset[c]));
+    sweep_packs<A>(count, [&](int64_t i, auto piece, auto vectors) __attribute__((always_inline)) {
+      vector_t<A> z[vectors];
+      for (int k = 0; k < vectors; ++k) {
+        const int64_t at = i + k * kLanes<A>;
+        z[k] = (piece.load(x + c * x_c + at) - load(mean + at)) * load(rstd + at) * gain[c] + offset[c];
+      }
+      activate<kSilu>(z);
+      store_pack(piece, y + c * y_c + i, z);
     });
   }
 }

@@ -124,21 +124,6 @@ void in_sets(int64_t sets, int64_t frames, int64_t units, int threads, Measure m
   parallel_for(all, threads, [&](int64_t i, int thread) { apply(i / units, i % units, thread); });
 }
 
-// silu(z), and the gradient of it at z times g; without kSilu z and g.
-template <bool kSilu, class V>
-inline V activate(V z) {
-  if constexpr (kSilu) return z / (1 + exp(-z));
-  return z;
-}
-template <bool kSilu, class V>
-inline V through_activation(V g, V z) {
-  if constexpr (kSilu) {
-    const V s = 1 / (1 + exp(-z));
-    return g * (s * (1 + z * (1 - s)));
-  }
-  return g;
-}
-
 // Calls f<T, rows, silu>().
 template <class F>
 void dispatch(const TensorView& x, bool silu, F&& f) {

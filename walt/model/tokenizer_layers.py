@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import product
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from walt.model.config import TokenizerConfig
-from walt_kernels import next_history
+from walt_kernels import causal_conv3d, next_history, video_norm
 from walt_kernels.nn import CausalConv3d
 
 __all__ = [
@@ -59,87 +54,10 @@ def convolve(conv: CausalConv3d, x: Tensor, history: History | None) -> Tensor:
     return conv(x) if history is None or conv.time_span == 0 else history.convolve(conv, x)
 
 
-class _FrameNorm(torch.autograd.Function):
-    """GroupNorm and, where asked, swish, frame by frame on the CPU.
-
-    weight and bias are [1, C], or [B * T, C] with a row for every frame.
-
-    One call for all frames would let the number of frames decide how the sums are split over threads and which
-    elements fall into a vector loop's tail: the first frame of a video would differ from an image in the last bits.
-    A frame also stays in the cache between the two, and only x is kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, swish: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.groups, ctx.eps, ctx.swish = groups, eps, swish
-        y = torch.empty_like(x)
-        for i, (b, t) in enumerate(product(range(x.shape[0]), range(x.shape[2]))):
-            row = i % len(weight)
-            normed, _, _ = _group_norm(_frame(x, b, t), weight[row], bias[row], groups, eps)
-            if swish:
-                torch.ops.aten.silu.out(normed, out=y[b : b + 1, :, t])
-            else:
-                y[b : b + 1, :, t] = normed
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for i, (b, t) in enumerate(product(range(x.shape[0]), range(x.shape[2]))):
-            row = i % len(weight)
-            frame, grad_normed = _frame(x, b, t), _frame(grad_y, b, t)
-            normed, mean, rstd = _group_norm(frame, weight[row], bias[row], ctx.groups, ctx.eps)
-            if ctx.swish:
-                grad_normed = torch.ops.aten.silu_backward(grad_normed, normed)
-            sizes = (1, frame.shape[1], frame[0, 0].numel())
-            grad_frame, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-                grad_normed, frame, mean, rstd, weight[row], *sizes, ctx.groups, [True, True, True]
-            )
-            grad_x[b : b + 1, :, t] = grad_frame
-            grad_weight[row] += d_weight
-            grad_bias[row] += d_bias
-        return grad_x, grad_weight, grad_bias, None, None, None
-
-
-def _frame(x: Tensor, sample: int, time: int) -> Tensor:
-    """Frame [1, C, H, W] in channels_last, without a copy if x is in channels_last_3d.
-
-    The strides are spelled out because those of axes of length 1 are arbitrary, and PyTorch chooses kernels by them.
-    """
-    frame = x[sample : sample + 1, :, time].contiguous(memory_format=torch.channels_last)
-    _, channels, height, width = frame.shape
-    return frame.as_strided(frame.shape, (channels * height * width, 1, channels * width, channels))
-
-
-def _by_frame(x: Tensor) -> bool:
-    """Whether frames are computed one by one, so that their number cannot change their bits (see _FrameNorm)."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
-
-
-def _transformed() -> bool:
-    """Whether forward mode or torch.func is active, which cannot use _FrameNorm's backward."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def channels_last(x: Tensor) -> Tensor:
     """x in channels_last_3d, in which convolutions are fastest. Not under torch.func: vmap has no such copy."""
-    return x if _transformed() else x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _frames(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B * T, C, H, W], in a layout in which PyTorch can differentiate group_norm."""
-    frames = x.transpose(1, 2).flatten(0, 1)
-    return frames.contiguous() if _transformed() else frames
-
-
-def _group_norm(frame: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised frame [1, C, H, W], mean and 1/std of each group."""
-    sizes = (1, frame.shape[1], frame[0, 0].numel())
-    return torch.ops.aten.native_group_norm(frame, weight, bias, *sizes, groups, eps)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return x if transformed else x.contiguous(memory_format=torch.channels_last_3d)
 
 
 class FrameNormSwish(nn.Module):
@@ -157,10 +75,7 @@ class FrameNormSwish(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _by_frame(x):
-            return _FrameNorm.apply(x, self.weight[None], self.bias[None], self.groups, self.eps, True)
-        y = F.silu(F.group_norm(_frames(x), self.groups, self.weight, self.bias, self.eps))
-        return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        return video_norm(x, self.weight, self.bias, groups=self.groups, eps=self.eps, activation="silu")
 
 
 class AdaptiveNorm(nn.Module):
@@ -187,23 +102,16 @@ class AdaptiveNorm(nn.Module):
         """x [B, C, T, H, W] and the latent [B, c, t, h, w] that it comes from, of a video or a stream's chunk."""
         # At a stream's start, up-sampling has dropped all but the last frame of the first latent frame.
         dropped = self.frames * latent.shape[2] - x.shape[2]
-        modulation = self._modulation(latent).repeat_interleave(self.frames, dim=1)[:, dropped:]
-        scale, shift = modulation.flatten(0, 1).chunk(2, dim=-1)  # [B * T, C] each
-        if _by_frame(x):
-            return _FrameNorm.apply(x, 1 + scale, shift, self.groups, self.eps, False)
-        frames = F.group_norm(_frames(x), self.groups, eps=self.eps)
-        y = frames * (1 + scale[..., None, None]) + shift[..., None, None]
-        return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        scale, shift = self._modulation(latent).repeat_interleave(self.frames, dim=2)[:, :, dropped:].chunk(2, dim=1)
+        return video_norm(x, groups=self.groups, eps=self.eps, scale=scale, shift=shift)
 
     def _modulation(self, latent: Tensor) -> Tensor:
-        """[B, c, t, h, w] -> [B, t, 2C], in the dtype of the weights also under autocast."""
-        if _by_frame(latent):
-            places = product(range(latent.shape[0]), range(latent.shape[2]))
-            means = [_frame(latent, b, t).mean(dim=(0, 2, 3)) for b, t in places]
-            modulation = torch.stack([F.linear(mean, self.weight, self.bias) for mean in means])
-        else:
-            modulation = F.linear(latent.mean(dim=(3, 4)).transpose(1, 2).flatten(0, 1), self.weight, self.bias)
-        return modulation.to(self.weight.dtype).unflatten(0, (latent.shape[0], latent.shape[2]))
+        """[B, c, t, h, w] -> [B, 2C, t], in the dtype of the weights also under autocast."""
+        # Bits must not depend on the number of frames: each mean is over numbers that stand in a line, and the linear
+        # layer is a convolution.
+        mean = latent.contiguous().flatten(3).mean(dim=3)[..., None, None]
+        modulation = causal_conv3d(mean, self.weight[:, :, None, None, None], self.bias)
+        return modulation.to(self.weight.dtype).flatten(2)
 
 
 class ZeroConv3d(CausalConv3d):
