@@ -220,7 +220,7 @@ def test_a_forward_of_its_own_is_left_and_stops_restore() -> None:
     assert [row.name for row in report.left] == ["0"]
     assert "replaced by another library" in report.left[0].what
     net[2].forward = net[2].forward
-    with pytest.raises(ValueError, match="'2' has a forward that another library wrapped"):
+    with pytest.raises(ValueError, match="'2' was wrapped by another library"):
         restore(net)
     del net[2].forward
     restore(net)

@@ -63,10 +63,9 @@ def accelerate(model: nn.Module) -> Report:
     _check_model(model)
     report = Report()
     for name, module in model.named_modules():
-        cls = _ORIGINALS.get(type(module), type(module))
-        adapter = _ADAPTERS.get(class_path(cls))
-        if cls is not type(module):
-            assert adapter is not None
+        cls, ours = type(module), _ours(module)
+        adapter = _ADAPTERS.get(class_path(ours or cls))
+        if ours is not None and adapter is not None:
             report.replaced.append(Row(name, cls.__name__, adapter.op))
             continue
         reason = _stranger(cls) if adapter is None else adapter.reason(module)
@@ -86,12 +85,12 @@ def restore(model: nn.Module) -> None:
         ValueError: another library has wrapped a module's forward, and keeps ours, since `accelerate`.
     """
     _check_model(model)
-    replaced = [(name, module) for name, module in model.named_modules() if type(module) in _ORIGINALS]
+    replaced = [(name, module) for name, module in model.named_modules() if _ours(module)]
     for name, module in replaced:
-        if "forward" in vars(module):
+        if "forward" in vars(module) or type(module) not in _ORIGINALS:
             raise ValueError(
-                f"model's module {name or '(model)'!r} has a forward that another library wrapped after accelerate, "
-                "expected its own: take that library's hooks off first"
+                f"model's module {name or '(model)'!r} was wrapped by another library after accelerate, expected it "
+                f"as it was: take that library's hooks or parametrizations off the {type(module).__name__} first"
             )
     for _, module in replaced:
         module.__class__ = _ORIGINALS[type(module)]
@@ -110,6 +109,11 @@ def _stranger(cls: type) -> str | None:
         if class_path(base) in _ADAPTERS:
             return f"a subclass of {base.__name__}, which may compute something else"
     return "no adapter for this class" if any(name in cls.__name__ for name in _FAMILIES) else None
+
+
+def _ours(module: nn.Module) -> type | None:
+    """The class of ours that a module is of, or that another library has made a subclass of; else None."""
+    return next((base for base in type(module).__mro__ if base in _ORIGINALS), None)
 
 
 def _replacement(cls: type[nn.Module], adapter: Adapter) -> type[nn.Module]:
