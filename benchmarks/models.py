@@ -160,7 +160,7 @@ def calls(model: Model, module: nn.Module, x: Tensor) -> dict[str, Callable[[], 
 def check(model: Model, dtype: torch.dtype, device: str) -> float:
     """The largest error ratio of the output and the gradients, at most 1; AssertionError where it is more."""
 
-    def results(kind: torch.dtype, after: bool) -> dict[str, Tensor]:
+    def results(kind: torch.dtype, after: bool) -> tuple[dict[str, Tensor], int]:
         module, x, _ = build(model, dtype, device, after)
         module.to(kind)
         x = testing.leaf(x.detach().to(kind).requires_grad_())
@@ -169,15 +169,18 @@ def check(model: Model, dtype: torch.dtype, device: str) -> float:
         wanted = [x, *(p for p in module.parameters() if p.numel() <= CHECKED)]
         grad_x, *gradients = torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
         flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
-        return {"output": y.detach(), "gradient of the input": grad_x, "gradients of the parameters": flat}
+        terms = max(p[0].numel() for p in module.parameters() if p.dim() > 1)
+        return {"output": y.detach(), "gradient of the input": grad_x, "gradients of the parameters": flat}, terms
 
-    truth, yardstick, own = (results(*way) for way in ((WIDE[dtype], False), (dtype, False), (dtype, True)))
-    return max(
-        testing.compare(
-            name, own[name], truth[name], yardstick[name], k=testing.K_BACKWARD if "grad" in name else testing.K_FORWARD
-        )
-        for name in own
+    (truth, terms), (yardstick, _), (own, _) = (
+        results(*way) for way in ((WIDE[dtype], False), (dtype, False), (dtype, True))
     )
+    rows = terms if dtype is torch.float32 else 1  # as of an op alone: rounding grows with the longest sum
+    ratios = []
+    for name in own:
+        k = testing.K_FORWARD if name == "output" else testing.K_BACKWARD
+        ratios.append(testing.compare(name, own[name], truth[name], yardstick[name], k=k, rows=rows))
+    return max(ratios)
 
 
 def peaks(model: Model, dtype: torch.dtype, device: str, after: bool) -> dict[str, float | None]:
@@ -272,7 +275,7 @@ def main(arguments: list[str]) -> int:
     where = machine(options.device)
     say(sentence(where))
     rows: list[Row] = []
-    failed = []
+    wrong, left_out = [], []
     for name in [options.dtype] if options.dtype else DTYPES:
         for model in chosen:
             try:
@@ -280,14 +283,14 @@ def main(arguments: list[str]) -> int:
                     rows.append(row)
                     say(line(row))
             except AssertionError as error:
-                failed.append(f"{model.name}, {name}: another result, not timed: {error}")
-            except ImportError as error:
-                failed.append(f"{model.name}: left out: {first_line(error)}")
+                wrong.append(f"{model.name}, {name}: another result, not timed: {error}")
+            except (ImportError, RuntimeError) as error:  # a library or an operation of PyTorch's in this dtype
+                left_out.append(f"{model.name}, {name}: does not run: {first_line(error)}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
     if rows:
         print("\n".join([table(rows), *summary(rows)]))
-    for text in failed:
+    for text in wrong + left_out:
         print(text)
-    return 1 if failed else 0
+    return 1 if wrong or not rows else 0
