@@ -22,12 +22,14 @@ class Contender:
     """``function`` takes the case's inputs as keyword arguments. A ``compiled`` one compiles on its first call.
 
     ``forward_only`` says why there is no backward pass. ``like`` names the contender whose preflight is this one's.
+    ``prepared`` changes the inputs before any time is taken: into another memory format, say.
     """
 
     function: Callable[..., Any]
     compiled: bool = False
     forward_only: str = ""
     like: str = ""
+    prepared: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Subject:
     ours: tuple[str, ...] = ("ours",)  # which contenders are ours: the default choice, or backends by name
 
     def call(self, name: str, mode: str) -> Callable[[], object]:
-        return step(self.contenders[name].function, self.inputs, mode)
+        contender = self.contenders[name]
+        return step(contender.function, contender.prepared(self.inputs), mode)
 
 
 def step(function: Callable[..., Any], inputs: dict[str, Any], mode: str) -> Callable[[], object]:

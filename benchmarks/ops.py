@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def subject(case: Case, dtype: torch.dtype, device: str, quick: bool, backends: 
     vendor = FILE_OF[case.op].baselines(inputs)
     if dtype is not torch.float32 and device == "cpu":
         through = {
-            f"{name} in float32": Contender(in_float32(contender.function))
+            f"{name} in float32": replace(contender, function=in_float32(contender.function))
             for name, contender in vendor.items()
             if not contender.compiled
         }

@@ -38,7 +38,7 @@ def table(rows: list[Row]) -> str:
         cells = [row["op"], row["case"], row["mode"], row["dtype"], row["backend"], f"{row['ms']:.3f}"]
         cells += [row["best_baseline"], f"{base:.3f}", f"{row['speedup']:.2f}x", f"{row['gflops']:.0f}", gbps]
         floor = "-" if row.get("h200_floor_ms") is None else f"{row['h200_floor_ms']:.4f}"
-        lines.append(_cells([*cells, f"{row['share_of_peak']:.0%}", floor, memory]))
+        lines.append(table_row([*cells, f"{row['share_of_peak']:.0%}", floor, memory]))
     return "\n".join(lines)
 
 
@@ -79,13 +79,13 @@ def section(results: dict[str, Any]) -> str:
                 faster.setdefault((row["op"], row["case"]), {})[column] = row
     lines = _head(["op", "case", *COLUMNS])
     for (op, case), cells in faster.items():
-        lines.append(_cells([f"`{op}`", case, *(_cell(cells.get(column)) for column in COLUMNS)]))
+        lines.append(table_row([f"`{op}`", case, *(_cell(cells.get(column)) for column in COLUMNS)]))
     for op in dict.fromkeys(op for op, _ in faster):
         means = ["**geometric mean, lowest**"]
         for column in COLUMNS:
             found = [cells[column]["speedup"] for (name, _), cells in faster.items() if name == op and column in cells]
             means.append(f"**{mean(found):.2f}x**, {min(found):.2f}x" if found else "-")
-        lines.append(_cells([f"`{op}`", *means]))
+        lines.append(table_row([f"`{op}`", *means]))
     baselines = dict.fromkeys(name.removesuffix(WIDE) for row in rows for name in row["baselines"])
     widened = any(name.endswith(WIDE) for row in rows for name in row["baselines"])
     command = results.get("command", "python -m benchmarks")
@@ -102,10 +102,10 @@ def section(results: dict[str, Any]) -> str:
 
 
 def _head(names: list[str]) -> list[str]:
-    return [_cells(names), "|---" * len(names) + "|"]
+    return [table_row(names), "|---" * len(names) + "|"]
 
 
-def _cells(values: list[str]) -> str:
+def table_row(values: list[str]) -> str:
     return f"| {' | '.join(values)} |"
 
 

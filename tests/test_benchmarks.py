@@ -28,6 +28,7 @@ from benchmarks import (
     report,
     scaling,
     timing,
+    video_norm,
     window_attention,
 )
 from benchmarks.case import MODES, Case
@@ -46,6 +47,10 @@ KINDS = {  # one small case of every kind
     "pointwise": causal_conv3d.convolution("small", (1, 4, 3, 5, 5), 6, (1, 1, 1)),
     "modulation": SMALL,
     "lora": adaln_lora.lora("small", 2, 16, 3, 2),
+    "norm of frames": video_norm.norm("small", (2, 8, 3, 5, 4), groups=4),
+    "adaptive norm": video_norm.norm("small", (2, 8, 3, 5, 4), groups=4, adaptive=True),
+    "norm of clips": video_norm.norm("small", (1, 8, 3, 5, 4), "clip", groups=4, memory_format=video_norm.NCDHW),
+    "norm of pixels": video_norm.norm("small", (1, 8, 3, 5, 4), **video_norm.PIXEL),
 }
 
 
@@ -118,9 +123,10 @@ def test_baselines_compute_what_the_op_computes(kind: str, dtype: torch.dtype) -
         subject.contenders.pop(ops.COMPILED)
     outcomes = {}
     for name, found in subject.contenders.items():
-        outputs = found.function(**subject.inputs)
+        inputs = found.prepared(subject.inputs)
+        outputs = found.function(**inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        wanted = [value for value in subject.inputs.values() if getattr(value, "requires_grad", False)]
+        wanted = [value for value in inputs.values() if getattr(value, "requires_grad", False)]
         total = sum((output.float() * testing.random(*output.shape, grad=False)).sum() for output in outputs)
         outcomes[name] = [*outputs, *torch.autograd.grad(total, wanted)]
     truth = outcomes.pop("ours")
@@ -129,6 +135,17 @@ def test_baselines_compute_what_the_op_computes(kind: str, dtype: torch.dtype) -
     for name, outcome in outcomes.items():
         for got, expected in zip(outcome, truth, strict=True):
             assert (got - expected).abs().max() <= tolerance * (1 + expected.abs().max()), name
+
+
+def test_norms_are_timed_in_both_memory_formats() -> None:
+    seen = {}
+    for name, found in video_norm.baselines(KINDS["norm of frames"].inputs(torch.float32)).items():
+        x = torch.randn(1, 8, 3, 5, 4, requires_grad=True)
+        subject = contender.Subject({"x": x}, {name: dataclasses.replace(found, function=lambda x: x)})
+        seen[name] = subject.call(name, "forward")()
+        assert torch.equal(seen[name], x)
+    assert len(seen) == 6
+    assert all(x.is_contiguous() == name.endswith(" NCDHW") for name, x in seen.items())
 
 
 def test_flex_attention_computes_what_the_op_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from benchmarks import (
     ops,
     report,
     timing,
+    video_norm,
     window_attention,
 )
 from benchmarks.case import GPU_MODES, Case
@@ -180,17 +181,27 @@ def test_work_is_that_of_the_inputs() -> None:
         inputs = case.inputs(torch.float32)
         made = ops.subject(case, torch.float32, "cpu", True).call("ours", "forward")()
         held = sum(x.nbytes for x in (*inputs.values(), *contender.tensors_of(made)) if isinstance(x, torch.Tensor))
+        held += inputs["x"].nbytes if inputs.get("over") == "clip" else 0  # read for its statistics, and again
         assert case.work("forward", torch.float32)[1] == pytest.approx(held, rel=0.4), kind
 
 
 def test_floors_of_known_cases() -> None:
-    block, conv, attention = cases.GPU_CASES[:3]
+    block, conv, norm, attention = cases.GPU_CASES[:4]
     tokens = 16 * 1280 * 1024
     assert floors.milliseconds(block, "forward", torch.bfloat16) == pytest.approx(8 * tokens / 4.3e12 * 1e3)
     assert floors.milliseconds(attention, "forward", torch.bfloat16) == pytest.approx(8 * tokens / 4.3e12 * 1e3)
     products = 2 * 17 * 128 * 128 * 27 * 128 * 128
     assert floors.milliseconds(conv, "forward", torch.bfloat16) == pytest.approx(products / 790e12 * 1e3)
     assert floors.milliseconds(conv, "forward+backward", torch.bfloat16) == pytest.approx(3 * products / 790e12 * 1e3)
+    values = 17 * 128 * 128 * 128  # statistics, then the norm: two reads and a write; backward the gradient twice, too
+    assert floors.milliseconds(norm, "forward", torch.bfloat16) == pytest.approx(3 * 2 * values / 4.3e12 * 1e3)
+    assert floors.milliseconds(norm, "backward", torch.bfloat16) == pytest.approx(5 * 2 * values / 4.3e12 * 1e3)
+    for small in (
+        video_norm.norm("", (9, 512, 5, 16, 16)),
+        video_norm.norm("", (1, 96, 4, 256, 256), **video_norm.PIXEL),
+    ):
+        forward, backward = (small.work(mode, torch.bfloat16)[1] for mode in ("forward", "backward"))
+        assert backward == pytest.approx(1.5 * forward)  # a frame is on chip after one read: 1 and 1, 2 and 1
 
 
 def test_floors_command(capsys: pytest.CaptureFixture[str]) -> None:

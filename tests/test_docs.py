@@ -1,7 +1,8 @@
 """Every command and example in docs/ and in README's section on the model runs, with smaller numbers.
 
-Blocks fenced as `sh` are commands, one a line; as `python`, programs; as `yaml`, files that their first line names; as
-`output`, what the command before prints, exactly. They run in order, in one folder for each page. What cannot run here
+Blocks fenced as `sh` are commands, one a line; as `python`, programs, each of which knows the names of those before; as
+`diff`, changes of the last program, which then runs again; as `yaml`, files that their first line names; as `output`,
+what the command before prints, exactly. They run in order, in one folder for each page. What cannot run here
 (installation, clusters, models that are elsewhere) is fenced as `text` in the page itself.
 """
 
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,8 +26,16 @@ from walt.cli import main
 from walt.data.video import read_video
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["docs/cpu.md", "docs/model.md", "docs/training.md", "docs/scaling.md", "docs/evaluation.md", "README.md"]
-FENCES = {"sh", "python", "yaml", "output", "text"}
+PAGES = [
+    "docs/cpu.md",
+    "docs/kernels.md",
+    "docs/model.md",
+    "docs/training.md",
+    "docs/scaling.md",
+    "docs/evaluation.md",
+    "README.md",
+]
+FENCES = {"sh", "python", "diff", "yaml", "output", "text"}
 
 Replacement = str | Callable[[re.Match[str]], str]
 
@@ -37,6 +47,7 @@ SMALLER: list[tuple[str, Replacement]] = [
     (r"(evaluate .*--num) \d+", r"\1 2"),
     (r"(preview-every )\d+", r"\g<1>2"),
     (r"(steps=)\d+", r"\g<1>2"),  # in Python
+    (r"(rounds: int = )\d+", r"\g<1>1"),
     (r"(preview_every: )\d+", r"\g<1>2"),  # in YAML
 ]
 
@@ -67,6 +78,15 @@ def smaller(text: str) -> str:
     for pattern, replacement in SMALLER:
         text = re.sub(pattern, replacement, text)
     return text
+
+
+def patched(program: str, diff: str) -> str:
+    """The program after a diff, each of whose hunks has to be there once."""
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.M):
+        old, new = ("".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[:1] != sign) for sign in "+-")
+        assert program.count(old) == 1, f"the program before this diff has no single\n{old}"
+        program = program.replace(old, new)
+    return program
 
 
 def missing(text: str) -> list[str]:
@@ -120,7 +140,8 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for module in ("av", "PIL", "vizdoom"):
         pytest.importorskip(module, reason=f"{module} is not installed")
     monkeypatch.chdir(tmp_path)
-    ran, left_out, printed = 0, {}, ""
+    ran, left_out, printed, program = 0, {}, "", ""
+    names: dict[str, Any] = {"__name__": page}
     for fence, text in blocks(page):
         assert fence in FENCES, f"{page} has a block fenced as {fence or 'nothing'!r}"
         if fence == "sh":
@@ -130,8 +151,9 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
                 else:
                     printed = run(command, capsys)
                     ran += 1
-        elif fence == "python":
-            exec(compile(smaller(text), page, "exec"), {"__name__": page})
+        elif fence in ("python", "diff"):
+            program = text if fence == "python" else patched(program, text)
+            exec(compile(smaller(program), page, "exec"), names)
         elif fence == "yaml":
             Path(text.partition("\n")[0].removeprefix("# ")).write_text(smaller(text))
         elif fence == "output" and native():  # the saved tensors that `walt info` counts are the backend's own

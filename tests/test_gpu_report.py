@@ -91,7 +91,7 @@ def test_the_plan_begins_with_what_matters_most() -> None:
     found = gpu_report.plan(cases.GPU_CASES)
     assert found[: len(cases.GPU_CASES)] == [("bfloat16", i) for i in range(len(cases.GPU_CASES))]
     assert found[len(cases.GPU_CASES) :] == [("float32", i) for i, case in enumerate(cases.GPU_CASES) if case.quick]
-    assert gpu_report.plan(cases.chosen("adaln_lora", None, False, "cuda")) == [("bfloat16", 3), ("bfloat16", 9)]
+    assert gpu_report.plan(cases.chosen("adaln_lora", None, False, "cuda")) == [("bfloat16", 4), ("bfloat16", 12)]
 
 
 @needs_native

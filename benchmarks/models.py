@@ -1,0 +1,296 @@
+"""Models of other libraries before and after ``walt_kernels.integrations.accelerate``: time and peak memory.
+
+Weights are random, channels those of the published models; on a CPU frames are small and few. Outputs and gradients of
+both are compared before any time is taken; then both take turns. Peak memory is what a call adds to model and inputs,
+on a CPU in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from walt_kernels import testing
+from walt_kernels.integrations import accelerate
+
+from . import memory
+from .case import MODES
+from .contender import first_line, step
+from .machine import machine, sentence
+from .report import mean, table_row
+from .say import say
+from .timing import interleaved
+
+Row = dict[str, Any]
+
+DTYPES = ("float32", "bfloat16")
+WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32}  # what the truth of a dtype is computed in
+LEAST = 0.97  # times as fast as before: what is slower should have been left alone
+CHECKED = 2**20  # values of the largest parameter whose gradient is compared: the truth of all would not fit in memory
+
+
+@dataclass(frozen=True)
+class Model:
+    """``make`` gives the module, ``run`` calls it on normal numbers of ``shape``. All can be sent to a process."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    run: Callable[[nn.Module, Tensor], Tensor]
+    shape: tuple[int, ...]
+    quick: bool = False
+
+
+def make(path: str, *arguments: Any, **options: Any) -> Any:
+    """An instance of "package.module.Class"."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)(*arguments, **options)
+
+
+def encode(vae: Any, video: Tensor) -> Tensor:
+    latent: Tensor = vae.encode(video).latent_dist.mode()
+    return latent
+
+
+def decode(vae: Any, latent: Tensor) -> Tensor:
+    video: Tensor = vae.decode(latent).sample
+    return video
+
+
+def autoencoder(
+    name: str, frames: int, size: int, latent: tuple[int, ...], quick: bool = False, **config: Any
+) -> list[Model]:
+    """diffusers' ``AutoencoderKL<name>``; ``latent`` is [C, T, H, W]."""
+    made = partial(make, f"diffusers.AutoencoderKL{name}", **config)
+    return [
+        Model(f"{name} encode, {frames}x{size}x{size}", made, encode, (1, 3, frames, size, size)),
+        Model(f"{name} decode, {frames}x{size}x{size}", made, decode, (1, *latent), quick),
+    ]
+
+
+def run_cosmos(block: nn.Module, x: Tensor) -> Tensor:
+    B, _, D = x.shape
+    text, time, modulation = (testing.random(B, *size, grad=False).to(x) for size in ((512, 1024), (D,), (3 * D,)))
+    y: Tensor = block(x, text, time, modulation)
+    return y
+
+
+def run_dit(block: nn.Module, x: Tensor) -> Tensor:
+    labels = torch.arange(len(x), device=x.device)
+    y: Tensor = block(x, timestep=labels, class_labels=labels)
+    return y
+
+
+def make_swin() -> nn.Module:
+    """Of its six blocks three shift their windows."""
+    stage: nn.Module = make(
+        "transformers.models.swin.modeling_swin.SwinStage",
+        make("transformers.SwinConfig"),
+        *(384, (14, 14), 6, 12, [0.0] * 6, None),
+    )
+    return stage
+
+
+def run_swin(stage: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = stage(x, (14, 14))[0]
+    return y
+
+
+def models(device: str) -> list[Model]:
+    gpu = device == "cuda"
+    T, t, size = (17, 5, 256) if gpu else (5, 2, 64)
+    large = 2 * size  # for those that make patches of 4x4 pixels first
+    cosmos = partial(make, "diffusers.models.transformers.transformer_cosmos.CosmosTransformerBlock", 16, 128, 1024)
+    dit = partial(
+        make,
+        "diffusers.models.attention.BasicTransformerBlock",
+        *(1152, 16, 72),
+        norm_type="ada_norm_zero",
+        num_embeds_ada_norm=1000,
+        norm_elementwise_affine=False,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+    )
+    return [
+        *autoencoder("Wan", T, size, (16, t, size // 8, size // 8), quick=True),
+        *autoencoder("CogVideoX", T, size, (16, t, size // 8, size // 8)),
+        *autoencoder("HunyuanVideo", T, size, (16, t, size // 8, size // 8)),
+        *autoencoder("Cosmos", T, large, (16, t, large // 8, large // 8), quick=True, temporal_compression_ratio=4),
+        *autoencoder("LTXVideo", T, large, (128, t, large // 32, large // 32)),
+        Model("Cosmos 2 B block", cosmos, run_cosmos, (1, 8192 if gpu else 512, 2048)),
+        Model("DiT-XL/2 block", dit, run_dit, (64 if gpu else 2, 256, 1152), quick=True),
+        Model("Swin-T stage 3", make_swin, run_swin, (128 if gpu else 4, 196, 384), quick=True),
+    ]
+
+
+def build(model: Model, dtype: torch.dtype, device: str, after: bool) -> tuple[nn.Module, Tensor, str]:
+    """The module and its input, always the same numbers, and what ``accelerate`` did."""
+    torch.manual_seed(0)
+    module = model.make().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # none is zero
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    module.to(device, dtype)
+    x = testing.random(*model.shape, grad=False).to(device, dtype).requires_grad_()
+    if not after:
+        return module, x, ""
+    report = accelerate(module)
+    return module, x, f"{len(report.replaced)} replaced, {len(report.left)} left"
+
+
+def calls(model: Model, module: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+    """A call of each mode, after a first one; backward gives the gradients of x and of the parameters that have one."""
+    parameters = dict(module.named_parameters())
+    found = torch.autograd.grad(model.run(module, x).sum(), list(parameters.values()), allow_unused=True)
+    used = {name: p for (name, p), gradient in zip(parameters.items(), found, strict=True) if gradient is not None}
+    return {mode: step(lambda x, **_: model.run(module, x), {"x": x, **used}, mode) for mode in MODES}
+
+
+def check(model: Model, dtype: torch.dtype, device: str) -> float:
+    """The largest error ratio of the output and the gradients, at most 1; AssertionError where it is more."""
+
+    def results(kind: torch.dtype, after: bool) -> tuple[dict[str, Tensor], int]:
+        module, x, _ = build(model, dtype, device, after)
+        module.to(kind)
+        x = testing.leaf(x.detach().to(kind).requires_grad_())
+        y = model.run(module, x)
+        cotangent = testing.random(*y.shape, grad=False).to(device, dtype).to(y)
+        wanted = [x, *(p for p in module.parameters() if p.numel() <= CHECKED)]
+        grad_x, *gradients = torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
+        flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+        terms = max(p[0].numel() for p in module.parameters() if p.dim() > 1)
+        return {"output": y.detach(), "gradient of the input": grad_x, "gradients of the parameters": flat}, terms
+
+    (truth, terms), (yardstick, _), (own, _) = (
+        results(*way) for way in ((WIDE[dtype], False), (dtype, False), (dtype, True))
+    )
+    rows = terms if dtype is torch.float32 else 1  # as of an op alone: rounding grows with the longest sum
+    ratios = []
+    for name in own:
+        k = testing.K_FORWARD if name == "output" else testing.K_BACKWARD
+        ratios.append(testing.compare(name, own[name], truth[name], yardstick[name], k=k, rows=rows))
+    return max(ratios)
+
+
+def peaks(model: Model, dtype: torch.dtype, device: str, after: bool) -> dict[str, float | None]:
+    """MiB of a call by mode."""
+    module, x, _ = build(model, dtype, device, after)
+    return {mode: memory.peak(call, device) for mode, call in calls(model, module, x).items()}
+
+
+def peaks_apart(model: Model, dtype: torch.dtype, device: str, after: bool) -> dict[str, float | None]:
+    """The same in a new process, for what a CPU's allocator and libraries keep is not to count for the next one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peaks, model, dtype, device, after).result()
+
+
+def rows_of(model: Model, dtype: torch.dtype, device: str, seconds: float) -> Iterator[Row]:
+    """One row a mode. What gives another result is an AssertionError and has no time."""
+    error_ratio = check(model, dtype, device)
+    measured = peaks if device == "cuda" else peaks_apart
+    sides = {"before": False, "after": True}
+    mib = {name: measured(model, dtype, device, after) for name, after in sides.items()}
+    ways = {}
+    for name, after in sides.items():
+        module, x, replaced = build(model, dtype, device, after)
+        ways[name] = calls(model, module, x)
+    for mode in MODES:
+        times = interleaved({name: way[mode] for name, way in ways.items()}, device=device, seconds=seconds)
+        ms = {name: value.p50 for name, value in times.items()}
+        yield {
+            "model": model.name,
+            "mode": mode,
+            "dtype": str(dtype).removeprefix("torch."),
+            "ms": ms,
+            "speedup": ms["before"] / ms["after"],
+            "mib": {name: peak[mode] for name, peak in mib.items()},
+            "replaced": replaced,
+            "error_ratio": error_ratio,
+        }
+
+
+def line(row: Row) -> str:
+    return (
+        f"{row['model']:<32} {row['mode']:<17} {row['dtype']:<9} {row['ms']['before']:9.1f} -> "
+        f"{row['ms']['after']:9.1f} ms, {row['speedup']:.2f}x; {_memory(row)} MiB; {row['replaced']}"
+    )
+
+
+def _memory(row: Row) -> str:
+    return " -> ".join("unknown" if mib is None else f"{mib:.0f}" for mib in row["mib"].values())
+
+
+def table(rows: list[Row]) -> str:
+    """All rows as Markdown."""
+    head = ["model", "mode", "dtype", "ms before", "ms after", "speedup", "peak MiB", "modules"]
+    lines = [table_row(head), "|---" * len(head) + "|"]
+    for row in rows:
+        values = [row["model"], row["mode"], row["dtype"], *(f"{ms:.1f}" for ms in row["ms"].values())]
+        lines.append(table_row([*values, f"{row['speedup']:.2f}x", _memory(row), row["replaced"]]))
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """For every dtype and mode: geometric mean and lowest speed-up, the decoders' peaks; then what became slower."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["dtype"], row["mode"]), []).append(row)
+    lines = []
+    for (dtype, mode), group in groups.items():
+        speedups = [row["speedup"] for row in group]
+        text = f"{dtype}, {mode}: geometric mean {mean(speedups):.2f}x, lowest {min(speedups):.2f}x"
+        decoders = [row["mib"] for row in group if "decode" in row["model"] and all(row["mib"].values())]
+        shares = [mib["after"] / mib["before"] for mib in decoders]
+        lines.append(text + (f"; decoders' peak memory {mean(shares):.0%} of before" if shares else ""))
+    return lines + [f"slower: {line(row)}" for row in rows if row["speedup"] < LEAST]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks models", description=__doc__)
+    parser.add_argument("--case", metavar="NAME", help="only models whose name contains this text")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer models, shorter runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine here")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    existing = [model for model in models(options.device) if model.quick or not options.quick]
+    chosen = [model for model in existing if (options.case or "") in model.name]
+    if not chosen:
+        parser.error(f"--case {options.case!r} matches nothing; models: {', '.join(model.name for model in existing)}")
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # what they warn of at every cast
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    where = machine(options.device)
+    say(sentence(where))
+    rows: list[Row] = []
+    wrong, left_out = [], []
+    for name in [options.dtype] if options.dtype else DTYPES:
+        for model in chosen:
+            try:
+                for row in rows_of(model, getattr(torch, name), options.device, 0.5 if options.quick else 2.0):
+                    rows.append(row)
+                    say(line(row))
+            except AssertionError as error:
+                wrong.append(f"{model.name}, {name}: another result, not timed: {error}")
+            except (ImportError, RuntimeError) as error:  # a library or an operation of PyTorch's in this dtype
+                left_out.append(f"{model.name}, {name}: does not run: {first_line(error)}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
+    if rows:
+        print("\n".join([table(rows), *summary(rows)]))
+    for text in wrong + left_out:
+        print(text)
+    return 1 if wrong or not rows else 0
