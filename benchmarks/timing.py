@@ -14,6 +14,7 @@ SLOW = 25.0  # times the pace of the first function,
 SECONDS = 0.5  # and longer than this: such a function is slow
 LEAST, FEW = 5, 2  # calls of a function that is timed, and of a slow one
 PATIENCE = 5.0  # times the planned seconds
+SHORT = 0.02  # seconds of a call to which it matters what the one before it left in caches and allocator
 LEAST_FLUSH = 256 << 20  # bytes
 HEAD_START = 1_500_000  # cycles of a GPU, about a millisecond
 
@@ -60,6 +61,8 @@ def interleaved(
 ) -> dict[str, Times]:
     """Times all functions in turn (A B C A B C ...), so that what disturbs the machine disturbs all of them alike.
 
+    On a CPU a short call follows one of the same function that is not timed: it finds caches and allocator as it leaves
+    them itself, not as its neighbour does.
     Every function is called once before, then at least ``least`` times, and on until about ``seconds`` per function
     are spent. A function that is far slower than the first one is called ``FEW`` times, and so are all of them where
     ``least`` calls would take several times as long as planned.
@@ -73,6 +76,8 @@ def interleaved(
     while (spent := time.perf_counter() - start) < planned or rounds < (least if spent < PATIENCE * planned else FEW):
         for name, function in functions.items():
             if name not in slow or rounds < FEW:
+                if device != "cuda" and warm[name] < SHORT:
+                    function()
                 times[name].append(seconds_of(function, device) * 1e3)
         rounds += 1
     return {name: summary(values) for name, values in times.items()}

@@ -8,8 +8,15 @@
 namespace walt::WALT_ISA::video_norm {
 namespace {
 
-// The rows of a frame's coefficients.
-enum Row { kMean, kRstd, kGroup, kGroupNormal, kRowCount };
+constexpr int64_t kAhead = 8;  // pixels
+
+// The rows of a frame's coefficients: those of the normal numbers, and of
+//   grad_x = g * kFactor - kGroup - (x - mean) * kGroupNormal.
+enum Row { kMean, kRstd, kFactor, kGroup, kGroupNormal, kRowCount };
+
+// Up to so many bytes of a set's g are kept for the second pass: less work than to exponentiate once more, as long as
+// a near cache holds them.
+constexpr int64_t kKept = 2 << 20;
 
 template <class T, bool kRows, bool kSilu>
 void differentiate(const VideoNormBackwardParams& p) {
@@ -21,8 +28,17 @@ void differentiate(const VideoNormBackwardParams& p) {
   const Modulation<A> modulation(p, s);
   const Units units = kRows ? Units(s.P, s.C, kTilePixels) : Units(s.C, s.P, 1);
   const int threads = threads_for(p.x.numel(), p.threads);
+  const bool far = is_far(3 * p.x.numel() * static_cast<int64_t>(sizeof(T)));
   const int64_t width = padded<A>(s.C);
   const int64_t sets = p.over == Over::clip ? s.B : s.frames(), frames = s.frames() / std::max<int64_t>(sets, 1);
+
+  // g, in lines of whole vectors: rows or planes.
+  const int64_t line = padded<A>(kRows ? s.C : s.P), room_size = frames * units.items * line;
+  const bool keep = kSilu && p.grad_x.defined() && room_size * static_cast<int64_t>(sizeof(A)) <= kKept;
+  const Scratch<A> kept(keep ? rooms(sets, threads) * room_size : 0);
+  const auto kept_of = [&](int64_t room, int64_t frame) {
+    return kept.data() + room * room_size + frame % frames * units.items * line;
+  };
 
   const ChannelSums sums(s);
   const Scratch<A> partial(kRows ? s.frames() * units.count() * 2 * width : 0);
@@ -37,9 +53,10 @@ void differentiate(const VideoNormBackwardParams& p) {
     }
   }
 
-  const auto measure = [&](int64_t frame, int64_t unit, int) {
+  const auto measure = [&](int64_t frame, int64_t unit, int, int64_t room) {
     const A *const mean = row_of(frame, kMean), *const rstd = row_of(frame, kRstd);
     const A *const gain = modulation.gain(frame), *const offset = modulation.offset(frame);
+    A* const g_lines = keep ? kept_of(room, frame) : nullptr;
     if constexpr (kRows) {
       A *const sum = partial.data() + (frame * units.count() + unit) * 2 * width, *const sum_normal = sum + width;
       std::fill(sum, sum + 2 * width, A{0});
@@ -54,10 +71,15 @@ void differentiate(const VideoNormBackwardParams& p) {
             normal[k] = (piece.load(x_row + k * x.p + c) - mean_c) * rstd_c;
             z[k] = normal[k] * gain_c + offset_c;
             g[k] = piece.load(grad_row + k * grad_y.p + c);
+            if (far) {
+              __builtin_prefetch(x_row + (k + kAhead) * x.p + c);
+              __builtin_prefetch(grad_row + (k + kAhead) * grad_y.p + c);
+            }
           }
           through_activation<kSilu>(g, z);
           V g_sum{}, normal_sum{};
           for (int64_t k = 0; k < count; ++k) {
+            if (g_lines != nullptr) store(g_lines + (i + k) * line + c, g[k]);
             g_sum += g[k];
             normal_sum += g[k] * normal[k];
           }
@@ -84,6 +106,7 @@ void differentiate(const VideoNormBackwardParams& p) {
             }
             through_activation<kSilu>(g, z);
             for (int k = 0; k < count; ++k) {
+              if (g_lines != nullptr) store(g_lines + c * line + begin + i + k * kLanes<A>, g[k]);
               g_sums[k] += g[k];
               normal_sums[k] += g[k] * normal[k];
             }
@@ -117,18 +140,22 @@ void differentiate(const VideoNormBackwardParams& p) {
       }
       for (int64_t frame = first; frame < last; ++frame) {
         for (int64_t c = g * s.channels; c < (g + 1) * s.channels; ++c) {
-          row_of(frame, kGroup)[c] = static_cast<A>(p.center ? group / n : 0);
-          row_of(frame, kGroupNormal)[c] = static_cast<A>(group_normal / n);
+          const double rstd = static_cast<double>(row_of(frame, kRstd)[c]);
+          row_of(frame, kFactor)[c] = static_cast<A>(rstd * static_cast<double>(modulation.gain(frame)[c]));
+          row_of(frame, kGroup)[c] = static_cast<A>(p.center ? rstd * (group / n) : 0);
+          row_of(frame, kGroupNormal)[c] = static_cast<A>(rstd * rstd * (group_normal / n));
         }
       }
     }
   };
 
-  const auto apply = [&](int64_t frame, int64_t unit, int) {
+  const auto apply = [&](int64_t frame, int64_t unit, int64_t room) {
     if (!p.grad_x.defined()) return;
     const A *const mean = row_of(frame, kMean), *const rstd = row_of(frame, kRstd);
-    const A *const group = row_of(frame, kGroup), *const group_normal = row_of(frame, kGroupNormal);
+    const A *const factor = row_of(frame, kFactor), *const group = row_of(frame, kGroup);
+    const A* const group_normal = row_of(frame, kGroupNormal);
     const A *const gain = modulation.gain(frame), *const offset = modulation.offset(frame);
+    const A* const g_lines = keep ? kept_of(room, frame) : nullptr;
     for (int64_t i = units.begin(unit); i < units.end(unit); ++i) {
       const T* const from = x.frame(frame) + i * (kRows ? x.p : x.c);
       const T* const grad = grad_y.frame(frame) + i * (kRows ? grad_y.p : grad_y.c);
@@ -137,19 +164,24 @@ void differentiate(const VideoNormBackwardParams& p) {
         if constexpr (kRows) return load(row + j);
         return broadcast(row[i]);
       };
+      const A* const g_line = g_lines + i * line;
       sweep_packs<A>(kRows ? s.C : s.P, [&](int64_t j, auto piece, auto count) __attribute__((always_inline)) {
         constexpr int64_t lanes = kLanes<A>;
-        V g[count], normal[count], z[count];
+        V g[count], centred[count];
         for (int k = 0; k < count; ++k) {
-          const int64_t jk = j + k * lanes;
-          normal[k] = (piece.load(from + jk) - at(mean, jk)) * at(rstd, jk);
-          z[k] = normal[k] * at(gain, jk) + at(offset, jk);
-          g[k] = piece.load(grad + jk);
+          centred[k] = piece.load(from + j + k * lanes) - at(mean, j + k * lanes);
+          g[k] = keep ? load(g_line + j + k * lanes) : piece.load(grad + j + k * lanes);
         }
-        through_activation<kSilu>(g, z);
+        if (!keep) {
+          V z[count];
+          for (int k = 0; k < count; ++k) {
+            z[k] = centred[k] * at(rstd, j + k * lanes) * at(gain, j + k * lanes) + at(offset, j + k * lanes);
+          }
+          through_activation<kSilu>(g, z);
+        }
         for (int k = 0; k < count; ++k) {
           const int64_t jk = j + k * lanes;
-          g[k] = (g[k] * at(gain, jk) - at(group, jk) - normal[k] * at(group_normal, jk)) * at(rstd, jk);
+          g[k] = g[k] * at(factor, jk) - at(group, jk) - centred[k] * at(group_normal, jk);
         }
         store_pack(piece, to + j, g);
       });

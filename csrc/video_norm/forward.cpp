@@ -14,6 +14,7 @@ void normalize(const VideoNormForwardParams& p) {
   const Modulation<A> modulation(p, s);
   const Units units = kRows ? Units(s.P, s.C, kTilePixels) : Units(s.C, s.P, 1);
   const int threads = threads_for(p.x.numel(), p.threads);
+  const bool far = is_far(2 * p.x.numel() * static_cast<int64_t>(sizeof(T)));
   const int64_t width = padded<A>(s.C);
   const int64_t sets = p.over == Over::clip ? s.B : s.frames(), frames = s.frames() / std::max<int64_t>(sets, 1);
 
@@ -21,11 +22,11 @@ void normalize(const VideoNormForwardParams& p) {
   const Scratch<Moments> partial(s.frames() * parts);
   const Scratch<A> channels(kRows ? threads * 2 * width : 0), coefficients(s.frames() * 2 * width);
 
-  const auto measure = [&](int64_t frame, int64_t unit, int thread) {
+  const auto measure = [&](int64_t frame, int64_t unit, int thread, int64_t) {
     const int64_t begin = units.begin(unit), end = units.end(unit);
     if constexpr (kRows) {
       A *const mean = channels.data() + thread * 2 * width, *const squares = mean + width;
-      measure_rows(x.frame(frame) + begin * x.p, x.p, end - begin, s.C, mean, squares);
+      measure_rows(x.frame(frame) + begin * x.p, x.p, end - begin, s.C, far, mean, squares);
       for (int64_t g = 0; g < s.groups; ++g) {
         const int64_t c = g * s.channels;
         partial[frame * parts + unit * s.groups + g] = join_channels(mean + c, squares + c, s.channels, end - begin);
@@ -60,7 +61,7 @@ void normalize(const VideoNormForwardParams& p) {
     }
   };
 
-  const auto apply = [&](int64_t frame, int64_t unit, int) {
+  const auto apply = [&](int64_t frame, int64_t unit, int64_t) {
     const A *const means = coefficients.data() + frame * 2 * width, *const factors = means + width;
     const A* const offsets = modulation.offset(frame);
     for (int64_t i = units.begin(unit); i < units.end(unit); ++i) {

@@ -16,10 +16,11 @@ struct Moments {
   }
 };
 
-// Of every channel of `pixels` rows; `mean` and `squares` have room for whole vectors.
+// Of every channel of `pixels` rows, which are `far` in memory or not; `mean` and `squares` have room for whole
+// vectors.
 constexpr int64_t kPixels = 16;  // 16 rows of 512 channels are 32 KB
 template <class T, class A>
-void measure_rows(const T* x, int64_t stride, int64_t pixels, int64_t C, A* mean, A* squares) {
+void measure_rows(const T* x, int64_t stride, int64_t pixels, int64_t C, bool far, A* mean, A* squares) {
   using V = vector_t<A>;
   for (int64_t p = 0; p < pixels; p += kPixels) {
     const int64_t n = std::min(kPixels, pixels - p);
@@ -27,7 +28,10 @@ void measure_rows(const T* x, int64_t stride, int64_t pixels, int64_t C, A* mean
     const T* const block = x + p * stride;
     sweep<A>(C, [&](int64_t c, auto piece, int) __attribute__((always_inline)) {
       V sum{}, square{};
-      for (int64_t i = 0; i < n; ++i) sum += piece.load(block + i * stride + c);
+      for (int64_t i = 0; i < n; ++i) {
+        sum += piece.load(block + i * stride + c);
+        if (far) __builtin_prefetch(block + (i + kPixels) * stride + c);
+      }
       const V block_mean = sum * (1 / static_cast<A>(n));
       for (int64_t i = 0; i < n; ++i) {
         const V centred = piece.load(block + i * stride + c) - block_mean;

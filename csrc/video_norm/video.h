@@ -48,6 +48,10 @@ struct Units {
   int64_t end(int64_t unit) const { return std::min(items, (unit + 1) * step); }
 };
 
+// Whether a pass over so many bytes finds them in memory rather than in a cache. Rows are then fetched ahead: the
+// processor does not foresee that a few of them are read side by side.
+inline bool is_far(int64_t bytes) { return bytes > 20 << 20; }
+
 // An element of a tensor, `otherwise` where there is none.
 template <class A>
 inline A value(const TensorView& v, int64_t index, A otherwise) {
@@ -104,21 +108,27 @@ class Modulation {
   Scratch<A> values_;
 };
 
-// Runs measure(frame, unit, thread) for all frames of a set, what shares statistics, then finish(set), then
-// apply(frame, unit, thread). Where threads have enough sets each, one set after the other, while it is in the caches.
+// Runs measure(frame, unit, thread, room) for all frames of a set, what shares statistics, then finish(set), then
+// apply(frame, unit, room). Threads take whole sets, which stay in their caches in between, and share those that would
+// leave some of them idle. A room belongs to one set at a time.
+inline int64_t whole_sets(int64_t sets, int threads) { return sets >= 8 * threads ? sets : sets / threads * threads; }
+inline int64_t rooms(int64_t sets, int threads) { return threads + sets - whole_sets(sets, threads); }
+
 template <class Measure, class Finish, class Apply>
 void in_sets(int64_t sets, int64_t frames, int64_t units, int threads, Measure measure, Finish finish, Apply apply) {
-  if (threads == 1 || sets % threads == 0 || sets >= 8 * threads) {
-    return parallel_for(sets, threads, [&](int64_t set, int thread) {
-      for (int64_t i = 0; i < frames * units; ++i) measure(set * frames + i / units, i % units, thread);
-      finish(set);
-      for (int64_t i = 0; i < frames * units; ++i) apply(set * frames + i / units, i % units, thread);
-    });
-  }
-  const int64_t all = sets * frames * units;
-  parallel_for(all, threads, [&](int64_t i, int thread) { measure(i / units, i % units, thread); });
-  parallel_for(sets, threads, [&](int64_t set, int) { finish(set); });
-  parallel_for(all, threads, [&](int64_t i, int thread) { apply(i / units, i % units, thread); });
+  const int64_t whole = whole_sets(sets, threads), size = frames * units;
+  parallel_for(whole, threads, [&](int64_t set, int thread) {
+    for (int64_t i = set * size; i < (set + 1) * size; ++i) measure(i / units, i % units, thread, thread);
+    finish(set);
+    for (int64_t i = set * size; i < (set + 1) * size; ++i) apply(i / units, i % units, thread);
+  });
+  const int64_t first = whole * size, rest = sets * size - first;
+  parallel_for(rest, threads, [&](int64_t i, int thread) {
+    measure((first + i) / units, (first + i) % units, thread, threads + i / size);
+  });
+  parallel_for(sets - whole, threads, [&](int64_t set, int) { finish(whole + set); });
+  parallel_for(rest, threads,
+               [&](int64_t i, int) { apply((first + i) / units, (first + i) % units, threads + i / size); });
 }
 
 // Calls f<T, rows, silu>().
