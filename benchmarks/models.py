@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from walt_kernels import testing
-from walt_kernels.integrations import accelerate
+from walt_kernels.integrations import accelerate, stream_decode, stream_encode
 
 from . import memory
 from .case import MODES
@@ -43,13 +43,21 @@ CHECKED = 2**20  # values of the largest parameter whose gradient is compared: t
 
 @dataclass(frozen=True)
 class Model:
-    """``make`` gives the module, ``run`` calls it on normal numbers of ``shape``. All can be sent to a process."""
+    """``make`` gives the module, ``run`` calls it on normal numbers of ``shape``. All can be sent to a process.
+
+    One that is ``streamed`` goes through a clip in chunks, and has no gradients.
+    """
 
     name: str
     make: Callable[[], nn.Module]
     run: Callable[[nn.Module, Tensor], Tensor]
     shape: tuple[int, ...]
     quick: bool = False
+    streamed: bool = False
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES[:1] if self.streamed else MODES
 
 
 def make(path: str, *arguments: Any, **options: Any) -> Any:
@@ -68,15 +76,39 @@ def decode(vae: Any, latent: Tensor) -> Tensor:
     return video
 
 
+def encode_streamed(vae: nn.Module, video: Tensor) -> Tensor:
+    return torch.cat(list(stream_encode(vae, video)), 2)
+
+
+def decode_streamed(vae: nn.Module, latent: Tensor) -> Tensor:
+    return torch.cat(list(stream_decode(vae, latent)), 2)
+
+
 def autoencoder(
-    name: str, frames: int, size: int, latent: tuple[int, ...], quick: bool = False, **config: Any
+    name: str,
+    frames: int,
+    size: int,
+    latent: tuple[int, ...],
+    quick: bool = False,
+    streams: bool = False,
+    **config: Any,
 ) -> list[Model]:
-    """diffusers' ``AutoencoderKL<name>``; ``latent`` is [C, T, H, W]."""
+    """diffusers' ``AutoencoderKL<name>``; ``latent`` is [C, T, H, W]. One that ``streams`` does so, too."""
     made = partial(make, f"diffusers.AutoencoderKL{name}", **config)
-    return [
+    found = [
         Model(f"{name} encode, {frames}x{size}x{size}", made, encode, (1, 3, frames, size, size)),
         Model(f"{name} decode, {frames}x{size}x{size}", made, decode, (1, *latent), quick),
     ]
+    if streams:
+        channels, steps, *sides = latent
+        longer = f"{4 * frames - 3}x{size}x{size}, streamed"
+        found += [
+            Model(f"{name} encode, {longer}", made, encode_streamed, (1, 3, 4 * frames - 3, size, size), streamed=True),
+            Model(
+                f"{name} decode, {longer}", made, decode_streamed, (1, channels, 4 * steps - 3, *sides), streamed=True
+            ),
+        ]
+    return found
 
 
 def run_cosmos(block: nn.Module, x: Tensor) -> Tensor:
@@ -123,7 +155,7 @@ def models(device: str) -> list[Model]:
         activation_fn="gelu-approximate",
     )
     return [
-        *autoencoder("Wan", T, size, (16, t, size // 8, size // 8), quick=True),
+        *autoencoder("Wan", T, size, (16, t, size // 8, size // 8), quick=True, streams=True),
         *autoencoder("CogVideoX", T, size, (16, t, size // 8, size // 8)),
         *autoencoder("HunyuanVideo", T, size, (16, t, size // 8, size // 8)),
         *autoencoder("Cosmos", T, large, (16, t, large // 8, large // 8), quick=True, temporal_compression_ratio=4),
@@ -151,6 +183,8 @@ def build(model: Model, dtype: torch.dtype, device: str, after: bool) -> tuple[n
 
 def calls(model: Model, module: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
     """A call of each mode, after a first one; backward gives the gradients of x and of the parameters that have one."""
+    if model.streamed:
+        return {mode: step(lambda x: model.run(module, x), {"x": x}, mode) for mode in model.modes}
     parameters = dict(module.named_parameters())
     found = torch.autograd.grad(model.run(module, x).sum(), list(parameters.values()), allow_unused=True)
     used = {name: p for (name, p), gradient in zip(parameters.items(), found, strict=True) if gradient is not None}
@@ -165,11 +199,13 @@ def check(model: Model, dtype: torch.dtype, device: str) -> float:
         module.to(kind)
         x = testing.leaf(x.detach().to(kind).requires_grad_())
         y = model.run(module, x)
+        terms = max(p[0].numel() for p in module.parameters() if p.dim() > 1)
+        if model.streamed:
+            return {"output": y.detach()}, terms
         cotangent = testing.random(*y.shape, grad=False).to(device, dtype).to(y)
         wanted = [x, *(p for p in module.parameters() if p.numel() <= CHECKED)]
         grad_x, *gradients = torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
         flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
-        terms = max(p[0].numel() for p in module.parameters() if p.dim() > 1)
         return {"output": y.detach(), "gradient of the input": grad_x, "gradients of the parameters": flat}, terms
 
     (truth, terms), (yardstick, _), (own, _) = (
@@ -205,7 +241,7 @@ def rows_of(model: Model, dtype: torch.dtype, device: str, seconds: float) -> It
     for name, after in sides.items():
         module, x, replaced = build(model, dtype, device, after)
         ways[name] = calls(model, module, x)
-    for mode in MODES:
+    for mode in model.modes:
         times = interleaved({name: way[mode] for name, way in ways.items()}, device=device, seconds=seconds)
         ms = {name: value.p50 for name, value in times.items()}
         yield {

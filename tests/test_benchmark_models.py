@@ -52,6 +52,14 @@ def test_a_row_has_both_sides(
     assert "bfloat16, forward+backward: geometric mean" in text
 
 
+def test_a_streamed_model_has_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "peaks_apart", models.peaks)
+    streamed = replace(TINY, run=models.decode_streamed, streamed=True)
+    (row,) = models.rows_of(streamed, torch.float32, "cpu", 0.01)
+    assert row["mode"] == "forward"
+    assert 0 < row["error_ratio"] <= 1
+
+
 def test_peaks_of_another_process() -> None:
     layer = models.Model("layer", partial(torch.nn.Linear, 4, 1 << 20), operator.call, (8, 4))
     found = models.peaks_apart(layer, torch.float32, "cpu", after=False)
