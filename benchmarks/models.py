@@ -128,7 +128,7 @@ def make_swin() -> nn.Module:
     """Of its six blocks three shift their windows."""
     stage: nn.Module = make(
         "transformers.models.swin.modeling_swin.SwinStage",
-        make("transformers.SwinConfig"),
+        make("transformers.SwinConfig", attn_implementation="sdpa"),  # what its models are loaded with
         *(384, (14, 14), 6, 12, [0.0] * 6, None),
     )
     return stage
