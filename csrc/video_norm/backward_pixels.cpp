@@ -40,14 +40,15 @@ void differentiate_row(const T* x, const T* grad_y, T* grad_x, const A* gain, co
   });
 }
 
-// Pixels are columns of planes, `count` of them at a time. `scratch` has room for two lines of whole vectors.
+// Pixels are columns of planes, `count` of them at a time. `scratch` has room for C + 2 lines of whole vectors.
 template <class T, bool kSilu, class A>
 void differentiate_tile(const T* x, int64_t x_c, const T* grad_y, int64_t grad_c, T* grad_x, int64_t to_c,
                         const A* gain, const A* offset, int64_t C, int64_t count, const A* mean, const A* rstd,
                         bool center, A* scratch, A* sum, A* sum_normal) {
   using V = vector_t<A>;
-  A *const group = scratch, *const group_normal = scratch + padded<A>(count);
-  std::fill(group, group + 2 * padded<A>(count), A{0});
+  const int64_t line = padded<A>(count);
+  A *const group = scratch, *const group_normal = group + line, *const grads = group_normal + line;
+  std::fill(group, group + 2 * line, A{0});
   const auto mean_of = [&](int64_t i, auto piece) { return center ? piece.load(mean + i) : V{}; };
   for (int64_t c = 0; c < C; ++c) {
     V sums[kSlots] = {}, normal_sums[kSlots] = {};
@@ -64,8 +65,10 @@ void differentiate_tile(const T* x, int64_t x_c, const T* grad_y, int64_t grad_c
         const int64_t at = i + k * kLanes<A>;
         sums[k] += g[k];
         normal_sums[k] += g[k] * normal[k];
-        store(group + at, load(group + at) + g[k] * gain[c]);
-        store(group_normal + at, load(group_normal + at) + g[k] * gain[c] * normal[k]);
+        g[k] *= gain[c];
+        store(grads + c * line + at, g[k]);
+        store(group + at, load(group + at) + g[k]);
+        store(group_normal + at, load(group_normal + at) + g[k] * normal[k]);
       }
     });
     sum[c] = sum_slots(sums);
@@ -75,18 +78,12 @@ void differentiate_tile(const T* x, int64_t x_c, const T* grad_y, int64_t grad_c
   const A share = 1 / static_cast<A>(C);
   for (int64_t c = 0; c < C; ++c) {
     sweep_packs<A>(count, [&](int64_t i, auto piece, auto vectors) __attribute__((always_inline)) {
-      V g[vectors], normal[vectors], z[vectors];
+      V g[vectors];
       for (int k = 0; k < vectors; ++k) {
         const int64_t at = i + k * kLanes<A>;
-        normal[k] = (piece.load(x + c * x_c + at) - mean_of(at, piece)) * piece.load(rstd + at);
-        z[k] = normal[k] * gain[c] + offset[c];
-        g[k] = piece.load(grad_y + c * grad_c + at);
-      }
-      through_activation<kSilu>(g, z);
-      for (int k = 0; k < vectors; ++k) {
-        const int64_t at = i + k * kLanes<A>;
-        const V of_mean = center ? load(group + at) * share : V{};
-        g[k] = (g[k] * gain[c] - of_mean - normal[k] * (load(group_normal + at) * share)) * piece.load(rstd + at);
+        const V rstd_k = piece.load(rstd + at), of_mean = center ? load(group + at) * share : V{};
+        const V normal = (piece.load(x + c * x_c + at) - mean_of(at, piece)) * rstd_k;
+        g[k] = (load(grads + c * line + at) - of_mean - normal * (load(group_normal + at) * share)) * rstd_k;
       }
       store_pack(piece, grad_x + c * to_c + i, g);
     });
@@ -102,16 +99,16 @@ void differentiate(const VideoNormBackwardParams& p) {
   const Modulation<A> modulation(p, s);
   const Units units(s.P, s.C, kTilePixels);
   const int threads = threads_for(p.x.numel(), p.threads);
-  const int64_t width = padded<A>(s.C), line = kRows ? width : units.step;
+  const int64_t width = padded<A>(s.C), room = kRows ? 2 * width : (s.C + 2) * units.step;
   const A *const means = static_cast<const A*>(p.mean.data), *const rstds = static_cast<const A*>(p.rstd.data);
-  const Scratch<A> partial(s.frames() * units.count() * 2 * width), scratch(threads * 2 * line);
+  const Scratch<A> partial(s.frames() * units.count() * 2 * width), scratch(threads * room);
 
   parallel_for(s.frames() * units.count(), threads, [&](int64_t task, int thread) {
     const int64_t frame = task / units.count(), begin = units.begin(task % units.count());
     const int64_t count = units.end(task % units.count()) - begin, first = frame * s.P + begin;
     const A *const gain = modulation.gain(frame), *const offset = modulation.offset(frame);
     A *const sum = partial.data() + task * 2 * width, *const sum_normal = sum + width;
-    A* const work = scratch.data() + thread * 2 * line;
+    A* const work = scratch.data() + thread * room;
     if constexpr (kRows) {
       std::fill(sum, sum + 2 * width, A{0});
       for (int64_t i = 0; i < count; ++i) {
