@@ -371,5 +371,15 @@ def test_a_last_part_that_does_not_fit() -> None:
 
 
 def test_a_vae_is_a_module() -> None:
+    for source, words in (
+        (None, "video is a NoneType, expected a tensor"),
+        (torch.zeros(1, 3, 5, 16, 16, dtype=torch.int64), "video has a chunk of dtype torch.int64, expected floating"),
+        (
+            [torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 3, 4, 16, 16).double()],
+            "torch.float64, expected torch.float32",
+        ),
+    ):
+        with pytest.raises(TypeError, match=words):
+            list(stream_encode(make("Wan"), source))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"vae is a str, expected an nn\.Module"):
         stream_encode("vae", torch.zeros(1, 3, 5, 16, 16))  # type: ignore[arg-type]

@@ -124,7 +124,22 @@ def test_a_group_of_one(over: str) -> None:
     y = wk.video_norm(x, bias=torch.tensor([0.5]), over=over)
     assert torch.equal(y, torch.full_like(y, 0.5))
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros_like(x))
+    inputs = inputs_of((3, 5, 2, 1, 1), over=over, groups=1 if over == "pixel" else 5, rows="scale")
+    if over == "frame":
+        assert torch.equal(run(inputs)[1], torch.zeros_like(inputs["x"]))
     assert torch.allclose(wk.video_norm(x, over=over, center=False), x.sign())
+
+
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_no_samples(over: str, layout: str) -> None:
+    inputs = inputs_of((0, 6, 3, 5, 4), over=over, layout=layout)
+    for incoming in testing.LAYOUTS:
+        y = wk.video_norm(**inputs)
+        leaves = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+        grads = torch.autograd.grad(y, list(leaves.values()), testing.embed(torch.zeros_like(y), incoming))
+        assert y.shape == inputs["x"].shape
+        assert all(torch.equal(g, torch.zeros_like(v)) for g, v in zip(grads, leaves.values(), strict=True))
 
 
 @pytest.mark.parametrize("over", OVER)

@@ -129,6 +129,7 @@ void differentiate(const VideoNormBackwardParams& p) {
       }
     }
     const double n = static_cast<double>(frames * s.channels * s.P);
+    const bool alone = p.center && n == 1;  // its own mean: x has no say, and rounding is not to give it one
     for (int64_t g = 0; g < s.groups; ++g) {
       double group = 0, group_normal = 0;
       for (int64_t frame = first; frame < last; ++frame) {
@@ -141,8 +142,9 @@ void differentiate(const VideoNormBackwardParams& p) {
       for (int64_t frame = first; frame < last; ++frame) {
         for (int64_t c = g * s.channels; c < (g + 1) * s.channels; ++c) {
           const double rstd = static_cast<double>(row_of(frame, kRstd)[c]);
-          row_of(frame, kFactor)[c] = static_cast<A>(rstd * static_cast<double>(modulation.gain(frame)[c]));
-          row_of(frame, kGroup)[c] = static_cast<A>(p.center ? rstd * (group / n) : 0);
+          const double gain = static_cast<double>(modulation.gain(frame)[c]);
+          row_of(frame, kFactor)[c] = static_cast<A>(alone ? 0 : rstd * gain);
+          row_of(frame, kGroup)[c] = static_cast<A>(p.center && !alone ? rstd * (group / n) : 0);
           row_of(frame, kGroupNormal)[c] = static_cast<A>(rstd * rstd * (group_normal / n));
         }
       }

@@ -11,12 +11,12 @@ from ..nn import CausalConv3d, WindowAttention
 from . import attention, causal_convolutions, modulation, norms
 from .adapter import Adapter, class_path
 
-_FILES = (causal_convolutions, norms, modulation, attention)
-_ADAPTERS: dict[str, Adapter] = {adapter.path: adapter for file in _FILES for adapter in file.ADAPTERS}
+_MODULES = (causal_convolutions, norms, modulation, attention)
+_ADAPTERS: dict[str, Adapter] = {adapter.path: adapter for each in _MODULES for adapter in each.ADAPTERS}
 # Classes that no instance of can be replaced, and why.
-_LEFT: dict[str, str] = {path: reason for file in (modulation, attention) for path, reason in file.LEFT.items()}
+_LEFT: dict[str, str] = {path: reason for each in (modulation, attention) for path, reason in each.LEFT.items()}
 # Parts of the names of classes that do what our ops do: a report does not pass over such a module in silence.
-_FAMILIES = tuple(name for file in _FILES for name in file.FAMILY)
+_FAMILIES = tuple(name for each in _MODULES for name in each.FAMILY)
 # The classes that `accelerate` has made, by what they are made of; and those that they take the place of.
 _REPLACEMENTS: dict[tuple[type, Adapter], type[nn.Module]] = {}
 _ORIGINALS: dict[type, type[nn.Module]] = {}
@@ -65,7 +65,7 @@ def accelerate(model: nn.Module) -> Report:
     _check_model(model)
     report = Report()
     for name, module in model.named_modules():
-        cls, ours = type(module), _ours(module)
+        cls, ours = type(module), _class_of_ours(module)
         adapter = _ADAPTERS.get(class_path(ours or cls))
         if ours is not None and adapter is not None:
             report.replaced.append(Row(name, cls.__name__, adapter.op))
@@ -87,7 +87,7 @@ def restore(model: nn.Module) -> None:
         ValueError: another library has wrapped a module, or its forward, since `accelerate`.
     """
     _check_model(model)
-    replaced = [(name, module) for name, module in model.named_modules() if _ours(module)]
+    replaced = [(name, module) for name, module in model.named_modules() if _class_of_ours(module)]
     for name, module in replaced:
         if "forward" in vars(module) or type(module) not in _ORIGINALS:
             raise ValueError(
@@ -115,7 +115,7 @@ def _stranger(cls: type) -> str | None:
     return "no adapter for this class" if any(name in cls.__name__ for name in _FAMILIES) else None
 
 
-def _ours(module: nn.Module) -> type | None:
+def _class_of_ours(module: nn.Module) -> type | None:
     """The class of ours that a module is of, or that another library has made a subclass of; else None."""
     return next((base for base in type(module).__mro__ if base in _ORIGINALS), None)
 

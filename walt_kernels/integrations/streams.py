@@ -65,10 +65,14 @@ class _Frames:
     """A video that arrives in chunks of any number of frames, taken in others."""
 
     def __init__(self, name: str, source: Tensor | Iterable[Tensor]) -> None:
+        if not isinstance(source, Tensor) and not isinstance(source, Iterable):
+            expected = "a tensor [B, C, T, H, W] or an iterable of such chunks"
+            raise TypeError(f"{name} is a {type(source).__name__}, expected {expected}")
         self._chunks = iter([source] if isinstance(source, Tensor) else source)
         self._rest: list[Tensor] = []
         self._name = name
         self._shape: tuple[int, ...] | None = None
+        self._dtype: torch.dtype | None = None
 
     def take(self, count: int) -> Tensor | None:
         """The next ``count`` frames, fewer at the end of the video, None after it."""
@@ -108,6 +112,10 @@ class _Frames:
         self._shape = self._shape or shape
         if shape != self._shape:
             raise ValueError(f"{self._name} has a chunk of {shape} beside its frames, expected {self._shape} as before")
+        self._dtype = self._dtype or chunk.dtype
+        if chunk.dtype != self._dtype or not chunk.is_floating_point():
+            expected = f"{self._dtype} as before" if chunk.dtype != self._dtype else "floating point"
+            raise TypeError(f"{self._name} has a chunk of dtype {chunk.dtype}, expected {expected}")
         return chunk
 
 

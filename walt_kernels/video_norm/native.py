@@ -15,10 +15,16 @@ PER_SAMPLE = ("scale", "shift", "grad_scale", "grad_shift")  # [B, C] or [B, C, 
 
 
 def forward(**arguments: Any) -> None:
-    _call(C.video_norm, **arguments)
+    if arguments["x"].numel() > 0:  # an empty tensor has no layout
+        _call(C.video_norm, **arguments)
 
 
 def backward(**arguments: Any) -> None:
+    if arguments["x"].numel() == 0:
+        for name, value in arguments.items():
+            if name.startswith("grad_") and name != "grad_y" and value is not None:
+                value.zero_()
+        return
     _call(C.video_norm_backward, **arguments)
 
 
