@@ -5,8 +5,9 @@
 
 namespace walt::WALT_ISA::video_norm {
 
-// Turns z into 1 / (1 + exp(-z)), relative error 3e-7 and, without fused multiply-adds, 1e-7 |z|. exp(-z) is 2^(n + r), n an integer, |r| at
-// most 1/2, and 2^r a polynomial. Beyond +-87, where 2^n would leave float's range, z counts as 87.
+// Turns z into 1 / (1 + exp(-z)), relative error 3e-7 and, without fused multiply-adds, 1e-7 |z|. exp(-z) is 2^(n + r),
+// n an integer, |r| at most 1/2, and 2^r a polynomial. Beyond +-87, where 2^n would leave float's range, z counts
+// as 87.
 template <int count>
 inline __attribute__((always_inline)) void sigmoid(vfloat (&z)[count]) {
   constexpr float kLog2e = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
