@@ -29,7 +29,7 @@ from . import memory
 from .case import MODES
 from .contender import first_line, step
 from .machine import machine, sentence
-from .report import mean, table_row
+from .report import mean, table_head, table_row
 from .say import say
 from .timing import interleaved
 
@@ -270,7 +270,7 @@ def _memory(row: Row) -> str:
 def table(rows: list[Row]) -> str:
     """All rows as Markdown."""
     head = ["model", "mode", "dtype", "ms before", "ms after", "speedup", "peak MiB", "modules"]
-    lines = [table_row(head), "|---" * len(head) + "|"]
+    lines = table_head(head)
     for row in rows:
         values = [row["model"], row["mode"], row["dtype"], *(f"{ms:.1f}" for ms in row["ms"].values())]
         lines.append(table_row([*values, f"{row['speedup']:.2f}x", _memory(row), row["replaced"]]))

@@ -31,7 +31,7 @@ def line(row: Row) -> str:
 def table(rows: list[Row]) -> str:
     """All rows as Markdown."""
     head = ["op", "case", "mode", "dtype", "backend", "ms", "fastest baseline", "its ms", "speedup"]
-    lines = _head([*head, "GFLOP/s", "GB/s", "of peak", "H200 floor ms", "MiB"])
+    lines = table_head([*head, "GFLOP/s", "GB/s", "of peak", "H200 floor ms", "MiB"])
     for row in rows:
         base = row["baselines"][row["best_baseline"]]
         gbps, memory = ("-" if row.get(name) is None else f"{row[name]:.1f}" for name in ("gbps", "peak_memory"))
@@ -77,7 +77,7 @@ def section(results: dict[str, Any]) -> str:
         for column, (dtype, modes) in COLUMNS.items():
             if row["dtype"] == dtype and row["mode"] in modes:
                 faster.setdefault((row["op"], row["case"]), {})[column] = row
-    lines = _head(["op", "case", *COLUMNS])
+    lines = table_head(["op", "case", *COLUMNS])
     for (op, case), cells in faster.items():
         lines.append(table_row([f"`{op}`", case, *(_cell(cells.get(column)) for column in COLUMNS)]))
     for op in dict.fromkeys(op for op, _ in faster):
@@ -101,7 +101,7 @@ def section(results: dict[str, Any]) -> str:
     )
 
 
-def _head(names: list[str]) -> list[str]:
+def table_head(names: list[str]) -> list[str]:
     return [table_row(names), "|---" * len(names) + "|"]
 
 

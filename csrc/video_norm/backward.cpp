@@ -30,7 +30,7 @@ void differentiate(const VideoNormBackwardParams& p) {
   const int threads = threads_for(p.x.numel(), p.threads);
   const bool far = is_far(3 * p.x.numel() * static_cast<int64_t>(sizeof(T)));
   const int64_t width = padded<A>(s.C);
-  const int64_t sets = p.over == Over::clip ? s.B : s.frames(), frames = s.frames() / std::max<int64_t>(sets, 1);
+  const int64_t sets = s.sets(), frames = s.set_frames;
 
   // g, in lines of whole vectors: rows or planes.
   const int64_t line = padded<A>(kRows ? s.C : s.P), room_size = frames * units.items * line;

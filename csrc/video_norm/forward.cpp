@@ -16,7 +16,7 @@ void normalize(const VideoNormForwardParams& p) {
   const int threads = threads_for(p.x.numel(), p.threads);
   const bool far = is_far(2 * p.x.numel() * static_cast<int64_t>(sizeof(T)));
   const int64_t width = padded<A>(s.C);
-  const int64_t sets = p.over == Over::clip ? s.B : s.frames(), frames = s.frames() / std::max<int64_t>(sets, 1);
+  const int64_t sets = s.sets(), frames = s.set_frames;
 
   const int64_t parts = kRows ? units.count() * s.groups : s.C;  // of a frame: of groups in units, or channels
   const Scratch<Moments> partial(s.frames() * parts);

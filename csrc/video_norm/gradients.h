@@ -1,8 +1,6 @@
 // From sums over the pixels of a frame to the gradients of weight, bias, scale and shift.
 #pragma once
 
-#include <vector>
-
 #include "video_norm/video.h"
 
 namespace walt::WALT_ISA::video_norm {
@@ -46,17 +44,17 @@ inline void assign(const TensorView& v, int64_t index, double value) {
 
 // Channel by channel, each over all frames in order.
 inline void write_gradients(const VideoNormBackwardParams& p, const Sizes& s, const ChannelSums& sums) {
-  const bool each_scale = p.grad_scale.defined() && p.grad_scale.shape[2] > 1;
-  const bool each_shift = p.grad_shift.defined() && p.grad_shift.shape[2] > 1;
+  const bool each_scale = p.grad_scale.shape[2] > 1;
+  const bool each_shift = p.grad_shift.shape[2] > 1;
   for (int64_t c = 0; c < s.C; ++c) {
-    const double weight = value<double>(p.weight, p.weight.defined() ? c * p.weight.stride[0] : 0, 1);
-    const double bias = value<double>(p.bias, p.bias.defined() ? c * p.bias.stride[0] : 0, 0);
+    const double weight = value<double>(p.weight, c * p.weight.stride[0], 1);
+    const double bias = value<double>(p.bias, c * p.bias.stride[0], 0);
     double of_weight = 0, of_bias = 0;
     for (int64_t b = 0; b < s.B; ++b) {
       double of_scale = 0, of_shift = 0;
       for (int64_t t = 0; t < s.T; ++t) {
         const double sum = sums.of(b * s.T + t)[c], with_normal = sums.with_normal(b * s.T + t)[c];
-        const double scale = p.scale.defined() ? 1 + value<double>(p.scale, place(p.scale, b, t, c), 0) : 1;
+        const double scale = 1 + value<double>(p.scale, place(p.scale, b, t, c), 0);
         of_weight += scale * with_normal;
         of_bias += scale * sum;
         of_scale += weight * with_normal + bias * sum;

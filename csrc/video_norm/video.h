@@ -14,10 +14,18 @@ void backward_pixels(const VideoNormBackwardParams& p);
 
 struct Sizes {
   int64_t B, C, T, P, groups, channels;  // channels: of a group
+  int64_t set_frames;                    // that share statistics
   template <class Params>
   explicit Sizes(const Params& p)
-      : B(p.x.shape[0]), C(p.x.shape[1]), T(p.x.shape[2]), P(p.x.shape[3]), groups(p.groups), channels(C / p.groups) {}
+      : B(p.x.shape[0]),
+        C(p.x.shape[1]),
+        T(p.x.shape[2]),
+        P(p.x.shape[3]),
+        groups(p.groups),
+        channels(C / p.groups),
+        set_frames(p.over == Over::clip ? T : 1) {}
   int64_t frames() const { return B * T; }
+  int64_t sets() const { return frames() / set_frames; }
 };
 
 // x, y or a gradient of their size.
@@ -52,7 +60,7 @@ struct Units {
 // processor does not foresee that a few of them are read side by side.
 inline bool is_far(int64_t bytes) { return bytes > 20 << 20; }
 
-// An element of a tensor, `otherwise` where there is none.
+// An element of a tensor, `otherwise` where there is none: an undefined view, whose sizes and strides are 0.
 template <class A>
 inline A value(const TensorView& v, int64_t index, A otherwise) {
   if (!v.defined()) return otherwise;
@@ -78,7 +86,7 @@ class Modulation {
       : T_(s.T),
         width_(padded<A>(s.C)),
         per_sample_(p.scale.defined() || p.shift.defined()),
-        per_frame_((p.scale.defined() && p.scale.shape[2] > 1) || (p.shift.defined() && p.shift.shape[2] > 1)),
+        per_frame_(p.scale.shape[2] > 1 || p.shift.shape[2] > 1),
         rows_(per_frame_    ? s.frames()
               : per_sample_ ? s.B
                             : 1),
@@ -87,10 +95,10 @@ class Modulation {
       const int64_t b = per_frame_ ? row / s.T : row, t = per_frame_ ? row % s.T : 0;
       A *const gain = values_.data() + row * 2 * width_, *const offset = gain + width_;
       for (int64_t c = 0; c < s.C; ++c) {
-        const A scale = p.scale.defined() ? 1 + value<A>(p.scale, place(p.scale, b, t, c), 0) : 1;
-        const A shift = p.shift.defined() ? value<A>(p.shift, place(p.shift, b, t, c), 0) : 0;
-        gain[c] = scale * value<A>(p.weight, p.weight.defined() ? c * p.weight.stride[0] : 0, 1);
-        offset[c] = scale * value<A>(p.bias, p.bias.defined() ? c * p.bias.stride[0] : 0, 0) + shift;
+        const A scale = 1 + value<A>(p.scale, place(p.scale, b, t, c), 0);
+        const A shift = value<A>(p.shift, place(p.shift, b, t, c), 0);
+        gain[c] = scale * value<A>(p.weight, c * p.weight.stride[0], 1);
+        offset[c] = scale * value<A>(p.bias, c * p.bias.stride[0], 0) + shift;
       }
       std::fill(gain + s.C, gain + width_, A{0});
       std::fill(offset + s.C, offset + width_, A{0});
@@ -131,7 +139,7 @@ void in_sets(int64_t sets, int64_t frames, int64_t units, int threads, Measure m
                [&](int64_t i, int) { apply((first + i) / units, (first + i) % units, threads + i / size); });
 }
 
-// Calls f<T, rows, silu>().
+// Calls f with a value of x's type and whether x is in rows and activated, as types.
 template <class F>
 void dispatch(const TensorView& x, bool silu, F&& f) {
   dispatch_dtype(x.dtype, [&](auto tag) {

@@ -32,7 +32,6 @@ def gradients_like(
     x: Tensor, weight: Tensor, history: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Memory for those of the gradients of x, weight, bias and history that are wanted."""
-
     of_x, of_weight, of_bias, of_history = wanted
     return (
         like_video(x) if of_x else None,

@@ -59,6 +59,11 @@ class Adapter:
         return self.unknown(type(module)) or self.refuses(module)
 
 
+def own_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of the library's class, also where ours has taken its place."""
+    return getattr(cls, "original_forward", cls.forward)
+
+
 def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from .._checks import DTYPES
 from .._library import autocast_enabled
 from ..video_norm import video_norm
-from .adapter import Adapter, class_path, fingerprint, is_bare
+from .adapter import Adapter, class_path, fingerprint, is_bare, own_forward
 
 # What norms compute, by class path: (norm, x, activation) -> y, or None where video_norm does not take this call.
 _Norm = Callable[[nn.Module, Tensor, "str | None"], "Tensor | None"]
@@ -241,8 +241,7 @@ def _unfit(norms: tuple[str, ...], activation: str | None = None) -> Callable[[n
         for norm in (getattr(block, name) for name in norms):
             path = class_path(type(norm))
             compute, known = _ALL.get(path, (None, None))
-            forward = getattr(type(norm), "original_forward", type(norm).forward)
-            if compute is None or (known is not None and fingerprint(forward) != known):
+            if compute is None or (known is not None and fingerprint(own_forward(type(norm))) != known):
                 return f"its norm {path} is not known"
         return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import streams_ltx
-from .adapter import class_path, fingerprint
+from .adapter import class_path, fingerprint, own_forward
 
 _AUTOENCODERS = "diffusers.models.autoencoders.autoencoder_"
 
@@ -266,8 +266,7 @@ def _both(stream: Callable[..., Iterator[Tensor]], **options: Any) -> _Stream:
 
 def _coder(vae: Any, task: str) -> Any:
     """Where the library accelerate, if it is there, wraps the method that would be looked at."""
-    kind = type(vae.encoder if task == "encode" else vae.decoder)
-    return getattr(kind, "original_forward", kind.forward)
+    return own_forward(type(vae.encoder if task == "encode" else vae.decoder))
 
 
 _MINIMAX = f"{_AUTOENCODERS}kl_minimax_h3.AutoencoderKLMiniMaxH3"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..causal_conv3d.reference import past
-from .adapter import fingerprint
+from .adapter import fingerprint, own_forward
 from .causal_convolutions import _convolve, _plain, _tail, _twice
 
 # Fingerprints of the forwards of the encoders and decoders, and of the layers that are given a past.
@@ -47,7 +47,6 @@ class Coder:
                 self.factor *= stride[0]
 
     def _check(self, name: str, module: Any, in_time: bool) -> None:
-        own = getattr(type(module), "original_forward", type(module).forward)
         why = None
         if getattr(module, "is_causal", True) is False:
             why = "looks ahead"
@@ -59,7 +58,7 @@ class Coder:
             why = "takes a timestep"
         elif in_time and "forward" in vars(module):
             why = "has had its forward wrapped by another library"
-        elif in_time and fingerprint(own) not in KNOWN:
+        elif in_time and fingerprint(own_forward(type(module))) not in KNOWN:
             why = "is of a release that was not checked"
         if why is not None:
             raise ValueError(f"vae is not streamed, because its {name} {why}")

@@ -1,4 +1,4 @@
-"""Memory for what video_norm returns beside y, the same for real and fake tensors."""
+"""Memory for what video_norm returns, the same for real and fake tensors."""
 
 from __future__ import annotations
 

@@ -80,10 +80,6 @@ def total(value, PIXEL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
         return by_group(tl.sum(value, 0), GROUPS, SIZE)
 
 
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
 def _scattered(x: Tensor) -> bool:
     """Whether no one distance leads from each pixel of a frame to the next."""
     return x.shape[3] > 1 and x.shape[4] > 1 and x.stride(3) != x.shape[4] * x.stride(4)
@@ -156,7 +152,7 @@ def whole(kernel: str, x: Tensor, over: str, groups: int) -> tuple[_triton.Tile,
 
     By the sizes of a frame alone, so that an image is computed as the first frame of a video is.
     """
-    size, number, last = _power_of_2(x.shape[1] // groups), 1, order(x) == "rows"
+    size, number, last = triton.next_power_of_2(x.shape[1] // groups), 1, order(x) == "rows"
     smallest, *_, largest = sorted(elements for name, elements in WHOLE if name == kernel)
     sector = 64 // x.element_size()  # what memory gives at once
     if over == "pixel":
@@ -164,7 +160,7 @@ def whole(kernel: str, x: Tensor, over: str, groups: int) -> tuple[_triton.Tile,
     elif over == "clip" and x.shape[2] > 1:
         return None
     else:
-        pixels = _power_of_2(x.shape[3] * x.shape[4])
+        pixels = triton.next_power_of_2(x.shape[3] * x.shape[4])
         while number < groups and (pixels * number * size < smallest or (last and number * size < sector)):
             number *= 2
         elements = pixels * number * size
@@ -178,8 +174,8 @@ def whole(kernel: str, x: Tensor, over: str, groups: int) -> tuple[_triton.Tile,
 def part(kernel: str, x: Tensor, groups: int) -> tuple[_triton.Tile, dict[str, Any]]:
     """A tile with a part of what its statistics are taken over."""
     most = lanes(order(x))
-    size = min(most, _power_of_2(x.shape[1] // groups))
-    number = min(most // size, _power_of_2(groups))
+    size = min(most, triton.next_power_of_2(x.shape[1] // groups))
+    number = min(most // size, triton.next_power_of_2(groups))
     return _tile(_triton.pick(PART, (kernel, order(x)), x.device), x, groups, number, size)
 
 
