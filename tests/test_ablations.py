@@ -31,7 +31,7 @@ from benchmarks.ablation_table import (
 from benchmarks.ablation_variants import BASE, BASELINE, VARIANTS, FullAttention, Variant, rate_change
 from benchmarks.ablations import Plan, Settings, held_out_loss, load, make, plan, run_all, score, step_seconds
 from walt.atomic import write_json
-from walt.data.clips import write_store
+from walt.data.clips import Clip, write_store
 from walt.data.latents import encode_latents
 from walt.data.loading import make_batch
 from walt.errors import WaltError
@@ -56,7 +56,7 @@ def random_material(folder: Path) -> Material:
         first, second = (x.movedim(1, -1).flatten(0, -2).double().numpy() for x in (latent, held_out))
         return {"frames": frechet_distance(first, second), "motion": 1.0}
 
-    clips = [(f"{('left', 'right')[i % 2]}/{i}", np.zeros((5, 8, 8, 3), np.uint8)) for i in range(12)]
+    clips = [Clip(f"{('left', 'right')[i % 2]}/{i}", np.zeros((5, 8, 8, 3), np.uint8)) for i in range(12)]
     shape = {"frames": 5, "height": 8, "width": 8}
     store = write_store(folder / "data", clips, 8)
     latents = encode_latents(store, folder / "latents", encode, key="", progress=False, **shape)

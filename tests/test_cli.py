@@ -143,7 +143,7 @@ class TestBadInput:
         assert "--num: 0 must be at least 1" in fails(capsys, "sample", "--from", "x", "--num", "0")
         assert "--seed: -1 must not be negative" in fails(capsys, "sample", "--from", "x", "--seed", "-1")
         assert "--size: 'big' is not a whole number" in fails(capsys, "train", "base", "--size", "big")
-        assert "required: --from" in fails(capsys, "sample")
+        assert "required: --data" in fails(capsys, "evaluate")
         assert "unknown option --form; did you mean --from?" in fails(capsys, "sample", "--form", "x")
         assert "--seed: 9223372036854775808 must be below 2^63" in fails(
             capsys, "sample", "--from", "x", "--seed", 2**63

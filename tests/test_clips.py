@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from films import noise, numbers, ramp
 
-from walt.data.clips import ClipStore, PrepareSettings, write_store
+from walt.data.clips import Clip, ClipStore, PrepareSettings, write_store
 from walt.data.pixels import cover, shrink
 from walt.data.prepare import prepare
 from walt.data.video import write_mp4, write_png
@@ -60,16 +60,17 @@ def test_fingerprint_is_of_what_frames_depend_on(store):
 
 def test_clips_that_are_no_files(tmp_path):
     """Frames come back as they were; the folder in a name is the class, and the first of each class can be had."""
-    clips = [(f"{name}/{number}", noise(5, number)) for number, name in enumerate("bbaab")]
-    store = write_store(tmp_path / "store", [*clips, ("loose", noise(5, 9))], 17.5)
+    clips = [Clip(f"{name}/{number}", noise(5, number)) for number, name in enumerate("bbaab")]
+    store = write_store(tmp_path / "store", [*clips, Clip("loose", noise(5, 9), "a loose clip")], 17.5)
     assert np.array_equal(store.read(rows((3, 0)), 5)[0], clips[3][1])
     assert np.array_equal(store.read(rows((4, 1)), 3)[0], clips[4][1][1:4])
     assert len(store.windows(5)) == 6
     assert store.classes == ("a", "b")
     assert store.label.tolist() == [1, 1, 0, 0, 1, 2]
     assert store.rate == 17.5
+    assert store.caption == (*[None] * 5, "a loose clip")
     assert store.balanced(2).tolist() == [2, 3, 0, 1]
-    again = write_store(tmp_path / "again", [*clips, ("loose", noise(5, 9))], 17.5)
+    again = write_store(tmp_path / "again", [*clips, Clip("loose", noise(5, 9))], 17.5)
     assert again.fingerprint == store.fingerprint
     assert write_store(tmp_path / "again", clips, 17.5).fingerprint != store.fingerprint
 

@@ -222,7 +222,7 @@ class TestVideoFeatures:
         assert "Kinetics-400" in network.description
         assert "not DeepMind's" not in network.description
         pytest.importorskip("av", reason="av is not installed")
-        real = np.stack([clip for _, clip in random_film_clips(path, (60, 80), 2, frames=9, seed=1)])
+        real = np.stack([clip.video for clip in random_film_clips(path, (60, 80), 2, frames=9, seed=1)])
         noise = np.random.default_rng(17).standard_normal(real.shape)
         weak, strong = (np.clip(real + s * noise, 0, 255).astype(np.uint8) for s in (8, 32))
         shuffled = real[:, [4, 0, 7, 2, 8, 1, 6, 3, 5]]

@@ -199,6 +199,26 @@ def test_the_tokenizers_loss_is_the_weighted_sum(frames: int) -> None:
     assert not any(value.requires_grad or value.ndim for value in logs.values())
 
 
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_terms_count_from_their_start(step: int) -> None:
+    tokenizer = make(dtype=torch.float64).requires_grad_(True)
+    config = TokenizerLossConfig(2.0, 0.3, 0.7, 1, 0.01, 0.05, perceptual_start=3, adversarial_start=4)
+    critic, batch = Mean(), {"video": draw(2, 3, 5, 16, 16, dtype=torch.float64), "step": step, "penalise": True}
+    loss, logs = TokenizerLoss(config, terms(0.3, PerceptualLoss(Colours()), critic))(tokenizer, batch)
+    weights = {"reconstruction": 2.0, "decorrelation": 0.05}
+    weights |= {"perceptual": 0.7} if step >= 3 else {}
+    weights |= {"adversarial": 0.01} if step >= 4 else {}
+    assert logs.keys() == weights.keys()
+    torch.testing.assert_close(loss.detach(), sum(weights[name] * logs[name] for name in weights))
+
+    lecam = LeCam()
+    judge = DiscriminatorLoss(config, lecam)
+    loss, values = judge(critic, batch)
+    loss.backward()
+    judge.after_step({name: float(value) for name, value in values.items()})
+    assert bool(values) == bool(loss) == bool(critic.weight.grad) == bool(lecam.anchor_real) == (step >= 4)
+
+
 def test_terms_can_be_left_out() -> None:
     video = draw(1, 3, 1, 8, 8)
     network = Given(draw(1, 4, 1, 2, 2), video + 0.1)

@@ -12,9 +12,10 @@ from films import noise
 from test_ablations import SETTINGS, SMALL, random_material
 from tiny_runs import fit
 
+import walt.demo.clips
 from benchmarks import ablations, cases, measure
 from benchmarks.ablation_variants import BASELINE
-from walt.demo import demo as demo_module
+from walt.data.clips import Clip
 from walt.demo.demo import Demo, DemoConfig
 from walt.errors import WaltError
 from walt.evaluate.networks import FrameFeatures
@@ -66,10 +67,10 @@ def test_the_demo(losses, tmp_path, monkeypatch):
 
     def clips(train: int, held_out: int, *, frames: int, size: int, **_: object):
         names = [f"{name}/{number}" for number in range(train + held_out) for name in ("basic", "film")]
-        made = [(name, noise(frames, seed, size, size)) for seed, name in enumerate(names)]
+        made = [Clip(name, noise(frames, seed, size, size)) for seed, name in enumerate(names)]
         return made[: 2 * train], made[2 * train :]
 
-    monkeypatch.setattr(demo_module, "demo_clips", clips)
+    monkeypatch.setattr(walt.demo.clips, "demo_clips", clips)
     steps = {"tokenizer_steps": 2, "transformer_steps": 2, "sampling_steps": 1}
     Demo(
         DemoConfig(preset="minimal", scenarios=("basic",), clips=2, samples=2, frames=5, size=16, **steps), tmp_path

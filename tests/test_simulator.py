@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from walt.data.captions import read_captions
+from walt.data.clips import Clip
 from walt.data.simulator import (
+    FILM_CAPTION,
     SCENARIOS,
-    Clip,
     demo_clips,
     film_path,
     random_film_clips,
@@ -37,11 +38,21 @@ def simulator():
 
 
 def videos(clips: list[Clip]) -> np.ndarray:
-    return np.stack([video for _, video in clips])
+    return np.stack([clip.video for clip in clips])
 
 
 def classes(clips: list[Clip]) -> list[str]:
-    return [name.partition("/")[0] for name, _ in clips]
+    return [clip.name.partition("/")[0] for clip in clips]
+
+
+def moves_along(video: np.ndarray, shift: int) -> bool:
+    """Whether what is in the picture goes right (1) or left (-1)."""
+    assert video.shape == (5, 64, 64, 3)
+    video = video.astype(float)
+    along, against = (
+        np.abs(np.roll(video[:-1], 5 * s, axis=2) - video[1:])[:, :40, 10:54].mean() for s in (shift, -shift)
+    )
+    return bool(along < 0.8 * against)
 
 
 @pytest.mark.usefixtures("simulator")
@@ -79,11 +90,19 @@ class TestSimulator:
     def test_demo_split_shares_nothing(self, film):
         train, test = demo_clips(3, 2, scenarios=("basic", "take_cover"), frames=5, size=32, seed=0)
         names = ("basic", "take_cover", "big_buck_bunny")
-        assert not {name for name, _ in train} & {name for name, _ in test}
+        assert not {clip.name for clip in train} & {clip.name for clip in test}
         assert classes(train) == [name for name in names for _ in range(3)]
         assert classes(test) == [name for name in names for _ in range(2)]
         for clip in videos(test):
             assert not (clip == videos(train)).all(axis=(1, 2, 3, 4)).any()
+
+    def test_captions_of_the_demo_say_what_is_played(self, film):
+        train, test = demo_clips(6, 1, scenarios=("defend_the_line",), frames=5, size=64, seed=0)
+        captions = ["walking in a grey hall", "turning left in a grey hall", "turning right in a grey hall"] * 2
+        assert [clip.caption for clip in train] == [*captions, *[FILM_CAPTION] * 6]
+        assert [clip.caption for clip in test] == [None, None]
+        assert moves_along(train[1].video, 1)
+        assert moves_along(train[2].video, -1)
 
 
 def test_demo_folder(tmp_path, monkeypatch):
@@ -99,12 +118,7 @@ def test_demo_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("videos").iterdir()) == sorted([*SCENARIOS, "captions.jsonl"])
     # The view moves against the player: turned left, what is in the picture goes right.
     for name, shift in (("turning-left-0000", 1), ("turning-right-0001", -1)):
-        video = read_video(f"videos/defend_the_line/{name}.mp4").astype(float)
-        assert video.shape == (5, 64, 64, 3)
-        along, against = (
-            np.abs(np.roll(video[:-1], 5 * s, axis=2) - video[1:])[:, :40, 10:54].mean() for s in (shift, -shift)
-        )
-        assert along < 0.8 * against
+        assert moves_along(read_video(f"videos/defend_the_line/{name}.mp4"), shift)
     with pytest.raises(ValueError, match="frames: got 1; expected an int >= 2"):
         write_demo_folder("none", clips_per_class=2, frames=1)
     with pytest.raises(WaltError, match="videos is there already; name another folder"):
@@ -122,7 +136,7 @@ def test_film_clips_stay_in_their_span(tmp_path):
     assert index.round().max() <= 31
     assert (np.diff(index.round(), axis=1) == 1).all()
     assert len(set(index[:, 0].round())) > 3
-    assert [name for name, _ in clips] == [f"ramp/frames-20-31-clip-{number}" for number in range(12)]
+    assert [clip.name for clip in clips] == [f"ramp/frames-20-31-clip-{number}" for number in range(12)]
 
 
 def test_the_film(film):

@@ -234,6 +234,19 @@ def _check_fit(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ..
             )
 
 
+def weights_in(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state dict with its parameters in dtype (None: as they are); buffers, which are few, keep theirs.
+
+    WaltError for a value that is beyond the dtype's range.
+    """
+    tensors = dict(module.state_dict())
+    for name, parameter in module.named_parameters() if dtype is not None else ():
+        tensors[name] = parameter.detach().to(dtype)
+        if not bool(tensors[name].isfinite().all()):
+            raise WaltError(f"dtype: got {dtype}; expected one whose range holds {name!r}")
+    return tensors
+
+
 def best_weights(folder: Path) -> Path:
     """The averaged weights where there are some, else the plain ones."""
     averaged = folder / "ema.safetensors"

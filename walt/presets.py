@@ -9,9 +9,7 @@ from walt.model.config import TokenizerConfig, TransformerConfig
 __all__ = ["PRESETS"]
 
 # For 17x64x64 clips on two cores.
-_TINY_TOKENIZER = TokenizerConfig(
-    channels=8, multipliers=(1, 2, 4, 8), blocks=1, middle_blocks=1, groups=2, adaptive_norm=False
-)
+_TINY_TOKENIZER = TokenizerConfig(channels=8, multipliers=(2, 2, 4, 8), blocks=1, middle_blocks=0, groups=2)
 _TINY = TransformerConfig(
     layers=6,
     width=192,

@@ -1,4 +1,4 @@
-"""The models in a run's folder: reads the tokenizer, and checks that the denoisers were trained with it."""
+"""Where a trained model is: a run's folder, this package, the hub; its tokenizer, and whether its denoisers fit it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,40 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from walt.checkpoint import best_weights, checkpoint_folder, load_description, load_weights, read_tensors
-from walt.errors import as_user_error
+from walt.errors import WaltError, as_user_error, require
 from walt.model.config import TokenizerConfig
 from walt.model.tokenizer import Tokenizer
 
 DENOISERS = {"transformer": "base", "sr1": "sr", "sr2": "sr --level 2"}  # folder: what `walt train` makes it
+
+PACKAGED = Path(__file__).parent / "weights"  # a folder for each model in this package
+TINY_DOOM = "tiny-doom"  # what commands use if no other model is named
+HUB = "hub:"
+
+
+def packaged() -> tuple[str, ...]:
+    """The names of the models in this package."""
+    return tuple(sorted(path.name for path in PACKAGED.iterdir() if path.is_dir())) if PACKAGED.is_dir() else ()
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a trained model; one on the Hugging Face hub, "hub:<owner>/<name>", is downloaded once.
+
+    name: a folder, or if there is none of that name, a model in this package. WaltError if it is neither.
+    """
+    if str(name).startswith(HUB):
+        hub = require("huggingface_hub", "hub")
+        try:
+            files = ["*.json", "*.safetensors"]
+            return Path(hub.snapshot_download(str(name).removeprefix(HUB), allow_patterns=files))
+        except (OSError, ValueError) as error:
+            raise WaltError(f"{name} cannot be downloaded: {error}") from error
+    folder = Path(name)
+    if not folder.is_dir() and str(name) in packaged():
+        folder = PACKAGED / name
+    if not folder.is_dir():
+        raise WaltError(f"no such folder: {folder}")
+    return folder
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

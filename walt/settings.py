@@ -70,6 +70,8 @@ class TokenizerLossConfig(Config):
     r1_every: int = 16  # on average, steps from penalty to penalty, each so many times as heavy; ours
     lecam: float = 0.001  # LeCAM regularisation of the discriminator
     lecam_decay: float = 0.999  # of its averages
+    perceptual_start: int = 0  # step from which the perceptual loss counts; ours
+    adversarial_start: int = 0  # step from which there is a discriminator; ours, as VQGAN has it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +79,9 @@ class TokenizerLossConfig(Config):
             value = getattr(self, name)
             expect(_is_number(value) and value >= 0, name, value, "a number of at least 0")
         expect_positive(self, "perceptual_frames", "r1_every")
+        for name in ("perceptual_start", "adversarial_start"):
+            value = getattr(self, name)
+            expect(is_int(value) and value >= 0, name, value, "an int >= 0")
         good = _is_number(self.lecam_decay) and 0 <= self.lecam_decay < 1
         expect(good, "lecam_decay", self.lecam_decay, "a number from 0, below 1")
 
@@ -248,7 +253,7 @@ def _recipe(preset: str, stage: str) -> dict[str, Any]:
     text = "bytes" if transformer.text_vocabulary else ""
     if stage == "tokenizer":
         if not full:
-            training = TrainingConfig(1000, lr=2e-3, warmup=100)
+            training = TrainingConfig(1000, lr=5e-4, warmup=100)
             losses = TokenizerLossConfig(reconstruction=1.0, adversarial=0.0, perceptual=0.0)
             return {"data": DataConfig(min(frames, 5), height, width), "losses": losses, "training": training}
         training = TrainingConfig(400_000, lr=1e-4, warmup=2000, betas=(0.0, 0.99), ema_decay=0.999, save_every=1000)

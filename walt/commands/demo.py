@@ -8,7 +8,9 @@ from typing import Annotated
 
 from walt.commands.options import Command, Natural, Positive, Real, one_of, value, words
 from walt.demo import demo
+from walt.demo.card import describe_model
 from walt.demo.demo import DemoConfig
+from walt.demo.release import Release
 from walt.presets import PRESETS
 
 
@@ -26,11 +28,17 @@ class Demo(Command):
     transformer_steps: Positive = DemoConfig.transformer_steps  # training steps of the transformer, at most
     sampling_steps: Positive = DemoConfig.sampling_steps  # DDIM steps
     seed: Natural = DemoConfig.seed  # of data, weights, batches and samples
+    # Instead of a demo, make the model in this package there, with its card: hours on a CPU; re-running resumes.
+    release: Path | None = None
 
-    examples = ("walt demo --out runs/demo --minutes 12",)
+    examples = ("walt demo --out runs/demo --minutes 12", "walt demo --release runs/release")
 
     def run(self) -> None:
+        if self.release is not None:
+            print(describe_model(Release(self.release, self.seed).run()))
+            return
         options = {**vars(self)}
+        del options["release"]
         out = options.pop("out")
         metrics = demo.Demo(DemoConfig(**options), out).run()
         print("\n".join(demo.summary(metrics, out)))

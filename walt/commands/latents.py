@@ -13,9 +13,9 @@ from walt.data.video import FPS, check_output
 from walt.errors import WaltError, as_user_error
 from walt.evaluate.real_clips import trained_on
 from walt.model.config import SPACE_FACTOR
+from walt.pretrained import model_folder
 from walt.rates import check_rate
 from walt.sample.codec import decode_film, encode_film
-from walt.sample.denoiser import local_folder
 
 
 @dataclass(kw_only=True)
@@ -70,7 +70,7 @@ class Decode(Tiled):
         with as_user_error(str(self.latents)):
             # Pictures and old files have no rate.
             stored = float(files.metadata.get("fps", 0))
-            fps = self.fps or stored or trained_on(local_folder(self.from_))[0]["fps"] or FPS
+            fps = self.fps or stored or trained_on(model_folder(self.from_))[0]["fps"] or FPS
             check_rate(fps)
             frames, height, width = decode_film(tokenizer, files, self.out, fps, **self.tiles())
         print(f"{self.out}: {frames} frames of {height}x{width}, {fps:g} a second")

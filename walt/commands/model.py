@@ -10,8 +10,7 @@ import torch
 from walt.commands.options import Command
 from walt.errors import WaltError
 from walt.model.tokenizer import Tokenizer
-from walt.pretrained import load_tokenizer
-from walt.sample.denoiser import local_folder
+from walt.pretrained import TINY_DOOM, load_tokenizer, model_folder
 from walt.sample.pipeline import WaltPipeline
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -19,7 +18,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @dataclass(kw_only=True)
 class ModelCommand(Command):
-    from_: str  # folder of a trained model, or hub:OWNER/NAME
+    from_: str = TINY_DOOM  # folder of a trained model, hub:OWNER/NAME, or a model in this package
     device: str | None = None  # such as cuda (default: a GPU if there is one)
 
     def pipeline(self) -> WaltPipeline:
@@ -27,10 +26,8 @@ class ModelCommand(Command):
         return WaltPipeline.from_pretrained(self.from_).to(device)
 
     def tokenizer(self) -> Tokenizer:
-        device, folder = find_device(self.device), local_folder(self.from_)
-        if not folder.is_dir():
-            raise WaltError(f"no such folder: {folder}")
-        return load_tokenizer(folder / "tokenizer").to(device)
+        device = find_device(self.device)
+        return load_tokenizer(model_folder(self.from_) / "tokenizer").to(device)
 
 
 def find_device(name: str | None) -> torch.device:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,22 +131,27 @@ def read_index(folder: Path) -> tuple[PrepareSettings, tuple[Item, ...]]:
         raise WaltError(f"{path} is broken: {error}") from error
 
 
-def write_store(folder: Path, clips: Iterable[tuple[str, np.ndarray]], fps: float) -> ClipStore:
-    """Write a prepared folder of clips in memory: names and uint8 [T, H, W, 3], all of one height and width.
+class Clip(NamedTuple):
+    """A clip in memory."""
 
-    As with files, the folder in a name is the class ("basic/7"). Each clip is one shot. WaltError if the disk is full.
-    """
+    name: str  # as of a file: its folder is the class ("basic/7")
+    video: np.ndarray  # uint8 [T, H, W, 3]
+    caption: str | None = None
+
+
+def write_store(folder: Path, clips: Iterable[Clip], fps: float) -> ClipStore:
+    """Write a prepared folder of clips of one height and width, each one shot. WaltError if the disk is full."""
     items: list[Item] = []
     with atomic_folder(folder) as temporary:
         with shard_path(temporary, 0).open("wb") as shard:
-            for name, video in clips:
+            for name, video, caption in clips:
                 frames, height, width, _ = video.shape
                 pixels = video.tobytes()
                 item = Item(
                     name=name,
                     kind="video",
                     label=normal(Path(name).parent.name) or None,
-                    caption=None,
+                    caption=caption,
                     fps=fps,
                     variable=False,
                     height=height,

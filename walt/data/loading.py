@@ -23,9 +23,9 @@ Source = Callable[[torch.Generator, Mapping[int, torch.Generator]], Batch]
 
 
 def make_batch(source: Source, seed: int, step: int, samples: Iterable[int]) -> Batch:
-    """The samples with these numbers of a step's batch: always the same ones."""
+    """The samples with these numbers of a step's batch, always the same ones; and "step"."""
     generators = {sample: keyed_generator(seed, step, 1 + sample) for sample in samples}
-    return source(keyed_generator(seed, step, 0), generators)
+    return {"step": step, **source(keyed_generator(seed, step, 0), generators)}
 
 
 class Loader:

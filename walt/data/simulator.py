@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from walt.atomic import atomic_folder
+from walt.data.clips import Clip
 from walt.data.pixels import centre_square, shrink
 from walt.data.video import read_video, write_mp4
 from walt.errors import WaltError, require
@@ -70,7 +71,7 @@ def open_game(scenario: str) -> Iterator[Any]:
             game.set_sound_enabled(False)
             game.set_render_hud(False)
             game.set_mode(vizdoom.Mode.PLAYER)
-            game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
+            game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
             game.set_screen_format(vizdoom.ScreenFormat.RGB24)
             game.init()
             yield game
@@ -80,7 +81,7 @@ def open_game(scenario: str) -> Iterator[Any]:
 
 
 def render_episode(game: Any, frames: int, seed: tuple[int, ...], key: str | None = None) -> np.ndarray:
-    """One clip uint8 [frames, 120, 160, 3], of random keys or with one key held down.
+    """One clip uint8 [frames, 240, 320, 3], of random keys or with one key held down.
 
     An episode that ends too soon, or stops moving because the held key leads into a wall, is tried again with the next
     seed.
@@ -127,25 +128,42 @@ def _moves(clip: np.ndarray) -> bool:
 
 
 FILM = "big_buck_bunny"
+FILM_CAPTION = "a meadow in an animated film"
 DEMO_FPS = 17.5  # of the simulator's 35 tics a second, every second one is a frame
-
-Clip = tuple[str, np.ndarray]  # a name, whose folder is the class, and uint8 [T, H, W, 3]
 
 
 def render_clips(
-    scenarios: Iterable[str], episodes: range, *, frames: int = 17, size: int = 64, seed: int = 0, progress: bool = True
+    scenarios: Iterable[str],
+    episodes: range,
+    *,
+    frames: int = 17,
+    size: int = 64,
+    seed: int = 0,
+    captioned: bool = False,
+    progress: bool = True,
 ) -> list[Clip]:
-    """One clip for each scenario and episode, "basic/episode-7": the centre square of the screen at size x size."""
+    """One clip for each scenario and episode, "basic/episode-7": the centre square of the screen at size x size.
+
+    Keys are random; of `captioned` clips, most hold one key down in turn, and all say what the player does, and where.
+    """
     names = tuple(scenarios)
     clips = []
     with tqdm(total=len(names) * len(episodes), desc="render", unit="clip", disable=not progress) as bar:
         for label, name in enumerate(names):
             with open_game(name) as game:
                 for episode in episodes:
-                    clip = render_episode(game, frames, (seed, label, episode))
-                    clips.append((f"{name}/episode-{episode}", shrink(centre_square(clip), size, size)))
+                    key, caption = action(name, episode) if captioned else (None, None)
+                    video = render_episode(game, frames, (seed, label, episode), key)
+                    clips.append(Clip(f"{name}/episode-{episode}", shrink(centre_square(video), size, size), caption))
                     bar.update()
     return clips
+
+
+def action(scenario: str, episode: int) -> tuple[str | None, str]:
+    """The key that is held down in a captioned episode, None for random ones, and the caption."""
+    place, keys = CAPTIONED[scenario]
+    key = (None, *keys)[episode % (1 + len(keys))]
+    return key, f"{'walking' if key is None else ACTIONS[key]} {place}"
 
 
 def film_path() -> Path:
@@ -161,7 +179,15 @@ def film_path() -> Path:
 
 
 def random_film_clips(
-    path: Path, span: tuple[int, int], count: int, *, name: str = FILM, frames: int = 17, size: int = 64, seed: int = 0
+    path: Path,
+    span: tuple[int, int],
+    count: int,
+    *,
+    name: str = FILM,
+    frames: int = 17,
+    size: int = 64,
+    seed: int = 0,
+    caption: str | None = None,
 ) -> list[Clip]:
     """`count` clips from frames span[0] .. span[1] - 1 of a film, "<name>/frames-0-99-clip-7": random starts, random
     square windows at rest."""
@@ -180,20 +206,24 @@ def random_film_clips(
         top = int(random.integers(0, low - side + 1))
         left = int(random.integers(0, film.shape[2] - side + 1))
         crop = film[first : first + frames, top : top + side, left : left + side]
-        clips.append((f"{name}/frames-{start}-{stop - 1}-clip-{number}", shrink(crop, size, size)))
+        clips.append(Clip(f"{name}/frames-{start}-{stop - 1}-clip-{number}", shrink(crop, size, size), caption))
     return clips
 
 
 def demo_clips(
     train_count: int, test_count: int, *, scenarios: Sequence[str], frames: int, size: int, seed: int
 ) -> tuple[list[Clip], list[Clip]]:
-    """The demo's data, (train, held out), this many clips a class: simulator episodes, and a film split in time."""
+    """The demo's data, (train, held out), this many clips a class: simulator episodes, and a film split in time.
+
+    Those to train on have captions; those held out are all played with random keys.
+    """
     path = film_path()
     film_frames, cut = 132, 100  # the last 32 frames of the film are never trained on
-    train = render_clips(scenarios, range(train_count), frames=frames, size=size, seed=seed)
-    test = render_clips(scenarios, range(train_count, train_count + test_count), frames=frames, size=size, seed=seed)
-    train += random_film_clips(path, (0, cut), train_count, frames=frames, size=size, seed=seed)
-    test += random_film_clips(path, (cut, film_frames), test_count, frames=frames, size=size, seed=seed)
+    shape: Any = {"frames": frames, "size": size, "seed": seed}
+    train = render_clips(scenarios, range(train_count), captioned=True, **shape)
+    test = render_clips(scenarios, range(train_count, train_count + test_count), **shape)
+    train += random_film_clips(path, (0, cut), train_count, caption=FILM_CAPTION, **shape)
+    test += random_film_clips(path, (cut, film_frames), test_count, **shape)
     return train, test
 
 

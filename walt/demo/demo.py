@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from walt.atomic import latest_complete, read_json, write_json
+from walt.atomic import write_json
 from walt.checkpoint import fingerprint
-from walt.data.clips import INDEX, ClipStore, write_store
-from walt.data.simulator import DEMO_FPS, SCENARIOS, demo_clips
+from walt.data.clips import ClipStore
+from walt.data.simulator import DEMO_FPS, SCENARIOS
 from walt.demo import report
+from walt.demo.clips import ClipSet
 from walt.errors import WaltError, as_user_error
 from walt.evaluate.evaluate import reconstructions
 from walt.evaluate.metrics import clip_distances, psnr
@@ -34,8 +35,6 @@ from walt.train.tokenizer import train_tokenizer
 from walt.train.trainer import Trainer
 
 FEATURE_FRAMES_PER_SECOND = 200  # on two cores, rounded down
-FOLDERS = "data", "held-out"  # of the clips to train on and of the others
-NOTE = "demo.json"  # which clips these are
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,8 @@ class Demo:
         self.config, self.out = config, Path(out)
         self.started = time.monotonic()
         self.times: dict[str, float] = {}
+        c = config
+        self.clips = ClipSet(c.seed, c.clips, c.samples, c.frames, c.size, c.scenarios)
         classes = len(config.scenarios) + 1
         settings = config.settings("base")
         if not settings.transformer.classes:
@@ -100,9 +101,8 @@ class Demo:
             return self._run(features)
 
     def _run(self, features: FrameFeatures) -> dict[str, Any]:
-        self._check_folder()
-        train, test = self._timed("data", self._data)
-        real = self._videos(test)
+        train, test = self._timed("data", self.clips.open, self.out)
+        real = self.clips.read(test)
         tokenizer, first = self._timed("tokenizer", self._tokenizer, train)
         reconstruction = self._timed("reconstruction", self._reconstruct, tokenizer, real)
         pipeline, untrained, second = self._timed("transformer", self._transformer, tokenizer, train)
@@ -144,50 +144,6 @@ class Demo:
 
     def _left(self) -> float:
         return self.config.minutes * 60 - (time.monotonic() - self.started)
-
-    def _check_folder(self) -> None:
-        """WaltError if the folder is another demo's, or no demo's at all."""
-        path = self.out / NOTE
-        if path.is_file():
-            found = read_json(path)
-            for name, value in self._note().items():
-                if found.get(name) != value:
-                    raise WaltError(
-                        f"{self.out} holds a demo of other clips ({name} is {found.get(name)} there, {value} here);"
-                        " give the same settings, or another --out"
-                    )
-            return
-        for name in ("tokenizer", "transformer", *FOLDERS):
-            if latest_complete(self.out / name).exists():
-                raise WaltError(
-                    f"{self.out / name} is there already, of an older demo or from elsewhere; give another --out"
-                )
-
-    def _note(self) -> dict[str, Any]:
-        """What the clips depend on, as JSON reads it back."""
-        c = self.config
-        numbers = {name: getattr(c, name) for name in ("seed", "clips", "samples", "frames", "size")}
-        return {**numbers, "scenarios": list(c.scenarios)}
-
-    def _data(self) -> tuple[ClipStore, ClipStore]:
-        """The clips to train on and those that are held out, rendered once: two prepared folders."""
-        c, folders = self.config, [self.out / name for name in FOLDERS]
-        if not all((folder / INDEX).is_file() for folder in folders):
-            sets = demo_clips(c.clips, c.samples, scenarios=c.scenarios, frames=c.frames, size=c.size, seed=c.seed)
-            train, test = ({name for name, _ in clips} for clips in sets)
-            if train & test:
-                raise WaltError(
-                    f"{len(train & test)} clips are both trained on and held out, such as {min(train & test)}"
-                )
-            write_json(self.out / NOTE, self._note())
-            for folder, clips in zip(folders, sets, strict=True):
-                write_store(folder, clips, DEMO_FPS)
-        return ClipStore.open(folders[0]), ClipStore.open(folders[1])
-
-    def _videos(self, store: ClipStore, items: np.ndarray | None = None) -> np.ndarray:
-        """The clips of items (None: all), uint8 [N, T, H, W, 3]."""
-        clips = store.windows(self.config.frames, hop=self.config.frames)  # one for each item
-        return store.read(clips if items is None else clips[items], self.config.frames)
 
     def _training(self, stage: str, store: ClipStore) -> Run:
         return Run(stage, self.config.settings(stage), store, self.out, torch.device("cpu"))
@@ -237,7 +193,7 @@ class Demo:
 
         "decoded" is the distance to the held-out clips as the tokenizer shows them: what is left to the transformer.
         """
-        known = features(self._videos(train, train.balanced(self.config.samples)), desc="features of training clips")
+        known = features(self.clips.read(train, train.balanced(self.config.samples)), desc="features of training clips")
         dimensions = min(self.config.dimensions, known.shape[0] * known.shape[1] // 4)
         project = Projection(known, dimensions)
         held_out = project(features(real, desc="features of held-out clips"))

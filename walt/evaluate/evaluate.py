@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from walt.data.pixels import to_model, to_pixels
-from walt.evaluate.metrics import frechet_distance, inception_score, psnr, ssim
+from walt.evaluate.metrics import colour_error, frechet_distance, inception_score, psnr, ssim
 from walt.evaluate.networks import FrameFeatures, Network, VideoFeatures, softmax
 from walt.model.tokenizer import Tokenizer
 
@@ -23,8 +23,10 @@ METRICS = {
     "inception_score": "inception score",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
+    "colour": "colour error",
 }
-PAIRED = ("psnr", "ssim")
+PAIRED = {"psnr": psnr, "ssim": ssim, "colour": colour_error}  # of a clip and its reconstruction
+DIGITS = {"ssim": 4, "colour": 4}  # after the point; of the others 2
 OF_REAL = {"fvd": "video", "frechet_image_distance": "image"}  # networks that see the real clips, too
 PUBLISHED_CLIPS, PUBLISHED_FRAMES = 2048, 16  # fewest clips a side, and frames a clip, of published FVDs
 
@@ -55,13 +57,17 @@ def reconstructions(tokenizer: Tokenizer, clips: np.ndarray) -> Iterator[np.ndar
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Numbers by metric, and for each the lines that say how it was measured and what it cannot be compared with."""
+    """Numbers by metric, and for each the lines that say how it was measured and what it cannot be compared with.
+
+    by_class: of metrics that compare clip with clip, the mean over the clips of each class.
+    """
 
     values: dict[str, float]
     protocol: dict[str, tuple[str, ...]]
     real: int  # clips
     fake: int
     clip: tuple[int, int, int]  # frames, height, width
+    by_class: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """What is printed: no number without its protocol."""
@@ -69,8 +75,10 @@ class Evaluation:
         top = f"{self.real} real clips and {self.fake} compared with them, {frames} frames of {height}x{width} pixels"
         lines = [top]
         for name, value in self.values.items():
-            lines.append(f"{METRICS[name]:<24}{value:10.{4 if name == 'ssim' else 2}f}")
+            digits = DIGITS.get(name, 2)
+            lines.append(f"{METRICS[name]:<24}{value:10.{digits}f}")
             lines += [f"  {line}" for line in self.protocol[name]]
+            lines += [f"  {label:<22}{value:10.{digits}f}" for label, value in self.by_class.get(name, {}).items()]
         return lines
 
     def __str__(self) -> str:
@@ -85,12 +93,14 @@ def evaluate(
     video: Network | None = None,
     image: Network | None = None,
     classifier: Network | None = None,
+    labels: Sequence[str] = (),
     progress: bool = True,
 ) -> Evaluation:
     """Compare two sets of clips in one pass that keeps features only, so the sets may be longer than memory.
 
     `real`, `fake`: uint8 [N, T, H, W, 3], or iterables of such batches, of one clip size. `metrics`: keys of METRICS;
-    for "psnr" and "ssim", fake clip i is the reconstruction of real clip i, and iterables must give equal batches.
+    for those in PAIRED, fake clip i is the reconstruction of real clip i, and iterables must give equal batches; with
+    `labels`, the class of each clip, they are also given class by class.
     `video` gives FVD its features (None: `VideoFeatures()`, which needs its weights), `image` the Frechet image
     distance (None: `FrameFeatures()`), and `classifier` the inception score of `fake` its probabilities [N, K] (None:
     the softmax of `video`'s logits). ValueError for unlike sets, or fewer than two clips where a spread is needed.
@@ -113,7 +123,14 @@ def evaluate(
     values, protocol = {}, {}
     for name in dict.fromkeys(metrics):
         values[name], protocol[name] = _RESULTS[name](measured, networks)
-    return Evaluation(values, protocol, measured.real, measured.fake, measured.clip)
+    if labels and len(labels) != measured.real:
+        raise ValueError(f"labels: got {len(labels)}; expected {measured.real}, one for each clip")
+    classes = np.array(labels)
+    by_class = {
+        name: {label: float(of_clips[classes == label].mean()) for label in sorted({*labels} - {""})}
+        for name, of_clips in measured.paired.items()
+    }
+    return Evaluation(values, protocol, measured.real, measured.fake, measured.clip, by_class)
 
 
 @dataclass
@@ -160,7 +177,7 @@ def _measure(
                     got = " and ".join("none" if batch is None else str(len(batch)) for batch in pair)
                     raise ValueError(f"fake: got batches of {got} clips; {paired[0]} pairs them, expected equal ones")
                 for name in paired:
-                    values[name].append((psnr if name == "psnr" else ssim)(output, original))
+                    values[name].append(PAIRED[name](output, original))
     if clip is None:
         raise ValueError("real, fake: got no clips")
     return _Measured(
@@ -209,6 +226,11 @@ def _inception_score(measured: _Measured, networks: Networks) -> Result:
     )
 
 
+def _colour(measured: _Measured, _: Networks) -> Result:
+    how = f"mean over {measured.fake} clips of how far the mean colour of a frame is off, black being -1 and white 1"
+    return float(measured.paired["colour"].mean()), (how,)
+
+
 def _psnr(measured: _Measured, _: Networks) -> Result:
     how = f"mean over {measured.fake} clips of 10 log10(255^2 / mean squared error), RGB in 8 bits"
     return float(measured.paired["psnr"].mean()), (how,)
@@ -225,6 +247,7 @@ _RESULTS: dict[str, Callable[[_Measured, Networks], Result]] = {
     "inception_score": _inception_score,
     "psnr": _psnr,
     "ssim": _ssim,
+    "colour": _colour,
 }
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["clip_distances", "frechet_distance", "inception_score", "psnr", "ssim"]
+__all__ = ["clip_distances", "colour_error", "frechet_distance", "inception_score", "psnr", "ssim"]
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM, as its authors set them
 
@@ -21,6 +21,16 @@ def psnr(output: np.ndarray, target: np.ndarray) -> np.ndarray:
     error = (output.astype(np.float64) - target.astype(np.float64)).reshape(len(output), -1)
     with np.errstate(divide="ignore"):
         return np.asarray(10 * np.log10(255.0**2 / np.square(error).mean(axis=1)))
+
+
+def colour_error(output: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """How far the mean colours of a clip's frames are off: mean over frames and RGB of |mean(output) - mean(target)|.
+
+    In units of the model's range, in which black is -1 and white 1. uint8 [N, T, H, W, 3] -> float64 [N].
+    """
+    _check_pair(output, target)
+    means = (clips.mean(axis=(-3, -2), dtype=np.float64).reshape(len(clips), -1) for clips in (output, target))
+    return np.asarray(np.abs(np.subtract(*means)).mean(axis=1) / 127.5)
 
 
 def ssim(output: np.ndarray, target: np.ndarray) -> np.ndarray:

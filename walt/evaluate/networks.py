@@ -13,7 +13,7 @@ from tqdm import tqdm
 from walt.evaluate.i3d import MIN_FRAMES, SIZE, load_i3d
 from walt.train.perceptual import load_efficientnet
 
-__all__ = ["FEATURES", "FrameFeatures", "Network", "Projection", "VideoFeatures", "softmax"]
+__all__ = ["FEATURES", "FrameFeatures", "Network", "Projected", "Projection", "VideoFeatures", "softmax"]
 
 FEATURES = "EfficientNet-lite0 (ImageNet), pooled last layer, frames enlarged to 112x112"
 
@@ -99,6 +99,21 @@ class Projection:
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """[..., D] -> float64 [..., dimensions]."""
         return np.asarray((features.astype(np.float64) - self.mean) @ self.components.T)
+
+
+class Projected:
+    """A network's features along the principal components of those of reference clips."""
+
+    def __init__(self, network: Network, clips: np.ndarray, dimensions: int) -> None:
+        self.network = network
+        known = network(clips)
+        self.projection = Projection(known, dimensions)
+        frames = known.reshape(-1, known.shape[-1]).shape[0]
+        components = f"first {dimensions} principal components of {frames} real frames"
+        self.description = f"{network.description}, {components}"
+
+    def __call__(self, clips: np.ndarray) -> np.ndarray:
+        return self.projection(self.network(clips))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

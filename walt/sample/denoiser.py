@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from walt.checkpoint import best_weights, load_description, load_weights, read_tensors
-from walt.errors import WaltError, as_user_error, require
+from walt.errors import as_user_error
 from walt.model.config import ClipShape, DiffusionConfig, TransformerConfig
 from walt.model.diffusion import Diffusion
 from walt.model.text import TextEncoder, check_text
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
-
-HUB = "hub:"
 
 
 @dataclass
@@ -62,15 +60,3 @@ def check_fit(tokenizer: Tokenizer, stages: Sequence[Denoiser], text: TextEncode
 def _expect(name: str, got: object, expected: object, why: str) -> None:
     if got != expected:
         raise ValueError(f"{name}: got {got}; expected {expected}, {why}")
-
-
-def local_folder(folder: str | Path) -> Path:
-    """The folder; one on the Hugging Face hub, "hub:<owner>/<name>", is downloaded once."""
-    if not str(folder).startswith(HUB):
-        return Path(folder)
-    hub = require("huggingface_hub", "hub")
-    try:
-        name = str(folder).removeprefix(HUB)
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:
-        raise WaltError(f"{folder} cannot be downloaded: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from walt.checkpoint import checkpoint_folder, fingerprint, save_checkpoint
+from walt.checkpoint import checkpoint_folder, fingerprint, save_checkpoint, weights_in
 from walt.data.pixels import to_model, to_pixels
 from walt.errors import WaltError, as_user_error
 from walt.model.config import ClipShape, as_int, tokenizer_description, transformer_description
@@ -21,8 +21,8 @@ from walt.model.text import TextEncoder, encode_sentences, text_encoder
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.names import look_alike, normal
-from walt.pretrained import load_tokenizer, tokenizer_mismatches
-from walt.sample.denoiser import Denoiser, check_fit, load_denoiser, local_folder
+from walt.pretrained import load_tokenizer, model_folder, tokenizer_mismatches
+from walt.sample.denoiser import Denoiser, check_fit, load_denoiser
 from walt.sample.sampler import Options, Sampling, clip_starts, join_clips, sample_batches
 from walt_kernels.values import plain
 
@@ -41,7 +41,7 @@ LARGE = 32 * 32  # latent sites of a frame above which one latent frame is decod
 class WaltPipeline:
     """Tokenizer, denoiser and super-resolution stages, ready to sample on whatever device they are.
 
-    >>> pipeline = WaltPipeline.from_pretrained("runs/demo")
+    >>> pipeline = WaltPipeline.from_pretrained("tiny-doom")  # in the package; or a folder, such as "runs/demo"
     >>> clips = pipeline.generate(label="basic", num=4)  # uint8 [4, 17, 64, 64, 3]
     >>> longer = pipeline.extend(clips, chunks=2)  # uint8 [4, 41, 64, 64, 3]
     >>> larger = pipeline.upscale(longer)  # uint8 [4, 41, 256, 256, 3] with two stages
@@ -82,14 +82,13 @@ class WaltPipeline:
     def from_pretrained(cls, folder: str | Path, *, text: TextEncoder | None = None) -> WaltPipeline:
         """Read `folder`/tokenizer, /transformer and, where they are there, /sr1 and /sr2.
 
-        folder: a folder, or "hub:<owner>/<name>" for one on the Hugging Face hub, which is downloaded once.
+        folder: a folder, "tiny-doom" for the model in this package, or "hub:<owner>/<name>" for one on the Hugging
+            Face hub, which is downloaded once.
         text: the text encoder, if it is to be another than the checkpoint names (such as the same one elsewhere).
         Raises WaltError for a missing, broken or foreign folder, and names what does not fit together, such as a
         denoiser that was trained with another tokenizer.
         """
-        folder = local_folder(folder)
-        if not folder.is_dir():
-            raise WaltError(f"no such folder: {folder}")
+        folder = model_folder(folder)
         tokenizer = load_tokenizer(folder / "tokenizer")
         base, document = load_denoiser(folder / "transformer")
         found = [name for name in ("sr1", "sr2") if checkpoint_folder(folder / name)]
@@ -117,19 +116,23 @@ class WaltPipeline:
             raise WaltError(message)
         return pipeline
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write what from_pretrained reads: safetensors and config.json, without any training state."""
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write what from_pretrained reads: safetensors and config.json, without any training state.
+
+        dtype: of the weights in the files, such as torch.float16 (None: as they are). They are read into float32.
+        WaltError for a weight that is beyond its range.
+        """
         folder = Path(folder)
         text = self.text.name if self.text is not None else ""
         description = tokenizer_description(self.tokenizer.config)
-        save_checkpoint(folder / "tokenizer", "tokenizer", description, {"model": self.tokenizer.state_dict()})
+        save_checkpoint(folder / "tokenizer", "tokenizer", description, {"model": weights_in(self.tokenizer, dtype)})
         key = fingerprint(load_tokenizer(folder / "tokenizer"))  # as it is read back, in float32
         for name, denoiser in zip(("transformer", "sr1", "sr2"), (self.base, *self.upscalers), strict=False):
             config = denoiser.transformer.config
             description = transformer_description(
                 config, denoiser.diffusion.config, denoiser.clip, self.classes, text if config.text_width else ""
             )
-            tensors = {"model": denoiser.transformer.state_dict()}
+            tensors = {"model": weights_in(denoiser.transformer, dtype)}
             save_checkpoint(folder / name, "transformer", {**description, "tokenizer": key}, tensors)
 
     def label(self, name: str | int | None) -> int | None:

@@ -71,7 +71,8 @@ class Discriminator(nn.Module):
     One block for each of `multipliers` halves the axes that are longer than 1. The multipliers, the blur and the
     leaky ReLU of slope 0.2 are MAGVIT-v2's; ours are the mean over positions at the end, which lets sizes vary, and
     the absence of any layer over the batch: a sample's logit depends on no other. PyTorch's own convolutions
-    throughout, since R1 differentiates twice.
+    throughout, since R1 differentiates twice; on a CPU in full precision also under autocast, since PyTorch's gradient
+    of bfloat16 weights reads memory there that nobody wrote (2.13, AVX-512).
     """
 
     def __init__(self, channels: int = 128, multipliers: Sequence[int] = (2, 4, 4, 4, 4)) -> None:
@@ -91,8 +92,14 @@ class Discriminator(nn.Module):
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             expected = "floating point [B, 3, T, H, W]"
             raise ValueError(f"video: got {video.dtype} {tuple(video.shape)}; expected {expected}")
+        if video.device.type != "cpu":
+            return wide(self._logits(video))
+        with torch.autocast("cpu", enabled=False):
+            return wide(self._logits(video.to(self.logit.weight.dtype)))
+
+    def _logits(self, video: Tensor) -> Tensor:
         x = F.leaky_relu(self.first(video.contiguous(memory_format=torch.channels_last_3d)), SLOPE)
         for block in self.blocks:
             x = block(x)
         x = F.leaky_relu(self.last(x), SLOPE)
-        return wide(self.logit(x.mean(dim=(2, 3, 4))).squeeze(1))
+        return self.logit(x.mean(dim=(2, 3, 4))).squeeze(1)

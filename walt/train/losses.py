@@ -107,12 +107,13 @@ class AdversarialTerm:
 class TokenizerLoss:
     """Weighted sum of terms of the reconstruction of batch["video"]; `config` has a weight for each by its name.
 
+    A term with a start in `config` counts from batch["step"] on that is as large.
     batch["perceptual_frames"], if it is there: float [B, n] in [0, 1), where in each video the perceptual loss looks.
     The reconstruction is left in the batch for the discriminator.
     """
 
     def __init__(self, config: TokenizerLossConfig, terms: Iterable[Term]) -> None:
-        self.terms = [(getattr(config, term.name), term) for term in terms]
+        self.terms = [(getattr(config, term.name), getattr(config, f"{term.name}_start", 0), term) for term in terms]
 
     def __call__(self, network: Any, batch: Batch) -> tuple[Tensor, Values]:
         video, frames = batch["video"], batch.get("perceptual_frames")
@@ -122,8 +123,9 @@ class TokenizerLoss:
         if frames is not None:
             frames = (frames * video.shape[2]).long()
         made = Reconstruction(video, wide(latent), wide(output), frames)
-        values = {term.name: term(made) for _, term in self.terms}
-        loss = torch.stack([weight * values[term.name] for weight, term in self.terms]).sum()
+        counting = [(weight, term) for weight, start, term in self.terms if batch.get("step", start) >= start]
+        values = {term.name: term(made) for _, term in counting}
+        loss = torch.stack([weight * values[term.name] for weight, term in counting]).sum()
         return loss, {name: value.detach() for name, value in values.items()}
 
 
@@ -186,7 +188,8 @@ class DiscriminatorLoss:
     """The discriminator's loss on batch["video"] and on its reconstruction, as `TokenizerLoss` left it.
 
     In steps with batch["penalise"], R1 is added at `r1_every` times its weight: one step of `r1_every` is to have it
-    (lazy regularisation). Values: "real_logit", "fake_logit", "lecam" and, where it was added, "r1".
+    (lazy regularisation). Values: "real_logit", "fake_logit", "lecam" and, where it was added, "r1". Before the step
+    `adversarial_start` the loss is 0, and there are none.
     """
 
     def __init__(self, config: TokenizerLossConfig, lecam: LeCam) -> None:
@@ -194,6 +197,8 @@ class DiscriminatorLoss:
 
     def __call__(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Values]:
         real = batch["video"]
+        if batch.get("step", self.config.adversarial_start) < self.config.adversarial_start:
+            return torch.stack([0 * parameter.sum() for parameter in network.parameters()]).sum(), {}
         real_logits, fake_logits = network(real), network(batch["reconstruction"].detach())
         values = {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
         values["lecam"] = self.lecam(real_logits, fake_logits)
@@ -205,15 +210,16 @@ class DiscriminatorLoss:
 
     def after_step(self, values: dict[str, float]) -> None:
         """Move LeCAM's anchors by the means over the global batch, so that they are the same however it is cut."""
-        self.lecam.update(values["real_logit"], values["fake_logit"])
+        if values:
+            self.lecam.update(values["real_logit"], values["fake_logit"])
 
 
 class DenoiserLoss:
-    """`Diffusion.loss` of batch["latent"], with batch["randoms"] and all else in the batch as conditions."""
+    """`Diffusion.loss` of batch["latent"], with batch["randoms"] and all else in it but the step as conditions."""
 
     def __init__(self, diffusion: Diffusion) -> None:
         self.diffusion = diffusion
 
     def __call__(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Values]:
-        conditions = {name: value for name, value in batch.items() if name not in ("latent", "randoms")}
+        conditions = {name: value for name, value in batch.items() if name not in ("latent", "randoms", "step")}
         return self.diffusion.loss(network, batch["latent"], batch["randoms"], **conditions), {}

@@ -36,10 +36,10 @@ from walt.train.run import CLIPS, Run, check_same_data, images_of, resume_and_sa
 from walt.train.trainer import Preview, Trainer
 
 
-def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokenizer]:
+def train_tokenizer(run: Run, *, preview: Preview | None = None, seconds: float | None = None) -> Trainer[Tokenizer]:
     """First stage: reconstruct clips and images, with the losses whose weights are not 0; then latent statistics.
 
-    seconds: of training in this call; None: no limit.
+    preview: None for `tokenizer_preview`. seconds: of training in this call; None: no limit.
     """
     settings, data = run.settings, run.settings.data
     check_same_data(run, "tokenizer")
@@ -62,7 +62,7 @@ def train_tokenizer(run: Run, *, seconds: float | None = None) -> Trainer[Tokeni
             kind="tokenizer",
             description={**description, **run.description()},
             extra_modules=extra,
-            preview=tokenizer_preview(run),
+            preview=preview or tokenizer_preview(run),
         )
     resume_and_save_settings(run, trainer)
     averaged = trainer.averaged
