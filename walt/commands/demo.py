@@ -21,7 +21,7 @@ class Demo(Command):
     preset: Annotated[str, value(one_of(*PRESETS), "NAME")] = DemoConfig.preset  # sizes of the models
     minutes: Real = DemoConfig.minutes  # budget of wall-clock time
     clips: Positive = DemoConfig.clips  # training clips a class
-    samples: Positive = DemoConfig.samples  # held-out and generated clips a class
+    samples: Positive = DemoConfig.samples  # held-out clips a class
     frames: Positive = DemoConfig.frames  # frames a clip, 1 + 4k
     size: Positive = DemoConfig.size  # height and width in pixels, a multiple of 8
     tokenizer_steps: Positive = DemoConfig.tokenizer_steps  # training steps of the tokenizer, at most
@@ -31,7 +31,7 @@ class Demo(Command):
     # Instead of a demo, make the model in this package there, with its card: hours on a CPU; re-running resumes.
     release: Path | None = None
 
-    examples = ("walt demo --out runs/demo --minutes 12", "walt demo --release runs/release")
+    examples = ("walt demo --out runs/demo --minutes 10", "walt demo --release runs/release")
 
     def run(self) -> None:
         if self.release is not None:

@@ -1,0 +1,133 @@
+"""What the model in this package makes, as sections of the demo's report."""
+
+from __future__ import annotations
+
+import html
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from walt.data.clips import ClipStore
+from walt.data.simulator import CAPTIONED, FILM
+from walt.demo.clips import ClipSet
+from walt.demo.report import Report, command, paragraph, table
+from walt.evaluate.evaluate import reconstructions
+from walt.evaluate.metrics import colour_error, psnr
+from walt.pretrained import TINY_DOOM
+from walt.sample.pipeline import WaltPipeline
+from walt.sample.sampler import Options
+
+SAMPLES = "Samples of the model in this package"
+LONGER = "A longer clip"
+SENTENCE = "A sentence"
+LARGER = "Twice as large"
+RECONSTRUCTIONS = "Held-out clips, and what its tokenizer keeps of them"
+SECTIONS = (SAMPLES, LONGER, SENTENCE, LARGER, RECONSTRUCTIONS)
+COLUMNS = 4
+LONG = "my_way_home"  # the class that is made longer
+TEXT = f"turning left {CAPTIONED['deadly_corridor'][0]}"
+
+
+class Packaged:
+    """Shows tiny-doom."""
+
+    def __init__(self, report: Report, seed: int, steps: int) -> None:
+        self.report = report
+        self.options: Options = {"seed": seed, "steps": steps, "progress": False}
+
+    @cached_property
+    def pipeline(self) -> WaltPipeline:
+        return WaltPipeline.from_pretrained(TINY_DOOM)
+
+    def samples(self) -> None:
+        """A clip of each class."""
+        classes = self.pipeline.classes
+        made = self.pipeline.generate(classes, len(classes), **self.options)
+        self.report.show(
+            SAMPLES,
+            paragraph(f"One clip of each class, the first and not the best: {', '.join(classes)}."),
+            self._video("samples", made, COLUMNS, "a sample of each class"),
+            command("walt sample --class basic --out basic.mp4"),
+        )
+
+    def longer(self) -> None:
+        """A clip, and two continuations from its last five frames."""
+        clip = self.pipeline.generate(LONG, 1, **self.options)
+        longer = self.pipeline.extend(clip, 2, label=LONG, **self.options)
+        self.report.show(
+            LONGER,
+            paragraph(f"From {clip.shape[1]} frames to {longer.shape[1]}: {LONG} goes on from its last five, twice."),
+            self._video("longer", longer, 1, "a clip made longer"),
+            command(f"walt extend --class {LONG} --video {LONG}.mp4 --frames 41"),
+        )
+
+    def sentence(self) -> None:
+        """Four clips of a sentence."""
+        made = self.pipeline.generate(num=COLUMNS, text=TEXT, **self.options)
+        self.report.show(
+            SENTENCE,
+            paragraph(f"Four clips of “{TEXT}”."),
+            self._video("sentence", made, COLUMNS, TEXT),
+            command(f'walt sample --text "{TEXT}"'),
+        )
+
+    def larger(self) -> None:
+        """A clip before and after super-resolution."""
+        other: Options = {**self.options, "seed": self.options["seed"] + 1}  # than the one among the samples
+        clip = self.pipeline.generate("basic", 1, **other)
+        large = self.pipeline.upscale(clip, label="basic", **self.options)
+        pair = np.concatenate([clip.repeat(2, axis=2).repeat(2, axis=3), large])
+        size = f"{large.shape[3]}x{large.shape[2]}"
+        self.report.show(
+            LARGER,
+            paragraph(f"A sample, and beside it the same at {size} pixels by the super-resolution stage."),
+            self._video("larger", pair, 2, "a sample before and after super-resolution"),
+            command("walt upscale --video basic.mp4"),
+        )
+
+    def reconstructions(self, store: ClipStore, clips: ClipSet) -> dict[str, Any]:
+        """PSNR and colours of held-out clips, and one of each class."""
+        real = clips.read(store)
+        made = np.concatenate(list(reconstructions(self.pipeline.tokenizer, real)))
+        figures = measure(real, made, store)
+        self.report.show(RECONSTRUCTIONS, *pairs(self.report, "reconstructions", real, made, store, figures))
+        return {"packaged": figures}
+
+    def _video(self, name: str, videos: np.ndarray, columns: int, text: str) -> str:
+        return self.report.video(name, videos, min(columns, len(videos)), self.pipeline.clip.fps, text)
+
+
+def measure(real: np.ndarray, made: np.ndarray, store: ClipStore) -> dict[str, Any]:
+    """Mean PSNR and colour error of reconstructions, and of each class."""
+    decibel, colour = psnr(made, real), colour_error(made, real)
+    of_class = [store.label == i for i in range(len(store.classes))]
+    return {
+        "psnr": float(decibel.mean()),
+        "colour": float(colour.mean()),
+        "psnr_by_class": {n: float(decibel[c].mean()) for n, c in zip(store.classes, of_class, strict=True)},
+        "colour_by_class": {n: float(colour[c].mean()) for n, c in zip(store.classes, of_class, strict=True)},
+        "clips": len(real),
+    }
+
+
+def pairs(
+    report: Report, name: str, real: np.ndarray, made: np.ndarray, store: ClipStore, figures: dict[str, Any]
+) -> list[str]:
+    """Blocks: a clip of each class above its reconstruction, and the figures."""
+    one = store.balanced(1)
+    rows = [
+        [name, f"{value:.2f}", f"{figures['colour_by_class'][name]:.3f}"]
+        for name, value in figures["psnr_by_class"].items()
+    ]
+    text = (
+        f"Above what went in, below what came out. Over {figures['clips']} clips of episodes that no training saw (and"
+        f" the end of the film {html.escape(FILM)}): PSNR {figures['psnr']:.2f} dB, mean colours off by"
+        f" {figures['colour']:.3f} of a range of 2."
+    )
+    both = np.concatenate([real[one], made[one]])
+    return [
+        paragraph(text),
+        report.video(name, both, len(one), store.rate, "clips above their reconstructions", scale=2),
+        table(["class", "PSNR, dB", "colour error"], rows),
+    ]
