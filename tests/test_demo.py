@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -15,20 +16,23 @@ from command_line import command, fails
 from walt import checkpoint
 from walt.checkpoint import load_description, read_tensors
 from walt.cli import main
+from walt.data.simulator import film_path
 from walt.data.video import read_video
+from walt.demo.curves import running_mean
 from walt.demo.demo import summary
-from walt.demo.report import running_mean
+from walt.demo.trained import OPS
 from walt.errors import WaltError
-from walt.evaluate.networks import FrameFeatures
 from walt.sample.pipeline import WaltPipeline
+from walt.train.log import read_log
 
+STEPS = 40
 SMALL = (
-    "--scenarios basic --clips 3 --samples 2 --frames 5 --size 16 --sampling-steps 2 --seed 1"
+    "--scenarios basic --clips 3 --samples 2 --frames 5 --size 16 --sampling-steps 2 --seed 1 --preview-seconds 0.001"
     " --tokenizer-steps {tokenizer} --transformer-steps {transformer}"
 )
 
 
-def demo(out: Path, *extra: str, tokenizer: int = 12, transformer: int = 12) -> list[str]:
+def demo(out: Path, *extra: str, tokenizer: int = STEPS, transformer: int = STEPS) -> list[str]:
     return ["demo", "--out", str(out), *SMALL.format(tokenizer=tokenizer, transformer=transformer).split(), *extra]
 
 
@@ -38,7 +42,7 @@ def needs_demo() -> None:
     for module in ("av", "PIL", "matplotlib", "vizdoom"):
         pytest.importorskip(module, reason=f"{module} is not installed")
     try:
-        FrameFeatures()
+        film_path()
     except WaltError as error:
         pytest.skip(str(error))
 
@@ -61,16 +65,12 @@ class TestDemo:
             "demo.json",
             "held-out",
             "latents-16x16",
-            "samples.mp4",
-            "samples.gif",
-            "reconstructions.mp4",
-            "reconstructions.gif",
-            "images.png",
-            "losses.png",
+            "media",
             "report.html",
             "metrics.json",
             "tokenizer",
             "tokenizer.files.json",
+            "tokenizer.held-out.jsonl",
             "tokenizer.jsonl",
             "tokenizer.yaml",
             "transformer",
@@ -79,11 +79,21 @@ class TestDemo:
             "transformer.yaml",
         }
         assert {path.name for path in demo_run.iterdir()} == expected
+        videos = {"samples", "longer", "sentence", "larger", "reconstructions", "tokenizer", "transformer"}
+        media = {*(f"{name}.mp4" for name in videos), "tokenizer.svg", "transformer.svg"}
+        assert {path.name for path in (demo_run / "media").iterdir()} == media
 
     def test_videos_decode_to_whole_clips(self, demo_run):
-        # Two classes: a row of two clips at 3x, and pairs of original and reconstruction at 2x.
-        assert read_video(demo_run / "samples.mp4").shape == (5, 3 * 16 + 4, 2 * (3 * 16 + 2) + 2, 3)
-        assert read_video(demo_run / "reconstructions.mp4").shape == (5, 2 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2, 3)
+        """Of the model in the package, clips of 17 frames, 41 made longer; of the demo, two classes at 5 frames."""
+        shapes = {
+            "samples": (17, 2 * (3 * 64 + 2) + 2, 4 * (3 * 64 + 2) + 2, 3),
+            "longer": (41, 3 * 64 + 4, 4 * (3 * 64 + 2) + 2, 3),
+            "larger": (17, 3 * 128 + 4, 2 * (3 * 128 + 2) + 2, 3),
+            "reconstructions": (5, 2 * (2 * 16 + 2) + 2, 2 * (2 * 16 + 2) + 2, 3),
+            "transformer": (5, 3 * 16 + 4, 4 * (3 * 16 + 2) + 2, 3),
+        }
+        for name, shape in shapes.items():
+            assert read_video(demo_run / "media" / f"{name}.mp4").shape == shape
 
     def test_frame_rate(self, demo_run):
         """The simulator has 35 tics a second, of which every second one is a frame."""
@@ -92,25 +102,33 @@ class TestDemo:
 
     def test_metrics_and_report_agree_with_what_was_printed(self, demo_run):
         metrics = json.loads((demo_run / "metrics.json").read_text())
-        assert metrics["classes"] == ["basic", "big_buck_bunny"]
-        assert metrics["steps"]["tokenizer"]["done"] == metrics["steps"]["transformer"]["done"] == 12
-        assert metrics["clips"] == {"train": 6, "held out": 4}
-        assert metrics["frechet_clips"] == 4
-        assert metrics["frechet_frames"] == 20
-        frechet = metrics["frechet"]
-        assert frechet.keys() == {"trained", "untrained", "reconstructions", "real training clips"}
-        assert metrics["frechet_ratio"] == pytest.approx(frechet["untrained"]["frames"] / frechet["trained"]["frames"])
-        assert 5 < metrics["psnr"] < 50
-        assert np.mean(list(metrics["psnr_by_class"].values())) == pytest.approx(metrics["psnr"])
+        assert metrics["tokenizer"]["done"] == metrics["transformer"]["done"] == STEPS
+        assert metrics["kernels"].keys() == set(OPS)
+        assert all(metrics["cost"][stage]["compute_s"] > 0 for stage in ("tokenizer", "transformer"))
         printed = (demo_run.parent / "output.txt").read_text()
         report = (demo_run / "report.html").read_text()
         assert printed.splitlines() == list(summary(metrics, demo_run))
-        for text in (f"{metrics['psnr']:.2f} dB", f"{frechet['trained']['frames']:.1f}", metrics["frechet_features"]):
-            assert text in printed
-            assert text in report
-        assert report.count("data:image/gif;base64,") == 2
-        assert report.count("data:image/png;base64,") == 2
-        assert "http" not in report.replace("https://vizdoom.cs.put.edu.pl", "")
+        for name in ("packaged", "trained"):
+            figures = metrics[name]
+            assert 5 < figures["psnr"] < 50
+            assert figures["clips"] == 4
+            assert figures["psnr_by_class"].keys() == {"basic", "big_buck_bunny"}
+            assert np.mean(list(figures["psnr_by_class"].values())) == pytest.approx(figures["psnr"])
+            assert f"{figures['psnr']:.2f} dB" in printed
+            assert f"{figures['psnr']:.2f} dB" in report
+
+    def test_previews_are_rows_and_pictures_of_the_training(self, demo_run):
+        rows = read_log(demo_run / "tokenizer.held-out.jsonl")
+        assert [row["step"] for row in rows] == [20, 40]
+        assert all(5 < row["psnr"] < 50 and 0 < row["colour"] < 2 for row in rows)
+
+    def test_the_page_needs_nothing_from_elsewhere(self, demo_run):
+        report = (demo_run / "report.html").read_text()
+        assert "http" not in report.replace("http-equiv", "")
+        assert "refresh" not in re.sub(r"refreshes itself", "", report)  # at the end it stays as it is
+        sources = re.findall(r'src="([^"?]*)', report)
+        assert len(sources) == 9
+        assert all((demo_run / source).is_file() for source in sources)
 
     def test_shows_progress(self, demo_run):
         errors = (demo_run.parent / "errors.txt").read_text()
@@ -143,14 +161,15 @@ class TestDemo:
         assert main(demo(demo_run)) == 0
         again = json.loads((demo_run / "metrics.json").read_text())
         assert (demo_run / "transformer" / "model.safetensors").read_bytes() == before
-        assert again["psnr"] == pytest.approx(metrics["psnr"], abs=0.01)
-        assert again["steps"] == metrics["steps"]
+        for name in ("packaged", "trained"):
+            assert again[name]["psnr"] == pytest.approx(metrics[name]["psnr"], abs=0.01)
+        assert [again[stage]["done"] for stage in ("tokenizer", "transformer")] == [STEPS, STEPS]
 
     def test_other_settings_are_refused(self, demo_run, capsys):
         line = fails(capsys, *demo(demo_run, "--clips", "4"))
         assert f"{demo_run} holds a demo of other clips (clips is 3 there, 4 here)" in line
-        assert "belongs to a run with other settings (training.steps is 12 there, 13 here)" in fails(
-            capsys, *demo(demo_run, tokenizer=13)
+        assert "belongs to a run with other settings (training.steps is 40 there, 41 here)" in fails(
+            capsys, *demo(demo_run, tokenizer=41)
         )
 
     @pytest.mark.parametrize("name", ["tokenizer", "data"])
@@ -173,16 +192,14 @@ class TestDemo:
 
         monkeypatch.setattr(checkpoint, "write_tensors", no_space)
         line = fails(capsys, *demo(tmp_path / "out"))
-        assert f"cannot write {tmp_path / 'out' / 'tokenizer'}: No space left on device" in line
-        left = {path.name for path in (tmp_path / "out").iterdir()}
-        assert left == {
-            "data",
-            "demo.json",
-            "held-out",
-            "tokenizer.files.json",
-            "tokenizer.jsonl",
-            "tokenizer.yaml",
-        }
+        assert line.startswith(
+            "walt: error: not all of the demo worked: A tokenizer, trained from nothing: cannot write"
+        )
+        reason = f"cannot write {tmp_path / 'out' / 'tokenizer'}: No space left on device"
+        assert reason in line
+        report = (tmp_path / "out" / "report.html").read_text()
+        assert f"This failed: {reason}" in report
+        assert "media/samples.mp4" in report
 
     def test_interrupt_leaves_a_checkpoint_that_a_second_run_resumes(self, needs_demo, tmp_path):
         out = tmp_path / "run"
@@ -207,7 +224,7 @@ class TestDemo:
         process = command(*demo(out, "--minutes", "0.01", **many))
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-        done = json.loads((out / "metrics.json").read_text())["steps"]
+        done = json.loads((out / "metrics.json").read_text())
         assert done["tokenizer"]["done"] > stopped
         assert done["transformer"]["done"] >= 1
         assert WaltPipeline.from_pretrained(out).generate("basic", steps=1, progress=False).shape == (1, 5, 16, 16, 3)

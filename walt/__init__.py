@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from walt.model.tokenizer import Tokenizer
     from walt.model.transformer import Transformer
     from walt.presets import PRESETS
+    from walt.sample.pipeline import WaltPipeline
 
 __all__ = [
     "PRESETS",
@@ -20,6 +21,7 @@ __all__ = [
     "TokenizerConfig",
     "Transformer",
     "TransformerConfig",
+    "WaltPipeline",
 ]
 
 # Loaded on first use: they import PyTorch, which `walt --help` does not need.
@@ -31,6 +33,7 @@ _MODULES = {
     "TokenizerConfig": "walt.model.config",
     "Transformer": "walt.model.transformer",
     "TransformerConfig": "walt.model.config",
+    "WaltPipeline": "walt.sample.pipeline",
 }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 # Module and class in walt.commands, and what the command does.
 COMMANDS = {
-    "demo": ("demo.Demo", "train a small model on rendered and filmed clips, sample it, write a report"),
+    "demo": ("demo.Demo", "show what the model in this package makes, then train one from nothing: a report"),
     "demo-data": ("data.DemoData", "write a small data set of captioned clips in class folders, rendered by ViZDoom"),
     "prepare": ("data.Prepare", "decode a folder of videos and images once, for training that starts at once"),
     "train": (
@@ -40,7 +40,7 @@ COMMANDS = {
         "evaluate.Evaluate",
         "measure reconstructions (PSNR, SSIM) or samples (FVD and others) against real clips",
     ),
-    "info": ("info.Info", "shapes, parameters, FLOPs and memory of the presets"),
+    "info": ("info.Info", "shapes, parameters, FLOPs and memory of the presets; the card of tiny-doom"),
     "doctor": ("doctor.Doctor", "what of this machine would stop or slow down a run"),
 }
 PRINTING = ("evaluate", "info", "doctor")  # commands that fail if what they print cannot be written

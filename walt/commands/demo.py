@@ -27,6 +27,7 @@ class Demo(Command):
     tokenizer_steps: Positive = DemoConfig.tokenizer_steps  # training steps of the tokenizer, at most
     transformer_steps: Positive = DemoConfig.transformer_steps  # training steps of the transformer, at most
     sampling_steps: Positive = DemoConfig.sampling_steps  # DDIM steps
+    preview_seconds: Real = DemoConfig.preview_seconds  # from preview to preview of a training
     seed: Natural = DemoConfig.seed  # of data, weights, batches and samples
     # Instead of a demo, make the model in this package there, with its card: hours on a CPU; re-running resumes.
     release: Path | None = None

@@ -1,4 +1,4 @@
-"""`walt info`: shapes, parameters, FLOPs and memory of the presets. Nothing is allocated for them."""
+"""`walt info`: shapes, parameters, FLOPs and memory of the presets; the card of a model in this package."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ import tyro
 from torch import nn
 
 from walt.commands.options import Command, Positive, value
+from walt.demo.card import describe_model
 from walt.errors import WaltError
 from walt.model.config import TokenizerConfig, TransformerConfig
 from walt.model.cost import STATES, activation_bytes, count
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.presets import PRESETS
+from walt.pretrained import model_folder, packaged
 
 
 @dataclass(kw_only=True)
 class Info(Command):
-    name: tyro.conf.Positional[Annotated[str, value(str, "NAME")]] = "tiny"  # a preset
+    name: tyro.conf.Positional[Annotated[str, value(str, "NAME")]] = "tiny"  # a preset, or a model such as tiny-doom
     all: bool = False  # every preset, as a table
     batch: Positive = 1  # for the memory
 
-    examples = ("walt info L", "walt info --all")
+    examples = ("walt info L", "walt info --all", "walt info tiny-doom")
 
     def run(self) -> None:
-        print(table(self.batch) if self.all else describe(self.name, self.batch))
+        if self.name in packaged() and not self.all:
+            print(describe_model(model_folder(self.name)))
+        else:
+            print(table(self.batch) if self.all else describe(self.name, self.batch))
 
 
 def preset(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
     if name not in PRESETS:
-        raise WaltError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        raise WaltError(f"unknown preset {name!r}; there are {', '.join([*PRESETS, *packaged()])}")
     return PRESETS[name]
 
 

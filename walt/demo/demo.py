@@ -85,7 +85,7 @@ class Demo:
             self.clips.check_folder(self.out)
             metrics = self._run()
         if failed := self.report.failed():
-            raise WaltError(f"not all of the demo worked: {'; '.join(failed)} ({self.out / 'report.html'} says why)")
+            raise WaltError(f"not all of the demo worked: {'; '.join(failed)}")
         return metrics
 
     def _run(self) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from walt.sample.pipeline import WaltPipeline
 from walt.sample.sampler import Options
 
 SAMPLES = "Samples of the model in this package"
-LONGER = "A longer clip"
+LONGER = "Longer clips"
 SENTENCE = "A sentence"
 LARGER = "Twice as large"
 RECONSTRUCTIONS = "Held-out clips, and what its tokenizer keeps of them"
 SECTIONS = (SAMPLES, LONGER, SENTENCE, LARGER, RECONSTRUCTIONS)
 COLUMNS = 4
-LONG = "my_way_home"  # the class that is made longer
+LONG = ("my_way_home", "deadly_corridor", "health_gathering", "defend_the_center")  # what is made longer
 TEXT = f"turning left {CAPTIONED['deadly_corridor'][0]}"
 
 
@@ -52,14 +52,14 @@ class Packaged:
         )
 
     def longer(self) -> None:
-        """A clip, and two continuations from its last five frames."""
-        clip = self.pipeline.generate(LONG, 1, **self.options)
-        longer = self.pipeline.extend(clip, 2, label=LONG, **self.options)
+        """Clips, each with two continuations from its last five frames."""
+        clips = self.pipeline.generate(LONG, len(LONG), **self.options)
+        longer = self.pipeline.extend(clips, 2, label=LONG, **self.options)
         self.report.show(
             LONGER,
-            paragraph(f"From {clip.shape[1]} frames to {longer.shape[1]}: {LONG} goes on from its last five, twice."),
-            self._video("longer", longer, 1, "a clip made longer"),
-            command(f"walt extend --class {LONG} --video {LONG}.mp4 --frames 41"),
+            paragraph(f"From {clips.shape[1]} frames to {longer.shape[1]}: each goes on from its last five, twice."),
+            self._video("longer", longer, COLUMNS, "clips made longer"),
+            command(f"walt extend --class basic --video basic.mp4 --frames {longer.shape[1]}"),
         )
 
     def sentence(self) -> None:

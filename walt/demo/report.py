@@ -35,6 +35,7 @@ class Section:
     title: str
     body: str = ""  # HTML
     state: str = "waiting"  # "running", "done" or "failed"
+    error: str = ""  # why it failed
 
 
 class Report:
@@ -55,9 +56,8 @@ class Report:
             yield
             section.state = "done"
         except (WaltError, OSError) as error:
-            section.state = "failed"
-            section.body += f'<p class="failed">This failed: {html.escape(one_line(error))}</p>'
-            say(f"{title}: {one_line(error)}")
+            section.state, section.error = "failed", one_line(error)
+            say(f"{title}: {section.error}")
         self.write()
 
     def show(self, title: str, *blocks: str) -> None:
@@ -66,7 +66,8 @@ class Report:
         self.write()
 
     def failed(self) -> list[str]:
-        return [section.title for section in self.sections.values() if section.state == "failed"]
+        """What failed, and why."""
+        return [f"{section.title}: {section.error}" for section in self.sections.values() if section.error]
 
     def finish(self) -> None:
         """The page as it stays."""
@@ -109,9 +110,12 @@ def _source(path: Path) -> str:
 
 
 def _section(section: Section) -> str:
-    note = {"waiting": "Waits for the sections before it.", "running": "At work."}.get(section.state, "")
-    state = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{html.escape(section.title)}</h2>\n{section.body}\n{state}</section>"
+    notes = {
+        "waiting": paragraph("Waits for the sections before it.", "note"),
+        "running": paragraph("At work.", "note"),
+        "failed": paragraph(f"This failed: {section.error}", "failed"),
+    }
+    return f"<section><h2>{html.escape(section.title)}</h2>\n{section.body}\n{notes.get(section.state, '')}</section>"
 
 
 def paragraph(text: str, kind: str = "") -> str:
