@@ -95,7 +95,7 @@ class TestHelp:
         assert options["--transformer.latent-size"].endswith("(default: 5 16 16)")
         assert options["--data.flip"] == "mirror half of the clips (default: false)"
         options = options_of(help_of(capsys, "train", "tokenizer"))
-        assert options["--data.frames"].endswith("(default: 5)")
+        assert options["--data.batch"].endswith("(default: 2)")
         assert SHORT.keys() <= options.keys()
 
     def test_fits_a_narrow_terminal(self, capsys):
@@ -161,7 +161,7 @@ class TestBadInput:
 
     def test_a_package_of_no_extra(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-        line = fails(capsys, "demo", "--out", tmp_path / "out")
+        line = fails(capsys, "demo", "--release", tmp_path / "out")
         assert "efficientnet_lite_pytorch cannot be imported" in line
         assert line.endswith("install it with: pip install --no-deps efficientnet-lite-pytorch==0.1.0")
         assert not (tmp_path / "out").exists()

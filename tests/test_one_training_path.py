@@ -82,7 +82,7 @@ def test_the_demo(losses, tmp_path, monkeypatch):
 def test_the_demo_has_the_settings_of_its_preset(stage):
     """But for the size of its data, and for these."""
     ours, theirs = DemoConfig(preset="minimal").settings(stage), load_settings(stage, preset="minimal")
-    own = {name: getattr(ours.training, name) for name in ("steps", "save_every", "seed")}
+    own = {name: getattr(ours.training, name) for name in ("steps", "save_every", "preview_every", "seed")}
     assert ours == replace(theirs, data=ours.data, training=replace(theirs.training, **own))
 
 

@@ -274,7 +274,7 @@ class TestBeforeTheWork:
         assert "16x32 pixels; .mp4 takes at most 24 a side" in fails(capsys, *decode)
 
     def test_a_demo_whose_videos_would_be_too_large(self, tmp_path):
-        with pytest.raises(WaltError, match=r"reconstructions.mp4: it would have .*x16402 pixels"):
+        with pytest.raises(WaltError, match=r"tokenizer.mp4: it would have .*x16402 pixels"):
             Demo(DemoConfig(size=1024, scenarios=("basic",) * 7), tmp_path)
         with pytest.raises(WaltError, match="cannot write"):
             check_output(tmp_path / "a.webm")

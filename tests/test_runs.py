@@ -339,7 +339,7 @@ def test_features_of_captions_are_computed_once(model, films, tmp_path, monkeypa
         Lengths(),
     )
     loaded = make_batch(source, 0, 0, range(4))
-    assert set(loaded) == {"latent", "image", "text", "text_mask", "randoms"}
+    assert set(loaded) == {"latent", "image", "text", "text_mask", "randoms", "step"}
     assert "low_noise" not in loaded["randoms"]
     assert loaded["text"].unique().tolist() in ([13.0], [15.0], [13.0, 15.0])
     assert len(calls) == 3

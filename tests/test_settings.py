@@ -42,7 +42,7 @@ class TestPresets:
         assert settings.training.betas == (0.0, 0.99)
         small = load_settings("tokenizer")
         assert small.preset == "tiny"
-        assert (small.losses.perceptual, small.losses.adversarial, small.data.frames) == (0, 0, 5)
+        assert (small.losses.perceptual, small.losses.adversarial, small.data.frames) == (0, 0, 17)
 
     def test_defaults_of_the_stages(self):
         assert load_settings("base").preset == "tiny"

@@ -15,7 +15,7 @@ from walt.settings import load_settings
 from walt.train.run import Run, captions_of, open_data
 
 TOKENIZER = ("tokenizer.channels=4", "tokenizer.multipliers=[1, 1, 1, 1]", "tokenizer.groups=2")
-TOKENIZER += ("tokenizer.middle_blocks=0", "tokenizer.latent_channels=4")
+TOKENIZER += ("tokenizer.middle_blocks=0", "tokenizer.latent_channels=4", "tokenizer.adaptive_norm=false")
 TRANSFORMER = ("transformer.layers=2", "transformer.width=32", "transformer.heads=2", "transformer.patch=1")
 SHORT = ("data.frames=5", "data.height=16", "data.width=16", "data.batch=4", "training.steps=2", "training.log_every=1")
 

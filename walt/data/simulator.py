@@ -55,12 +55,16 @@ _ATTEMPTS = 20
 _MOVES = 2.0  # grey levels of 255 by which neighbouring frames differ, on average, if the player moves
 
 
+def check_scenario(scenario: str) -> None:
+    if scenario not in SCENARIOS:
+        raise WaltError(f"unknown scenario {scenario!r}; there are {', '.join(SCENARIOS)}")
+
+
 @contextlib.contextmanager
 def open_game(scenario: str) -> Iterator[Any]:
     """A running game without window, sound or status bar. ViZDoom litters the working folder, so it gets its own."""
     vizdoom = require("vizdoom", "demo")
-    if scenario not in SCENARIOS:
-        raise WaltError(f"unknown scenario {scenario!r}; there are {', '.join(SCENARIOS)}")
+    check_scenario(scenario)
     home = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="walt-vizdoom-", ignore_cleanup_errors=True) as folder:
         game = vizdoom.DoomGame()

@@ -12,7 +12,7 @@ import torch
 
 from walt.atomic import write_json
 from walt.data.clips import ClipStore
-from walt.data.simulator import SCENARIOS
+from walt.data.simulator import SCENARIOS, check_scenario
 from walt.demo import packaged, trained
 from walt.demo.clips import ClipSet
 from walt.demo.report import Report
@@ -50,13 +50,12 @@ class DemoConfig:
         """The preset's settings of a stage, as `walt train` has them, with the demo's steps, batch and sizes."""
         base = load_settings(stage, preset=self.preset)
         if stage == "tokenizer":
-            steps, frames, batch, images = self.tokenizer_steps, min(self.frames, 5), base.data.batch, 0
+            steps, batch, images = self.tokenizer_steps, base.data.batch, 0
         else:
-            steps, frames = self.transformer_steps, self.frames
-            batch, images = self.transformer_batch, self.transformer_images
+            steps, batch, images = self.transformer_steps, self.transformer_batch, self.transformer_images
         # How often it is asked whether a preview is due.
         training = replace(base.training, steps=steps, save_every=500, preview_every=20, seed=self.seed)
-        data = replace(base.data, frames=frames, height=self.size, width=self.size, batch=batch, images=images)
+        data = replace(base.data, frames=self.frames, height=self.size, width=self.size, batch=batch, images=images)
         return replace(base, data=data, training=training)
 
 
@@ -68,12 +67,15 @@ class Demo:
         self.started = time.monotonic()
         c = config
         self.clips = ClipSet(c.seed, c.clips, c.samples, c.frames, c.size, c.scenarios)
-        settings = config.settings("base")
+        settings, classes = config.settings("base"), len(config.scenarios) + 1  # the film's
         if not settings.transformer.classes:
             raise WaltError(f"--preset {config.preset} has no classes, which the demo's has to have; give tiny")
         with as_user_error(f"clips of {config.frames} frames at {config.size}x{config.size}"):
             latent = settings.tokenizer.latent_shape(config.frames, config.size, config.size)
-            settings.transformer.resized(latent, len(config.scenarios) + 1)
+            settings.transformer.resized(latent, classes)
+        for scenario in config.scenarios:
+            check_scenario(scenario)
+        trained.check_media(self.out, classes, config.size)
         self.report = Report(self.out, "W.A.L.T: a demo", INTRO, [*packaged.SECTIONS, *trained.SECTIONS])
 
     def run(self) -> dict[str, Any]:

@@ -39,9 +39,6 @@ RECIPE: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "training.steps": 14_000,
             "training.preview_every": 500,
-            "data.frames": FRAMES,
-            "data.batch": 2,
-            "data.images": 0,
             "losses.perceptual": 0.015,
             "losses.perceptual_start": 5_000,
             "losses.adversarial": 0.005,

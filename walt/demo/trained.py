@@ -12,11 +12,12 @@ from torch import nn
 
 from walt.checkpoint import fingerprint
 from walt.data.clips import ClipStore
+from walt.data.video import check_size, sheet_size
 from walt.demo.clips import ClipSet
 from walt.demo.curves import write_curves
 from walt.demo.packaged import measure, pairs
 from walt.demo.progress import HeldOut
-from walt.demo.report import Report, command, paragraph, picture, table
+from walt.demo.report import SCALE, Report, command, paragraph, picture, table
 from walt.evaluate.evaluate import reconstructions
 from walt.model.diffusion import Diffusion
 from walt.model.text import TextEncoder
@@ -44,6 +45,12 @@ SECTIONS = (TOKENIZER, BASE, KERNELS, COST)
 OPS = ("causal_conv3d", "video_norm", "window_attention", "adaln_lora", "adaln_modulate", "adaln_residual_modulate")
 COLUMNS = 4
 PREVIEW_STEPS = 20  # of DDIM
+
+
+def check_media(out: Path, classes: int, size: int) -> None:
+    """WaltError, before anything is trained, if videos of that many classes would be larger than a video can be."""
+    check_size(out / "media" / "transformer.mp4", *sheet_size(classes, COLUMNS, SCALE * size, SCALE * size))
+    check_size(out / "media" / "tokenizer.mp4", *sheet_size(2 * classes, classes, 2 * size, 2 * size))
 
 
 class Every:
