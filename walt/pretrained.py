@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from walt.checkpoint import best_weights, checkpoint_folder, load_description, load_weights, read_tensors
-from walt.errors import WaltError, as_user_error, require
+from walt.errors import WaltError, as_user_error, did_you_mean, require
 from walt.model.config import TokenizerConfig
 from walt.model.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ def model_folder(name: str | Path) -> Path:
     if not folder.is_dir() and str(name) in packaged():
         folder = PACKAGED / name
     if not folder.is_dir():
-        raise WaltError(f"no such folder: {folder}")
+        raise WaltError(f"no such folder: {folder}{did_you_mean(str(name), packaged())}")
     return folder
 
 

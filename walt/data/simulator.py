@@ -133,6 +133,7 @@ def _moves(clip: np.ndarray) -> bool:
 
 FILM = "big_buck_bunny"
 FILM_CAPTION = "a meadow in an animated film"
+FILM_FRAMES, FILM_CUT = 132, 100  # those from the cut on are never trained on
 DEMO_FPS = 17.5  # of the simulator's 35 tics a second, every second one is a frame
 
 
@@ -222,13 +223,19 @@ def demo_clips(
     Those to train on have captions; those held out are all played with random keys.
     """
     path = film_path()
-    film_frames, cut = 132, 100  # the last 32 frames of the film are never trained on
     shape: Any = {"frames": frames, "size": size, "seed": seed}
     train = render_clips(scenarios, range(train_count), captioned=True, **shape)
-    test = render_clips(scenarios, range(train_count, train_count + test_count), **shape)
-    train += random_film_clips(path, (0, cut), train_count, caption=FILM_CAPTION, **shape)
-    test += random_film_clips(path, (cut, film_frames), test_count, **shape)
-    return train, test
+    train += random_film_clips(path, (0, FILM_CUT), train_count, caption=FILM_CAPTION, **shape)
+    return train, held_out_clips(train_count, test_count, scenarios=scenarios, **shape)
+
+
+def held_out_clips(
+    train_count: int, test_count: int, *, scenarios: Sequence[str], frames: int, size: int, seed: int
+) -> list[Clip]:
+    """The second of `demo_clips` alone."""
+    shape: Any = {"frames": frames, "size": size, "seed": seed}
+    clips = render_clips(scenarios, range(train_count, train_count + test_count), **shape)
+    return clips + random_film_clips(film_path(), (FILM_CUT, FILM_FRAMES), test_count, **shape)
 
 
 def write_demo_folder(

@@ -85,6 +85,7 @@ def stage_settings(stage: str, seed: int) -> Settings:
     preset, options = RECIPE[stage]
     size = SIZE * (2 if stage == "sr1" else 1)
     shared: dict[str, Any] = {
+        "data.frames": FRAMES,
         "data.height": size,
         "data.width": size,
         "training.seed": seed,
