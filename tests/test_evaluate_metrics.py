@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import linalg, signal, stats
 
-from walt.evaluate.metrics import clip_distances, frechet_distance, inception_score, psnr, ssim
+from walt.evaluate.metrics import clip_distances, colour_error, frechet_distance, inception_score, psnr, ssim
 
 
 def features_with(mean: np.ndarray, covariance: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -40,6 +40,17 @@ def test_psnr_does_not_wrap_around():
 def test_psnr_bad_input():
     with pytest.raises(ValueError, match=r"uint8 \[1, 4\] and target float64 \[1, 4\]"):
         psnr(np.zeros((1, 4), np.uint8), np.zeros((1, 4)))
+
+
+def test_colour_error_is_of_the_means_of_frames():
+    target = np.full((2, 2, 4, 4, 3), 100, np.uint8)
+    output = target.copy()
+    output[0, 0, :2] += 51  # half of the first of two frames
+    output[1, :, :2, :, 0] += 51
+    output[1, :, 2:, :, 0] -= 51  # so that the mean stays
+    assert colour_error(output, target) == pytest.approx([51 / 2 / 2 / 127.5, 0])
+    with pytest.raises(ValueError, match="must both be uint8 and of one shape"):
+        colour_error(output, target[:1])
 
 
 def test_frechet_of_commuting_gaussians():

@@ -108,8 +108,8 @@ class Projected:
         self.network = network
         known = network(clips)
         self.projection = Projection(known, dimensions)
-        frames = known.reshape(-1, known.shape[-1]).shape[0]
-        components = f"first {dimensions} principal components of {frames} real frames"
+        frames, kept = known.size // known.shape[-1], len(self.projection.components)
+        components = f"first {kept} principal components of {frames} real frames"
         self.description = f"{network.description}, {components}"
 
     def __call__(self, clips: np.ndarray) -> np.ndarray:
