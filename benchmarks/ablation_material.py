@@ -17,7 +17,6 @@ from walt.data.latents import LatentStore, encode_latents
 from walt.data.loading import Batch, Source
 from walt.data.pixels import to_pixels
 from walt.data.simulator import DEMO_FPS, SCENARIOS, render_clips
-from walt.demo.demo import DemoConfig
 from walt.evaluate.metrics import clip_distances
 from walt.evaluate.networks import FEATURES, FrameFeatures, Projection
 from walt.model.config import TransformerConfig
@@ -25,8 +24,6 @@ from walt.model.diffusion import Diffusion
 from walt.model.tokenizer import Tokenizer
 from walt.pretrained import load_tokenizer
 from walt.train.denoiser import DenoiserSource
-from walt.train.run import Run
-from walt.train.tokenizer import train_tokenizer
 
 FRAMES, SIZE = 17, 64
 HELD_OUT = 10_000  # first episode that is held out: further than any training set counts
@@ -73,17 +70,16 @@ def source_of(
     return source if normalised else raw
 
 
-def prepare(clips: int, held_out: int, tokenizer: Path | None, folder: Path, seconds: float, work: Path) -> Material:
-    """`clips` a class to train on and `held_out` a class to compare with; the tokenizer is loaded, or trained first.
+def prepare(clips: int, held_out: int, tokenizer: Path, work: Path) -> Material:
+    """`clips` a class to train on and `held_out` a class to compare with, and their latents.
 
-    `tokenizer` is a trained one's folder; if it is None, one is trained in `folder` for `seconds`. Clips and latents
-    are written to `work`, which is to outlive the material.
+    `tokenizer` is a trained one's folder. Clips and latents are written to `work`, which is to outlive the material.
     """
+    coder = load_tokenizer(tokenizer)
     train, test = (
         write_store(work / name, render_clips(SCENARIOS, episodes, frames=FRAMES, size=SIZE), DEMO_FPS)
         for name, episodes in (("data", range(clips)), ("held-out", range(HELD_OUT, HELD_OUT + held_out)))
     )
-    coder = load_tokenizer(tokenizer) if tokenizer else small_tokenizer(train, folder, seconds)
     shown = {"key": fingerprint(coder), "frames": FRAMES, "height": SIZE, "width": SIZE}
     latents, unseen = (
         encode_latents(store, work / f"latents-{store.folder.name}", coder.encode, **shown) for store in (train, test)
@@ -100,13 +96,6 @@ def prepare(clips: int, held_out: int, tokenizer: Path | None, folder: Path, sec
         f"Frechet distance of frames plus that of their steps in time, between {len(held)} generated and as many"
         f" held-out clips, both decoded; {FEATURES}, first {DIMENSIONS} principal components of real frames",
     )
-
-
-def small_tokenizer(clips: ClipStore, folder: Path, seconds: float) -> Tokenizer:
-    """As the demo trains it, in `folder`/tokenizer."""
-    settings = DemoConfig(tokenizer_steps=20_000, frames=FRAMES, size=SIZE).settings("tokenizer")
-    train_tokenizer(Run("tokenizer", settings, clips, folder, torch.device("cpu")), seconds=seconds)
-    return load_tokenizer(folder / "tokenizer")
 
 
 def decoded_distance(tokenizer: Tokenizer, train: ClipStore, held_out: Tensor) -> Distance:

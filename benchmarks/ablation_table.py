@@ -95,7 +95,9 @@ def table(results: dict[str, Any]) -> str:
     for name, value in results["yardsticks"].items():
         rows.append([name, "", "", "", f"{total(value):.4g}", "", "", "", ""])
     lines = [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
-    return "\n".join([*lines, "", *notes(results, [variant for variant in VARIANTS if key(variant) not in done])])
+    groups = results["settings"]["groups"]
+    planned = [variant for variant in VARIANTS if not groups or variant.group in groups]
+    return "\n".join([*lines, "", *notes(results, [variant for variant in planned if key(variant) not in done])])
 
 
 def notes(results: dict[str, Any], missing: Sequence[Variant]) -> list[str]:

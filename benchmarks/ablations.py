@@ -1,7 +1,8 @@
 """Does the paper hold, in the small? Tiny models on rendered clips, one change at a time, beside the paper's numbers.
 
-``python -m benchmarks.ablations --quick`` takes 15 minutes on two cores and gives most changes one seed; without
---quick, all get three seeds. A run that was stopped goes on from the JSON file, which is written after every model.
+``python -m benchmarks.ablations`` takes an hour on two cores for patch sizes and windows, with three seeds; ``--all``
+takes four for every change. All train on the latents of one tokenizer, that of the model in the package. A run that was
+stopped goes on from the JSON file, which is written after every model.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from walt.model.config import TransformerConfig
 from walt.model.diffusion import Diffusion
 from walt.model.randoms import sample_noise
 from walt.model.transformer import Transformer
+from walt.pretrained import PACKAGED, TINY_DOOM
 from walt.settings import TrainingConfig
 from walt.train.losses import DenoiserLoss
 from walt.train.objective import Objective
@@ -54,11 +56,14 @@ class Settings:
     lr: float = 1e-3
     sampling_steps: int = 20
     loss_draws: int = 8
-    tokenizer_share: float = 0.25  # of the minutes
+    groups: tuple[str, ...] = ()  # of the variants; (): all
+
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(v for v in VARIANTS if v is BASELINE or not self.groups or v.group in self.groups)
 
 
-QUICK = Settings(minutes=15, seeds=3, clips=48, held_out=6)
-LONG = Settings(minutes=240, seeds=3, clips=256, held_out=24, sampling_steps=50)
+HOUR = Settings(minutes=60, seeds=3, clips=128, held_out=12, groups=("patch size", "ST window"))
+ALL = Settings(minutes=240, seeds=3, clips=256, held_out=24, sampling_steps=50)
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def measured_plan(material: Material, settings: Settings, seconds: float) -> tup
     chosen = np.linspace(0, len(material.latents.video) - 1, len(material.held_out)).astype(int)
     real = material.distance(torch.tensor(material.latents.video[chosen]).float())
     yardsticks = {UNTRAINED: untrained, REAL: real}
-    step = {key(variant): step_seconds(variant, material, settings) for variant in VARIANTS}
+    step = {key(variant): step_seconds(variant, material, settings) for variant in settings.variants()}
     left = seconds - (time.perf_counter() - started)
     return plan(left, step, scoring, settings.seeds), yardsticks
 
@@ -198,11 +203,11 @@ def run_all(
     results: dict[str, Any],
     save: Callable[[dict[str, Any]], None],
     material: Material,
-    variants: Sequence[Variant] = VARIANTS,
+    variants: Sequence[Variant],
     base: TransformerConfig = BASE,
 ) -> None:
     """Every run of the plan that `results` does not have yet; `save` is called after each."""
-    settings, todo = Settings(**results["settings"]), left_to_run(results, variants)
+    settings, todo = settings_of(results), left_to_run(results, variants)
     for number, (variant, seed) in enumerate(todo, 1):
         row = run(variant, seed, material, settings, results["plan"]["steps"], base)
         results["runs"].append(row)
@@ -213,12 +218,16 @@ def run_all(
         )
 
 
+def settings_of(results: dict[str, Any]) -> Settings:
+    return Settings(**{**results["settings"], "groups": tuple(results["settings"]["groups"])})
+
+
 def load(path: Path, settings: Settings) -> dict[str, Any] | None:
     """Results to go on with; WaltError if they are those of other settings."""
     if not path.is_file():
         return None
     results = read_json(path)
-    found, asked = results.get("settings", {}), asdict(settings)
+    found, asked = results.get("settings", {}), {**asdict(settings), "groups": list(settings.groups)}
     for name, value in asked.items():
         if found.get(name) != value:
             raise WaltError(f"{path} was made with {name} {found.get(name)}, now asked {value}; give another --json")
@@ -229,15 +238,16 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m benchmarks.ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    top.add_argument("--quick", action="store_true", help="15 minutes on two cores: less data, mostly one seed")
-    top.add_argument("--minutes", type=float, help=f"for everything ({QUICK.minutes:g} or {LONG.minutes:g})")
+    top.add_argument("--all", action="store_true", help="every change, not only patch sizes and windows")
+    top.add_argument("--minutes", type=float, help=f"for everything ({HOUR.minutes:g}, or {ALL.minutes:g} with --all)")
     top.add_argument("--seeds", type=int, help="at most; fewer where the time is short (3)")
     top.add_argument("--json", type=Path, default=Path("runs/ablations/results.json"), help="(%(default)s)")
     top.add_argument("--markdown", type=Path, help="write the table here, too")
     top.add_argument(
         "--tokenizer",
         type=Path,
-        help="folder of a trained tokenizer (runs/demo/tokenizer); trained beside --json if none",
+        default=PACKAGED / TINY_DOOM / "tokenizer",
+        help="folder of a trained tokenizer, such as runs/mine/tokenizer (that of tiny-doom)",
     )
     return top
 
@@ -246,16 +256,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All results, those that the JSON file has already among them."""
     started = time.monotonic()
     given = {name: value for name in ("minutes", "seeds") if (value := getattr(options, name)) is not None}
-    settings = replace(QUICK if options.quick else LONG, **given)
+    settings = replace(ALL if options.all else HOUR, **given)
     if settings.seeds < 1 or settings.minutes <= 0:
         raise WaltError(f"--seeds {settings.seeds}, --minutes {settings.minutes:g}: expected numbers above 0")
     results = load(options.json, settings)
-    if results is not None and not left_to_run(results, VARIANTS):
+    variants = settings.variants()
+    if results is not None and not left_to_run(results, variants):
         return results
     seconds = settings.minutes * 60
-    share = settings.tokenizer_share * seconds
     with tempfile.TemporaryDirectory(prefix="walt-ablations-") as work:
-        material = prepare(settings.clips, settings.held_out, options.tokenizer, options.json.parent, share, Path(work))
+        material = prepare(settings.clips, settings.held_out, options.tokenizer, Path(work))
         if results is None:
             planned, yardsticks = measured_plan(material, settings, seconds - (time.monotonic() - started))
             results = {
@@ -266,8 +276,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "yardsticks": yardsticks,
                 "runs": [],
             }
-        say(f"{results['plan']['steps']} steps for each of {len(VARIANTS)} variants, {results['plan']['seeds']} seeds")
-        run_all(results, lambda now: write_json(options.json, now), material)
+        say(f"{results['plan']['steps']} steps for each of {len(variants)} variants, {results['plan']['seeds']} seeds")
+        run_all(results, lambda now: write_json(options.json, now), material, variants)
     return results
 
 

@@ -354,17 +354,28 @@ class TestMiniature:
         assert 0 < step_seconds(joint, material, SETTINGS) < 10
 
 
+def test_the_variants_of_an_hour():
+    """The baseline, patch sizes and windows; all of them where no group is named."""
+    assert [variant.group for variant in ablations.HOUR.variants()] == [
+        "baseline",
+        *["patch size"] * 2,
+        *["ST window"] * 3,
+    ]
+    assert ablations.ALL.variants() == VARIANTS
+    assert ablations.settings_of(json.loads(json.dumps({"settings": asdict(ablations.HOUR)}))) == ablations.HOUR
+
+
 def test_command_line_refuses(capsys, tmp_path):
-    assert ablations.main(["--quick", "--seeds", "0", "--json", str(tmp_path / "r.json")]) == 2
-    assert "--seeds 0, --minutes 15: expected numbers above 0" in capsys.readouterr().err
+    assert ablations.main(["--seeds", "0", "--json", str(tmp_path / "r.json")]) == 2
+    assert "--seeds 0, --minutes 60: expected numbers above 0" in capsys.readouterr().err
 
 
 def test_finished_results_are_only_printed(capsys, tmp_path):
     """Without the simulator, and without training anything."""
-    settings = replace(ablations.QUICK, seeds=1)
+    settings = replace(ablations.ALL, seeds=1)
     results = {**results_of([row(variant, 0, 10) for variant in VARIANTS], 1), "settings": asdict(settings)}
     write_json(tmp_path / "r.json", results)
-    arguments = ["--quick", "--seeds", "1", "--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "t.md")]
+    arguments = ["--all", "--seeds", "1", "--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "t.md")]
     assert ablations.main(arguments) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / "t.md").read_text() == printed
