@@ -71,9 +71,16 @@ def test_wheel_builds_without_torch_and_holds_the_packages(
     modules = {
         str(path.relative_to(source)) for top in ("walt", "walt_kernels") for path in (source / top).rglob("*.py")
     }
-    assert modules <= names
+    assert modules | weights(source) <= names
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"walt", "walt_kernels"}
+
+
+def weights(source: Path) -> set[str]:
+    """The files of the models in the package."""
+    found = {str(path.relative_to(source)) for path in (source / "walt" / "weights").rglob("*") if path.is_file()}
+    assert "walt/weights/tiny-doom/tokenizer/model.safetensors" in found
+    return found
 
 
 def set_up(source: Path, tmp_path: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -248,7 +255,7 @@ def test_sdist_holds_what_the_build_needs(source: Path, tmp_path: Path, without_
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
     needed = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
-    assert needed | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert needed | weights(source) | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
 @pytest.mark.parametrize("missing", ["walt_kernels._C", "triton", "flash_attn"])

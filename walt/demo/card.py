@@ -22,8 +22,10 @@ def processor() -> str:
     return next(iter(named), platform.processor() or platform.machine())
 
 
-def machine() -> str:
-    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+def machine(device: torch.device) -> str:
+    """What trains on the device."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def save_card(folder: Path, card: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from walt.atomic import read_json
+from walt.commands.model import find_device
 from walt.data.clips import ClipStore
 from walt.data.simulator import SCENARIOS
 from walt.demo.card import CARD, machine, save_card
@@ -116,7 +117,7 @@ class Release:
         return model
 
     def _train(self, stage: str, train: ClipStore, test: ClipStore) -> dict[str, float]:
-        run = Run(stage, stage_settings(stage, self.seed), train, self.out, torch.device("cpu"))
+        run = Run(stage, stage_settings(stage, self.seed), train, self.out, find_device(None))
         if stage != "tokenizer":
             return train_denoiser(run, preview=denoiser_preview).progress()
         shown = HeldOut(self.out / PROGRESS, self.clips.read(test, size=SIZE))
@@ -149,7 +150,7 @@ class Release:
             " class, a sentence, first frames",
             "classes": list(pipeline.classes),
             "command": f"walt demo --release OUT --seed {self.seed}",
-            "machine": machine(),
+            "machine": machine(find_device(None)),
             "stages": {stage: {**progress, "parameters": parameters[stage]} for stage, progress in stages.items()},
             "data": DATA,
             "evaluation": "walt evaluate --data OUT/held-out --reference OUT/data",

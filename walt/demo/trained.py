@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from walt.checkpoint import fingerprint
+from walt.commands.model import find_device
 from walt.data.clips import ClipStore
 from walt.data.video import check_size, sheet_size
 from walt.demo.clips import ClipSet
@@ -45,6 +46,7 @@ SECTIONS = (TOKENIZER, BASE, KERNELS, COST)
 OPS = ("causal_conv3d", "video_norm", "window_attention", "adaln_lora", "adaln_modulate", "adaln_residual_modulate")
 COLUMNS = 4
 PREVIEW_STEPS = 20  # of DDIM
+RESERVE = 20.0  # seconds of the budget for what comes after the training
 
 
 def check_media(out: Path, classes: int, size: int) -> None:
@@ -97,15 +99,12 @@ class Trained:
     def base(self, seconds: float) -> dict[str, Any]:
         """Train for that long, less what sampling takes at the end; show a sample of each class."""
         run, classes = self._run("base"), self.train.classes
-        taken = [10.0]  # seconds to show samples, at first a guess
 
         def show(pipeline: WaltPipeline, steps: int) -> None:
-            begun = time.monotonic()
             made = pipeline.generate(classes, len(classes), steps=steps, seed=self.config.seed, progress=False)
             video = self.report.video("transformer", made, COLUMNS, self.train.rate, "samples")
             names = paragraph(f"A sample of each class: {', '.join(classes)}.")
             self.report.show(BASE, self._curves("transformer"), names, video)
-            taken[0] = (time.monotonic() - begun) * self.config.sampling_steps / steps
 
         def make_preview(
             run: Run, tokenizer: Tokenizer, diffusion: Diffusion, encoder: TextEncoder | None
@@ -118,7 +117,7 @@ class Trained:
 
         begun = time.monotonic()
         self._encode(run)
-        left = seconds - (time.monotonic() - begun) - 2 * taken[0]
+        left = seconds - (time.monotonic() - begun) - RESERVE
         trainer = train_denoiser(run, preview=make_preview, seconds=max(1.0, left))
         show(WaltPipeline.from_pretrained(self.out), self.config.sampling_steps)
         steps = f"{trainer.step} steps of {run.settings.data.batch} clips in {trainer.elapsed:.0f} seconds."
@@ -156,7 +155,7 @@ class Trained:
         return {"cost": costs}
 
     def _run(self, stage: str) -> Run:
-        return Run(stage, self.config.settings(stage), self.train, self.out, torch.device("cpu"))
+        return Run(stage, self.config.settings(stage), self.train, self.out, find_device(None))
 
     def _encode(self, run: Run) -> None:
         """Encode the latents now, so that the time that is left is for training."""
