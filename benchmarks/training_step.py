@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from walt.data.loading import Batch, map_tensors
-from walt.demo.demo import DemoConfig
+from walt.demo.config import DemoConfig
 from walt.model.diffusion import Diffusion
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer

@@ -18,7 +18,7 @@ from walt.cli import COMMANDS, main, parse
 from walt.commands import info
 from walt.commands.data import Prepare
 from walt.commands.options import SHORT, Command
-from walt.demo.demo import DemoConfig
+from walt.demo.config import DemoConfig
 from walt.errors import WaltError
 from walt.settings import SECTIONS
 

@@ -16,7 +16,8 @@ import walt.demo.clips
 from benchmarks import ablations, cases, measure
 from benchmarks.ablation_variants import BASELINE
 from walt.data.clips import Clip
-from walt.demo.demo import Demo, DemoConfig
+from walt.demo.config import DemoConfig
+from walt.demo.demo import Demo
 from walt.errors import WaltError
 from walt.evaluate.networks import FrameFeatures
 from walt.settings import TrainingConfig, load_settings

@@ -28,7 +28,8 @@ from walt.data.video import (
     write_mp4,
     write_png,
 )
-from walt.demo.demo import Demo, DemoConfig
+from walt.demo.config import DemoConfig
+from walt.demo.demo import Demo
 from walt.errors import WaltError
 from walt.sample import codec
 from walt.sample.pipeline import WaltPipeline

@@ -9,7 +9,7 @@ from typing import Annotated
 from walt.commands.options import Command, Natural, Positive, Real, one_of, value, words
 from walt.demo import demo
 from walt.demo.card import describe_model
-from walt.demo.demo import DemoConfig
+from walt.demo.config import DemoConfig
 from walt.demo.release import Release
 from walt.presets import PRESETS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +12,18 @@ import torch
 
 from walt.atomic import write_json
 from walt.data.clips import ClipStore
-from walt.data.simulator import SCENARIOS, check_scenario
+from walt.data.simulator import check_scenario
 from walt.demo import packaged, trained
 from walt.demo.clips import ClipSet
+from walt.demo.config import DemoConfig
 from walt.demo.report import Report
 from walt.errors import WaltError, as_user_error
 from walt.locks import locked
-from walt.settings import Settings, load_settings
 
 INTRO = (
     "A causal video tokenizer and a windowed-attention diffusion transformer: first the model that the package"
     " ships, then a training from nothing by the code of <code>walt train</code>. The page refreshes itself."
 )
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Settings of a demo. The budget of minutes may end a stage before its last step."""
-
-    minutes: float = 10.0  # budget of wall-clock time
-    preset: str = "tiny"  # sizes of the models
-    seed: int = 0  # of data, weights, batches and samples
-    scenarios: tuple[str, ...] = SCENARIOS  # of ViZDoom, each one a class
-    clips: int = 96  # training clips a class
-    samples: int = 9  # held-out clips a class
-    frames: int = 17  # of a clip, 1 + 4k
-    size: int = 64  # height and width in pixels, a multiple of 8
-    tokenizer_steps: int = 20_000  # training steps of the tokenizer, at most
-    tokenizer_share: float = 0.7  # of the training time
-    transformer_steps: int = 20_000  # training steps of the transformer, at most
-    transformer_batch: int = 16  # samples of one of its steps
-    transformer_images: int = 4  # stacks of images among them
-    sampling_steps: int = 50  # DDIM steps
-    preview_seconds: float = 60.0  # from preview to preview of a training
-
-    def settings(self, stage: str) -> Settings:
-        """The preset's settings of a stage, as `walt train` has them, with the demo's steps, batch and sizes."""
-        base = load_settings(stage, preset=self.preset)
-        if stage == "tokenizer":
-            steps, batch, images = self.tokenizer_steps, base.data.batch, 0
-        else:
-            steps, batch, images = self.transformer_steps, self.transformer_batch, self.transformer_images
-        # How often it is asked whether a preview is due.
-        training = replace(base.training, steps=steps, save_every=500, preview_every=20, seed=self.seed)
-        data = replace(base.data, frames=self.frames, height=self.size, width=self.size, batch=batch, images=images)
-        return replace(base, data=data, training=training)
 
 
 class Demo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from walt.commands.model import find_device
 from walt.data.clips import ClipStore
 from walt.data.video import check_size, sheet_size
 from walt.demo.clips import ClipSet
+from walt.demo.config import DemoConfig
 from walt.demo.curves import write_curves
 from walt.demo.packaged import measure, pairs
 from walt.demo.progress import HeldOut
@@ -34,9 +35,6 @@ from walt.train.tokenizer import train_tokenizer
 from walt.train.trainer import Preview
 from walt_kernels import explain
 from walt_kernels.testing import sample_call
-
-if TYPE_CHECKING:
-    from walt.demo.demo import DemoConfig
 
 TOKENIZER = "A tokenizer, trained from nothing"
 BASE = "A denoiser, trained on its latents"
