@@ -58,6 +58,8 @@ def test_randoms_lead_with_the_batch_and_follow_their_distribution() -> None:
         assert abs(drawn[name].double().mean() - mean) < 0.02
     shares = torch.bincount(drawn["known"], minlength=3) / 4000
     assert (shares - torch.tensor([0.1, 0.45, 0.45])).abs().max() < 0.032
+    shares = torch.bincount(drawn["alone"], minlength=3) / 4000
+    assert (shares - torch.tensor([0.5, 0.25, 0.25])).abs().max() < 0.032
 
 
 @pytest.mark.parametrize("config", [SMALL, EVERYTHING, FEATURES], ids=["small", "everything", "features"])
@@ -92,6 +94,7 @@ def test_dropping_takes_label_text_and_frames_together() -> None:
     given["text_mask"].fill_(True)
     dropped = torch.tensor([False, True, True, False])
     drawn = {**randoms(diffusion, x0.shape), "dropped": dropped, "known": torch.tensor([1, 2, 1, 2])}
+    drawn["alone"] = torch.zeros(4, dtype=torch.int64)
     for labels in (given["label"], given["label"][:, None].expand(4, 3)):
         diffusion.loss(model, x0, drawn, **{**given, "label": labels})
         called = model.calls[-1]
@@ -104,6 +107,25 @@ def test_dropping_takes_label_text_and_frames_together() -> None:
     del given["text_mask"]
     diffusion.loss(model, x0, drawn, **given)
     assert torch.equal(model.calls[-1]["text_mask"], ~dropped[:, None].expand(4, config.text_length))
+
+
+def test_a_model_with_label_and_text_also_learns_from_either_alone() -> None:
+    """Else what is sampled from a class without a sentence would be a guess."""
+    diffusion, model = Diffusion(DiffusionConfig(self_condition_probability=0)), Recorder(FEATURES)
+    x0, given = draw(4, *SHAPE[1:]), conditions(4, FEATURES)
+    given["text_mask"].fill_(True)
+    dropped = torch.tensor([False, False, False, True])
+    drawn = {**randoms(diffusion, x0.shape), "dropped": dropped, "alone": torch.tensor([0, 1, 2, 0])}
+    diffusion.loss(model, x0, drawn, **given)
+    called = model.calls[-1]
+    assert (called["label"] == given["label"]).tolist() == [True, True, False, False]
+    assert (called["label"][2:] == FEATURES.classes).all()
+    assert called["text_mask"].all(dim=1).tolist() == [True, False, True, False]
+    for name in ("label", "text"):  # one that is alone anyway is not dropped more often
+        kept = {key: value for key, value in given.items() if key.startswith(name)}
+        diffusion.loss(model, x0, drawn, **kept)
+        seen = model.calls[-1]["label"] != FEATURES.classes if name == "label" else model.calls[-1]["text_mask"][:, 0]
+        assert seen.tolist() == [True, True, True, False]
 
 
 def test_known_frames_leave_one_to_predict_and_stay_out_of_images() -> None:

@@ -14,6 +14,10 @@ from walt.model.config import DiffusionConfig, TransformerConfig, as_int
 
 __all__ = ["Diffusion"]
 
+ALONE = 0.5  # share of the samples with a label and a text that see only one of them, either equally often; ours
+
+ONLY = {"text_mask": 1, "label": 2}  # what a sample is without whose `alone` is this
+
 Preview = Callable[[int, int, Tensor], None]
 
 
@@ -74,7 +78,8 @@ class Diffusion:
         Returns:
             time: int64 [B], uniform over the steps. noise: [B, c, T, h, w].
             self_conditioned: bool [B], with self-conditioning. dropped: bool [B], without label, text and known frames.
-            known: int64 [B], 0, 1 or 2 known frames.
+            known: int64 [B], 0, 1 or 2 known frames. alone: int64 [B], of label and text both (0), the label (1) or the
+            text (2), so that a model with both can sample from either.
             With low_resolution also low_time: int64 [B] and low_noise [B, c, T, h/2, w/2], the noise on a
             low-resolution latent: its level is uniform up to `low_resolution_noise` of the steps.
         """
@@ -105,6 +110,7 @@ class Diffusion:
         if low_resolution:
             numbers["low_time"] = below(max(1, round(config.low_resolution_noise * config.steps)))
             numbers["low_noise"] = normal(*shape[:2], shape[2] // 2, shape[3] // 2)
+        numbers["alone"] = probable(ALONE) * (1 + below(2))
         return numbers
 
     def loss(
@@ -138,14 +144,19 @@ class Diffusion:
             if tensor.shape[:1] != x0.shape[:1]:
                 raise ValueError(f"randoms[{name!r}]: got {len(tensor)} samples; expected {len(x0)}, as x0 has")
         randoms = {name: tensor.to(x0.device) for name, tensor in randoms.items()}
-        time, noise, dropped = randoms["time"], randoms["noise"].to(x0), randoms["dropped"]
+        time, noise = randoms["time"], randoms["noise"].to(x0)
 
         conditions = present(label=label, text=text, text_mask=text_mask, image=image)
         if config.frame_condition:
             known = randoms["known"].clamp_max(x0.shape[2] - 1)
             conditions |= {"frames": x0, "known": known if image is None else known.masked_fill(image, 0)}
-        for name, null in null_conditions(conditions, config).items():
-            conditions[name] = torch.where(dropped.reshape(-1, *[1] * (null.ndim - 1)), null, conditions[name])
+        null = null_conditions(conditions, config)
+        both = {"label", "text_mask"} <= null.keys()
+        for name, value in null.items():
+            dropped = randoms["dropped"]
+            if both and name in ONLY:
+                dropped = dropped | (randoms["alone"] == ONLY[name])
+            conditions[name] = torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), value, conditions[name])
         if low_resolution is not None:
             low_time = randoms["low_time"]
             low = self.add_noise(low_resolution, randoms["low_noise"].to(low_resolution), low_time)
