@@ -43,7 +43,12 @@ STACKS = Bucket(frames=17, height=8, width=16, images=True, image_every=3)
 def indices(source, count: int = 6, seed: int = 0):
     """rows, offset and flip of samples with generators of their own, those of `make_batch`."""
     drawn = []
-    make_batch(lambda _, samples: drawn.extend(map(source.sample_indices, samples.values())), seed, 0, range(count))
+
+    def spy(_, samples):
+        drawn.extend(map(source.sample_indices, samples.values()))
+        return {}
+
+    make_batch(spy, seed, 0, range(count))
     return [torch.stack(tensors) for tensors in zip(*drawn, strict=True)]
 
 

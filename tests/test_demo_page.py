@@ -85,9 +85,12 @@ def test_in_a_browser(report: Report, width: int) -> None:
             [str(CHROMIUM), *options, *more, page.as_uri()], capture_output=True, text=True, timeout=100
         )
 
-    done = browse("--virtual-time-budget=20000", "--dump-dom")
-    assert not re.findall(r".*CONSOLE.*", done.stderr)
-    probe = json.loads(re.findall(r'data-probe="([^"]*)"', done.stdout)[0].replace("&quot;", '"'))
+    for budget in (20_000, 100_000, 500_000):  # the browser's clock runs ahead while a busy machine decodes videos
+        done = browse(f"--virtual-time-budget={budget}", "--dump-dom")
+        assert not re.findall(r".*CONSOLE.*", done.stderr)
+        probe = json.loads(re.findall(r'data-probe="([^"]*)"', done.stdout)[0].replace("&quot;", '"'))
+        if all(probe["playing"]):
+            break
     assert probe["playing"] == [True, True]
     assert probe["pictures"] == [True]
     assert probe["broad"] == [True] * 3

@@ -229,7 +229,12 @@ def test_truncated_latents(store, latents):
 def indices(source: LatentSource, count: int, seed: int = 0) -> list[list[int]]:
     """Which clip, or which images, each sample of `make_batch` has."""
     drawn = []
-    make_batch(lambda _, samples: drawn.extend(starmap(source.sample_indices, samples.items())), seed, 0, range(count))
+
+    def spy(_, samples):
+        drawn.extend(starmap(source.sample_indices, samples.items()))
+        return {}
+
+    make_batch(spy, seed, 0, range(count))
     return [index.tolist() for index in drawn]
 
 

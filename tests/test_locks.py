@@ -15,7 +15,7 @@ import pytest
 from command_line import fails
 from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit
 
-import walt.demo.demo
+import walt.demo.release
 from walt.cli import main
 from walt.errors import WaltError
 from walt.locks import locked
@@ -44,8 +44,9 @@ def test_a_second_training_is_refused_and_writes_nothing(films, tmp_path, capsys
         assert fails(capsys, *training(films, out)).endswith(
             f"{out} is in use by {ME}; wait until it ends, or name another folder"
         )
-        monkeypatch.setattr(walt.demo.demo, "FrameFeatures", object)
         assert f"is in use by {ME}" in fails(capsys, "demo", "--out", out)
+        monkeypatch.setattr(walt.demo.release, "FrameFeatures", object)
+        assert f"is in use by {ME}" in fails(capsys, "demo", "--release", out)
         assert names(out) == ["lock"]
     assert not out.exists()
 

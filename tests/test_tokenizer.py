@@ -311,9 +311,8 @@ def test_configuration_round_trip() -> None:
         assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_only_the_presets_of_full_size_have_adaptive_norms() -> None:
-    small = {name for name, (tokenizer, _) in PRESETS.items() if not tokenizer.adaptive_norm}
-    assert small == {"tiny", "tiny-text", "tiny-sr", "minimal"}
+def test_all_presets_but_the_least_have_adaptive_norms() -> None:
+    assert {name for name, (tokenizer, _) in PRESETS.items() if not tokenizer.adaptive_norm} == {"minimal"}
 
 
 @pytest.mark.parametrize(

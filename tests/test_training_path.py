@@ -85,7 +85,7 @@ def test_a_new_term_is_one_class_and_one_weight(films, tmp_path, monkeypatch):
     trainer = fit("tokenizer", films, tmp_path)
     first = rows("tokenizer", tmp_path)[0]
     config = trainer.objectives[0].forward.loss.terms
-    assert [weight for weight, _ in config] == [1.0, 0.02, 0.0]
-    parts = sum(weight * first[term.name] for weight, term in config)
+    assert [weight for weight, _, _ in config] == [1.0, 0.02, 0.0]
+    parts = sum(weight * first[term.name] for weight, _, term in config)
     assert first["loss"] == pytest.approx(parts, rel=1e-5)
     assert torch.tensor(first["perceptual"]).isfinite()
