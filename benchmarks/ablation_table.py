@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from .ablation_variants import BASELINE, PAPER_TIE, VARIANTS, Variant, rate_change
+from .ablation_variants import BASELINE, PAPER_TIE, VARIANTS, Variant, rate_change, variants_of
 from .machine import sentence
 
 Runs = Sequence[dict[str, Any]]  # one for each variant and seed: what `ablations.run` returns
@@ -95,8 +95,7 @@ def table(results: dict[str, Any]) -> str:
     for name, value in results["yardsticks"].items():
         rows.append([name, "", "", "", f"{total(value):.4g}", "", "", "", ""])
     lines = [f"| {' | '.join(row)} |" for row in (HEAD, ["---"] * len(HEAD), *rows)]
-    groups = results["settings"]["groups"]
-    planned = [variant for variant in VARIANTS if not groups or variant.group in groups]
+    planned = variants_of(results["settings"]["groups"])
     return "\n".join([*lines, "", *notes(results, [variant for variant in planned if key(variant) not in done])])
 
 

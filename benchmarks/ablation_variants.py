@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -108,3 +108,8 @@ VARIANTS = (
     # Of a 419M text-to-video model, zero-shot, with images of which there were no videos; here both are the same data.
     Variant("joint training", "a quarter of each batch images", (344.5, 598.8), images=True),
 )
+
+
+def variants_of(groups: Collection[str]) -> tuple[Variant, ...]:
+    """The baseline and the variants of these groups; of none, all."""
+    return tuple(variant for variant in VARIANTS if variant is BASELINE or not groups or variant.group in groups)

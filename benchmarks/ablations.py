@@ -35,7 +35,7 @@ from walt.train.trainer import Trainer
 
 from .ablation_material import Material, prepare, source_of
 from .ablation_table import REAL, UNTRAINED, key, table, total
-from .ablation_variants import BASE, BASELINE, VARIANTS, Variant
+from .ablation_variants import BASE, BASELINE, Variant, variants_of
 from .machine import machine
 from .say import say
 
@@ -59,7 +59,7 @@ class Settings:
     groups: tuple[str, ...] = ()  # of the variants; (): all
 
     def variants(self) -> tuple[Variant, ...]:
-        return tuple(v for v in VARIANTS if v is BASELINE or not self.groups or v.group in self.groups)
+        return variants_of(self.groups)
 
 
 HOUR = Settings(minutes=60, seeds=3, clips=128, held_out=12, groups=("patch size", "ST window"))

@@ -81,7 +81,7 @@ class Evaluate(ModelCommand):
                 results["reference"] = evaluate(real, known, ["frechet_image_distance"], **networks)
             for name in wanted:
                 if name == "reconstructions":
-                    made, metrics = np.concatenate(list(reconstructions(tokenizer, real))), [*paired, *others]
+                    made, metrics = reconstructions(tokenizer, real), [*paired, *others]
                     results[name] = evaluate(real, made, metrics, labels=labels, **networks)
                 else:
                     assert pipeline is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy as np
 from walt.data.clips import ClipStore
 from walt.data.simulator import CAPTIONED, FILM
 from walt.demo.clips import ClipSet
+from walt.demo.progress import FIGURES
 from walt.demo.report import Report, command, paragraph, table
-from walt.evaluate.evaluate import reconstructions
-from walt.evaluate.metrics import colour_error, psnr
+from walt.evaluate.evaluate import evaluate, reconstructions
 from walt.pretrained import TINY_DOOM
 from walt.sample.pipeline import WaltPipeline
 from walt.sample.sampler import Options
@@ -89,7 +88,7 @@ class Packaged:
     def reconstructions(self, store: ClipStore, clips: ClipSet) -> dict[str, Any]:
         """PSNR and colours of held-out clips, and one of each class."""
         real = clips.read(store)
-        made = np.concatenate(list(reconstructions(self.pipeline.tokenizer, real)))
+        made = reconstructions(self.pipeline.tokenizer, real)
         figures = measure(real, made, store)
         self.report.show(RECONSTRUCTIONS, *pairs(self.report, "reconstructions", real, made, store, figures))
         return {"packaged": figures}
@@ -100,15 +99,16 @@ class Packaged:
 
 def measure(real: np.ndarray, made: np.ndarray, store: ClipStore) -> dict[str, Any]:
     """Mean PSNR and colour error of reconstructions, and of each class."""
-    decibel, colour = psnr(made, real), colour_error(made, real)
-    of_class = [store.label == i for i in range(len(store.classes))]
-    return {
-        "psnr": float(decibel.mean()),
-        "colour": float(colour.mean()),
-        "psnr_by_class": {n: float(decibel[c].mean()) for n, c in zip(store.classes, of_class, strict=True)},
-        "colour_by_class": {n: float(colour[c].mean()) for n, c in zip(store.classes, of_class, strict=True)},
-        "clips": len(real),
-    }
+    labels = [item.label or "" for item in store.items]
+    result = evaluate(real, made, FIGURES, labels=labels, progress=False)
+    by_class = {f"{name}_by_class": values for name, values in result.by_class.items()}
+    return {**result.values, **by_class, "clips": result.real}
+
+
+def beside(report: Report, name: str, real: np.ndarray, made: np.ndarray, fps: float) -> str:
+    """The block of clips above their reconstructions."""
+    both = np.concatenate([real, made])
+    return report.video(name, both, len(real), fps, "clips above their reconstructions", scale=2)
 
 
 def pairs(
@@ -122,12 +122,11 @@ def pairs(
     ]
     text = (
         f"Above what went in, below what came out. Over {figures['clips']} clips of episodes that no training saw (and"
-        f" the end of the film {html.escape(FILM)}): PSNR {figures['psnr']:.2f} dB, mean colours off by"
+        f" the end of the film {FILM}): PSNR {figures['psnr']:.2f} dB, mean colours off by"
         f" {figures['colour']:.3f} of a range of 2."
     )
-    both = np.concatenate([real[one], made[one]])
     return [
         paragraph(text),
-        report.video(name, both, len(one), store.rate, "clips above their reconstructions", scale=2),
+        beside(report, name, real[one], made[one], store.rate),
         table(["class", "PSNR, dB", "colour error"], rows),
     ]

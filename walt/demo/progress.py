@@ -10,11 +10,11 @@ import numpy as np
 from torch import nn
 
 from walt.atomic import atomic_write
-from walt.evaluate.evaluate import reconstructions
-from walt.evaluate.metrics import colour_error, psnr
+from walt.evaluate.evaluate import evaluate, reconstructions
 from walt.model.tokenizer import Tokenizer
 from walt.train.log import read_log
 
+FIGURES = ("psnr", "colour")  # of reconstructions
 Show = Callable[[np.ndarray], None]  # reconstructions uint8 [N, T, H, W, 3]
 
 
@@ -30,12 +30,8 @@ class HeldOut:
 
     def __call__(self, module: nn.Module, step: int) -> None:
         assert isinstance(module, Tokenizer)
-        made = np.concatenate(list(reconstructions(module, self.clips)))
-        row = {
-            "step": step,
-            "psnr": float(psnr(made, self.clips).mean()),
-            "colour": float(colour_error(made, self.clips).mean()),
-        }
+        made = reconstructions(module, self.clips)
+        row = {"step": step, **evaluate(self.clips, made, FIGURES, progress=False).values}
         rows = [*(row for row in read_log(self.path) if row["step"] < step), row]
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -17,7 +17,7 @@ from walt.data.video import check_size, sheet_size
 from walt.demo.clips import ClipSet
 from walt.demo.config import DemoConfig
 from walt.demo.curves import write_curves
-from walt.demo.packaged import measure, pairs
+from walt.demo.packaged import beside, measure, pairs
 from walt.demo.progress import HeldOut
 from walt.demo.report import SCALE, Report, command, paragraph, picture, table
 from walt.evaluate.evaluate import reconstructions
@@ -80,13 +80,12 @@ class Trained:
         run, rows = self._run("tokenizer"), self.out / "tokenizer.held-out.jsonl"
 
         def show(made: np.ndarray) -> None:
-            both = np.concatenate([self.one, made])
-            video = self.report.video("tokenizer", both, len(made), self.train.rate, "reconstructions", scale=2)
+            video = beside(self.report, "tokenizer", self.one, made, self.train.rate)
             self.report.show(TOKENIZER, self._curves("tokenizer", rows), video)
 
         preview = Every(self.config.preview_seconds, HeldOut(rows, self.one, show))
         trainer = train_tokenizer(run, preview=preview, seconds=max(1.0, seconds))
-        made = np.concatenate(list(reconstructions(load_tokenizer(self.out / "tokenizer"), self.real)))
+        made = reconstructions(load_tokenizer(self.out / "tokenizer"), self.real)
         figures = measure(self.real, made, self.test)
         steps = f"{trainer.step} steps of {run.settings.data.batch} clips in {trainer.elapsed:.0f} seconds."
         blocks = pairs(self.report, "tokenizer", self.real, made, self.test, figures)

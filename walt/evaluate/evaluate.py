@@ -48,11 +48,10 @@ def batches(clips: ClipSet, size: int = 8, *, name: str = "clips") -> Iterator[n
 
 
 @torch.inference_mode()
-def reconstructions(tokenizer: Tokenizer, clips: np.ndarray) -> Iterator[np.ndarray]:
-    """What the tokenizer makes of clips uint8 [N, T, H, W, 3], in batches."""
-    for batch in batches(clips):
-        video = to_model(batch).to(tokenizer.latent_mean)
-        yield to_pixels(tokenizer.decode(tokenizer.encode(video)).cpu())
+def reconstructions(tokenizer: Tokenizer, clips: np.ndarray) -> np.ndarray:
+    """What the tokenizer makes of clips uint8 [N, T, H, W, 3], some of them at a time."""
+    videos = (to_model(batch).to(tokenizer.latent_mean) for batch in batches(clips))
+    return np.concatenate([to_pixels(tokenizer.decode(tokenizer.encode(video)).cpu()) for video in videos])
 
 
 @dataclass(frozen=True)
