@@ -187,6 +187,12 @@ def test_only_the_main_rank_prints(two):
     assert two[2] == ["one line\n", ""]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list threads there")
+def test_no_thread_outlives_the_group():
+    """One that frees a tensor of Python's while Python ends aborts the process."""
+    assert on_two_ranks("left_group.py") == ["[]\n", "[]\n"]
+
+
 def test_one_process_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with process_group() as device:

@@ -6,6 +6,8 @@ Without torchrun there is one process, rank 0, and everything here does nothing.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -42,6 +44,9 @@ def process_group() -> Iterator[torch.device]:
         yield device
         return
     try:
+        # Imported later, its functions would keep the group as a default argument, and with it gloo's threads. One that
+        # frees a tensor of Python's while Python ends aborts the process.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise WaltError(f"WORLD_SIZE={processes}: {error}; start the processes with torchrun") from error
@@ -53,6 +58,7 @@ def process_group() -> Iterator[torch.device]:
             yield device
     finally:
         dist.destroy_process_group()
+        gc.collect()  # what FSDP leaves in cycles; it must not be freed while Python ends
 
 
 def _joined() -> bool:
