@@ -11,7 +11,16 @@ from types import SimpleNamespace
 import pytest
 
 from walt.cli import main
-from walt.commands.doctor import OPTIONAL, codec_lines, cudnn_line, diagnose, existing, processors, threads_line
+from walt.commands.doctor import (
+    OPTIONAL,
+    bfloat16_line,
+    codec_lines,
+    cudnn_line,
+    diagnose,
+    existing,
+    processors,
+    threads_line,
+)
 
 
 @pytest.fixture
@@ -60,6 +69,17 @@ def test_a_quota_leaves_fewer_processors(monkeypatch, tmp_path):
     for text, count in {"max 100000": 8, "200000 100000": 2, "50000 100000": 1, "1600000 100000": 8}.items():
         quota.write_text(text + "\n")
         assert processors(quota) == count
+
+
+@pytest.mark.parametrize(
+    ("products", "convolutions", "better"),
+    [(2.0, 1.5, ""), (0.7, 1.5, "products"), (1.2, 0.9, "convolutions"), (0.5, 0.5, "products and convolutions")],
+)
+def test_bfloat16(products, convolutions, better):
+    line = bfloat16_line({"products": products, "convolutions": convolutions})
+    assert f"products {products} times and convolutions {convolutions} times as fast as float32" in line
+    assert line.startswith("! " if better else "  ")
+    assert line.endswith(f"--training.precision float32 is better for {better}" if better else "on this CPU")
 
 
 def test_packages(quiet, monkeypatch, tmp_path):

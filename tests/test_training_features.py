@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 import types
+import warnings
 from typing import ClassVar
 
 import pytest
@@ -13,11 +15,14 @@ import torch
 from on_ranks import Net, Running, adversaries, fit, regression, trainer_of
 from torch import nn
 
+import walt.train.run
 from walt.checkpoint import read_tensors
-from walt.errors import WaltError
-from walt.settings import TrainingConfig
+from walt.errors import WaltError, WaltWarning
+from walt.settings import TrainingConfig, load_settings
 from walt.train.log import RunLog, read_log
 from walt.train.objective import TIMES, Objective
+from walt.train.precision import LAYERS, bfloat16_speedup
+from walt.train.run import Run, warn_of_slow_bfloat16
 
 
 def losses(path) -> list[float]:
@@ -42,6 +47,37 @@ def test_bfloat16(tmp_path):
     for name in ("model", "ema", "optimizer"):
         tensors = read_tensors(tmp_path / "narrow" / f"{name}.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_bfloat16_speedup_is_that_of_forward_and_backward(monkeypatch):
+    now = [0.0]
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            now[0] += 1.0 if torch.is_autocast_enabled("cpu") else 3.0
+            return super().forward(x)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setitem(LAYERS, "products", (lambda: Layer(2, 2), (3, 2)))
+    assert bfloat16_speedup("products") == 3.0
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("tokenizer", "convolutions"), ("base", "products")])
+def test_slow_bfloat16_is_told(monkeypatch, tmp_path, stage, kind):
+    def tell(speedup, **settings):
+        monkeypatch.setattr(walt.train.run, "bfloat16_speedup", lambda asked: speedup if asked == kind else None)
+        overrides = {f"training.{name}": value for name, value in settings.items()}
+        settings = load_settings(stage, preset="minimal", overrides=overrides)
+        warn_of_slow_bfloat16(Run(stage, settings, None, tmp_path, torch.device("cpu")))
+
+    with pytest.warns(
+        WaltWarning, match=f"trains {kind} 0.7 times as fast as in float32; --training.precision float32"
+    ):
+        tell(0.72, precision="bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tell(1.3, precision="bfloat16")
+        tell(0.72, precision="float32")
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):

@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from walt.commands.options import Command
+from walt.train.precision import LAYERS, bfloat16_speedup
 
 # Packages beside the required ones: what each is for, and how to get it.
 OPTIONAL = {
@@ -53,6 +54,7 @@ def diagnose(folder: Path) -> Iterator[str]:
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     yield cudnn_line(cudnn)
     yield threads_line(torch.get_num_threads(), processors())
+    yield bfloat16_line({kind: bfloat16_speedup(kind) for kind in LAYERS})
     for module, (purpose, command) in OPTIONAL.items():
         found = importlib.util.find_spec(module) is not None
         yield f"  {module:<34} for {purpose}" if found else f"- {module:<34} for {purpose}: {command}"
@@ -93,6 +95,14 @@ def threads_line(threads: int, count: int) -> str:
     if threads <= count:
         return f"  {text}"
     return f"! {text}: they wait for one another; set OMP_NUM_THREADS={count}, less where other processes compute"
+
+
+def bfloat16_line(speedups: Mapping[str, float]) -> str:
+    """Of CPUs, where it may be slower."""
+    measured = " and ".join(f"{kind} {speedup:.1f} times" for kind, speedup in speedups.items())
+    text = f"bfloat16   trains {measured} as fast as float32 on this CPU"
+    slower = [kind for kind, speedup in speedups.items() if speedup < 1]
+    return f"! {text}: --training.precision float32 is better for {' and '.join(slower)}" if slower else f"  {text}"
 
 
 def codec_lines() -> Iterator[str]:

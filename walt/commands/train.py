@@ -17,7 +17,7 @@ from walt.errors import WaltError, did_you_mean
 from walt.sample.preview import denoiser_preview
 from walt.settings import Settings, merge_settings
 from walt.train.denoiser import train_denoiser
-from walt.train.run import Run, alone, check, open_data
+from walt.train.run import Run, alone, check, open_data, warn_of_slow_bfloat16
 from walt.train.tokenizer import train_tokenizer
 from walt.train.trainer import Trainer
 
@@ -85,4 +85,5 @@ def train_stage(run: Run) -> Trainer[Any]:
     loss: it is a statistic of a microbatch, and its mean over smaller ones differs.
     """
     check(run)
+    warn_of_slow_bfloat16(run)
     return train_tokenizer(run) if run.stage == "tokenizer" else train_denoiser(run, preview=denoiser_preview)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +22,14 @@ from walt.data.pixels import to_model
 from walt.data.prepare import prepare
 from walt.data.video import tile, write_mp4
 from walt.distributed import is_rank0, raise_on_all_ranks, world_size
-from walt.errors import WaltError, say, some
+from walt.errors import WaltError, WaltWarning, say, some
 from walt.locks import locked
 from walt.model.config import ClipShape
 from walt.model.text import TextEncoder, warn_of_cuts
 from walt.names import normal
 from walt.rates import same_rate
 from walt.settings import Settings
+from walt.train.precision import bfloat16_speedup
 from walt.train.trainer import Trainer
 
 CLIPS = 4  # at a time, for statistics and previews
@@ -196,6 +198,16 @@ def check(run: Run) -> None:
         )
     if images_of(run) < data.batch:
         tell(run.store.too_short(data.frames, stride=data.stride).lines())
+
+
+def warn_of_slow_bfloat16(run: Run) -> None:
+    """WaltWarning on rank 0 if this CPU trains the stage's layers more slowly in bfloat16 than in float32."""
+    if run.settings.training.precision == "float32" or run.device.type != "cpu" or not is_rank0():
+        return
+    kind = "convolutions" if run.stage == "tokenizer" else "products"
+    if (speedup := bfloat16_speedup(kind)) < 1:
+        text = f"training.precision bfloat16: this CPU trains {kind} {speedup:.1f} times as fast as in float32"
+        warnings.warn(WaltWarning(f"{text}; --training.precision float32 is better here"), stacklevel=2)
 
 
 def images_of(run: Run) -> int:
