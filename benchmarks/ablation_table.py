@@ -105,8 +105,9 @@ def notes(results: dict[str, Any], missing: Sequence[Variant]) -> list[str]:
     untrained, real = (total(results["yardsticks"][name]) for name in (UNTRAINED, REAL))
     learned = (untrained - fmean(base)) / (untrained - real)
     lines = [
-        f"{plan['steps']} training steps of batch {settings['batch']} for every variant; seeds in brackets (planned:"
-        f" {plan['seeds']}, baseline {plan['baseline_seeds']}). The paper: 35k steps of batch 256.",
+        f"{plan['steps']} training steps of batch {settings['batch']} in {settings['precision']} for every variant;"
+        f" seeds in brackets (planned: {plan['seeds']}, baseline {plan['baseline_seeds']}). The paper: 35k steps of"
+        " batch 256.",
         f"Distance: {results['features']}; lower is better. The baseline went {learned:.0%} of the way from an"
         " untrained model to real clips: the less, the less the distances say.",
         "v-loss: mean squared error on held-out clips at fixed draws of noise, with the model's own estimate if it"

@@ -54,12 +54,16 @@ class Settings:
     held_out: int  # a class, and as many are generated
     batch: int = 8
     lr: float = 1e-3
+    precision: str = "bfloat16"  # as tiny-doom was trained
     sampling_steps: int = 20
     loss_draws: int = 8
     groups: tuple[str, ...] = ()  # of the variants; (): all
 
     def variants(self) -> tuple[Variant, ...]:
         return variants_of(self.groups)
+
+    def training(self, steps: int) -> TrainingConfig:
+        return TrainingConfig(steps, lr=self.lr, precision=self.precision)
 
 
 HOUR = Settings(minutes=60, seeds=3, clips=128, held_out=12, groups=("patch size", "ST window"))
@@ -121,7 +125,7 @@ def run(
     variant: Variant, seed: int, material: Material, settings: Settings, steps: int, base: TransformerConfig = BASE
 ) -> dict[str, Any]:
     """Train one model for `steps` and score it; a row of the results."""
-    training = TrainingConfig(steps, lr=settings.lr, warmup=min(50, steps // 4 + 1), save_every=steps, seed=seed)
+    training = replace(settings.training(steps), warmup=min(50, steps // 4 + 1), save_every=steps, seed=seed)
     diffusion, objective, source = training_of(variant, material, base, settings, training)
     with tempfile.TemporaryDirectory(prefix="walt-ablation-") as folder:
         trainer: Trainer[Transformer] = Trainer(
@@ -169,7 +173,7 @@ def held_out_loss(model: nn.Module, diffusion: Diffusion, latent: Tensor, label:
 
 def step_seconds(variant: Variant, material: Material, settings: Settings) -> float:
     """The faster of two training steps after a first one."""
-    training = TrainingConfig(3, lr=settings.lr)
+    training = settings.training(3)
     _, objective, source = training_of(variant, material, BASE, settings, training)
     objective.network.train()
     times = []

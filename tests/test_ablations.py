@@ -270,7 +270,7 @@ class TestTable:
         assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == lines[5].count("|") == 10
         assert "| real training clips |  |  |  | 1.5 |  |  |  |  |" in lines
         assert "The baseline went 57% of the way from an untrained model to real clips" in text
-        assert any(line.startswith("- 3 training steps of batch 4 for every variant") for line in lines)
+        assert any(line.startswith("- 3 training steps of batch 4 in bfloat16 for every variant") for line in lines)
         assert any(line.startswith("- Not run yet: patch size: 4; ST window: 5x2x2;") for line in lines)
         assert not [line for line in notes(results_of(self.base), []) if "Not run yet" in line]
 
