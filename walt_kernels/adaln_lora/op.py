@@ -65,7 +65,7 @@ def _lora_sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
 def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> dict[str, Any]:
     """Modulation of all layers in one call: a shared projection plus a low-rank term per layer.
 
-    ``out[i] = base + up[i] @ (down[i] @ cond)``  (W.A.L.T, section 3.3: A^i = A^1 + W_b^i W_a^i (c + t))
+    ``out[i] = base + cond @ down[i].T @ up[i].T``  (W.A.L.T, section 3.3: A^i = A^1 + W_b^i W_a^i (c + t))
 
     Args:
         cond: ``[B, D]``, conditioning vector (class and time embedding).
@@ -134,7 +134,7 @@ def _sample(*names: str) -> Callable[[Callable[..., Tensor], int], dict[str, Any
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> dict[str, Any]:
     """LayerNorm without weight and bias, then scale and shift, in one pass.
 
-    ``h = LayerNorm(x, eps) * (1 + scale) + shift``  (DiT's adaLN; W.A.L.T, section 3.3)
+    ``h = F.layer_norm(x, (D,), eps=eps) * (1 + scale[:, None]) + shift[:, None]``  (DiT's adaLN; W.A.L.T, section 3.3)
 
     Args:
         x: ``[B, N, D]``, any strides.
@@ -166,7 +166,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
     sample=_sample("x", "branch", "gate"),
 )
 def adaln_residual(x: Tensor, branch: Tensor, gate: Tensor) -> dict[str, Any]:
-    """Gated residual: ``x_new = x + gate * branch``  (DiT's adaLN-Zero; W.A.L.T, section 3.3)
+    """Gated residual: ``x_new = x + gate[:, None] * branch``  (DiT's adaLN-Zero; W.A.L.T, section 3.3)
 
     Args:
         x, branch: ``[B, N, D]``, any strides, one dtype (under autocast branch is cast to x's).
@@ -215,7 +215,8 @@ def adaln_residual_modulate(
 ) -> dict[str, Any]:
     """What stands between two sub-blocks, in one pass: gated residual, LayerNorm, scale and shift.
 
-    ``x_new = x + gate * branch``;  ``h = LayerNorm(x_new, eps) * (1 + scale) + shift``
+    ``x_new = x + gate[:, None] * branch``
+    ``h = F.layer_norm(x_new, (D,), eps=eps) * (1 + scale[:, None]) + shift[:, None]``
 
     Args:
         x, branch: ``[B, N, D]``, any strides, one dtype (under autocast branch is cast to x's).

@@ -61,7 +61,7 @@ def video_norm(
 ) -> dict[str, Any]:
     """Normalises a video, modulates it and activates it, in one pass: the norms of causal video autoencoders.
 
-    ``y = act(((x - mean) * rstd * weight + bias) * (1 + scale) + shift)``, ``rstd = 1 / sqrt(variance + eps)``, with
+    ``rstd = 1 / sqrt(variance + eps)``, ``y = act(((x - mean) * rstd * weight + bias) * (1 + scale) + shift)``, with
     mean and variance over a group of C / groups channels and
 
     - ``over="frame"``: H and W of one frame. Causal: a chunk of a video, or an image, has the bits of the whole.

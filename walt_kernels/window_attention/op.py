@@ -87,10 +87,12 @@ def window_attention(
 ) -> dict[str, Any]:
     """Attention inside non-overlapping windows of a video (W.A.L.T, section 3.2; the bias is Swin's).
 
-    For tokens i and j of one window and one head::
+    In one window and one head, with q, k and v ``[N, dim]`` of the window's tokens, and the place (t, h, w) of each::
 
-        score(i, j) = scale * <norm(q_i) * q_norm, norm(k_j) * k_norm> + bias_table[head, i - j + window - 1]
-        out_i       = sum_j softmax_j(score(i, j)) * v_j
+        bias[i, j] = bias_table[head][tuple(place[i] - place[j] + window - 1)]
+        q = F.layer_norm(q, (dim,), q_norm, eps=norm_eps)
+        k = F.layer_norm(k, (dim,), k_norm, eps=norm_eps)
+        out = torch.softmax(scale * q @ k.T + bias, dim=-1) @ v
 
     Args:
         q, k, v: ``[B, T, H, W, heads, dim]``, float32, float64, bfloat16 or float16, any strides (views of one packed
