@@ -559,7 +559,7 @@ BAD = [
     ({"dilation": (1, -1, 1)}, ValueError, r"dilation is \(1, -1, 1\), expected integers of at least 1"),
     ({"padding": "valid"}, ValueError, "padding is 'valid', expected 'same', an int"),
     ({"padding": -1}, ValueError, "padding is -1, expected integers of at least 0"),
-    ({"padding": (1, 2, 3)}, TypeError, r"padding is \(1, 2, 3\), expected 'same', an int, \(ph, pw\)"),
+    ({"padding": (1, 2, 3)}, TypeError, r"padding is \(1, 2, 3\), expected \(2, 3\), of the frame"),
     ({"padding": ((1,), (2, 3))}, TypeError, "padding is .* expected 'same'"),
     ({"time_padding": "replicate"}, ValueError, "time_padding is 'replicate', expected one of 'zeros', 'first_frame'"),
     ({"space_padding": "wrap"}, ValueError, "space_padding is 'wrap', expected one of 'zeros', 'replicate', 'reflect'"),

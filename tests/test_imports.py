@@ -73,6 +73,17 @@ def test_an_op_is_a_function(op: str) -> None:
     assert signature.return_annotation in ("Tensor", torch.Tensor)
 
 
+@pytest.mark.parametrize("name", walt_kernels.nn.__all__)
+def test_a_module_that_is_sought_among_the_ops_is_pointed_to(name: str) -> None:
+    told = f"{name} is in walt_kernels.nn, write: from walt_kernels.nn import {name}"
+    with pytest.raises(ImportError, match=told):
+        run(f"from walt_kernels import {name}")
+    with pytest.raises(ImportError, match=told):
+        getattr(walt_kernels, name)
+    with pytest.raises(AttributeError, match="module 'walt_kernels' has no attribute 'nothing'"):
+        walt_kernels.nothing  # noqa: B018
+
+
 def test_walt_has_no_function_that_hides_a_module() -> None:
     for module in pkgutil.iter_modules(walt.__path__):
         assert isinstance(getattr(walt, module.name, walt), ModuleType), module.name

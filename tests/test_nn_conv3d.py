@@ -77,8 +77,8 @@ def test_it_starts_with_the_bits_of_torch() -> None:
 
 
 WRONG = [
-    ({"padding": (0, 1, 1)}, TypeError, r"padding is \(0, 1, 1\), expected .* time is always padded in front"),
-    ({"padding": "valid"}, ValueError, "padding is 'valid', expected 'same'"),
+    ({"padding": (0, 1, 1)}, TypeError, r"padding is \(0, 1, 1\), expected \(1, 1\), of the frame; time is always"),
+    ({"padding": "valid"}, ValueError, r"padding is 'valid', expected 'same', an int \(0 for none\)"),
     ({"padding": -1}, ValueError, "padding is -1, expected integers of at least 0"),
     ({"padding_mode": "circular"}, ValueError, r"padding_mode \(space_padding\) is 'circular', expected one of"),
     ({"space_padding": "wrap"}, ValueError, r"padding_mode \(space_padding\) is 'wrap', expected one of 'zeros'"),

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 from . import _dispatch
 from . import nn as nn
@@ -39,3 +40,11 @@ for _folder in _folders:
     _package, _function = sys.modules[f"{__name__}.{_folder}"], globals()[_folder]
     vars(_package).update(vars(_function))
     _function.__dict__ = vars(_package)
+
+
+if not TYPE_CHECKING:  # or a type checker would take every name
+
+    def __getattr__(name: str) -> Any:
+        if name in nn.__all__:  # of an AttributeError, `from walt_kernels import name` would not show the text
+            raise ImportError(f"{name} is in walt_kernels.nn, write: from walt_kernels.nn import {name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,7 +34,8 @@ Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
 TIME_PADDING = ("zeros", "first_frame")
 SPACE_PADDING = ("zeros", "replicate", "reflect")
 PADDINGS = (
-    "'same', an int, (ph, pw) or ((top, bottom), (left, right)) of the frame; time is always padded in front, by itself"
+    "'same', an int (0 for none), (ph, pw) or ((top, bottom), (left, right)) of the frame; "
+    "time is always padded in front, by itself"
 )
 
 BACKWARD = 2.0  # times the FLOPs of the forward pass: the gradients of x and of weight
@@ -170,6 +171,9 @@ def resolve_padding(padding: Padding, kernel: Sequence[int], dilation: Sequence[
         return *same_padding(kernel[0], dilation[0]), *same_padding(kernel[1], dilation[1])
     padding = plain(padding)
     sides = (padding, padding) if is_int(padding) else padding
+    if isinstance(sides, (tuple, list)) and len(sides) == 3 and all(map(is_int, sides)):  # as nn.Conv3d has it
+        frame = f"expected {tuple(sides[1:])}, of the frame; time is always padded in front, by itself"
+        raise TypeError(f"padding is {padding!r}, {frame}")
     pairs = [(side, side) if is_int(side) else side for side in sides] if isinstance(sides, (tuple, list)) else []
     if len(pairs) != 2 or not all(isinstance(p, (tuple, list)) and len(p) == 2 and all(map(is_int, p)) for p in pairs):
         raise TypeError(f"padding is {padding!r}, expected {PADDINGS}")
