@@ -30,6 +30,7 @@ PAGES = [
     "docs/cpu.md",
     "docs/kernels.md",
     "docs/model.md",
+    "docs/ops.md",
     "docs/training.md",
     "docs/weights.md",
     "docs/scaling.md",

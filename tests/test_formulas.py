@@ -1,4 +1,4 @@
-"""Every formula of README's "The four ops" and of the ops' docstrings, run as it is printed, against the op."""
+"""Formulas as they are printed, against the op: README's "The four ops", docstrings, a function of docs/ops.md."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from walt_kernels import (
     video_norm,
     window_attention,
 )
+from walt_kernels.window_attention.reference import bias_of
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README.partition("## The four ops")[2].partition("\n## ")[0], re.S)
 DTYPES = [torch.float64, torch.float32]
 
@@ -189,6 +191,30 @@ def test_window_attention(dtype: torch.dtype) -> None:
             run(fills, head=head, i=i, j=j, **names)
         found = run("\n".join(rest), q=q[head], k=k[head], v=v[head], **names)
         close(windows(expected, window)[1, 1, 0, 1, head], found["out"])
+
+
+def swin(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: tuple[int, ...], shift: tuple[int, ...]) -> Tensor:
+    """As Video Swin has it, in windows of the rolled video: a token sees those of its own region."""
+    regions = torch.zeros(1, *q.shape[1:4], 1, 1)
+    sizes = zip(window, shift, strict=True)
+    cuts = [[slice(-n), slice(-n, -s), slice(-s, None)] if s else [slice(None)] for n, s in sizes]
+    for number, parts in enumerate(itertools.product(*cuts)):
+        regions[(0, *parts)] = number
+    regions = windows(regions, window)[..., 0]
+    bias = bias.masked_fill(regions[..., :, None] != regions[..., None, :], float("-inf"))
+    q, k, v = (windows(x, window) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@pytest.mark.parametrize("shift", [(0, 3, 3), (1, 2, 1), (0, 0, 0)])
+def test_shifted_windows(shift: tuple[int, int, int]) -> None:
+    (code,) = re.findall(r"^def shifted.*?return out\n", (ROOT / "docs/ops.md").read_text(), re.S | re.M)
+    names = run(code, itertools=itertools, Tensor=Tensor, window_attention=window_attention)
+    window, table = (2, 4, 4), draw(torch.float64, 2, 3, 7, 7)
+    q, k, v = draw(torch.float64, 3, 2, 4, 8, 12, 2, 8)
+    out = names["shifted"](q, k, v, shift, window=window, bias_table=table)
+    q, k, v, out = (x.roll([-s for s in shift], (1, 2, 3)) for x in (q, k, v, out))
+    close(windows(out, window), swin(q, k, v, bias_of(table, window, window), window, shift))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
