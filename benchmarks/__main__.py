@@ -6,6 +6,7 @@
   gpu-report           the proof on a GPU: tests, ceilings, every op and mode, targets, README's "verified on" table
   levels               every instruction level and library that this CPU has; whether the op takes the fastest
   models               other libraries' models before and after walt_kernels.integrations.accelerate
+  overview             README's first table, of all machines that have a file in benchmarks/results
   memory               peak memory of a training step of the L tokenizer, ours beside eager PyTorch's
   verified             that table again, or what is known without a GPU
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import floors, gpu_report, levels, models, plots, report, scaling, training_memory, verified
+from . import floors, gpu_report, levels, models, overview, plots, report, scaling, training_memory, verified
 from .cases import CASES, chosen
 from .machine import ROOT, ceilings, level, machine, sentence
 from .measure import GPU_BACKENDS, Effort, rows_of
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         "levels": levels.main,
         "memory": training_memory.main,
         "models": models.main,
+        "overview": overview.main,
         "verified": verified_on,
     }
     if arguments and arguments[0] in commands:
