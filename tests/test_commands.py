@@ -108,7 +108,7 @@ class TestTrain:
             ("tokenizer", ["--data.colour=1"], "unknown option --data.colour"),
             ("tokenizer", ["--config", tmp_path / "none.yaml"], "cannot read"),
             ("tokenizer", ["--captions", tmp_path / "none.csv"], "cannot read"),
-            ("base", [], "no such checkpoint: "),
+            ("base", [], f"no such checkpoint: {out}/tokenizer; run walt train tokenizer --out {out} first"),
             ("base", ["--preset", "tiny-sr"], "does not fit the stage base"),
             ("sr", ["--preset", "tiny"], "does not fit the stage sr1"),
             ("sr", ["--level", 3], "--level: got '3'; expected 1 or 2"),
@@ -117,6 +117,9 @@ class TestTrain:
             assert not out.exists(), (stage, arguments)
         missing = ("train", "tokenizer", "--data", tmp_path / "nowhere", "--out", out)
         assert "no such folder: " in fails(capsys, *missing)
+        film = films / "up/0.mp4"
+        line = fails(capsys, "train", "tokenizer", "--data", film, "--out", out)
+        assert line.endswith(f"{film} is a file; expected a folder")
         (tmp_path / "empty").mkdir()
         assert "holds no video or image" in fails(
             capsys, "train", "tokenizer", "--data", tmp_path / "empty", "--out", out
@@ -198,10 +201,21 @@ class TestSample:
             line = fails(capsys, *source, "--out", tmp_path / "a.mp4", *arguments)
             assert message in line, line
         assert "no such folder: " in fails(capsys, "sample", "--from", tmp_path / "nowhere")
-        assert "no such checkpoint: " in fails(capsys, "sample", "--from", tmp_path)
+        line = fails(capsys, "sample", "--from", tmp_path)
+        assert line.endswith(f"no such checkpoint: {tmp_path}/tokenizer; run walt train tokenizer --out {tmp_path} first")
+        assert f"{film} is a file; expected a folder" in fails(capsys, "sample", "--from", film)
         (tmp_path / "file").write_text("")
         assert "cannot write" in fails(capsys, *source, "--out", tmp_path / "file" / "x.gif")
         assert left(tmp_path) == ["file", "picture.png", "strip.png"]
+
+    def test_a_stage_given_for_the_run(self, model, films, tmp_path, capsys):
+        stage = model / "tokenizer"
+        for command in (
+            ("sample", "--from", stage),
+            ("encode", "--from", stage, "--video", films / "up/0.mp4", "--out", tmp_path / "a.safetensors"),
+            ("train", "base", "--data", films, "--out", stage),
+        ):
+            assert fails(capsys, *command).endswith(f"{stage} is a stage of a run; give the run's folder, {model}")
 
     def test_foreign_checkpoint(self, capsys, tmp_path):
         (tmp_path / "tokenizer").mkdir()

@@ -136,9 +136,19 @@ class TestRefused:
     def test_other_settings(self, model, films, override, message):
         before = (model / "transformer.yaml").read_text()
         given = ("data.text=bytes", "transformer.frame_condition=true", override)
-        with pytest.raises(WaltError, match=f"transformer belongs to a run with other settings .*{message}"):
+        with pytest.raises(WaltError, match=f"transformer belongs to a run with other settings .*{message}") as refused:
             fit("base", films, model, *given)
+        ways = "give the same ones, or another --out"
+        if override.startswith(("training.", "data.flip")):
+            ways += ", or --new-settings to go on with these"
+        assert str(refused.value).endswith(ways)
         assert (model / "transformer.yaml").read_text() == before
+
+    def test_more_steps_by_the_option_that_is_named(self, films, tmp_path):
+        """Of a run that has had all of its steps."""
+        fit("tokenizer", films, tmp_path)
+        trainer = fit("tokenizer", films, tmp_path, "training.steps=3", new_settings=True)
+        assert [row["step"] for row in read_log(trainer.log_path)] == [1, 2, 3]
 
     def test_other_data(self, model, films, tmp_path):
         other = write_films(tmp_path / "other")

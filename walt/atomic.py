@@ -36,6 +36,11 @@ def reading(path: str | Path) -> Iterator[None]:
         raise WaltError(f"cannot read {path}: {why}", reason=f"cannot be read: {why}") from error
 
 
+def no_folder(path: Path, hint: str = "") -> WaltError:
+    """The error where a folder is expected and there is none."""
+    return WaltError(f"{path} is a file; expected a folder" if path.exists() else f"no such folder: {path}{hint}")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of path (same suffix); on success it takes path's place, on failure it is removed."""

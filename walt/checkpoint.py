@@ -25,6 +25,8 @@ from walt.errors import WaltError
 
 FORMAT = "walt-checkpoint"
 VERSION = 2  # those of version 1 hold states of random generators beside the weights
+# A stage's folder in a run: which `walt train` makes it.
+MADE_BY = {"tokenizer": "tokenizer", "transformer": "base", "sr1": "sr", "sr2": "sr --level 2"}
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -200,7 +202,8 @@ def load_description(folder: str | Path, kind: str) -> tuple[Path, dict[str, Any
     """The complete folder and what its config.json says; WaltError if it is missing, foreign or of another kind."""
     folder = latest_complete(folder)
     if not folder.is_dir():
-        raise WaltError(f"no such checkpoint: {folder}")
+        first = f"; run walt train {MADE_BY[folder.name]} --out {folder.parent} first" if folder.name in MADE_BY else ""
+        raise WaltError(f"no such checkpoint: {folder}{first}")
     advice = '; in version 1 weights are the same: set "version" to 2 there'
     document = read_document(folder / "config.json", "a checkpoint", FORMAT, VERSION, advice)
     if document.get("kind") != kind:

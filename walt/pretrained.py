@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from walt.checkpoint import best_weights, checkpoint_folder, load_description, load_weights, read_tensors
+from walt.atomic import no_folder
+from walt.checkpoint import MADE_BY, best_weights, checkpoint_folder, load_description, load_weights, read_tensors
 from walt.errors import WaltError, as_user_error, did_you_mean, require
 from walt.model.config import TokenizerConfig
 from walt.model.tokenizer import Tokenizer
 
-DENOISERS = {"transformer": "base", "sr1": "sr", "sr2": "sr --level 2"}  # folder: what `walt train` makes it
+DENOISERS = {folder: stage for folder, stage in MADE_BY.items() if folder != "tokenizer"}
 
 PACKAGED = Path(__file__).parent / "weights"  # a folder for each model in this package
 TINY_DOOM = "tiny-doom"  # what commands use if no other model is named
@@ -38,8 +39,15 @@ def model_folder(name: str | Path) -> Path:
     if not folder.is_dir() and str(name) in packaged():
         folder = PACKAGED / name
     if not folder.is_dir():
-        raise WaltError(f"no such folder: {folder}{did_you_mean(str(name), packaged())}")
+        raise no_folder(folder, did_you_mean(str(name), packaged()))
+    check_run_folder(folder)
     return folder
+
+
+def check_run_folder(folder: Path) -> None:
+    """WaltError if it is the folder of a stage, in the folder of the run that is wanted."""
+    if folder.name in MADE_BY and checkpoint_folder(folder) is not None:
+        raise WaltError(f"{folder} is a stage of a run; give the run's folder, {folder.parent}")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

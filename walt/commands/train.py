@@ -14,6 +14,7 @@ from walt.commands.data import contents
 from walt.commands.options import Command, Size, one_of, read, value
 from walt.distributed import process_group
 from walt.errors import WaltError, did_you_mean
+from walt.pretrained import check_run_folder
 from walt.sample.preview import denoiser_preview
 from walt.settings import Settings, merge_settings
 from walt.train.denoiser import train_denoiser
@@ -65,6 +66,7 @@ class Train(SettingsSource):
     def run(self) -> None:
         stage = stage_name(self.stage, self.level)
         self.settings.check(stage)
+        check_run_folder(self.out)
         if stage != "tokenizer":
             load_description(self.out / "tokenizer", "tokenizer")  # before the data is prepared, which may take long
         with process_group() as device, alone(self.out):

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from walt.atomic import reading
+from walt.atomic import no_folder, reading
 from walt.errors import LISTED, WaltError, some
 from walt.names import normal
 
@@ -47,7 +47,7 @@ def find_files(source: Path, suffixes: Collection[str], ignore: Collection[Path]
     """
     with reading(source):
         if not source.is_dir():
-            raise WaltError(f"no such folder: {source}")
+            raise no_folder(source)
     names, passed = [], PassedOver()
     ignored = {os.path.realpath(path) for path in ignore}
     seen = {str(parent) for parent in Path(os.path.realpath(source)).parents}

@@ -353,9 +353,10 @@ class Trainer(Generic[Model]):
         found = {**document, "training": theirs}
         for key, value in json.loads(json.dumps(asked)).items():
             if found.get(key) != value and key not in free:
+                go_on = ", or --new-settings to go on with these" if key in ("training", *DATA) else ""
                 raise WaltError(
                     f"{folder} belongs to a run with other settings ({_first_difference(key, found.get(key), value)});"
-                    " give the same ones, or another --out"
+                    f" give the same ones, or another --out{go_on}"
                 )
         for name, optimizer in self._optimizers().items():
             load_optimizer(optimizer, folder / f"{name}.safetensors")
