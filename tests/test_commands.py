@@ -68,7 +68,7 @@ class TestTrain:
         line = fails(
             capsys, "train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "b"), "--data.width=32"
         )
-        assert "was prepared for 16x24 pixels; 16x32 are wanted" in line
+        assert "was prepared for 16x24 pixels; 16x32 are wanted: prepare it with --size 16x32" in line
         line = fails(
             capsys,
             *("train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "b")),
@@ -202,7 +202,7 @@ class TestSample:
             assert message in line, line
         assert "no such folder: " in fails(capsys, "sample", "--from", tmp_path / "nowhere")
         line = fails(capsys, "sample", "--from", tmp_path)
-        assert line.endswith(f"no such checkpoint: {tmp_path}/tokenizer; run walt train tokenizer --out {tmp_path} first")
+        assert line.endswith(f"/tokenizer; run walt train tokenizer --out {tmp_path} first")
         assert f"{film} is a file; expected a folder" in fails(capsys, "sample", "--from", film)
         (tmp_path / "file").write_text("")
         assert "cannot write" in fails(capsys, *source, "--out", tmp_path / "file" / "x.gif")

@@ -367,11 +367,11 @@ def test_what_the_model_was_trained_without() -> None:
         upscalers=(),
     )
     for method, arguments, message in (
-        ("generate", {"label": 0}, "the model was trained without classes"),
-        ("generate", {"text": "go"}, "text: the model was trained without text"),
-        ("generate", {"frames": video(1)}, "frames: the model was trained without frame prediction"),
-        ("extend", {"video": video(9)}, "frames: the model was trained without frame prediction"),
-        ("upscale", {"video": video(9)}, "the pipeline has no super-resolution stages"),
+        ("generate", {"label": 0}, "the model was trained without classes, the subfolders of --data"),
+        ("generate", {"text": "go"}, "text: the model was trained without text; train one with --data.text bytes"),
+        ("generate", {"frames": video(1)}, "frame prediction; train one with --transformer.frame-condition true"),
+        ("extend", {"video": video(9)}, "frame prediction; train one with --transformer.frame-condition true"),
+        ("upscale", {"video": video(9)}, "the pipeline has no super-resolution stages; train one with walt train sr"),
     ):
         with pytest.raises(WaltError, match=message):
             getattr(plain, method)(**QUICK, **arguments)

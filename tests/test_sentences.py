@@ -178,7 +178,7 @@ class TestEmpty:
         fit("base", films, tmp_path / "run")
         for text in ("", " ", "up"):
             line = fails(capsys, "sample", "--from", tmp_path / "run", "--text", text, "--out", tmp_path / "a.mp4")
-            assert line.endswith("text: the model was trained without text")
+            assert line.endswith("text: the model was trained without text; train one with --data.text bytes")
 
     def test_an_encoder_that_is_gone(self, model, tmp_path):
         shutil.copytree(model, tmp_path / "run")

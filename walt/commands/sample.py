@@ -142,7 +142,7 @@ class Extend(SamplingCommand):
         if missing <= 0:
             raise WaltError(f"--frames {self.frames}: {self.video} has {len(video)} already")
         if pipeline.clip.frames == 1:
-            raise WaltError(f"{self.from_} makes pictures, which cannot be extended")
+            raise WaltError(f"{self.from_} makes pictures, which cannot be extended; train one with --frames 17")
         chunks = chunks_for(missing, pipeline.clip.frames)
         longer = pipeline.extend(video, chunks, **conditions, **self.sampling())
         with keeping(longer, self.out):

@@ -144,7 +144,7 @@ class WaltPipeline:
             return self.classes.index(normal(name))
         if str(name).isdecimal() and int(name) < len(self.classes):
             return int(name)
-        known = ", ".join(self.classes) or "none: the model was trained without classes"
+        known = ", ".join(self.classes) or "none: the model was trained without classes, the subfolders of --data"
         alike = look_alike([str(name)], self.classes)
         raise WaltError(f"unknown class {name!r}; the classes are {known}{alike and f' ({alike})'}")
 
@@ -232,7 +232,7 @@ class WaltPipeline:
         with as_user_error("upscale"):
             wanted = len(self.upscalers) if stages is None else as_int("stages", stages)
         if not self.upscalers:
-            raise WaltError("upscale: the pipeline has no super-resolution stages (sr1, sr2 beside its transformer)")
+            raise WaltError("upscale: the pipeline has no super-resolution stages; train one with walt train sr")
         if not 1 <= wanted <= len(self.upscalers):
             raise WaltError(f"stages: got {wanted}; expected 1 to {len(self.upscalers)}, the stages of this pipeline")
         if isinstance(video, Tensor):
@@ -339,7 +339,7 @@ class WaltPipeline:
         if not all(text is None or isinstance(text, str) for text in texts):
             raise WaltError(f"text: got {text!r}; expected a sentence, or one for each sample")
         if self.text is None and any(text is not None for text in texts):
-            raise WaltError("text: the model was trained without text")
+            raise WaltError("text: the model was trained without text; train one with --data.text bytes")
         sentences = [(text or "").strip() for text in texts]
         if self.text is not None and config.text_width and any(sentences):
             with as_user_error("text"):
@@ -349,7 +349,10 @@ class WaltPipeline:
     def _known(self, frames: np.ndarray, num: int, shape: Sequence[int], batch: int) -> dict[str, Tensor]:
         """First frames as the denoiser takes them: their latents, zeros after them, and how many they are."""
         if not self.transformer.config.frame_condition:
-            raise WaltError("frames: the model was trained without frame prediction (frame_condition)")
+            raise WaltError(
+                "frames: the model was trained without frame prediction; train one with"
+                " --transformer.frame-condition true"
+            )
         videos = self._videos("frames", frames)
         if videos.shape[1] not in (1, self._overlap()) or len(videos) not in (1, num):
             expected = f"[{num}, 1 or {self._overlap()}, {self.clip.height}, {self.clip.width}, 3]"

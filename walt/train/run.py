@@ -98,8 +98,10 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
             raise WaltError(f"--captions {captions}: {data} is prepared already; give captions to walt prepare")
         store = ClipStore.open(data)
         if size.height > store.height or size.width > store.width:
+            wanted = f"{size.height}x{size.width}"
             raise WaltError(
-                f"{data} was prepared for {store.height}x{store.width} pixels; {size.height}x{size.width} are wanted"
+                f"{data} was prepared for {store.height}x{store.width} pixels; {wanted} are wanted: prepare it with"
+                f" --size {wanted}"
             )
         if size.fps and not same_rate(size.fps, store.settings.fps):
             rate = f"at {store.settings.fps:g} frames a second" if store.settings.fps else "with every frame"
