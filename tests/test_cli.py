@@ -50,6 +50,10 @@ class TestHelp:
         text = help_of(capsys)
         assert tuple(re.findall(r"^    ([a-z-]+)\b", text, re.MULTILINE)) == NAMES
 
+    def test_the_bare_command_prints_it_too(self, capsys):
+        assert main([]) == 0
+        assert capsys.readouterr().out == help_of(capsys)
+
     def test_top_imports_nothing_heavy(self):
         """Neither PyTorch nor what reads the options, and so within a second."""
         heavy = {"torch", "tyro", "numpy", "yaml", "walt_kernels", "walt.settings"}
@@ -132,7 +136,6 @@ class TestBadInput:
     def test_unknown_command_and_option(self, capsys):
         assert "unknown command 'dance'; there are demo, demo-data, prepare, " in fails(capsys, "dance")
         assert fails(capsys, "evaluat").endswith("unknown command 'evaluat'; did you mean evaluate?")
-        assert "expected a command; there are demo, " in fails(capsys)
         line = fails(capsys, "sample", "--from", "x", "--guidence", 3)
         assert line == "walt sample: error: unknown option --guidence; did you mean --guidance?"
         assert fails(capsys, "info", "L", "XL").endswith("error: unknown argument 'XL'")

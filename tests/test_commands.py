@@ -108,6 +108,7 @@ class TestTrain:
             ("tokenizer", ["--data.colour=1"], "unknown option --data.colour"),
             ("tokenizer", ["--config", tmp_path / "none.yaml"], "cannot read"),
             ("tokenizer", ["--captions", tmp_path / "none.csv"], "cannot read"),
+            ("tokenizer", ["--device", "abacus"], "--device abacus: "),
             ("base", [], f"no such checkpoint: {out}/tokenizer; run walt train tokenizer --out {out} first"),
             ("base", ["--preset", "tiny-sr"], "does not fit the stage base"),
             ("sr", ["--preset", "tiny"], "does not fit the stage sr1"),
@@ -353,7 +354,9 @@ class TestEvaluate:
     def test_of_a_film(self, model, films, capsys):
         arguments = ["--data", films / "up/0.mp4", "--frames", 5, "--size", "16x24", "--metrics", "ssim"]
         run("evaluate", "--from", model, *arguments)
-        assert "1 real clips and 1 compared with them, 5 frames of 16x24 pixels" in capsys.readouterr().out
+        captured = capsys.readouterr()
+        assert "1 real clips and 1 compared with them, 5 frames of 16x24 pixels" in captured.out
+        assert "warning: 1 of the 1 files with the real clips were trained on" in captured.err
 
     def test_at_the_rate_of_training(self, films, tmp_path, capsys):
         """Of 9 frames at 8 a second every second one is left."""
@@ -400,6 +403,8 @@ class TestEvaluate:
             3,
         ]
         run("evaluate", "--from", model, "--data", films, *options, "--json", tmp_path / "a.json")
+        captured = capsys.readouterr()
+        assert captured.err.count("warning: ") == 1  # of the real clips; a reference is of the training
         document = json.loads((tmp_path / "a.json").read_text())
         assert document.keys() == {"reference", *sets}
         distances = {name: result["values"]["frechet_image_distance"] for name, result in document.items()}
@@ -407,7 +412,7 @@ class TestEvaluate:
         assert len({distances[name] for name in sets}) == 3
         assert all(distances[name] > 1 for name in sets)
         assert document["reconstructions"]["by_class"]["colour"].keys() == {"up", "down"}
-        assert "first 3 principal components" in capsys.readouterr().out
+        assert "first 3 principal components" in captured.out
 
     def test_the_untrained_model_is_another(self, model, films, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluate, "FrameFeatures", Frames)
@@ -455,6 +460,8 @@ class TestDoctorAndData:
         assert "no such folder" in fails(capsys, "prepare", "--data", tmp_path / "none", "--out", tmp_path / "a")
         captions = ("prepare", "--data", films, "--out", tmp_path / "a", "--captions", films / "up/0.mp4")
         assert "captions must be in a file that ends in .csv or .jsonl" in fails(capsys, *captions)
+        small = ("prepare", "--data", films, "--out", tmp_path / "a", "--size", 65)
+        assert "--size: height: got 65 pixels; expected a multiple of 8, such as 64 or 72" in fails(capsys, *small)
         assert "--fps: 0 must be from 0.001 to 1000" in fails(
             capsys, "prepare", "--data", films, "--out", "x", "--fps", 0
         )

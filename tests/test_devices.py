@@ -16,12 +16,13 @@ from walt.errors import WaltError
 
 # Every command with --device, and what else it must be given.
 COMMANDS = {
-    "sample": (),
-    "extend": ("--video", "film.mp4"),
-    "upscale": ("--video", "film.mp4"),
-    "encode": ("--video", "film.mp4", "--out", "a.safetensors"),
-    "decode": ("--latents", "a.safetensors", "--out", "a.mp4"),
-    "evaluate": ("--data", "clips"),
+    "train": ("tokenizer", "--data", "clips", "--out", "run"),
+    "sample": ("--from", "run"),
+    "extend": ("--from", "run", "--video", "film.mp4"),
+    "upscale": ("--from", "run", "--video", "film.mp4"),
+    "encode": ("--from", "run", "--video", "film.mp4", "--out", "a.safetensors"),
+    "decode": ("--from", "run", "--latents", "a.safetensors", "--out", "a.mp4"),
+    "evaluate": ("--from", "run", "--data", "clips"),
 }
 
 
@@ -35,8 +36,8 @@ def test_the_commands_with_devices(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_every_command(command, tmp_path, capsys):
-    line = fails(capsys, command, "--from", tmp_path, *COMMANDS[command], "--device", "cuda")
+def test_every_command(command, capsys):
+    line = fails(capsys, command, *COMMANDS[command], "--device", "cuda")
     assert "--device cuda: " in line
     assert line.endswith("; there is cpu")
 
@@ -92,6 +93,26 @@ def test_torchrun_without_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with process_group() as device:
         assert device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_device_that_is_asked_for(monkeypatch, processes):
+    """The CPU although there are GPUs; of several processes each takes its own GPU, or they are refused."""
+    environment(monkeypatch, WORLD_SIZE=processes, LOCAL_RANK=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    joined = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: joined.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with process_group(torch.device("cpu")) as device:
+        assert device == torch.device("cpu")
+    with process_group(torch.device("cuda", 0)) as device:
+        assert device == torch.device("cuda", processes - 1)
+    assert joined == (["gloo", "nccl"] if processes > 1 else [])
+    if processes > 1:
+        with pytest.raises(WaltError, match="--device mps: processes of torchrun take cpu or cuda"):
+            process_group(torch.device("mps")).__enter__()
 
 
 def test_more_processes_than_gpus(monkeypatch):

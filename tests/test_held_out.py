@@ -175,11 +175,13 @@ class TestWhoReadsThem:
         captured = capsys.readouterr()
         assert f"{count} real clips" in captured.out
         assert f"the real clips are of the {count} files that are held out of 16" in captured.err
+        assert "warning" not in captured.err
         # Of a folder that is not prepared they are not known.
         assert main([str(argument) for argument in ["evaluate", *arguments[:3], folder / "films", *arguments[4:]]]) == 0
         captured = capsys.readouterr()
         assert "16 real clips" in captured.out
         assert "was trained without the held-out files of its data" in captured.err
+        assert f"walt: warning: {16 - count} of the 16 files with the real clips were trained on" in captured.err
 
     def test_another_share_is_refused(self, trained, tmp_path):
         folder, _ = trained

@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         speaker = "walt"
         try:
             name, *options = (sys.argv[1:] if argv is None else argv) or [""]
-            if name in ("-h", "--help"):
+            if name in ("", "-h", "--help"):
                 print(usage())
                 return _printed()
             if name not in COMMANDS:
                 known = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
-                raise WaltError(f"unknown command {name!r}{known}" if name else f"expected a command{known}")
+                raise WaltError(f"unknown command {name!r}{known}")
             speaker = f"walt {name}"  # in errors about its options
             try:
                 command = parse(name, options)

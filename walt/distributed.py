@@ -25,13 +25,18 @@ TIMEOUT = timedelta(days=7)
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(device: torch.device | None = None) -> Iterator[torch.device]:
     """Join the processes that torchrun started (gloo on CPUs, nccl on GPUs) -> the device of this one.
 
+    device: None for a GPU if there is one. Of several processes each takes a GPU of its own, whatever its number here.
     Inside, only rank 0 prints: the stdout of the others is the null device. With one process there is nothing to join.
     """
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    if device is None or processes != "1":
+        if device is not None and device.type not in ("cpu", "cuda"):
+            raise WaltError(f"--device {device}: processes of torchrun take cpu or cuda")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     if gpu:
         count = torch.cuda.device_count()
         if device.index >= count:
@@ -39,7 +44,6 @@ def process_group() -> Iterator[torch.device]:
                 f"--nproc-per-node: process {device.index + 1} of this machine has no GPU; there are {count}"
             )
         torch.cuda.set_device(device)
-    processes = os.environ.get("WORLD_SIZE", "1")
     if processes == "1":
         yield device
         return

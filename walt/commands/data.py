@@ -10,6 +10,7 @@ from walt.data.clips import ClipStore
 from walt.data.prepare import prepare
 from walt.data.simulator import write_demo_folder
 from walt.errors import as_user_error
+from walt.model.config import TokenizerConfig
 from walt.model.text import ByteEncoder
 from walt.train.run import captions_of, warn_of_cut_captions
 
@@ -35,7 +36,7 @@ class DemoData(Command):
 class Prepare(Command):
     data: Path  # folder of videos and images; subfolders are classes
     out: Path  # output folder; re-running resumes
-    size: Size = (64, 64)  # in pixels
+    size: Size = (64, 64)  # in pixels, multiples of 8
     fps: Rate | None = None  # read films at this many frames a second (default: every frame)
     captions: Path | None = None  # CSV or JSONL of file, caption (default: one in the folder)
     held_out: Share | None = None  # share of the files that training never sees (default: as before, or 0)
@@ -45,6 +46,8 @@ class Prepare(Command):
 
     def run(self) -> None:
         height, width = self.size
+        with as_user_error("--size"):
+            TokenizerConfig().latent_shape(1, height, width)  # as training asks
         store = prepare(
             self.data,
             self.out,

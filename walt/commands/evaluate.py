@@ -75,7 +75,7 @@ class Evaluate(ModelCommand):
         with as_user_error("evaluate"):
             networks = self.networks(tokenizer, others)
             if self.reference is not None:
-                known, _, _ = real_clips(self.reference, len(real), frames, size, folder)
+                known, _, _ = real_clips(self.reference, len(real), frames, size, folder, reference=True)
                 dimensions = min(DIMENSIONS, known.shape[0] * known.shape[1] // 4)
                 networks["image"] = Projected(networks["image"], known, dimensions)
                 results["reference"] = evaluate(real, known, ["frechet_image_distance"], **networks)

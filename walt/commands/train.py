@@ -11,6 +11,7 @@ import tyro
 
 from walt.checkpoint import load_description
 from walt.commands.data import contents
+from walt.commands.model import find_device
 from walt.commands.options import Command, Size, one_of, read, value
 from walt.distributed import process_group
 from walt.errors import WaltError, did_you_mean
@@ -41,6 +42,7 @@ class Train(SettingsSource):
     data: Path  # folder of videos and images, or a prepared one
     out: Path  # folder for checkpoints, latents and logs
     captions: Path | None = None  # CSV or JSONL of file, caption (default: one in the folder)
+    device: str | None = None  # such as cpu (default: a GPU if there is one; with torchrun a GPU for each process)
     new_settings: bool = False  # go on from the checkpoint with other settings of training
     settings: Annotated[Settings, tyro.conf.arg(name="")]
 
@@ -64,12 +66,13 @@ class Train(SettingsSource):
         return cls(stage=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, settings=settings, **vars(source))
 
     def run(self) -> None:
+        device = None if self.device is None else find_device(self.device)
         stage = stage_name(self.stage, self.level)
         self.settings.check(stage)
         check_run_folder(self.out)
         if stage != "tokenizer":
             load_description(self.out / "tokenizer", "tokenizer")  # before the data is prepared, which may take long
-        with process_group() as device, alone(self.out):
+        with process_group(device) as device, alone(self.out):
             store = open_data(self.data, self.out, self.settings, self.captions)
             print(f"data: {contents(store)}")
             trainer = train_stage(Run(stage, self.settings, store, self.out, device, self.new_settings))

@@ -231,7 +231,7 @@ class _Decoder:
         renewed = None if known is None else replace(known, name=name, **state)
         if known is not None and renewed == known:
             return known
-        digest = _digest(path)
+        digest = file_digest(path)
         if renewed is not None and renewed.digest == digest:
             return renewed
         return self._append(name, shard, frames, digest=digest, **state)
@@ -282,7 +282,8 @@ def _state(path: Path) -> dict[str, Any]:
     return {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The SHA-256 of its bytes."""
     digest = hashlib.sha256()
     with reading(path), path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -9,19 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from walt.atomic import reading
+from walt.atomic import read_json, reading
 from walt.checkpoint import checkpoint_folder, load_description
 from walt.data.captions import check_captions, read_captions
-from walt.data.clips import INDEX, ClipStore
+from walt.data.clips import INDEX, ClipStore, Item, is_held_out
 from walt.data.folders import class_of, find_files
 from walt.data.pixels import cover, middle
+from walt.data.prepare import file_digest
 from walt.data.shots import NEIGHBOURS, ShotDetector
 from walt.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iterate_video
-from walt.errors import WaltError, as_user_error
+from walt.errors import WaltError, WaltWarning, as_user_error
 from walt.names import normal
 from walt.rates import same_rate
 from walt.settings import load_settings
-from walt.train.run import captions_of, open_data, tell, tell_other_rate
+from walt.train.run import FILES, captions_of, open_data, tell, tell_other_rate
 
 
 def trained_on(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,18 +36,21 @@ def trained_on(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def real_clips(
-    source: Path, count: int, frames: int, size: tuple[int, int], model: Path
+    source: Path, count: int, frames: int, size: tuple[int, int], model: Path, *, reference: bool = False
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """At most `count` clips spread over a folder, or from the beginning of a film -> uint8 [N, frames, *size, 3], and
     of those from a folder the classes and captions. No more is decoded than they take.
 
     Of a prepared folder they are of the files that were held out in the model's training, if some were. As in that,
     films are taken at data.fps, and every data.stride-th of their frames. If the clips still have another rate than
-    those of training, a line says so; for a prepared folder it is a WaltError.
+    those of training, a line says so; for a prepared folder it is a WaltError. Unless they are for `reference`, a
+    WaltWarning says how many of the files were trained on.
     """
     clip, data = trained_on(model)
     fps, stride = data.get("fps", 0.0), data.get("stride", 1)
     rate = clip["fps"] if min(frames, clip["frames"]) > 1 else 0.0  # pictures have none
+    share = data.get("held_out", 0.0)
+    trained = set() if reference else trained_files(model, share)
     labels: list[str] = []
     captions: list[str] = []
     with reading(source):
@@ -53,6 +58,7 @@ def real_clips(
     if is_film:
         clips = _of_film(source, count, frames, size, fps, stride)
         found = fps or frame_rate(source)
+        digests = {file_digest(source)} if trained else set()
     elif is_prepared:
         overrides = {"data.height": size[0], "data.width": size[1], "data.fps": fps}
         store = open_data(source, model, load_settings("base", overrides=overrides))
@@ -62,8 +68,7 @@ def real_clips(
                 f"{source} was prepared at {prepared:g} frames a second, but {model} was trained on films of"
                 f" {rate * stride:g}: prepare it without --fps"
             )
-        share = data.get("held_out", 0.0)  # whatever the folder was marked with since
-        if share != store.settings.held_out:
+        if share != store.settings.held_out:  # as the folder was marked since
             tell(
                 [
                     f"{source} was prepared with {store.settings.held_out:g} of its files held out, but {model} was"
@@ -71,19 +76,36 @@ def real_clips(
                 ]
             )
             store = store.hold_out(share)
-        clips, labels, captions = _of_store(store, count, frames, size, stride)
-        found = store.rate
+        clips, items = _of_store(store, count, frames, size, stride)
+        labels, captions = [item.label or "" for item in items], [item.caption or "" for item in items]
+        digests, found = {item.digest for item in items}, store.rate
     else:
-        if data.get("held_out"):
+        if share:
             tell(
                 [
                     f"{model} was trained without the held-out files of its data, and which these are is not known of"
                     f" {source}: name the prepared folder to measure on them alone"
                 ]
             )
-        clips, labels, captions, found = _of_folder(source, count, frames, size, fps, stride)
+        clips, names, captions, found = _of_folder(source, count, frames, size, fps, stride)
+        labels = [class_of(name) or "" for name in names]
+        digests = {file_digest(source / name) for name in set(names)} if trained else set()
     tell_other_rate(source, found / stride, model, rate)
+    if seen := len(digests & trained):
+        warnings.warn(
+            f"{seen} of the {len(digests)} files with the real clips were trained on, which flatters the model; measure"
+            " on others (walt prepare --held-out, before training)",
+            WaltWarning,
+            stacklevel=2,
+        )
     return clips, labels, captions
+
+
+def trained_files(model: Path, held_out: float) -> set[str]:
+    """SHA-256 of the files that the run's tokenizer and base model were trained on, as far as it has lists of them."""
+    lists = [model / f"{stage}{FILES}" for stage in ("tokenizer", "transformer")]
+    digests = {digest for path in lists if path.is_file() for digest in read_json(path)["file"].values()}
+    return {digest for digest in digests if not is_held_out(digest, held_out)}
 
 
 def _of_film(source: Path, count: int, frames: int, size: tuple[int, int], fps: float, stride: int) -> np.ndarray:
@@ -99,7 +121,7 @@ def _of_film(source: Path, count: int, frames: int, size: tuple[int, int], fps: 
 
 def _of_store(
     store: ClipStore, count: int, frames: int, size: tuple[int, int], stride: int
-) -> tuple[np.ndarray, list[str], list[str]]:
+) -> tuple[np.ndarray, list[Item]]:
     held_out = bool(store.held_out.any())
     indices = store.windows(frames, stride=stride, hop=frames * stride, held_out=held_out)
     if not len(indices):
@@ -110,14 +132,14 @@ def _of_store(
     tell(store.too_short(frames, stride=stride, held_out=held_out).lines())
     indices = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)]
     items = [store.items[item] for item, _ in indices]
-    clips = store.read(indices, frames, stride=stride, crop=size)
-    return clips, [item.label or "" for item in items], [item.caption or "" for item in items]
+    return store.read(indices, frames, stride=stride, crop=size), items
 
 
 def _of_folder(
     source: Path, count: int, frames: int, size: tuple[int, int], fps: float, stride: int
 ) -> tuple[np.ndarray, list[str], list[str], float]:
-    """As many clips of one film as of another, as far as there are; and the films' frames a second (the median)."""
+    """As many clips of one film as of another, as far as there are; the names of their films, their captions, and the
+    films' frames a second (the median)."""
     table = captions_of(source, None)
     texts = read_captions(table) if table is not None else {}
     names, passed = find_files(source, VIDEO_SUFFIXES + IMAGE_SUFFIXES, [] if table is None else [table])
@@ -150,9 +172,9 @@ def _of_folder(
     if not used:
         raise WaltError(f"{source} holds no clip of {frames} frames")
     rates = [fps or frame_rate(source / name) for name in films if taken[name]]
-    labels = [class_of(name) or "" for name, _ in used]
-    captions = [texts.get(normal(name), "") for name, _ in used]
-    return np.stack([clip for _, clip in used]), labels, captions, float(np.median(rates))
+    names = [name for name, _ in used]
+    captions = [texts.get(normal(name), "") for name in names]
+    return np.stack([clip for _, clip in used]), names, captions, float(np.median(rates))
 
 
 def film_clips(
