@@ -65,6 +65,12 @@ class TestTrain:
         run("train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "run"))
         assert "data-16x16" not in left(tmp_path / "run")
         capsys.readouterr()
+        source = shutil.copytree(films, tmp_path / "films")
+        run("prepare", "--data", source, "--out", tmp_path / "again", "--size", 16)
+        (source / "up/0.mp4").unlink()
+        run("train", "tokenizer", *self.shared(tmp_path / "again", tmp_path / "c"))
+        told = f"{source} has changed since {tmp_path}/again was prepared from it: 1 file fewer: up/0.mp4"
+        assert capsys.readouterr().err.splitlines().count(told) == 1
         line = fails(
             capsys, "train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "b"), "--data.width=32"
         )

@@ -246,11 +246,13 @@ def test_a_mix_is_told(mixed, tmp_path):
     assert made(mixed, tmp_path / "prepared")[1] == lines  # by what is known of the films, too
     for name in ("dogs/uneven.mp4", "cats/one.mp4", "dogs/two.mp4"):
         (mixed / name).unlink()
-    assert made(mixed, tmp_path / "prepared")[1] == []
+    (line,) = made(mixed, tmp_path / "prepared")[1]
+    assert line.endswith("since it was prepared: 3 files fewer: cats/one.mp4, dogs/two.mp4, dogs/uneven.mp4")
     write_timed(mixed / "cats/uneven.mp4", UNEVEN)
     for i in range(11):
         (mixed / f"cats/like-{i:02}.mp4").write_bytes((mixed / "cats/uneven.mp4").read_bytes())
-    (line,) = made(mixed, tmp_path / "prepared")[1]
+    changed, line = made(mixed, tmp_path / "prepared")[1]
+    assert "12 files more: " in changed
     assert "variable: 12 (cats/like-00.mp4, " in line
     assert "cats/like-09.mp4 and 2 more); 23.98: 2 (" in line
 

@@ -16,7 +16,7 @@ from films import noise, numbers, ramp, write_folder
 
 import walt.data.prepare
 from walt.data.clips import ClipStore
-from walt.data.prepare import prepare
+from walt.data.prepare import prepare, source_changes
 from walt.data.video import frame_rate, iterate_video, write_mp4, write_png
 from walt.errors import WaltError
 
@@ -111,6 +111,32 @@ def test_strips_are_skipped_and_not_blown_up(folder, tmp_path):
     (line,) = lines
     assert line.startswith("passed over, so oblong that it would be over 16 times 16x16 to cover that; crop it: 2 (")
     assert line.endswith("(cats/strip.mp4, dogs/strip.png)")
+
+
+def test_what_has_changed_since_is_told(folder, tmp_path):
+    """By a second call, and of a prepared folder that is opened: files by their bytes, whatever their times."""
+    store, _ = make(folder, tmp_path / "prepared")
+    (folder / "cats/broken.mp4").write_bytes(b"This is a text.\n" * 100)
+    os.utime(folder / "dogs/two.mp4", (1, 1))
+    assert not [*source_changes(make(folder, tmp_path / "prepared")[0])]
+    shutil.copy(folder / "dogs/b.png", folder / "dogs/c.png")
+    shutil.copy(folder / "dogs/b.png", folder / "dogs/a.png")
+    (folder / "cats/c.png").unlink()
+    changed = "1 file more: dogs/c.png; 1 file fewer: cats/c.png; 1 file changed: dogs/a.png"
+    there = f"{folder} has changed since {store.folder} was prepared from it: "
+    assert [*source_changes(ClipStore.open(store.folder))] == [there + changed]
+    store, lines = make(folder, tmp_path / "prepared")
+    assert f"{folder} has changed since it was prepared: {changed}" in lines
+    assert not [*source_changes(store)]
+    folder.rename(tmp_path / "elsewhere")
+    assert not [*source_changes(store)]
+
+
+def test_the_data_itself_is_refused(folder):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(WaltError, match="is the data itself; prepare it into another folder"):
+        make(folder, folder / "cats/..")
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_video_that_breaks_off_leaves_nothing(folder, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from walt.atomic import no_folder, reading
@@ -79,6 +79,16 @@ def find_files(source: Path, suffixes: Collection[str], ignore: Collection[Path]
             else:
                 folders.append(path)
     return sorted(names, key=lambda name: (normal(name), name)), passed
+
+
+def changes(before: Mapping[str, object], now: Mapping[str, object], noun: str = "file") -> Iterator[str]:
+    """How {name: content} differs: "2 files more: c.mp4, d.mp4", "1 file fewer: b.mp4", "1 file changed: a.mp4"."""
+    kept = before.keys() & now.keys()
+    named = {"more": now.keys() - kept, "fewer": before.keys() - kept}
+    named["changed"] = {name for name in kept if before[name] != now[name]}
+    for how, names in named.items():
+        if names:
+            yield f"{len(names)} {noun}{'s' * (len(names) > 1)} {how}: {some(names)}"
 
 
 def class_of(name: str) -> str | None:

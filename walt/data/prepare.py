@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from walt.atomic import flush, reading, write_json, writing
+from walt.atomic import flush, read_json, reading, write_json, writing
 from walt.data.captions import check_captions, read_captions
 from walt.data.clips import (
     INDEX,
@@ -35,7 +35,7 @@ from walt.data.clips import (
     shard_path,
     write_index,
 )
-from walt.data.folders import PassedOver, class_of, find_files
+from walt.data.folders import PassedOver, changes, class_of, find_files
 from walt.data.pixels import cover
 from walt.data.shots import ShotDetector
 from walt.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_timing, iterate_video, read_image
@@ -46,6 +46,7 @@ from walt.names import normal
 from walt.rates import expect_rate
 
 JOURNAL = "journal.jsonl"
+SOURCE = "source.json"  # where the files were
 WORKERS = 4
 
 Say = Callable[[str], None]
@@ -71,10 +72,10 @@ def prepare(
     films are taken at that rate by their time stamps; else frame by frame. `held_out` is the share of files that
     training never sees (None: as before, or none); which they are depends on their bytes alone.
 
-    `say` gets `ClipStore.remarks`; a line for each reason why something is passed over (`walt.data.folders`, and what
-    cannot be decoded), with a count and ten names (all are in passed-over.json in `folder`); and the names that
-    `captions` (a CSV or JSONL file, `walt.data.captions`) and `source` do not share. Of several processes that prepare
-    one folder, one does and the others wait.
+    `say` gets `ClipStore.remarks`; what of `source` has changed since it was prepared there before; a line for each
+    reason why something is passed over (`walt.data.folders`, and what cannot be decoded), with a count and ten names
+    (all are in passed-over.json in `folder`); and the names that `captions` (a CSV or JSONL file, `walt.data.captions`)
+    and `source` do not share. Of several processes that prepare one folder, one does and the others wait.
 
     WaltError if nothing can be used, if the folder was prepared with other settings, or if the disk is full.
     """
@@ -84,14 +85,17 @@ def prepare(
     for module in ("av", "PIL.Image"):
         require(module, "video")
     source, folder = Path(source), Path(folder)
+    if folder.resolve() == source.resolve():
+        raise WaltError(f"{folder} is the data itself; prepare it into another folder")
     files, passed = _find(source, [folder] if captions is None else [folder, Path(captions)], say)
     texts = {} if captions is None else read_captions(captions)
     if captions is not None:
         check_captions(texts, {normal(name) for name in files}, say)
     workers = min(WORKERS, os.cpu_count() or 1) if workers is None else workers
     with locked(folder, wait=True, say=say), writing(folder):
-        if held_out is None and (folder / INDEX).exists():
-            settings = replace(settings, held_out=read_index(folder)[0].held_out)
+        earlier, before = read_index(folder) if (folder / INDEX).exists() else (settings, ())
+        if held_out is None:
+            settings = replace(settings, held_out=earlier.held_out)
         known = _known(folder, settings)
         decoder = _Decoder(source, folder, settings, files, known, passed, progress)
         decoder.decode(workers)
@@ -107,12 +111,38 @@ def prepare(
             for name in files
             if (item := decoder.items.get(name)) is not None
         ]
+        if before and (changed := "; ".join(changes(_digests(before), _digests(marked)))):
+            say(f"{source} has changed since it was prepared: {changed}")
+        write_json(folder / SOURCE, {"source": str(source.resolve())})
         write_index(folder, settings, marked)
         (folder / JOURNAL).unlink(missing_ok=True)
     store = ClipStore.open(folder)
     for line in store.remarks():
         say(line)
     return store
+
+
+def source_changes(store: ClipStore) -> Iterator[str]:
+    """A line if files of the folder that a store was prepared from have changed since, as far as that can be read."""
+    with contextlib.suppress(WaltError):
+        source = Path(read_json(store.folder / SOURCE)["source"])
+        names, _ = find_files(source, VIDEO_SUFFIXES + IMAGE_SUFFIXES, [store.folder])
+        passed = {name for names in store.passed_over.names.values() for name in names}
+        items, now = {normal(item.name): item for item in store.items}, {}
+        for name in names:
+            item, path = items.get(normal(name)), source / name
+            if item is not None:
+                state = _state(path)
+                same = (state["size"], state["modified"]) == (item.size, item.modified)
+                now[normal(name)] = item.digest if same else file_digest(path)
+            elif name not in passed:
+                now[normal(name)] = ""
+        if changed := "; ".join(changes(_digests(store.items), now)):
+            yield f"{source} has changed since {store.folder} was prepared from it: {changed}"
+
+
+def _digests(items: Iterable[Item]) -> dict[str, str]:
+    return {normal(item.name): item.digest for item in items}
 
 
 def _find(source: Path, ignore: Collection[Path], say: Say) -> tuple[list[str], PassedOver]:

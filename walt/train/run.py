@@ -18,11 +18,12 @@ from torch import Tensor
 from walt.atomic import read_json, reading, write_json
 from walt.checkpoint import checkpoint_folder, load_description
 from walt.data.clips import INDEX, ClipStore, read_index
+from walt.data.folders import changes
 from walt.data.pixels import to_model
-from walt.data.prepare import prepare
+from walt.data.prepare import prepare, source_changes
 from walt.data.video import tile, write_mp4
 from walt.distributed import is_rank0, raise_on_all_ranks, world_size
-from walt.errors import WaltError, WaltWarning, say, some
+from walt.errors import WaltError, WaltWarning, say
 from walt.locks import locked
 from walt.model.config import ClipShape
 from walt.model.text import TextEncoder, warn_of_cuts
@@ -114,6 +115,7 @@ def open_data(data: Path, out: Path, settings: Settings, captions: Path | None =
                 f" wanted: prepare it with --held-out {size.held_out:g}"
             )
         tell([*store.passed_over.lines(), *store.remarks()])
+        tell(source_changes(store))
         return store
     captions = captions_of(data, captions)
     place = out / f"data-{size.height}x{size.width}{f'-{size.fps:.10g}fps' if size.fps else ''}"
@@ -258,33 +260,22 @@ def check_same_data(run: Run, kind: str) -> None:
     files = read_json(path) if path.is_file() else {}
     # A run that was killed before its first checkpoint may have left the list of other data than the checkpoint's.
     known = files.get("content") == before.get("content")
-    changes = f" ({describe_changes(files, files_of(run))})" if known else ", or by an older walt"
+    changed = f" ({describe_changes(files, files_of(run))})" if known else ", or by an older walt"
     raise WaltError(
-        f"{folder} was trained on other data than {run.store.folder} holds{changes}; give the same data, another --out,"
+        f"{folder} was trained on other data than {run.store.folder} holds{changed}; give the same data, another --out,"
         " or --new-settings to go on with this"
     )
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The difference of two results of `files_of`: "2 files more: c.mp4, d.mp4; 1 file changed: a.mp4"."""
-    old, new = before.get("file", {}), now["file"]
-    old_text, new_text = before.get("caption", {}), now["caption"]
-    named = {
-        ("file", "more"): new.keys() - old.keys(),
-        ("file", "fewer"): old.keys() - new.keys(),
-        ("file", "changed"): {name for name in old.keys() & new.keys() if old[name] != new[name]},
-        ("caption", "changed"): {
-            name for name in old_text.keys() & new_text.keys() if old_text[name] != new_text[name]
-        },
-    }
-    changes = [
-        f"{len(names)} {noun}{'s' * (len(names) > 1)} {how}: {some(names)}"
-        for (noun, how), names in named.items()
-        if names
-    ]
+    old, new = before.get("caption", {}), now["caption"]
+    both = old.keys() & new.keys()
+    lines = [*changes(before.get("file", {}), now["file"])]
+    lines += changes({name: old[name] for name in both}, {name: new[name] for name in both}, "caption")
     if before.get("prepared") != now["prepared"]:
-        changes.append(f"prepared with {before.get('prepared')} there, {now['prepared']} here")
-    return "; ".join(changes) or "the same files, read in another way"
+        lines.append(f"prepared with {before.get('prepared')} there, {now['prepared']} here")
+    return "; ".join(lines) or "the same files, read in another way"
 
 
 def some_clips(run: Run, count: int, *, held_out: bool = False) -> Iterator[Tensor]:
