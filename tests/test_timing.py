@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import time
 
 import pytest
@@ -53,6 +54,23 @@ def test_the_bar_shows_the_wait_for_data(tmp_path, capsys, seconds, shown):
     trainer.source = slow(source, seconds)
     trainer.run()
     assert ("waits_for_data=" in capsys.readouterr().err) == shown
+
+
+def test_lines_without_a_terminal(tmp_path, capsys):
+    """One for each row of the log, and no bar."""
+    fit(tmp_path / "a", 4, log_every=2).run()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("=")[0] for line in lines] == [f"train net: step {step} of 4, loss" for step in (2, 4)]
+    assert lines[-1].endswith(", 00:00 left")
+
+
+def test_the_bar_of_a_terminal(tmp_path, capsys, monkeypatch):
+    """In place of the lines."""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True)
+    fit(tmp_path / "a", 3).run()
+    printed = capsys.readouterr().err
+    assert "step/s, loss=" in printed
+    assert "step 1 of 3" not in printed
 
 
 def test_mfu(tmp_path):

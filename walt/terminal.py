@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
+from tqdm import tqdm
+
 from walt.errors import WaltError, one_line
 
 
@@ -46,6 +48,11 @@ def check_stdout() -> None:
         raise WaltError(f"cannot write the standard output: {getattr(error, 'strerror', None) or error}") from error
 
 
+def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> tqdm[Any]:
+    """tqdm's, where stderr is a terminal: elsewhere its `disable` is true, as it would be one long line of a file."""
+    return tqdm(*arguments, disable=None if shown else True, **options)
+
+
 class _Forgiving:
     """A stream that keeps its first error and raises none."""
 
@@ -67,6 +74,12 @@ class _Forgiving:
 
     def flush(self) -> None:
         self._try(getattr(self._stream, "flush", lambda: None))  # print needs only write
+
+    def isatty(self) -> bool:
+        try:
+            return bool(self._stream.isatty())
+        except (AttributeError, ValueError):  # it has write alone, or is closed
+            return False
 
     def finish(self) -> None:
         """Flush; if that fails, write to the null device, or Python would try again at exit and print a traceback."""

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from walt.atomic import flush, write_json
 from walt.data.clips import ClipStore
@@ -19,6 +18,7 @@ from walt.data.encoded import DTYPES, INDEX, VERSION, holds, map_numbers, read_i
 from walt.data.pixels import to_model
 from walt.distributed import all_max, is_rank0, raise_on_all_ranks, rank, world_size
 from walt.errors import WaltError
+from walt.terminal import progress_bar
 
 LATENTS = "walt-latents"
 DONE = ".done"  # ending of the list of batches that are written
@@ -166,7 +166,7 @@ def _encode(
     mine = np.flatnonzero(~written)[rank() :: world_size()].tolist()
     with raise_on_all_ranks(f"cannot write {path}"):
         with path.open("r+b") as file, marks.open("r+b") as done:
-            for index in tqdm(mine, desc=desc, unit="batch", disable=not (progress and is_rank0())):
+            for index in progress_bar(mine, desc=desc, unit="batch", shown=progress and is_rank0()):
                 file.seek(int(starts[index]) * one.nbytes)
                 file.write(latents(indices[starts[index] : starts[index] + batch]).tobytes())
                 file.flush()

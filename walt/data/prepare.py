@@ -20,8 +20,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from walt.atomic import flush, read_json, reading, write_json, writing
 from walt.data.captions import check_captions, read_captions
 from walt.data.clips import (
@@ -44,6 +42,7 @@ from walt.locks import locked
 from walt.model.config import expect_share
 from walt.names import normal
 from walt.rates import expect_rate
+from walt.terminal import progress_bar
 
 JOURNAL = "journal.jsonl"
 SOURCE = "source.json"  # where the files were
@@ -204,7 +203,7 @@ class _Decoder:
         self._done, self._total = 0, len(files)
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._bar = tqdm(desc="prepare", unit="frame", disable=not progress)
+        self._bar = progress_bar(desc="prepare", unit="frame", shown=progress)
 
     def decode(self, workers: int) -> None:
         with self._bar, (self.folder / JOURNAL).open("a") as journal, ThreadPoolExecutor(workers) as pool:

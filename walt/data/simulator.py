@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from walt.atomic import atomic_folder
 from walt.data.clips import Clip
 from walt.data.pixels import centre_square, shrink
 from walt.data.video import read_video, write_mp4
 from walt.errors import WaltError, require
+from walt.terminal import progress_bar
 
 SCENARIOS = (
     "basic",
@@ -153,7 +153,7 @@ def render_clips(
     """
     names = tuple(scenarios)
     clips = []
-    with tqdm(total=len(names) * len(episodes), desc="render", unit="clip", disable=not progress) as bar:
+    with progress_bar(total=len(names) * len(episodes), desc="render", unit="clip", shown=progress) as bar:
         for label, name in enumerate(names):
             with open_game(name) as game:
                 for episode in episodes:
@@ -254,7 +254,7 @@ def write_demo_folder(
         raise WaltError(f"{out} is there already; name another folder")
     rows = []
     total = clips_per_class * len(CAPTIONED)
-    with atomic_folder(out) as folder, tqdm(total=total, desc="render", unit="clip", disable=not progress) as bar:
+    with atomic_folder(out) as folder, progress_bar(total=total, desc="render", unit="clip", shown=progress) as bar:
         for label, (scenario, (place, keys)) in enumerate(CAPTIONED.items()):
             with open_game(scenario) as game:
                 for episode in range(clips_per_class):

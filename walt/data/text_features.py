@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from walt.atomic import atomic_folder, latest_complete, write_json
 from walt.data.encoded import DTYPES, INDEX, VERSION, holds, map_numbers, read_index
 from walt.errors import WaltError
+from walt.terminal import progress_bar
 
 TEXT = "walt-text"
 
@@ -88,7 +88,7 @@ def encode_captions(
     lengths: list[int] = []
     width = 0
     with atomic_folder(folder) as temporary, (temporary / "tokens.raw").open("wb") as file:
-        for start in tqdm(range(0, len(texts), batch), desc="encode captions", unit="batch", disable=not progress):
+        for start in progress_bar(range(0, len(texts), batch), desc="encode captions", unit="batch", shown=progress):
             tokens, mask = encode(texts[start : start + batch])
             width = tokens.shape[-1]
             lengths += mask.sum(dim=1).tolist()

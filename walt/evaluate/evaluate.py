@@ -8,12 +8,12 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from walt.data.pixels import to_model, to_pixels
 from walt.evaluate.metrics import colour_error, frechet_distance, inception_score, psnr, ssim
 from walt.evaluate.networks import FrameFeatures, Network, VideoFeatures, softmax
 from walt.model.tokenizer import Tokenizer
+from walt.terminal import progress_bar
 
 ClipSet = np.ndarray | Iterable[np.ndarray]  # uint8 [N, T, H, W, 3], or any number of such batches
 
@@ -157,7 +157,7 @@ def _measure(
     clip: tuple[int, ...] | None = None
     known = isinstance(real, np.ndarray) and isinstance(fake, np.ndarray)
     total = len(real) + len(fake) if known else None  # type: ignore[arg-type]
-    with tqdm(total=total, desc="evaluate", unit="clip", disable=not progress, leave=False) as bar:
+    with progress_bar(total=total, desc="evaluate", unit="clip", shown=progress, leave=False) as bar:
         for pair in zip_longest(batches(real, name="real"), batches(fake, name="fake")):
             for side, batch in zip(("real", "fake"), pair, strict=True):
                 if batch is None:

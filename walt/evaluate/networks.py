@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from walt.evaluate.i3d import MIN_FRAMES, SIZE, load_i3d
+from walt.terminal import progress_bar
 from walt.train.perceptual import load_efficientnet
 
 __all__ = ["FEATURES", "FrameFeatures", "Network", "Projected", "Projection", "VideoFeatures", "softmax"]
@@ -42,7 +42,7 @@ class FrameFeatures:
         """uint8 [N, T, H, W, 3] -> float32 [N, T, 1280]; `batch` frames at a time, with a progress bar named `desc`."""
         frames = torch.from_numpy(video.reshape(-1, *video.shape[2:]))
         features = []
-        with tqdm(total=len(frames), desc=desc, unit="frame", disable=not desc, leave=False) as bar:
+        with progress_bar(total=len(frames), desc=desc, unit="frame", shown=bool(desc), leave=False) as bar:
             for chunk in frames.split(batch):
                 pixels = chunk.to(self.device).permute(0, 3, 1, 2).float()
                 pixels = pixels.sub_(127).div_(128)  # the network's own normalisation

@@ -9,13 +9,13 @@ from typing import TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from walt.errors import WaltError, as_user_error
 from walt.model.config import as_int, check_frames
 from walt.model.diffusion import Preview
 from walt.model.randoms import sample_noise
 from walt.sample.denoiser import Denoiser
+from walt.terminal import progress_bar
 
 
 class Options(TypedDict, total=False):
@@ -71,7 +71,7 @@ def sample_batches(
     with as_user_error(desc):
         total = -(-len(keys) // sampling.batch) * len(denoiser.diffusion.timesteps(sampling.steps))
     latents = []
-    with tqdm(total=total, desc=desc, unit="step", disable=not sampling.progress, leave=False) as bar:
+    with progress_bar(total=total, desc=desc, unit="step", shown=sampling.progress, leave=False) as bar:
 
         def show(step: int, steps: int, estimate: Tensor) -> None:
             bar.update()

@@ -32,6 +32,7 @@ from walt.distributed import all_max, is_rank0, raise_on_all_ranks, rank, world_
 from walt.errors import Interrupted, WaltError, say
 from walt.model.randoms import keyed_seed
 from walt.settings import FREE, TrainingConfig
+from walt.terminal import progress_bar
 from walt.train.interrupt import stop_signal
 from walt.train.log import RunLog
 from walt.train.objective import Objective, Result, frozen
@@ -192,14 +193,8 @@ class Trainer(Generic[Model]):
         return learning_rate(self.config, self.step, min(progress, 1.0))
 
     def _bar(self) -> tqdm[Any]:
-        return tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            desc=f"train {self.kind}",
-            unit="step",
-            smoothing=0.1,
-            disable=not is_rank0(),
-        )
+        total, desc = self.config.steps, f"train {self.kind}"
+        return progress_bar(total=total, initial=self.step, desc=desc, unit="step", smoothing=0.1, shown=is_rank0())
 
     def _loader(self) -> Loader:
         config = self.config
@@ -214,7 +209,7 @@ class Trainer(Generic[Model]):
         )
 
     def _write_row(self, bar: tqdm[Any], results: Sequence[Result], lr: float) -> None:
-        """Write a row of the log, and show the main numbers on the progress bar."""
+        """Write a row of the log, and show the main numbers on the progress bar or, without one, in a line."""
         if self._log is None:
             return
         row: dict[str, float | None] = {"step": self.step, **results[0].columns()}
@@ -229,6 +224,10 @@ class Trainer(Generic[Model]):
         if seconds["data"] > 0.1 * seconds["step"]:
             shown["waits_for_data"] = f"{seconds['data'] / seconds['step']:.0%}"
         bar.set_postfix(shown, refresh=False)
+        if bar.disable:
+            numbers = ", ".join(f"{name}={value}" for name, value in shown.items())
+            left = tqdm.format_interval(seconds["step"] * (self.config.steps - self.step))
+            say(f"train {self.kind}: step {self.step} of {self.config.steps}, {numbers}, {left} left")
         self._times.restart()
 
     def _mfu(self, seconds: float) -> float | None:
