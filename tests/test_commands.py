@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -10,15 +12,17 @@ import pytest
 import torch
 from command_line import fails
 from safetensors.torch import load_file, save_file
-from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, moving
+from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, make, moving
 
 from walt.cli import main
 from walt.commands import evaluate
 from walt.commands.sample import chunks_for
+from walt.commands.train import next_commands
 from walt.data.pixels import shrink, to_model, to_pixels
 from walt.data.video import read_image, read_video, write_mp4, write_png
 from walt.pretrained import load_tokenizer
 from walt.sample.pipeline import WaltPipeline
+from walt.train.log import read_log
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -52,12 +56,46 @@ class TestTrain:
         printed = capsys.readouterr().out
         assert "data: 4 videos with 4 shots and 0 images, 36 frames, 2 classes, 4 captions" in printed
         assert f"{tmp_path / 'run' / 'tokenizer'}: 2 steps" in printed  # the last one counts
+        (command,) = [line.removeprefix("next: walt ") for line in printed.splitlines() if line.startswith("next: ")]
+        assert f"--out {tmp_path / 'run'} --size 16x16 --frames 5" in command
         config = tmp_path / "run" / "tokenizer.yaml"
         assert "seed: 5" in config.read_text()
-        arguments = ["--data", films, "--out", tmp_path / "run", "--config", config, "--training.lr=3e-4"]
-        run("train", "base", *arguments)
+        run(*shlex.split(command), "--config", config, "--training.lr=3e-4")
         assert WaltPipeline.from_pretrained(tmp_path / "run").classes == ("down", "up")
         assert "lr: 0.0003" in (tmp_path / "run" / "transformer.yaml").read_text()
+        assert f"next: walt sample --from {tmp_path / 'run'} --num 1 --out sample.mp4\n" in capsys.readouterr().out
+
+    def test_the_beginning_and_the_end_of_a_run(self, films, tmp_path, capsys):
+        out = tmp_path / "a run"
+        shared = [*self.shared(films, out), "--training.preview-every", "null", "--data.held-out", "0.3"]
+        run("train", "tokenizer", *shared)
+        captured = capsys.readouterr()
+        (begun,) = [line for line in captured.err.splitlines() if line.startswith("train tokenizer: 0.")]
+        assert " M parameters, float32 on cpu; batches of 4 samples of 5 frames, 16x16 pixels; steps 1 to 2; " in begun
+        assert begun.endswith(f"log in {out}/tokenizer.jsonl")
+        *_, ended, figure, picture, command = captured.out.splitlines()
+        loss = read_log(out / "tokenizer.jsonl")[-1]["loss"]
+        assert re.fullmatch(rf"{out}/tokenizer: 2 steps in \d+ s, loss {loss:.4g}; losses in .*/tokenizer.jsonl", ended)
+        assert re.fullmatch(r"PSNR of \d (held-out|training) clips: \d+\.\d\d dB", figure)
+        assert picture == f"picture: {out}/previews/tokenizer-0000002.mp4"
+        assert command.startswith(f"next: walt train base --data {films} --out '{out}' --size 16x16 --frames 5")
+        run("train", "tokenizer", *shared)
+        again = capsys.readouterr()
+        assert "train tokenizer: " not in again.err
+        assert again.out.splitlines()[1:] == [
+            f"{out}/tokenizer is finished; to train it further give more --steps, and --new-settings",
+            *(ended, figure, picture, command),
+        ]
+
+    def test_the_commands_after_a_cascade(self, model, films, tmp_path, monkeypatch):
+        """They run, one after the other."""
+        monkeypatch.chdir(tmp_path)
+        commands = [*next_commands(make("sr1", films, model, "data.height=32", "data.width=32"), films)]
+        for _walt, *command in commands:
+            run(*command, "--steps", 1)
+        assert read_video(tmp_path / "large.mp4").shape == (5, 32, 32, 3)
+        (command,) = next_commands(make("sr1", films, tmp_path, "data.height=32", "data.width=48"), films)
+        assert shlex.join(map(str, command)).endswith("--size 16x24 --frames 5")  # there is no base model yet
 
     def test_on_a_prepared_folder(self, films, tmp_path, capsys):
         run("prepare", "--data", films, "--out", tmp_path / "prepared", "--size", "16x24")

@@ -134,6 +134,16 @@ def test_previews_see_the_average_and_disturb_nothing(tmp_path):
     assert torch.equal(saved["first.weight"], seen[1][2])
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, [3, 5, 8, 10]), ({"preview_every": 4}, [4, 8]), ({"preview_every": 0}, [])]
+)
+def test_how_often_there_are_previews(tmp_path, settings, expected):
+    """By default four times in a run, the last one of its last step."""
+    seen: list[int] = []
+    fit(tmp_path / "a", 10, preview=lambda _, step: seen.append(step), **settings).run()
+    assert seen == expected
+
+
 def test_rows_of_the_log(tmp_path):
     trainer = adversaries(tmp_path / "a", 7, log_every=3)
     trainer.run()

@@ -18,6 +18,7 @@ TOKENIZER = ("tokenizer.channels=4", "tokenizer.multipliers=[1, 1, 1, 1]", "toke
 TOKENIZER += ("tokenizer.middle_blocks=0", "tokenizer.latent_channels=4", "tokenizer.adaptive_norm=false")
 TRANSFORMER = ("transformer.layers=2", "transformer.width=32", "transformer.heads=2", "transformer.patch=1")
 SHORT = ("data.frames=5", "data.height=16", "data.width=16", "data.batch=4", "training.steps=2", "training.log_every=1")
+SHORT += ("training.preview_every=0",)
 
 
 def moving(seed: int, frames: int = 9, height: int = 64, width: int = 64) -> np.ndarray:

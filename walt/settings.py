@@ -48,7 +48,7 @@ CHOICES = {
     "strategy": ("ddp", "fsdp"),
     "tensorboard": (None, True, False),
 }
-COUNTS = {"steps": 1, "warmup": 0, "accumulate": 1, "save_every": 1, "log_every": 1, "preview_every": 0, "keep": 1}
+COUNTS = {"steps": 1, "warmup": 0, "accumulate": 1, "save_every": 1, "log_every": 1, "keep": 1}
 COUNTS |= {"seed": 0, "workers": 1, "profile": 0}
 # What may change when a run is resumed: how it is spread over memory and devices, and what it writes.
 SPREAD = ("accumulate", "compile", "checkpointing", "strategy", "workers")
@@ -112,7 +112,7 @@ class TrainingConfig(Config):
     compile: bool = False  # torch.compile
     checkpointing: bool = False  # transformers compute each layer again in the backward pass
     strategy: str = "ddp"  # or "fsdp": parameters, optimizer and averages sharded; for one process both are the same
-    preview_every: int = 0  # steps from preview to preview; 0: never
+    preview_every: int | None = None  # steps from preview to preview; 0: never; null: four previews in a run
     keep: int = 1  # checkpoints that stay on the disk, the last one included
     tensorboard: bool | None = None  # null: if it is installed
     workers: int = 1  # threads that make batches ready while the device computes
@@ -125,6 +125,8 @@ class TrainingConfig(Config):
             value = getattr(self, name)
             good = is_int(value) and value >= least
             self._expect(good, name, f"an int >= {least}")
+        every = self.preview_every
+        self._expect(every is None or (is_int(every) and every >= 0), "preview_every", "an int >= 0 or null")
         self._expect(self.seed < 2**63, "seed", "an int below 2^63")
         for name, choices in CHOICES.items():
             self._expect(getattr(self, name) in choices, name, " or ".join(map(str, choices)))

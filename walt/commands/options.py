@@ -331,4 +331,4 @@ def _whole(word: str) -> Any:
     try:
         return int(word)
     except ValueError:
-        return word
+        return None if word == "null" else word

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from walt.checkpoint import load_description
+from walt.checkpoint import checkpoint_folder, load_description
 from walt.commands.data import contents
 from walt.commands.model import find_device
 from walt.commands.options import Command, Size, one_of, read, value
-from walt.distributed import process_group
+from walt.data.pixels import to_pixels
+from walt.distributed import is_rank0, process_group
 from walt.errors import WaltError, did_you_mean
-from walt.pretrained import check_run_folder
+from walt.evaluate.evaluate import reconstructions
+from walt.evaluate.metrics import psnr
+from walt.pretrained import check_run_folder, load_tokenizer
 from walt.sample.preview import denoiser_preview
 from walt.settings import Settings, merge_settings
 from walt.train.denoiser import train_denoiser
-from walt.train.run import Run, alone, check, open_data, warn_of_slow_bfloat16
+from walt.train.log import read_log
+from walt.train.run import CLIPS, Run, alone, check, clip_indices, open_data, some_clips, warn_of_slow_bfloat16
 from walt.train.tokenizer import train_tokenizer
 from walt.train.trainer import Trainer
 
@@ -75,8 +80,42 @@ class Train(SettingsSource):
         with process_group(device) as device, alone(self.out):
             store = open_data(self.data, self.out, self.settings, self.captions)
             print(f"data: {contents(store)}")
-            trainer = train_stage(Run(stage, self.settings, store, self.out, device, self.new_settings))
-            print(f"{trainer.folder}: {trainer.step} steps in {trainer.elapsed:.0f} s; losses in {trainer.log_path}")
+            run = Run(stage, self.settings, store, self.out, device, self.new_settings)
+            trainer = train_stage(run)
+            for line in ending(run, trainer, self.data) if is_rank0() else ():
+                print(line)
+
+
+def ending(run: Run, trainer: Trainer[Any], data: Path) -> Iterator[str]:
+    """What came of a run, and the commands that make use of it."""
+    if trainer.step == trainer.resumed:
+        yield f"{trainer.folder} is finished; to train it further give more --steps, and --new-settings"
+    rows = read_log(trainer.log_path)
+    loss = f", loss {rows[-1]['loss']:.4g}" if rows else ""
+    yield f"{trainer.folder}: {trainer.step} steps in {trainer.elapsed:.0f} s{loss}; losses in {trainer.log_path}"
+    if run.stage == "tokenizer":
+        clips = to_pixels(next(some_clips(run, CLIPS, held_out=True)))
+        made = reconstructions(load_tokenizer(trainer.folder).to(run.device), clips)
+        held_out = "held-out" if len(clip_indices(run, held_out=True)[0]) else "training"
+        yield f"PSNR of {len(clips)} {held_out} clips: {psnr(made, clips).mean():.2f} dB"
+    if previews := sorted((run.out / "previews").glob(f"{run.stage}-*.mp4")):
+        yield f"picture: {previews[-1]}"
+    for command in next_commands(run, data):
+        yield f"next: {shlex.join(map(str, command))}"
+
+
+def next_commands(run: Run, data: Path) -> Iterator[list[object]]:
+    """After the tokenizer the training of a base model, after that samples."""
+    if run.stage == "tokenizer" or checkpoint_folder(run.out / "transformer") is None:
+        here, scale = run.settings.data, {"sr1": 2, "sr2": 4}.get(run.stage, 1)
+        size = f"{here.height // scale}x{here.width // scale}"
+        preset = ["--preset", run.settings.preset] if run.stage == "tokenizer" else []
+        options = ["--data", data, "--out", run.out, "--size", size, "--frames", here.frames, *preset]
+        yield ["walt", "train", "base", *options]
+        return
+    yield ["walt", "sample", "--from", run.out, "--num", 1, "--out", "sample.mp4"]
+    if run.stage.startswith("sr"):
+        yield ["walt", "upscale", "--from", run.out, "--video", "sample.mp4", "--out", "large.mp4"]
 
 
 def stage_name(stage: str, level: int) -> str:

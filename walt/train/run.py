@@ -227,6 +227,19 @@ def resume_and_save_settings(run: Run, trainer: Trainer[Any]) -> None:
             data = replace(run.settings.data, held_out=run.store.settings.held_out)  # the settings may leave it open
             replace(run.settings, data=data).save(run.folder.with_suffix(".yaml"))
             write_json(run.folder.with_suffix(FILES), files_of(run))
+            say(beginning(run, trainer))
+
+
+def beginning(run: Run, trainer: Trainer[Any]) -> str:
+    """What is trained, where, and on what: the line at the start of a run."""
+    data, training = run.settings.data, run.settings.training
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    return (
+        f"train {run.stage}: {parameters / 1e6:.3g} M parameters, {training.precision} on {run.device}{processes};"
+        f" batches of {data.batch} samples of {data.frames} frames, {data.height}x{data.width} pixels;"
+        f" steps {trainer.step + 1} to {training.steps}; log in {trainer.log_path}"
+    )
 
 
 def files_of(run: Run) -> dict[str, Any]:
@@ -278,18 +291,22 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(lines) or "the same files, read in another way"
 
 
+def clip_indices(run: Run, *, held_out: bool = False) -> tuple[np.ndarray, int]:
+    """The store's clips for training or those that are held out, or images if there is none; and their frames."""
+    data = run.settings.data
+    indices = run.store.windows(data.frames, stride=data.stride, held_out=held_out)
+    return (indices, data.frames) if len(indices) else (run.store.images(held_out=held_out), 1)
+
+
 def some_clips(run: Run, count: int, *, held_out: bool = False) -> Iterator[Tensor]:
     """Up to `count` clips spread over the data (images, if there is none), CLIPS at a time: float32 [N, 3, T, H, W].
 
     They are of the files for training or, with `held_out`, of those that are held out, if they have some.
     """
     data = run.settings.data
-    for held in (True, False) if held_out else (False,):
-        indices, frames = run.store.windows(data.frames, stride=data.stride, held_out=held), data.frames
-        if not len(indices):
-            indices, frames = run.store.images(held_out=held), 1
-        if len(indices):
-            break
+    indices, frames = clip_indices(run, held_out=held_out)
+    if not len(indices):
+        indices, frames = clip_indices(run)
     chosen = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)]
     for first in range(0, len(chosen), CLIPS):
         batch = chosen[first : first + CLIPS]

@@ -39,6 +39,7 @@ from walt.train.objective import Objective, Result, frozen
 from walt.train.optimizers import learning_rate
 from walt.train.timing import PARTS, StepTimes, peak_flops, peak_gib, profiled
 
+PREVIEWS = 4  # of a run, the last one after its last step, where training.preview_every does not say
 DATA = ("data", "clip")  # keys of a run's description that are of its data
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,7 +58,8 @@ class Trainer(Generic[Model]):
     weights, averages, optimizers, the state of `extra_modules` and the step are in its checkpoint.
 
     A run has diverged when a loss or a gradient norm is not finite: it stops with a WaltError, and with a checkpoint of
-    the step before. Rank 0 calls preview(averaged module, step) every config.preview_every steps.
+    the step before. Rank 0 calls preview(averaged module, step) every config.preview_every steps; None: PREVIEWS
+    times.
 
     A full disk does not stop a run: a line says that the log, a preview or a checkpoint was not written, and the last
     good checkpoint stays. Only the last checkpoint must be written, or WaltError.
@@ -89,7 +91,7 @@ class Trainer(Generic[Model]):
         self.model = cast(Model, self.objectives[0].network)
         self.device = self.objectives[0].device
         self._switch_checkpointing()
-        self.step = 0
+        self.step = self.resumed = 0  # and the step that was resumed from
         self.elapsed = 0.0
         self.finished = False
         self.log_path = self.folder.with_suffix(".jsonl")
@@ -152,7 +154,7 @@ class Trainer(Generic[Model]):
                 with self._times.part("save"):
                     if interrupted or self.finished or self.step % config.save_every == 0:
                         self._save_or_keep(last=interrupted or self.finished)
-                    if config.preview_every and self.step % config.preview_every == 0 and not interrupted:
+                    if self._is_previewed() and not interrupted:
                         self._preview()
                     trace_step()
                 if interrupted:
@@ -185,6 +187,12 @@ class Trainer(Generic[Model]):
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.config.steps
+
+    def _is_previewed(self) -> bool:
+        every, steps = self.config.preview_every, self.config.steps
+        if every is None:
+            return self.step * PREVIEWS // steps > (self.step - 1) * PREVIEWS // steps
+        return every > 0 and self.step % every == 0
 
     def _learning_rate(self, seconds: float | None) -> float:
         progress = self.step / self.config.steps
@@ -363,7 +371,8 @@ class Trainer(Generic[Model]):
             TensorFiles(folder / f"{name}.safetensors").read_into(targets)
         if self.objectives[0].average is not None:
             self.objectives[0].average.updates = updates
-        self.step, self.elapsed, self._saved = step, elapsed, step
+        self.step = self.resumed = self._saved = step
+        self.elapsed = elapsed
         self.finished = finished and not (new_settings and step < self.config.steps)
         return True
 
