@@ -132,7 +132,7 @@ class TestDemo:
 
     def test_shows_progress(self, demo_run):
         errors = (demo_run.parent / "errors.txt").read_text()
-        for text in ("train tokenizer: step ", "train transformer: step ", "loss=", "frames_s=", " left\n"):
+        for text in ("train tokenizer: step ", "train base: step ", "loss=", "frames_s=", " left\n"):
             assert text in errors
         assert "step/s" not in errors  # no bars in a file
 

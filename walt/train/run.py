@@ -236,7 +236,7 @@ def beginning(run: Run, trainer: Trainer[Any]) -> str:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     return (
-        f"train {run.stage}: {parameters / 1e6:.3g} M parameters, {training.precision} on {run.device}{processes};"
+        f"{trainer.title}: {parameters / 1e6:.3g} M parameters, {training.precision} on {run.device}{processes};"
         f" batches of {data.batch} samples of {data.frames} frames, {data.height}x{data.width} pixels;"
         f" steps {trainer.step + 1} to {training.steps}; log in {trainer.log_path}"
     )

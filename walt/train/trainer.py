@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from walt.atomic import read_json
 from walt.checkpoint import (
+    MADE_BY,
     TensorFiles,
     checkpoint_folder,
     load_description,
@@ -83,6 +84,7 @@ class Trainer(Generic[Model]):
     ) -> None:
         self.objectives, self.source, self.folder = list(objectives), source, Path(folder)
         self.batch, self.kind, self.description = batch, kind, dict(description)
+        self.title = f"train {MADE_BY.get(self.folder.name, kind)}"  # as the command is
         self.frames_per_step, self.flops = batch * frames, flops
         self.extra_modules, self.preview = dict(extra_modules or {}), preview
         self._check_names()
@@ -201,7 +203,7 @@ class Trainer(Generic[Model]):
         return learning_rate(self.config, self.step, min(progress, 1.0))
 
     def _bar(self) -> tqdm[Any]:
-        total, desc = self.config.steps, f"train {self.kind}"
+        total, desc = self.config.steps, self.title
         return progress_bar(total=total, initial=self.step, desc=desc, unit="step", smoothing=0.1, shown=is_rank0())
 
     def _loader(self) -> Loader:
@@ -235,7 +237,7 @@ class Trainer(Generic[Model]):
         if bar.disable:
             numbers = ", ".join(f"{name}={value}" for name, value in shown.items())
             left = tqdm.format_interval(seconds["step"] * (self.config.steps - self.step))
-            say(f"train {self.kind}: step {self.step} of {self.config.steps}, {numbers}, {left} left")
+            say(f"{self.title}: step {self.step} of {self.config.steps}, {numbers}, {left} left")
         self._times.restart()
 
     def _mfu(self, seconds: float) -> float | None:
