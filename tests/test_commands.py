@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from command_line import fails
 from safetensors.torch import load_file, save_file
-from tiny_runs import SHORT, TOKENIZER, TRANSFORMER, fit, make, moving
+from tiny_runs import fit, make, moving
 
 from walt.cli import main
 from walt.commands import evaluate
 from walt.commands.sample import chunks_for
 from walt.commands.train import next_commands
 from walt.data.pixels import shrink, to_model, to_pixels
-from walt.data.video import read_image, read_video, write_mp4, write_png
+from walt.data.video import read_image, read_video, tile, write_mp4, write_png
 from walt.pretrained import load_tokenizer
 from walt.sample.pipeline import WaltPipeline
-from walt.train.log import read_log
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -45,156 +42,46 @@ def left(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-class TestTrain:
-    def shared(self, films, out) -> list[str]:
-        overrides = [f"--{text}" for text in (*TOKENIZER, *TRANSFORMER, *SHORT)]
-        return ["--data", str(films), "--out", str(out), *overrides]
-
-    def test_both_stages(self, films, tmp_path, capsys):
-        shared = self.shared(films, tmp_path / "run")
-        run("train", "tokenizer", "--steps", 1, *shared, "--batch", 2, "--seed", 5, "--data.images=0")
-        printed = capsys.readouterr().out
-        assert "data: 4 videos with 4 shots and 0 images, 36 frames, 2 classes, 4 captions" in printed
-        assert f"{tmp_path / 'run' / 'tokenizer'}: 2 steps" in printed  # the last one counts
-        (command,) = [line.removeprefix("next: walt ") for line in printed.splitlines() if line.startswith("next: ")]
-        assert f"--out {tmp_path / 'run'} --size 16x16 --frames 5" in command
-        config = tmp_path / "run" / "tokenizer.yaml"
-        assert "seed: 5" in config.read_text()
-        run(*shlex.split(command), "--config", config, "--training.lr=3e-4")
-        assert WaltPipeline.from_pretrained(tmp_path / "run").classes == ("down", "up")
-        assert "lr: 0.0003" in (tmp_path / "run" / "transformer.yaml").read_text()
-        assert f"next: walt sample --from {tmp_path / 'run'} --num 1 --out sample.mp4\n" in capsys.readouterr().out
-
-    def test_the_beginning_and_the_end_of_a_run(self, films, tmp_path, capsys):
-        out = tmp_path / "a run"
-        shared = [*self.shared(films, out), "--training.preview-every", "null", "--data.held-out", "0.3"]
-        run("train", "tokenizer", *shared)
-        captured = capsys.readouterr()
-        (begun,) = [line for line in captured.err.splitlines() if line.startswith("train tokenizer: 0.")]
-        assert " M parameters, float32 on cpu; batches of 4 samples of 5 frames, 16x16 pixels; steps 1 to 2; " in begun
-        assert begun.endswith(f"log in {out}/tokenizer.jsonl")
-        *_, ended, figure, picture, command = captured.out.splitlines()
-        loss = read_log(out / "tokenizer.jsonl")[-1]["loss"]
-        assert re.fullmatch(rf"{out}/tokenizer: 2 steps in \d+ s, loss {loss:.4g}; losses in .*/tokenizer.jsonl", ended)
-        assert re.fullmatch(r"PSNR of \d (held-out|training) clips: \d+\.\d\d dB", figure)
-        assert picture == f"picture: {out}/previews/tokenizer-0000002.mp4"
-        assert command.startswith(f"next: walt train base --data {films} --out '{out}' --size 16x16 --frames 5")
-        run("train", "tokenizer", *shared)
-        again = capsys.readouterr()
-        assert "train tokenizer: " not in again.err
-        assert again.out.splitlines()[1:] == [
-            f"{out}/tokenizer is finished; to train it further give more --steps, and --new-settings",
-            *(ended, figure, picture, command),
-        ]
-
-    def test_the_commands_after_a_cascade(self, model, films, tmp_path, monkeypatch):
-        """They run, one after the other."""
-        monkeypatch.chdir(tmp_path)
-        commands = [*next_commands(make("sr1", films, model, "data.height=32", "data.width=32"), films)]
-        for _walt, *command in commands:
-            run(*command, "--steps", 1)
-        assert read_video(tmp_path / "large.mp4").shape == (5, 32, 32, 3)
-        (command,) = next_commands(make("sr1", films, tmp_path, "data.height=32", "data.width=48"), films)
-        assert shlex.join(map(str, command)).endswith("--size 16x24 --frames 5")  # there is no base model yet
-
-    def test_on_a_prepared_folder(self, films, tmp_path, capsys):
-        run("prepare", "--data", films, "--out", tmp_path / "prepared", "--size", "16x24")
-        assert "4 videos with 4 shots and 0 images, 36 frames, 2 classes, 4 captions" in capsys.readouterr().out
-        run("train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "run"))
-        assert "data-16x16" not in left(tmp_path / "run")
-        capsys.readouterr()
-        source = shutil.copytree(films, tmp_path / "films")
-        run("prepare", "--data", source, "--out", tmp_path / "again", "--size", 16)
-        (source / "up/0.mp4").unlink()
-        run("train", "tokenizer", *self.shared(tmp_path / "again", tmp_path / "c"))
-        told = f"{source} has changed since {tmp_path}/again was prepared from it: 1 file fewer: up/0.mp4"
-        assert capsys.readouterr().err.splitlines().count(told) == 1
-        line = fails(
-            capsys, "train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "b"), "--data.width=32"
-        )
-        assert "was prepared for 16x24 pixels; 16x32 are wanted: prepare it with --size 16x32" in line
-        line = fails(
-            capsys,
-            *("train", "tokenizer", *self.shared(tmp_path / "prepared", tmp_path / "b")),
-            *("--captions", films / "captions.jsonl"),
-        )
-        assert "is prepared already; give captions to walt prepare" in line
-        assert not (tmp_path / "b").exists()
-
-    def test_what_is_passed_over_is_told(self, films, tmp_path, capsys):
-        """When the folder is prepared, trained on, and compared with; what is too short for a clip, too."""
-        data = shutil.copytree(films, tmp_path / "data")
-        write_mp4(data / "up" / "short.mp4", moving(0, 4))
-        (data / "up" / "notes.txt").write_text("")
-        other, short = (
-            "passed over, unknown ending: 1 (up/notes.txt)",
-            "passed over, no shot of 5 frames: 1 (up/short.mp4)",
-        )
-        run("prepare", "--data", data, "--out", tmp_path / "prepared", "--size", 16)
-        printed = capsys.readouterr().err.splitlines()
-        assert (printed.count(other), printed.count(short)) == (1, 0)
-        for source in (data, tmp_path / "prepared"):
-            out = tmp_path / f"run-{source.name}"
-            run("train", "tokenizer", *self.shared(source, out), "--training.steps=1")
-            printed = capsys.readouterr().err.splitlines()
-            assert (printed.count(other), printed.count(short)) == (1, 1)
-        run("evaluate", "--from", tmp_path / "run-data", "--data", tmp_path / "prepared", "--frames", 5, "--size", 16)
-        printed = capsys.readouterr().err.splitlines()
-        assert (printed.count(other), printed.count(short)) == (1, 1)
-
-    def test_bad_input(self, films, tmp_path, capsys):
-        out = tmp_path / "out"
-        for stage, arguments, message in (
-            ("tokenizer", ["--frames", 16], "1 + 4k, the nearest being 13 or 17"),
-            ("tokenizer", ["--size", 60], "height: got 60 pixels; expected a multiple of 8, such as 56 or 64"),
-            ("tokenizer", ["--size", "64x4"], "width: got 4 pixels; expected a multiple of 8, such as 8"),
-            ("tokenizer", ["--preset", "huge"], "unknown preset 'huge'"),
-            ("tokenizer", ["--data.colour=1"], "unknown option --data.colour"),
-            ("tokenizer", ["--config", tmp_path / "none.yaml"], "cannot read"),
-            ("tokenizer", ["--captions", tmp_path / "none.csv"], "cannot read"),
-            ("tokenizer", ["--device", "abacus"], "--device abacus: "),
-            ("base", [], f"no such checkpoint: {out}/tokenizer; run walt train tokenizer --out {out} first"),
-            ("base", ["--preset", "tiny-sr"], "does not fit the stage base"),
-            ("sr", ["--preset", "tiny"], "does not fit the stage sr1"),
-            ("sr", ["--level", 3], "--level: got '3'; expected 1 or 2"),
-        ):
-            assert message in fails(capsys, "train", stage, "--data", films, "--out", out, *arguments)
-            assert not out.exists(), (stage, arguments)
-        missing = ("train", "tokenizer", "--data", tmp_path / "nowhere", "--out", out)
-        assert "no such folder: " in fails(capsys, *missing)
-        film = films / "up/0.mp4"
-        line = fails(capsys, "train", "tokenizer", "--data", film, "--out", out)
-        assert line.endswith(f"{film} is a file; expected a folder")
-        (tmp_path / "empty").mkdir()
-        assert "holds no video or image" in fails(
-            capsys, "train", "tokenizer", "--data", tmp_path / "empty", "--out", out
-        )
-        assert not out.exists()
-
-    def test_a_letter_named_mp4(self, capsys, tmp_path):
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "letter.mp4").write_text("Dear reader,\n" * 50)
-        line = fails(capsys, "train", "tokenizer", "--data", tmp_path / "data", "--out", tmp_path / "out")
-        assert "none of its 1 videos and images can be used" in line
-        assert not list((tmp_path / "out").glob("tokenizer*"))
-
-    def test_out_is_a_file(self, films, capsys, tmp_path):
-        (tmp_path / "out").write_text("")
-        line = fails(capsys, "train", "tokenizer", *self.shared(films, tmp_path / "out"))
-        assert "cannot write" in line
-
-
 class TestSample:
     def test_classes(self, model, tmp_path, capsys):
         source = ("sample", "--from", model, "--steps", 1)
         run(*source, "--out", tmp_path / "each.mp4")
         assert read_video(tmp_path / "each.mp4").shape == (5, 16 + 4, 2 * 18 + 2, 3)
-        assert "2 clips of down, up" in capsys.readouterr().out
+        assert "each.mp4: a grid of 2 clips of down, up" in capsys.readouterr().out
         run(*source, "--class", "up", "--out", tmp_path / "one.gif")
         assert "1 clip of up" in capsys.readouterr().out
         run(*source, "--class", "1", "--num", 2, "--images", "--out", tmp_path / "two.png")
         assert read_image(tmp_path / "two.png").shape == (16 + 4, 2 * 18 + 2, 3)
         assert "2 pictures of 1" in capsys.readouterr().out
+
+    def test_a_file_for_each(self, model, tmp_path, capsys):
+        """What is in the grid, and in a model's own size."""
+        source = ("sample", "--from", model, "--steps", 1, "--num", 2)
+        run(*source, "--out", tmp_path / "a.gif", "--separate")
+        assert f"{tmp_path}/a-1.gif to {tmp_path}/a-2.gif: 2 clips of down, up\n" in capsys.readouterr().out
+        run(*source, "--out", tmp_path / "b.png", "--images")
+        run(*source, "--out", tmp_path / "b.png", "--images", "--separate")
+        assert left(tmp_path) == ["a-1.gif", "a-2.gif", "b-1.png", "b-2.png", "b.png"]
+        assert read_video(tmp_path / "a-2.gif").shape == (5, 16, 16, 3)
+        pictures = [read_image(tmp_path / f"b-{i}.png") for i in (1, 2)]
+        assert np.array_equal(tile(np.stack(pictures)[:, None], 2)[0], read_image(tmp_path / "b.png"))
+
+    def test_a_grid_for_first_frames_is_noticed(self, model, tmp_path, capsys):
+        source = ("sample", "--from", model, "--steps", 1)
+        run(*source, "--num", 2, "--out", tmp_path / "grid.mp4")
+        run(*source, "--num", 1, "--out", tmp_path / "one.mp4")
+        capsys.readouterr()
+        run(*source, "--class", "up", "--first-frames", tmp_path / "one.mp4", "--out", tmp_path / "a.mp4")
+        assert capsys.readouterr().err == ""
+        grid = tmp_path / "grid.mp4"
+        run(*source, "--class", "up", "--first-frames", grid, "--out", tmp_path / "a.mp4")
+        warning = f"walt: warning: {grid} looks like a grid with place for 2; walt sample --separate writes"
+        told, cut = capsys.readouterr().err.splitlines()
+        assert told.startswith(warning)
+        assert cut == f"{grid}: the middle 20x20 of its 20x38 pixels is taken"
+        for command in ("extend", "upscale"):
+            assert main([command, "--from", str(model), "--video", str(grid), "--out", str(tmp_path / "b.mp4")]) == 2
+            assert warning in capsys.readouterr().err
 
     @pytest.mark.parametrize("kind", ["film.mp4", "picture.png"])
     def test_from_first_frames(self, model, tmp_path, kind, monkeypatch):
@@ -306,6 +193,16 @@ class TestExtendAndUpscale:
         assert "must end in .mp4 or .gif" in fails(capsys, *large, film, "--out", tmp_path / "x.png")
         assert left(tmp_path) == ["film.mp4"]
 
+    def test_the_commands_after_a_cascade(self, model, films, tmp_path, monkeypatch):
+        """They run, one after the other."""
+        monkeypatch.chdir(tmp_path)
+        commands = [*next_commands(make("sr1", films, model, "data.height=32", "data.width=32"), films)]
+        for _walt, *command in commands:
+            run(*command, "--steps", 1)
+        assert read_video(tmp_path / "large.mp4").shape == (5, 32, 32, 3)
+        (command,) = next_commands(make("sr1", films, tmp_path, "data.height=32", "data.width=48"), films)
+        assert shlex.join(map(str, command)).endswith("--size 16x24 --frames 5")  # there is no base model yet
+
 
 class TestLatents:
     def test_round_trip(self, model, films, tmp_path, capsys):
@@ -326,7 +223,8 @@ class TestLatents:
     def test_edges_and_last_frames_are_cut(self, model, tmp_path, capsys):
         write_mp4(tmp_path / "film.mp4", moving(0, 8, 30, 42))
         run("encode", "--from", model, "--video", tmp_path / "film.mp4", "--out", tmp_path / "a.safetensors")
-        assert "5 frames (of 8: a clip has 1 + 4k) of 24x40 -> latent [1, 4, 2, 3, 5]" in capsys.readouterr().out
+        told = "5 frames of 24x40 (cut from 8 of 30x42: 1 + 4k, multiples of 8) -> latent [1, 4, 2, 3, 5]"
+        assert told in capsys.readouterr().out
 
     def test_picture_and_tiles(self, model, tmp_path):
         write_png(tmp_path / "a.png", moving(0, 1, 64, 96)[0])
@@ -510,12 +408,3 @@ class TestDoctorAndData:
             capsys, "prepare", "--data", films, "--out", "x", "--fps", 0
         )
         assert left(tmp_path) == []
-
-    def test_frame_rate(self, films, tmp_path, capsys):
-        run("prepare", "--data", films, "--out", tmp_path / "four", "--size", 16, "--fps", 4)
-        assert "4 videos with 4 shots and 0 images, 20 frames" in capsys.readouterr().out
-        shared = ("tokenizer", *TestTrain().shared(tmp_path / "four", tmp_path / "run"))
-        run("train", *shared, "--fps", 4)
-        capsys.readouterr()
-        assert "fps: 4.0" in (tmp_path / "run" / "tokenizer.yaml").read_text()
-        assert "was prepared at 4 frames a second; 8 a second are wanted" in fails(capsys, "train", *shared, "--fps", 8)

@@ -121,6 +121,8 @@ def check_written(arguments: list[str], output: str) -> None:
         if option not in arguments or "doctor" in arguments:
             continue
         path = Path(arguments[arguments.index(option) + 1])
+        if "--separate" in arguments:
+            path = path.with_stem(f"{path.stem}-1")
         if path.suffix == ".mp4":
             video = read_video(path)
             assert len(video) >= 17

@@ -39,10 +39,11 @@ class Encode(Tiled):
         check_output(self.out, (".safetensors",))
         tokenizer = self.tokenizer()
         with as_user_error("--tile"):
-            count, shape = encode_film(tokenizer, self.video, self.out, **self.tiles())
+            film, shape = encode_film(tokenizer, self.video, self.out, **self.tiles())
         _, frames, height, width = tokenizer.config.video_shape(*shape[2:])
-        cut = "" if frames == count else f" (of {count}: a clip has 1 + 4k)"
-        print(f"{self.out}: {frames} frames{cut} of {height}x{width} -> latent {shape}")
+        cut = f" (cut from {film[0]} of {film[1]}x{film[2]}: 1 + 4k, multiples of 8)"
+        size = f"{height}x{width}{'' if film == (frames, height, width) else cut}"
+        print(f"{self.out}: {frames} frames of {size} -> latent {shape}")
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +23,11 @@ from walt.data.video import (
     read_video,
     sheet_size,
     tile,
+    tiles_of,
     write_png,
     write_video,
 )
-from walt.errors import WaltError, as_user_error
+from walt.errors import WaltError, WaltWarning, as_user_error, say
 from walt.rates import check_rate
 from walt.sample.pipeline import OVERLAP
 
@@ -70,7 +72,8 @@ class Sample(SamplingCommand):
     fps: Rate | None = None
     first_frames: Path | None = None  # picture, or video to take them from
     given: Annotated[int, value(one_of(1, 5), "{1,5}")] = 1  # frames of it
-    num: Positive | None = None  # samples (default: one, or one of each class)
+    num: Positive | None = None  # samples (default: one, or one of each class); several are a grid in one file
+    separate: bool = False  # a file for each sample instead of a grid: samples-1.mp4, samples-2.mp4 ...
     images: bool = False  # independent pictures instead of clips
 
     examples = ("walt sample --from runs/mine --class basic --num 4 --out basic.mp4",)
@@ -94,18 +97,27 @@ class Sample(SamplingCommand):
             labels = list(pipeline.classes)
         num = self.num or max(len(labels), len(texts), 1)
         columns = min(num, max(8 if images else 4, math.isqrt(num - 1) + 1))
-        if num > 1 or images:
+        if not self.separate and (num > 1 or images):
             check_size(out, *sheet_size(num, columns, clip.height, clip.width))
         label, text = _in_turn(labels, num), _in_turn(texts, num)
         made = pipeline.generate(label, num, text=text, frames=frames, images=images, **self.sampling())
+        clips = made[:, None] if images else made
+        if self.separate:
+            digits = len(str(num))
+            files = {out.with_stem(f"{out.stem}-{i:0{digits}}"): clip for i, clip in enumerate(clips, 1)}
+        else:
+            files = {out: tile(clips, columns) if num > 1 or images else clips[0]}
         with keeping(made, out):
-            if images:
-                write_png(out, tile(made[:, None], columns)[0])
-            else:
-                write_video(out, tile(made, columns) if num > 1 else made[0], fps)
+            for path, clip in files.items():
+                if images:
+                    write_png(path, clip[0])
+                else:
+                    write_video(path, clip, fps)
         names = [*labels[:num], *(" ".join(sentence.split()) or "no text" for sentence in texts[:num])]
         kind = ("picture" if images else "clip") + "s" * (num > 1)
-        print(f"{out}: {num} {kind} of {', '.join(names) or 'no class'}")
+        grid = "a grid of " if num > len(files) else ""
+        where = " to ".join(map(str, [*files][:: max(1, len(files) - 1)]))  # the first and the last
+        print(f"{where}: {grid}{num} {kind} of {', '.join(names) or 'no class'}")
 
 
 def _in_turn(values: list[str], num: int) -> list[str] | None:
@@ -121,8 +133,21 @@ def _first_frames(path: Path, count: int, height: int, width: int) -> np.ndarray
             raise WaltError(f"--given {count}: {path} is a single picture")
     else:
         frames = read_video(path, frames=count)
+    warn_of_grid(path, frames[0], height, width)
     with as_user_error(str(path)):
-        return fill(frames, height, width)
+        filled = fill(frames, height, width)
+    rows, columns = frames.shape[1:3]
+    if rows * width != columns * height:
+        scale = min(rows / height, columns / width)
+        say(f"{path}: the middle {scale * height:.0f}x{scale * width:.0f} of its {rows}x{columns} pixels is taken")
+    return filled
+
+
+def warn_of_grid(path: Path, picture: np.ndarray, height: int, width: int) -> None:
+    """WaltWarning if it looks like what `walt sample` writes of several samples of that size."""
+    if count := tiles_of(picture, height, width):
+        message = f"{path} looks like a grid with place for {count}; walt sample --separate writes one in each file"
+        warnings.warn(message, WaltWarning, stacklevel=2)
 
 
 @dataclass(kw_only=True)
@@ -137,6 +162,7 @@ class Extend(SamplingCommand):
         conditions = self.conditions()
         check_output(self.out)
         pipeline, video = self.pipeline(), read_video(self.video)
+        warn_of_grid(self.video, video[0], pipeline.clip.height, pipeline.clip.width)
         fps = self.rate(self.video, pipeline.clip.fps)
         missing = self.frames - len(video)
         if missing <= 0:
@@ -167,6 +193,7 @@ class Upscale(SamplingCommand):
         conditions = self.conditions()
         check_output(self.out)
         pipeline, video = self.pipeline(), read_video(self.video)
+        warn_of_grid(self.video, video[0], pipeline.clip.height, pipeline.clip.width)
         fps = self.rate(self.video, pipeline.clip.fps)
         stages = len(pipeline.upscalers)
         scale = 2 ** min(self.stages or stages, stages)

@@ -345,11 +345,14 @@ def keeping(samples: np.ndarray, path: str | Path) -> Iterator[None]:
         raise
 
 
-def tile(videos: np.ndarray, columns: int, *, margin: int = 2, scale: int = 1) -> np.ndarray:
+MARGIN, GREY = 2, 24  # of `tile`, in pixels, and its colour
+
+
+def tile(videos: np.ndarray, columns: int, *, margin: int = MARGIN, scale: int = 1) -> np.ndarray:
     """Videos [N, T, H, W, 3] side by side in rows of `columns`, each pixel repeated `scale` times -> [T, H', W', 3]."""
     videos = np.asarray(videos).repeat(scale, axis=2).repeat(scale, axis=3)
     count, frames, height, width, _ = videos.shape
-    sheet = np.full((frames, *sheet_size(count, columns, height, width, margin), 3), 24, np.uint8)
+    sheet = np.full((frames, *sheet_size(count, columns, height, width, margin), 3), GREY, np.uint8)
     for index, video in enumerate(videos):
         top = margin + index // columns * (height + margin)
         left = margin + index % columns * (width + margin)
@@ -357,9 +360,19 @@ def tile(videos: np.ndarray, columns: int, *, margin: int = 2, scale: int = 1) -
     return sheet
 
 
-def sheet_size(count: int, columns: int, height: int, width: int, margin: int = 2) -> tuple[int, int]:
+def sheet_size(count: int, columns: int, height: int, width: int, margin: int = MARGIN) -> tuple[int, int]:
     """Height and width of what `tile` makes of `count` videos."""
     return -(-count // columns) * (height + margin) + margin, columns * (width + margin) + margin
+
+
+def tiles_of(picture: np.ndarray, height: int, width: int) -> int:
+    """How many clips of height x width a frame uint8 [H, W, 3] has place for, if it looks like `tile`'s; else 0."""
+    (rows, below), (columns, beside) = (
+        divmod(side - MARGIN, length + MARGIN) for side, length in zip(picture.shape, (height, width), strict=False)
+    )
+    edges = [*picture[:MARGIN].ravel().tolist(), *picture[:, :MARGIN].ravel().tolist()]
+    grey = abs(np.median(edges) - GREY) < 8  # a codec may have changed it
+    return rows * columns if grey and not (below or beside) else 0
 
 
 def _check(path: str | Path, video: np.ndarray, fps: float) -> np.ndarray:

@@ -29,9 +29,9 @@ FULL_FRAME = (1 << 16, 1 << 16)  # a tile that covers any frame
 
 def encode_film(
     tokenizer: Tokenizer, path: Path, out: Path, *, tile: tuple[int, int] = FULL_FRAME, overlap: int = 0
-) -> tuple[int, list[int]]:
+) -> tuple[tuple[int, int, int], list[int]]:
     """Write the latents of a film or picture, float32 [1, c, 1+k, H/8, W/8], to a .safetensors file with the film's
-    frame rate and the tokenizer's fingerprint -> the number of the film's frames, and the shape.
+    frame rate and the tokenizer's fingerprint -> the film's frames, height and width, and the shape.
 
     Its edges are cut to multiples of 8, and its end to 1 + 4k frames. It is read again for each tile. WaltError if it
     cannot be read, ValueError for a tile that does not fit.
@@ -73,7 +73,7 @@ def encode_film(
             for channel in range(sites[0]):
                 for frame in range(latents.count):
                     file.write(latents.plane(frame, channel))
-    return count, shape
+    return (count, *first.shape[:2]), shape
 
 
 def decode_film(
