@@ -16,6 +16,7 @@ from walt.model.config import DiffusionConfig
 from walt.model.cost import denoiser_flops, tokenizer_flops
 from walt.model.tokenizer import Tokenizer
 from walt.presets import PRESETS
+from walt.terminal import terminal
 from walt.train.log import read_log
 from walt.train.timing import StepTimes, peak_flops, peak_gib
 
@@ -57,8 +58,9 @@ def test_the_bar_shows_the_wait_for_data(tmp_path, capsys, seconds, shown):
 
 
 def test_lines_without_a_terminal(tmp_path, capsys):
-    """One for each row of the log, and no bar."""
-    fit(tmp_path / "a", 4, log_every=2).run()
+    """Of a command: one for each row of the log, and no bar."""
+    with terminal():
+        fit(tmp_path / "a", 4, log_every=2).run()
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("=")[0] for line in lines] == [f"train net: step {step} of 4, loss" for step in (2, 4)]
     assert lines[-1].endswith(", 00:00 left")
@@ -67,7 +69,8 @@ def test_lines_without_a_terminal(tmp_path, capsys):
 def test_the_bar_of_a_terminal(tmp_path, capsys, monkeypatch):
     """In place of the lines."""
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True)
-    fit(tmp_path / "a", 3).run()
+    with terminal():
+        fit(tmp_path / "a", 3).run()
     printed = capsys.readouterr().err
     assert "step/s, loss=" in printed
     assert "step 1 of 3" not in printed

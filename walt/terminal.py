@@ -49,8 +49,9 @@ def check_stdout() -> None:
 
 
 def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> tqdm[Any]:
-    """tqdm's, where stderr is a terminal: elsewhere its `disable` is true, as it would be one long line of a file."""
-    return tqdm(*arguments, disable=None if shown else True, **options)
+    """tqdm's; where a command's stderr is a file or pipe, in which it would be one long line, its `disable` is true."""
+    in_file = isinstance(sys.stderr, _Forgiving) and not sys.stderr.isatty()
+    return tqdm(*arguments, disable=in_file or not shown, **options)
 
 
 class _Forgiving:
