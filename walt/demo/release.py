@@ -38,19 +38,19 @@ RECIPE: dict[str, tuple[str, dict[str, Any]]] = {
     "tokenizer": (
         "tiny",
         {
-            "training.steps": 14_000,
-            "training.preview_every": 500,
-            "losses.perceptual": 0.015,
-            "losses.perceptual_start": 5_000,
-            "losses.adversarial": 0.005,
-            "losses.adversarial_start": 11_000,
+            "training.steps": 20_000,
+            "training.preview_every": 1_000,
+            "losses.perceptual": 0.012,
+            "losses.perceptual_start": 12_500,
+            "losses.adversarial": 0.002,
+            "losses.adversarial_start": 19_000,
             "losses.r1": 1.0,
         },
     ),
     "base": (
         "tiny",
         {
-            "training.steps": 10_000,
+            "training.steps": 13_000,
             "transformer.layers": 4,
             "transformer.text_width": 64,
             "transformer.text_vocabulary": 256,
@@ -80,7 +80,7 @@ DATA = {
 }
 FAULTS = (
     "walls lose their textures, most of all in my_way_home, and flat surfaces have a fine pattern that is not there",
-    "monsters and things far away are blots",
+    "monsters and things far away are blots, or vanish",
     "turning and walking are right; what comes into view later in a long clip is made up anew",
     "it knows seven rooms and ten seconds of a film, and captions of their kind alone",
     "super-resolution sharpens edges and adds little else",
