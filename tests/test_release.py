@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from command_line import fails
 from safetensors import safe_open
 
 import walt
+from walt.atomic import write_json
 from walt.cli import main
 from walt.data.clips import write_store
 from walt.data.simulator import FILM, film_path, held_out_clips
@@ -96,6 +99,13 @@ def test_a_release_and_its_card(small, tmp_path, capsys) -> None:
     weights = {path: path.read_bytes() for path in (out / TINY_DOOM).rglob("*") if path.is_file()}
     assert main(["demo", "--release", str(out), "--seed", "3"]) == 0  # nothing is left to do
     assert all(path.read_bytes() == content for path, content in weights.items())
+
+    # What the card says is run, and a model of another training is not taken for this one's.
+    evaluate = shlex.split(card["evaluation"].replace("OUT", str(out)))[1:]
+    assert main([*evaluate, "--from", str(out / TINY_DOOM)]) == 0
+    write_json(out / TINY_DOOM / CARD, {**card, "command": "walt demo --release OUT --seed 9"})
+    assert main(["demo", "--release", str(out), "--seed", "3"]) == 0
+    assert json.loads((out / TINY_DOOM / CARD).read_text())["command"] == card["command"]
     capsys.readouterr()
     assert "holds a demo of other clips (seed is 3 there, 4 here)" in fails(
         capsys, "demo", "--release", out, "--seed", 4
@@ -123,11 +133,13 @@ def test_weights_beyond_a_dtype_are_refused(tmp_path) -> None:
 
 
 class TestThePackagedModel:
-    def test_is_found_by_its_name_unless_a_folder_has_it(self, tmp_path, monkeypatch) -> None:
+    def test_is_found_by_its_name_unless_a_model_has_it(self, tmp_path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
         assert packaged() == (TINY_DOOM,)
         assert model_folder(TINY_DOOM) == MODEL
         (tmp_path / TINY_DOOM).mkdir()
+        assert model_folder(TINY_DOOM) == MODEL
+        shutil.copytree(MODEL / "tokenizer", tmp_path / TINY_DOOM / "tokenizer")
         assert model_folder(TINY_DOOM) == Path(TINY_DOOM)
         with pytest.raises(WaltError, match=r"no such folder: tiny-dom; did you mean tiny-doom\?"):
             model_folder("tiny-dom")

@@ -93,6 +93,7 @@ class TestSimulator:
         assert not {clip.name for clip in train} & {clip.name for clip in test}
         assert classes(train) == [name for name in names for _ in range(3)]
         assert classes(test) == [name for name in names for _ in range(2)]
+        assert [clip.name for clip in test[:2]] == ["basic/episode-300", "basic/episode-301"]  # not tiny-doom's either
         for clip in videos(test):
             assert not (clip == videos(train)).all(axis=(1, 2, 3, 4)).any()
 

@@ -26,7 +26,7 @@ def packaged() -> tuple[str, ...]:
 def model_folder(name: str | Path) -> Path:
     """The folder of a trained model; one on the Hugging Face hub, "hub:<owner>/<name>", is downloaded once.
 
-    name: a folder, or if there is none of that name, a model in this package. WaltError if it is neither.
+    name: a folder, or if there is no trained model of that name, one in this package. WaltError if it is neither.
     """
     if str(name).startswith(HUB):
         hub = require("huggingface_hub", "hub")
@@ -36,7 +36,7 @@ def model_folder(name: str | Path) -> Path:
         except (OSError, ValueError) as error:
             raise WaltError(f"{name} cannot be downloaded: {error}") from error
     folder = Path(name)
-    if not folder.is_dir() and str(name) in packaged():
+    if str(name) in packaged() and checkpoint_folder(folder / "tokenizer") is None:
         folder = PACKAGED / name
     if not folder.is_dir():
         raise no_folder(folder, did_you_mean(str(name), packaged()))

@@ -14,7 +14,7 @@ import torch
 from walt.atomic import read_json
 from walt.commands.model import find_device
 from walt.data.clips import ClipStore
-from walt.data.simulator import SCENARIOS
+from walt.data.simulator import RELEASED, SCENARIOS
 from walt.demo.card import CARD, machine, save_card
 from walt.demo.clips import FOLDERS, ClipSet
 from walt.demo.progress import HeldOut
@@ -31,8 +31,8 @@ from walt.train.run import Run
 from walt.train.tokenizer import train_tokenizer
 
 FRAMES, SIZE = 17, 64  # of the base model's clips; super-resolution doubles the size
-CLIPS, HELD_OUT = 300, 9  # a class
-# Stage: its preset, and what is set beside that. Steps were chosen for three hours on two cores.
+CLIPS, HELD_OUT = RELEASED, 9  # a class
+# Stage: its preset, and what is set beside that. An hour and a half on two cores.
 RECIPE: dict[str, tuple[str, dict[str, Any]]] = {
     # Squared error first; then sharpness, by features and at last by a discriminator.
     "tokenizer": (
@@ -73,6 +73,8 @@ RECIPE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PROGRESS = "held-out.jsonl"
 EVALUATION = "evaluation.json"
+METRICS = ("psnr", "ssim", "colour", "frechet_image_distance")
+SETS = ("reconstructions", "samples", "untrained")
 DATA = {
     "data": f"{CLIPS} clips of each class, rendered by ViZDoom or cut from the film; held out are {HELD_OUT} more:"
     " other episodes, and the last frames of the film",
@@ -109,6 +111,15 @@ class Release:
         self.out, self.seed = out, seed
         self.clips = ClipSet(seed, CLIPS, HELD_OUT, FRAMES, 2 * SIZE, SCENARIOS)
 
+    @property
+    def num(self) -> int:
+        """All held-out clips; the film is one more class."""
+        return self.clips.held_out * (len(self.clips.scenarios) + 1)
+
+    @property
+    def command(self) -> str:
+        return f"walt demo --release OUT --seed {self.seed}"
+
     def run(self) -> Path:
         """Make what is missing; the folder of the model."""
         FrameFeatures()  # fails now, not after hours, if a package is missing
@@ -116,11 +127,17 @@ class Release:
             train, test = self.clips.open(self.out)
             stages = {stage: self._train(stage, train, test) for stage in RECIPE}
             model = self.out / TINY_DOOM
-            if not (model / CARD).is_file():
+            # One of other trainings may be there: of another seed, or from before a stage was trained anew.
+            card = model / CARD
+            if not card.is_file() or not self._is_of(read_json(card), stages):
                 pipeline = WaltPipeline.from_pretrained(self.out)
                 pipeline.save_pretrained(model, dtype=torch.float16)
                 save_card(model, self._card(pipeline, stages, self._evaluate(model)))
         return model
+
+    def _is_of(self, card: dict[str, Any], stages: dict[str, dict[str, float]]) -> bool:
+        made = {name: {key: stage.get(key) for key in stages[name]} for name, stage in card["stages"].items()}
+        return made == stages and card["command"] == self.command
 
     def _train(self, stage: str, train: ClipStore, test: ClipStore) -> dict[str, float]:
         run = Run(stage, stage_settings(stage, self.seed), train, self.out, find_device(None))
@@ -131,16 +148,16 @@ class Release:
 
     def _evaluate(self, model: Path) -> dict[str, Any]:
         """What `walt evaluate` finds on the held-out clips."""
-        from walt.commands.evaluate import SETS, Evaluate
+        from walt.commands.evaluate import Evaluate
 
         train, test = (self.out / name for name in FOLDERS)
         Evaluate(
             from_=str(model),
             data=test,
             reference=train,
-            metrics=("psnr", "ssim", "colour", "frechet_image_distance"),
+            metrics=METRICS,
             of=SETS,
-            num=HELD_OUT * (len(SCENARIOS) + 1),
+            num=self.num,
             json=self.out / EVALUATION,
         ).run()
         return read_json(self.out / EVALUATION)
@@ -155,11 +172,12 @@ class Release:
             "what": f"{FRAMES} frames of {SIZE}x{SIZE} pixels, and of {2 * SIZE}x{2 * SIZE} by `walt upscale`; on a"
             " class, a sentence, first frames",
             "classes": list(pipeline.classes),
-            "command": f"walt demo --release OUT --seed {self.seed}",
+            "command": self.command,
             "machine": machine(find_device(None)),
             "stages": {stage: {**progress, "parameters": parameters[stage]} for stage, progress in stages.items()},
             "data": DATA,
-            "evaluation": "walt evaluate --data OUT/held-out --reference OUT/data",
+            "evaluation": f"walt evaluate --data OUT/held-out --reference OUT/data --num {self.num} --metrics"
+            f" {' '.join(METRICS)} --of {' '.join(SETS)}",
             "held_out": {name: {key: result[key] for key in kept} for name, result in held_out.items()},
             "psnr_by_step": [[row["step"], round(row["psnr"], 2)] for row in read_log(self.out / PROGRESS)],
             "faults": list(FAULTS),
