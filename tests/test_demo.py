@@ -20,6 +20,7 @@ from walt.data.simulator import film_path
 from walt.data.video import read_video
 from walt.demo.curves import running_mean
 from walt.demo.demo import summary
+from walt.demo.report import Report
 from walt.demo.trained import OPS
 from walt.errors import WaltError
 from walt.sample.pipeline import WaltPipeline
@@ -56,6 +57,22 @@ def demo_run(needs_demo, tmp_path_factory) -> Path:
     (out.parent / "output.txt").write_text(output)
     (out.parent / "errors.txt").write_text(errors)
     return out
+
+
+def test_a_page_of_what_failed_and_what_was_not_reached(tmp_path):
+    report = Report(tmp_path, "title", "intro", ["first", "second", "third"])
+    with report.section("first"):
+        raise RuntimeError("not enough memory")
+    with pytest.raises(KeyboardInterrupt), report.section("second"):
+        raise KeyboardInterrupt
+    assert report.failed() == ["first: not enough memory"]
+    page = tmp_path / "report.html"
+    assert "refresh" in page.read_text()
+    report.finish()
+    text = page.read_text()
+    assert "refresh" not in text
+    for note in ("This failed: not enough memory", "Was interrupted.", "Was not reached."):
+        assert text.count(note) == 1
 
 
 class TestDemo:
@@ -213,6 +230,9 @@ class TestDemo:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
+        page = (out / "report.html").read_text()
+        assert 'http-equiv="refresh"' not in page
+        assert page.count("Was interrupted.") == 1
         assert process.returncode == 130
         assert f"interrupted: {out / 'tokenizer'} holds a checkpoint at step" in errors
         assert "Traceback" not in errors

@@ -52,7 +52,10 @@ class Demo:
             raise WaltError(f"--out {self.out} is a file, not a folder")
         with locked(self.out):
             self.clips.check_folder(self.out)
-            metrics = self._run()
+            try:
+                metrics = self._run()
+            finally:
+                self.report.finish()
         if failed := self.report.failed():
             raise WaltError(f"not all of the demo worked: {'; '.join(failed)}")
         return metrics
@@ -86,7 +89,6 @@ class Demo:
             part("cost", trained.COST, ours.cost)
         metrics["seconds"]["total"] = round(time.monotonic() - self.started, 1)
         write_json(self.out / "metrics.json", metrics)
-        self.report.finish()
         return metrics
 
     def left(self) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 
 from walt.atomic import atomic_write
 from walt.data.video import tile, write_mp4
-from walt.errors import WaltError, one_line, say
+from walt.errors import one_line, say
 
 REFRESH = 10  # seconds
 SCALE = 3  # of small frames in a video, so that its halved colour resolution does not show
@@ -55,8 +55,8 @@ class Report:
         try:
             yield
             section.state = "done"
-        except (WaltError, OSError) as error:
-            section.state, section.error = "failed", one_line(error)
+        except Exception as error:  # of whatever kind
+            section.state, section.error = "failed", one_line(error) or type(error).__name__
             say(f"{title}: {section.error}")
         self.write()
 
@@ -76,7 +76,7 @@ class Report:
 
     def write(self) -> None:
         refresh = "" if self.finished else f'<meta http-equiv="refresh" content="{REFRESH}">'
-        body = "\n".join(_section(section) for section in self.sections.values())
+        body = "\n".join(_section(section, self.finished) for section in self.sections.values())
         page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{refresh}
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -109,10 +109,10 @@ def _source(path: Path) -> str:
     return f"media/{path.name}?{path.stat().st_mtime_ns}"
 
 
-def _section(section: Section) -> str:
+def _section(section: Section, finished: bool) -> str:
     notes = {
-        "waiting": paragraph("Waits for the sections before it.", "note"),
-        "running": paragraph("At work.", "note"),
+        "waiting": paragraph("Was not reached." if finished else "Waits for the sections before it.", "note"),
+        "running": paragraph("Was interrupted." if finished else "At work.", "note"),
         "failed": paragraph(f"This failed: {section.error}", "failed"),
     }
     return f"<section><h2>{html.escape(section.title)}</h2>\n{section.body}\n{notes.get(section.state, '')}</section>"
