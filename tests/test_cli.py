@@ -130,6 +130,7 @@ class TestInfo:
 
     def test_unknown(self, capsys):
         assert "unknown preset 'S'; there are tiny, L" in fails(capsys, "info", "S")
+        assert "unknown preset 'tiny-dom'; did you mean tiny-doom?" in fails(capsys, "info", "tiny-dom")
 
 
 class TestBadInput:

@@ -11,7 +11,7 @@ from torch import nn
 
 from walt.commands.options import Command, Positive, value
 from walt.demo.card import describe_model
-from walt.errors import WaltError
+from walt.errors import WaltError, did_you_mean
 from walt.model.config import TokenizerConfig, TransformerConfig
 from walt.model.cost import STATES, activation_bytes, count
 from walt.model.tokenizer import Tokenizer
@@ -37,7 +37,9 @@ class Info(Command):
 
 def preset(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
     if name not in PRESETS:
-        raise WaltError(f"unknown preset {name!r}; there are {', '.join([*PRESETS, *packaged()])}")
+        known = [*PRESETS, *packaged()]
+        nearest = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise WaltError(f"unknown preset {name!r}{nearest}")
     return PRESETS[name]
 
 

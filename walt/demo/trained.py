@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class Trained:
         trainer = train_denoiser(run, preview=make_preview, seconds=max(1.0, left))
         show(WaltPipeline.from_pretrained(self.out), self.config.sampling_steps)
         steps = f"{trainer.step} steps of {run.settings.data.batch} clips in {trainer.elapsed:.0f} seconds."
-        sample = command(f"walt sample --from {self.out}")
+        sample = command(f"walt sample --from {shlex.quote(str(self.out))}")
         self.report.show(BASE, paragraph(steps), self.report.sections[BASE].body, sample)
         return {"transformer": trainer.progress()}
 
