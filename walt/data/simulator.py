@@ -133,8 +133,8 @@ def _moves(clip: np.ndarray) -> bool:
 
 FILM = "big_buck_bunny"
 FILM_CAPTION = "a meadow in an animated film"
-RELEASED = 300  # the first episodes of every scenario are those that the model in this package was trained on
 FILM_FRAMES, FILM_CUT = 132, 100  # those from the cut on are never trained on
+RELEASED = 300  # the first episodes of every scenario are those that the model in this package was trained on
 DEMO_FPS = 17.5  # of the simulator's 35 tics a second, every second one is a frame
 
 

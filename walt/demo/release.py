@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from walt.atomic import read_json
+from walt.commands.evaluate import SETS, Evaluate
 from walt.commands.model import find_device
 from walt.data.clips import ClipStore
 from walt.data.simulator import RELEASED, SCENARIOS
@@ -74,7 +75,6 @@ RECIPE: dict[str, tuple[str, dict[str, Any]]] = {
 PROGRESS = "held-out.jsonl"
 EVALUATION = "evaluation.json"
 METRICS = ("psnr", "ssim", "colour", "frechet_image_distance")
-SETS = ("reconstructions", "samples", "untrained")
 DATA = {
     "data": f"{CLIPS} clips of each class, rendered by ViZDoom or cut from the film; held out are {HELD_OUT} more:"
     " other episodes, and the last frames of the film",
@@ -148,8 +148,6 @@ class Release:
 
     def _evaluate(self, model: Path) -> dict[str, Any]:
         """What `walt evaluate` finds on the held-out clips."""
-        from walt.commands.evaluate import Evaluate
-
         train, test = (self.out / name for name in FOLDERS)
         Evaluate(
             from_=str(model),

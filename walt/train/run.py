@@ -26,6 +26,7 @@ from walt.distributed import is_rank0, raise_on_all_ranks, world_size
 from walt.errors import WaltError, WaltWarning, say
 from walt.locks import locked
 from walt.model.config import ClipShape
+from walt.model.cost import count
 from walt.model.text import TextEncoder, warn_of_cuts
 from walt.names import normal
 from walt.rates import same_rate
@@ -233,12 +234,11 @@ def resume_and_save_settings(run: Run, trainer: Trainer[Any]) -> None:
 def beginning(run: Run, trainer: Trainer[Any]) -> str:
     """What is trained, where, and on what: the line at the start of a run."""
     data, training = run.settings.data, run.settings.training
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     return (
-        f"{trainer.title}: {parameters / 1e6:.3g} M parameters, {training.precision} on {run.device}{processes};"
-        f" batches of {data.batch} samples of {data.frames} frames, {data.height}x{data.width} pixels;"
-        f" steps {trainer.step + 1} to {training.steps}; log in {trainer.log_path}"
+        f"{trainer.title}: {count(trainer.model) / 1e6:.3g} M parameters, {training.precision} on"
+        f" {run.device}{processes}; batches of {data.batch} samples of {data.frames} frames,"
+        f" {data.height}x{data.width} pixels; steps {trainer.step + 1} to {training.steps}; log in {trainer.log_path}"
     )
 
 
