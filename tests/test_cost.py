@@ -91,7 +91,7 @@ class TestText:
             assert rows[name][3] == str(transformer.tokens)
 
     def test_networks_have_the_parameters_of_real_ones(self):
-        tokenizer, transformer = networks("tiny-text")
+        tokenizer, transformer = networks(*PRESETS["tiny-text"])
         coder, denoiser = PRESETS["tiny-text"]
         assert isinstance(coder, TokenizerConfig)
         assert isinstance(denoiser, TransformerConfig)

@@ -182,6 +182,14 @@ class TestDemo:
         for name in ("packaged", "trained"):
             assert again[name]["psnr"] == pytest.approx(metrics[name]["psnr"], abs=0.01)
         assert [again[stage]["done"] for stage in ("tokenizer", "transformer")] == [STEPS, STEPS]
+        assert (demo_run / "report.html").read_text().count("to train for longer, give another folder") == 2
+
+    def test_info_tells_its_networks(self, demo_run, capsys):
+        assert main(["info", str(demo_run)]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"{demo_run}\n  video            5 x 16 x 16 (frames x height x width), RGB\n")
+        assert "conditions       2 classes\n" in text
+        assert f"{demo_run / 'base'}'; there are" in fails(capsys, "info", demo_run / "base")
 
     def test_other_settings_are_refused(self, demo_run, capsys):
         line = fails(capsys, *demo(demo_run, "--clips", "4"))

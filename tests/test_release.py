@@ -96,6 +96,9 @@ def test_a_release_and_its_card(small, tmp_path, capsys) -> None:
         3,
     )
 
+    assert main(["info", str(out / TINY_DOOM)]) == 0
+    assert capsys.readouterr().out == describe_model(out / TINY_DOOM) + "\n"
+
     weights = {path: path.read_bytes() for path in (out / TINY_DOOM).rglob("*") if path.is_file()}
     assert main(["demo", "--release", str(out), "--seed", "3"]) == 0  # nothing is left to do
     assert all(path.read_bytes() == content for path, content in weights.items())

@@ -40,7 +40,7 @@ COMMANDS = {
         "evaluate.Evaluate",
         "measure reconstructions (PSNR, SSIM) or samples (FVD and others) against real clips",
     ),
-    "info": ("info.Info", "shapes, parameters, FLOPs and memory of the presets; the card of tiny-doom"),
+    "info": ("info.Info", "shapes, parameters, FLOPs and memory of presets and trained models; the card of tiny-doom"),
     "doctor": ("doctor.Doctor", "what of this machine would stop or slow down a run"),
 }
 PRINTING = ("evaluate", "info", "doctor")  # commands that fail if what they print cannot be written

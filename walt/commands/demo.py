@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +11,13 @@ from walt.demo import demo
 from walt.demo.card import describe_model
 from walt.demo.config import DemoConfig
 from walt.demo.release import Release
+from walt.errors import WaltError
 from walt.presets import PRESETS
 
 
 @dataclass(kw_only=True)
 class Demo(Command):
-    out: Path = Path("runs/demo")  # output folder; re-running resumes
+    out: Path = Path("runs/demo")  # output folder; re-running goes on with what is not finished
     scenarios: Annotated[tuple[str, ...], words("NAME ...")] = DemoConfig.scenarios  # ViZDoom's, each one a class
     preset: Annotated[str, value(one_of(*PRESETS), "NAME")] = DemoConfig.preset  # sizes of the models
     minutes: Real = DemoConfig.minutes  # budget of wall-clock time
@@ -36,6 +37,7 @@ class Demo(Command):
 
     def run(self) -> None:
         if self.release is not None:
+            self.check_release()
             print(describe_model(Release(self.release, self.seed).run()))
             return
         options = {**vars(self)}
@@ -43,3 +45,10 @@ class Demo(Command):
         out = options.pop("out")
         metrics = demo.Demo(DemoConfig(**options), out).run()
         print("\n".join(demo.summary(metrics, out)))
+
+    def check_release(self) -> None:
+        """WaltError for options of the demo."""
+        for option in fields(self):
+            if option.name not in ("release", "seed") and getattr(self, option.name) != option.default:
+                name = option.name.replace("_", "-")
+                raise WaltError(f"--{name}: --release takes no option but --seed; leave it out")

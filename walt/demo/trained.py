@@ -18,8 +18,8 @@ from walt.data.video import check_size, sheet_size
 from walt.demo.clips import ClipSet
 from walt.demo.config import DemoConfig
 from walt.demo.curves import write_curves
-from walt.demo.packaged import beside, measure, pairs
 from walt.demo.progress import HeldOut
+from walt.demo.reconstructed import beside, measure, pairs
 from walt.demo.report import SCALE, Report, command, paragraph, picture, table
 from walt.evaluate.evaluate import reconstructions
 from walt.model.diffusion import Diffusion
@@ -33,13 +33,13 @@ from walt.train.log import read_log
 from walt.train.run import Run
 from walt.train.timing import PARTS
 from walt.train.tokenizer import train_tokenizer
-from walt.train.trainer import Preview
+from walt.train.trainer import Preview, Trainer
 from walt_kernels import explain
 from walt_kernels.testing import sample_call
 
 TOKENIZER = "A tokenizer, trained from nothing"
 BASE = "A denoiser, trained on its latents"
-KERNELS = "Which kernel ran where"
+KERNELS = "Which kernel runs where"
 COST = "What a training step cost"
 SECTIONS = (TOKENIZER, BASE, KERNELS, COST)
 OPS = ("causal_conv3d", "video_norm", "window_attention", "adaln_lora", "adaln_modulate", "adaln_residual_modulate")
@@ -66,6 +66,13 @@ class Every:
             self.last = time.monotonic()
 
 
+def steps(trainer: Trainer[Any]) -> str:
+    text = f"{trainer.step} steps of {trainer.batch} clips in {trainer.elapsed:.0f} seconds."
+    if trainer.resumed == trainer.step:
+        text += " It was finished before: to train for longer, give another folder."
+    return text
+
+
 class Trained:
     """Trains the tokenizer and the base model of the preset, and shows them while it does."""
 
@@ -88,10 +95,9 @@ class Trained:
         trainer = train_tokenizer(run, preview=preview, seconds=max(1.0, seconds))
         made = reconstructions(load_tokenizer(self.out / "tokenizer"), self.real)
         figures = measure(self.real, made, self.test)
-        steps = f"{trainer.step} steps of {run.settings.data.batch} clips in {trainer.elapsed:.0f} seconds."
         blocks = pairs(self.report, "tokenizer", self.real, made, self.test, figures)
         train = command("walt train tokenizer --data clips --out runs/mine")
-        self.report.show(TOKENIZER, paragraph(steps), self._curves("tokenizer", rows), *blocks, train)
+        self.report.show(TOKENIZER, paragraph(steps(trainer)), self._curves("tokenizer", rows), *blocks, train)
         return {"trained": figures, "tokenizer": trainer.progress()}
 
     def base(self, seconds: float) -> dict[str, Any]:
@@ -118,22 +124,23 @@ class Trained:
         left = seconds - (time.monotonic() - begun) - RESERVE
         trainer = train_denoiser(run, preview=make_preview, seconds=max(1.0, left))
         show(WaltPipeline.from_pretrained(self.out), self.config.sampling_steps)
-        steps = f"{trainer.step} steps of {run.settings.data.batch} clips in {trainer.elapsed:.0f} seconds."
         sample = command(f"walt sample --from {shlex.quote(str(self.out))}")
-        self.report.show(BASE, paragraph(steps), self.report.sections[BASE].body, sample)
+        self.report.show(BASE, paragraph(steps(trainer)), self.report.sections[BASE].body, sample)
         return {"transformer": trainer.progress()}
 
     def kernels(self) -> dict[str, Any]:
-        """The backend of each op for float32 tensors here, and why not the others."""
+        """The backend of each op for a small call where the training ran, and why not the others."""
         chosen = {}
         rows = []
+        device = find_device(None)
         for op in OPS:
-            reasons = explain(op, **sample_call(op))
+            reasons = explain(op, **sample_call(op, device))
             chosen[op] = next(name for name, reason in reasons.items() if reason is None)
             others = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
             rows.append([op, chosen[op], "; ".join(others)])
-        blocks = table(["op", "ran on", "and not on"], rows), command("python -m walt_kernels")
-        self.report.show(KERNELS, *blocks)
+        text = paragraph(f"For a small call in float32 on {device}: the kernel that it gets, and why not the others.")
+        blocks = table(["op", "runs on", "and not on"], rows), command("python -m walt_kernels")
+        self.report.show(KERNELS, text, *blocks)
         return {"kernels": chosen}
 
     def cost(self) -> dict[str, Any]:
