@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from walt.commands.options import Natural, Positive, Real, one_of, value, words
 from walt.data.simulator import SCENARIOS
+from walt.presets import PRESETS
 from walt.settings import Settings, load_settings
 
+BATCH, IMAGES = 16, 4  # samples of a step of the transformer, and the stacks of images among them
 
-@dataclass(frozen=True)
+
+@dataclass(kw_only=True)
 class DemoConfig:
     """Settings of a demo. The budget of minutes may end a stage before its last step."""
 
-    minutes: float = 10.0  # budget of wall-clock time
-    preset: str = "tiny"  # sizes of the models
-    seed: int = 0  # of data, weights, batches and samples
-    scenarios: tuple[str, ...] = SCENARIOS  # of ViZDoom, each one a class
-    clips: int = 96  # training clips a class
-    samples: int = 9  # held-out clips a class
-    frames: int = 17  # of a clip, 1 + 4k
-    size: int = 64  # height and width in pixels, a multiple of 8
-    tokenizer_steps: int = 20_000  # training steps of the tokenizer, at most
-    tokenizer_share: float = 0.7  # of the training time
-    transformer_steps: int = 20_000  # training steps of the transformer, at most
-    transformer_batch: int = 16  # samples of one of its steps
-    transformer_images: int = 4  # stacks of images among them
-    sampling_steps: int = 50  # DDIM steps
-    preview_seconds: float = 60.0  # from preview to preview of a training
+    scenarios: Annotated[tuple[str, ...], words("NAME ...")] = SCENARIOS  # ViZDoom's, each one a class
+    preset: Annotated[str, value(one_of(*PRESETS), "NAME")] = "tiny"  # sizes of the models
+    minutes: Real = 10.0  # budget of wall-clock time
+    clips: Positive = 96  # training clips a class
+    samples: Positive = 9  # held-out clips a class
+    frames: Positive = 17  # frames a clip, 1 + 4k
+    size: Positive = 64  # height and width in pixels, a multiple of 8
+    tokenizer_steps: Positive = 20_000  # training steps of the tokenizer, at most
+    transformer_steps: Positive = 20_000  # training steps of the transformer, at most
+    sampling_steps: Positive = 50  # DDIM steps
+    preview_seconds: Real = 60.0  # from preview to preview of a training
+    seed: Natural = 0  # of data, weights, batches and samples
 
     def settings(self, stage: str) -> Settings:
         """The preset's settings of a stage, as `walt train` has them, with the demo's steps, batch and sizes."""
@@ -34,7 +36,7 @@ class DemoConfig:
         if stage == "tokenizer":
             steps, batch, images = self.tokenizer_steps, base.data.batch, 0
         else:
-            steps, batch, images = self.transformer_steps, self.transformer_batch, self.transformer_images
+            steps, batch, images = self.transformer_steps, BATCH, IMAGES
         # How often it is asked whether a preview is due.
         training = replace(base.training, steps=steps, save_every=500, preview_every=20, seed=self.seed)
         data = replace(base.data, frames=self.frames, height=self.size, width=self.size, batch=batch, images=images)
