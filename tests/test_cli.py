@@ -129,8 +129,8 @@ class TestInfo:
         assert capsys.readouterr().out == "the table for 3\n"
 
     def test_unknown(self, capsys):
-        assert "unknown preset 'S'; there are tiny, L" in fails(capsys, "info", "S")
-        assert "unknown preset 'tiny-dom'; did you mean tiny-doom?" in fails(capsys, "info", "tiny-dom")
+        assert "unknown preset or folder 'S'; there are tiny, L" in fails(capsys, "info", "S")
+        assert "unknown preset or folder 'tiny-dom'; did you mean tiny-doom?" in fails(capsys, "info", "tiny-dom")
 
 
 class TestBadInput:

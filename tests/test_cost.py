@@ -108,5 +108,5 @@ class TestText:
         assert info._size(size) == text
 
     def test_unknown_preset(self):
-        with pytest.raises(WaltError, match="unknown preset 'S'; there are tiny, L"):
+        with pytest.raises(WaltError, match="unknown preset or folder 'S'; there are tiny, L"):
             describe("S")

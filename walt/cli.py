@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from walt.errors import Interrupted, WaltError, WaltWarning, did_you_mean, one_line
+from walt.errors import Interrupted, WaltError, WaltWarning, nearest_or_all, one_line
 from walt.terminal import check_stdout, terminal
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(usage())
                 return _printed()
             if name not in COMMANDS:
-                known = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
-                raise WaltError(f"unknown command {name!r}{known}")
+                raise WaltError(f"unknown command {name!r}{nearest_or_all(name, COMMANDS)}")
             speaker = f"walt {name}"  # in errors about its options
             try:
                 command = parse(name, options)

@@ -97,3 +97,8 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     best = [other for other in known if last(other) in near]
     best.sort(key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
     return f"; did you mean {best[-1]}?" if best else ""
+
+
+def nearest_or_all(name: str, known: Collection[str]) -> str:
+    """The same; all known names if none is near."""
+    return did_you_mean(name, known) or f"; there are {', '.join(known)}"

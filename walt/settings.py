@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from walt.atomic import atomic_write
-from walt.errors import WaltError, as_user_error, did_you_mean
+from walt.errors import WaltError, as_user_error, did_you_mean, nearest_or_all
 from walt.model.config import (
     Config,
     DiffusionConfig,
@@ -230,8 +230,7 @@ def merge_settings(stage: str, preset: str | None, file: Path | None, overrides:
     name = preset or document.get("preset") or ("tiny-sr" if stage.startswith("sr") else "tiny")
     if not isinstance(name, str) or name not in PRESETS:
         origin = f"{file}: " if file is not None and not preset else ""
-        nearest = did_you_mean(str(name), PRESETS) or f"; there are {', '.join(PRESETS)}"
-        raise WaltError(f"{origin}unknown preset {name!r}{nearest}")
+        raise WaltError(f"{origin}unknown preset {name!r}{nearest_or_all(str(name), PRESETS)}")
     tokenizer, transformer = PRESETS[name]
     settings = Settings(name, tokenizer, transformer, **_recipe(name, stage))
     settings = _apply(settings, {k: v for k, v in document.items() if k != "preset"}, f"{file}: ")
@@ -290,8 +289,7 @@ def _apply(settings: Settings, sections: Mapping[str, Any], origin: str) -> Sett
     changed = {}
     for name, values in sections.items():
         if name not in names:
-            nearest = did_you_mean(str(name), names) or f"; there are {', '.join(names)}"
-            raise WaltError(f"{origin}unknown section {name!r}{nearest}")
+            raise WaltError(f"{origin}unknown section {name!r}{nearest_or_all(str(name), names)}")
         if not isinstance(values, dict):
             raise WaltError(f"{origin}section {name} holds {values!r}, expected fields with values")
         changed[name] = section(names[name], {**vars(getattr(settings, name)), **values}, origin)

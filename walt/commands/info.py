@@ -12,7 +12,7 @@ from torch import nn
 
 from walt.commands.options import Command, Positive, value
 from walt.demo.card import CARD, describe_model
-from walt.errors import WaltError, did_you_mean
+from walt.errors import WaltError, nearest_or_all
 from walt.model.config import TokenizerConfig, TransformerConfig
 from walt.model.cost import STATES, activation_bytes, count
 from walt.model.tokenizer import Tokenizer
@@ -51,9 +51,7 @@ def configs(name: str) -> tuple[TokenizerConfig, TransformerConfig]:
     if folder := trained(name):
         denoiser, _ = load_denoiser(folder / "transformer")
         return load_tokenizer(folder / "tokenizer").config, denoiser.transformer.config
-    known = [*PRESETS, *packaged()]
-    nearest = did_you_mean(name, known) or f"; there are {', '.join(known)}, and folders of trained models"
-    raise WaltError(f"unknown preset {name!r}{nearest}")
+    raise WaltError(f"unknown preset or folder {name!r}{nearest_or_all(name, [*PRESETS, *packaged()])}")
 
 
 def networks(coder: TokenizerConfig, denoiser: TransformerConfig) -> tuple[Tokenizer, Transformer]:
