@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.page import fences, patched
 from walt.checkpoint import read_tensors
 from walt.cli import main
 from walt.data.video import read_video
@@ -68,7 +69,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
     text = (ROOT / page).read_text()
     if page == "README.md":
         (text,) = re.findall(r"^## The model\n(.*?)^## ", text, re.S | re.M)
-    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    return fences(text)
 
 
 def commands(block: str) -> Iterator[str]:
@@ -81,15 +82,6 @@ def smaller(text: str) -> str:
     for pattern, replacement in SMALLER:
         text = re.sub(pattern, replacement, text)
     return text
-
-
-def patched(program: str, diff: str) -> str:
-    """The program after a diff, each of whose hunks has to be there once."""
-    for hunk in re.split(r"^@@.*\n", diff, flags=re.M):
-        old, new = ("".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[:1] != sign) for sign in "+-")
-        assert program.count(old) == 1, f"the program before this diff has no single\n{old}"
-        program = program.replace(old, new)
-    return program
 
 
 def missing(text: str) -> list[str]:
