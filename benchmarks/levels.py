@@ -22,7 +22,7 @@ from . import ops
 from .case import Case
 from .cases import CASES, chosen
 from .contender import on_backend, step
-from .machine import ROOT, level, machine, sentence
+from .machine import RESULTS, level, machine, sentence
 from .say import say
 from .timing import interleaved
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         "--json",
         type=Path,
         nargs="?",
-        const=ROOT / "benchmarks" / "results" / f"levels-{'amx' if AMX else level()}.json",
+        const=RESULTS / f"levels-{'amx' if AMX else level()}.json",
         metavar="FILE",
         help="write the rows and the machine here; without FILE to benchmarks/results/, named by its best level",
     )

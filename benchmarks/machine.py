@@ -16,6 +16,7 @@ from walt_kernels import _native
 from .timing import interleaved, seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, Any]:

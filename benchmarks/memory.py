@@ -1,4 +1,4 @@
-"""Peak memory of one call, beyond what was there before it: outputs and scratch, MiB.
+"""Peak memory of one call, beyond what was there before it: outputs and scratch, MiB; and what is kept for backward.
 
 On a GPU the allocator counts. On Linux the kernel does: writing 5 to /proc/self/clear_refs resets a process's
 high-water mark (VmHWM, proc(5)), so the mark after the call minus the resident set before it is what the call added.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from walt_kernels import _native
 
@@ -41,6 +42,20 @@ def peak(call: Callable[[], object], device: str = "cpu") -> float | None:
         return max(_status("VmHWM") - kib, 0) / 1024
     except (OSError, AttributeError):
         return None
+
+
+def kept(call: Callable[[], Tensor]) -> float:
+    """MiB of all tensors that a call keeps for its backward pass, parameters among them."""
+    found = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()  # while it is there, so is what it was made of
+    del result
+    return sum(found.values()) / 2**20
 
 
 def _status(field: str) -> int:

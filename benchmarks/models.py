@@ -14,7 +14,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from walt_kernels.integrations import accelerate, stream_decode, stream_encode
 from . import memory
 from .case import MODES
 from .contender import first_line, step
-from .machine import machine, sentence
+from .machine import RESULTS, level, machine, sentence
 from .report import mean, table_head, table_row
 from .say import say
 from .timing import interleaved
@@ -41,11 +41,17 @@ LEAST = 0.97  # times as fast as before: what is slower should have been left al
 CHECKED = 2**20  # values of the largest parameter whose gradient is compared: the truth of all would not fit in memory
 
 
+def accelerated(module: nn.Module) -> tuple[nn.Module, str]:
+    report = accelerate(module)
+    return module, f"{len(report.replaced)} replaced, {len(report.left)} left"
+
+
 @dataclass(frozen=True)
 class Model:
     """``make`` gives the module, ``run`` calls it on normal numbers of ``shape``. All can be sent to a process.
 
-    One that is ``streamed`` goes through a clip in chunks, and has no gradients.
+    ``change`` gives what runs after, and what it did. One that is ``streamed`` goes through a clip in chunks, and has
+    no gradients. One that is ``compiled`` is measured under torch.compile, too, without the change.
     """
 
     name: str
@@ -54,10 +60,17 @@ class Model:
     shape: tuple[int, ...]
     quick: bool = False
     streamed: bool = False
+    change: Callable[[nn.Module], tuple[nn.Module, str]] = accelerated
+    channels_last: bool = False
+    compiled: bool = False
 
     @property
     def modes(self) -> tuple[str, ...]:
         return MODES[:1] if self.streamed else MODES
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        return ("before", "compiled", "after") if self.compiled else ("before", "after")
 
 
 def make(path: str, *arguments: Any, **options: Any) -> Any:
@@ -166,36 +179,46 @@ def models(device: str) -> list[Model]:
     ]
 
 
-def build(model: Model, dtype: torch.dtype, device: str, after: bool) -> tuple[nn.Module, Tensor, str]:
-    """The module and its input, always the same numbers, and what ``accelerate`` did."""
+def build(model: Model, dtype: torch.dtype, device: str, way: str) -> tuple[nn.Module, Tensor, str]:
+    """The module and its input, always the same numbers, and what the change did."""
     torch.manual_seed(0)
     module = model.make().eval()
     with torch.no_grad():
         for parameter in module.parameters():  # none is zero
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     module.to(device, dtype)
-    x = testing.random(*model.shape, grad=False).to(device, dtype).requires_grad_()
-    if not after:
-        return module, x, ""
-    report = accelerate(module)
-    return module, x, f"{len(report.replaced)} replaced, {len(report.left)} left"
+    x = testing.random(*model.shape, grad=False).to(device, dtype)
+    if model.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    changed = ""
+    if way == "compiled":
+        torch._dynamo.reset()
+        module.compile(dynamic=False)
+    elif way == "after":
+        module, changed = model.change(module)
+    return module, x.requires_grad_(), changed
 
 
 def calls(model: Model, module: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
     """A call of each mode, after a first one; backward gives the gradients of x and of the parameters that have one."""
     if model.streamed:
         return {mode: step(lambda x: model.run(module, x), {"x": x}, mode) for mode in model.modes}
-    parameters = dict(module.named_parameters())
-    found = torch.autograd.grad(model.run(module, x).sum(), list(parameters.values()), allow_unused=True)
-    used = {name: p for (name, p), gradient in zip(parameters.items(), found, strict=True) if gradient is not None}
-    return {mode: step(lambda x, **_: model.run(module, x), {"x": x, **used}, mode) for mode in MODES}
+    inputs = {"x": x, **dict(module.named_parameters())}
+    y = model.run(module, x)  # asked as below: the first gradients of given cotangents import what fills 34 MiB
+    found = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y), allow_unused=True)
+    used = {name: value for (name, value), grad in zip(inputs.items(), found, strict=True) if grad is not None}
+    made = {mode: step(lambda x, **_: model.run(module, x), used, mode) for mode in MODES}
+    if model.compiled:
+        for call in made.values():  # what compiles does so now
+            call()
+    return made
 
 
 def check(model: Model, dtype: torch.dtype, device: str) -> float:
     """The largest error ratio of the output and the gradients, at most 1; AssertionError where it is more."""
 
-    def results(kind: torch.dtype, after: bool) -> tuple[dict[str, Tensor], int]:
-        module, x, _ = build(model, dtype, device, after)
+    def results(kind: torch.dtype, way: str) -> tuple[dict[str, Tensor], int]:
+        module, x, _ = build(model, dtype, device, way)
         module.to(kind)
         x = testing.leaf(x.detach().to(kind).requires_grad_())
         y = model.run(module, x)
@@ -209,7 +232,7 @@ def check(model: Model, dtype: torch.dtype, device: str) -> float:
         return {"output": y.detach(), "gradient of the input": grad_x, "gradients of the parameters": flat}, terms
 
     (truth, terms), (yardstick, _), (own, _) = (
-        results(*way) for way in ((WIDE[dtype], False), (dtype, False), (dtype, True))
+        results(*side) for side in ((WIDE[dtype], "before"), (dtype, "before"), (dtype, "after"))
     )
     rows = terms if dtype is torch.float32 else 1  # as of an op alone: rounding grows with the longest sum
     ratios = []
@@ -219,30 +242,31 @@ def check(model: Model, dtype: torch.dtype, device: str) -> float:
     return max(ratios)
 
 
-def peaks(model: Model, dtype: torch.dtype, device: str, after: bool) -> dict[str, float | None]:
+def peaks(model: Model, dtype: torch.dtype, device: str, way: str) -> dict[str, float | None]:
     """MiB of a call by mode."""
-    module, x, _ = build(model, dtype, device, after)
+    module, x, _ = build(model, dtype, device, way)
     return {mode: memory.peak(call, device) for mode, call in calls(model, module, x).items()}
 
 
-def peaks_apart(model: Model, dtype: torch.dtype, device: str, after: bool) -> dict[str, float | None]:
+def peaks_apart(model: Model, dtype: torch.dtype, device: str, way: str) -> dict[str, float | None]:
     """The same in a new process, for what a CPU's allocator and libraries keep is not to count for the next one."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peaks, model, dtype, device, after).result()
+        return pool.submit(peaks, model, dtype, device, way).result()
 
 
 def rows_of(model: Model, dtype: torch.dtype, device: str, seconds: float) -> Iterator[Row]:
     """One row a mode. What gives another result is an AssertionError and has no time."""
     error_ratio = check(model, dtype, device)
     measured = peaks if device == "cuda" else peaks_apart
-    sides = {"before": False, "after": True}
-    mib = {name: measured(model, dtype, device, after) for name, after in sides.items()}
-    ways = {}
-    for name, after in sides.items():
-        module, x, replaced = build(model, dtype, device, after)
-        ways[name] = calls(model, module, x)
+    mib = {way: measured(model, dtype, device, way) for way in model.ways}
+    ways, kept = {}, {}
+    for way in model.ways:
+        module, x, changed = build(model, dtype, device, way)
+        ways[way] = calls(model, module, x)
+        if not model.streamed:
+            kept[way] = memory.kept(lambda module=module, x=x: model.run(module, x))
     for mode in model.modes:
-        times = interleaved({name: way[mode] for name, way in ways.items()}, device=device, seconds=seconds)
+        times = interleaved({name: made[mode] for name, made in ways.items()}, device=device, seconds=seconds)
         ms = {name: value.p50 for name, value in times.items()}
         yield {
             "model": model.name,
@@ -251,15 +275,17 @@ def rows_of(model: Model, dtype: torch.dtype, device: str, seconds: float) -> It
             "ms": ms,
             "speedup": ms["before"] / ms["after"],
             "mib": {name: peak[mode] for name, peak in mib.items()},
-            "replaced": replaced,
+            "kept": kept if mode == "forward+backward" else {},
+            "replaced": changed,
             "error_ratio": error_ratio,
         }
 
 
 def line(row: Row) -> str:
+    ms = " -> ".join(f"{value:9.1f}" for value in row["ms"].values())
     return (
-        f"{row['model']:<32} {row['mode']:<17} {row['dtype']:<9} {row['ms']['before']:9.1f} -> "
-        f"{row['ms']['after']:9.1f} ms, {row['speedup']:.2f}x; {_memory(row)} MiB; {row['replaced']}"
+        f"{row['model']:<46} {row['mode']:<17} {row['dtype']:<9} {ms} ms, {row['speedup']:.2f}x; "
+        f"{_memory(row)} MiB; {row['replaced']}"
     )
 
 
@@ -269,10 +295,10 @@ def _memory(row: Row) -> str:
 
 def table(rows: list[Row]) -> str:
     """All rows as Markdown."""
-    head = ["model", "mode", "dtype", "ms before", "ms after", "speedup", "peak MiB", "modules"]
-    lines = table_head(head)
+    ways = rows[0]["ms"]
+    lines = table_head(["model", "mode", "dtype", *(f"ms {way}" for way in ways), "speedup", "peak MiB", "modules"])
     for row in rows:
-        values = [row["model"], row["mode"], row["dtype"], *(f"{ms:.1f}" for ms in row["ms"].values())]
+        values = [row["model"], row["mode"], row["dtype"], *(f"{row['ms'][way]:.1f}" for way in ways)]
         lines.append(table_row([*values, f"{row['speedup']:.2f}x", _memory(row), row["replaced"]]))
     return "\n".join(lines)
 
@@ -292,20 +318,44 @@ def summary(rows: list[Row]) -> list[str]:
     return lines + [f"slower: {line(row)}" for row in rows if row["speedup"] < LEAST]
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks models", description=__doc__)
-    parser.add_argument("--case", metavar="NAME", help="only models whose name contains this text")
+def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=description)
+    parser.add_argument("--case", metavar="NAME", help=f"only {command} whose name contains this text")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer models, shorter runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine here")
+    parser.add_argument("--quick", action="store_true", help=f"fewer {command}, shorter runs, no torch.compile")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="FILE",
+        help="write the rows and the machine here; without FILE to benchmarks/results/, named by the machine",
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    parser = parser_of("models", __doc__)
     options = parser.parse_args(arguments)
+    _, failed = measure(parser, options, models(options.device))
+    return failed
+
+
+def measure(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, listed: list[Model], seconds: float = 2.0
+) -> tuple[list[Row], int]:
+    """The rows of what the options ask for, which are written and printed, and the exit status."""
+    seconds = seconds / 4 if options.quick else seconds
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
-    existing = [model for model in models(options.device) if model.quick or not options.quick]
+    existing = [replace(m, compiled=False) if options.quick else m for m in listed if m.quick or not options.quick]
     chosen = [model for model in existing if (options.case or "") in model.name]
     if not chosen:
-        parser.error(f"--case {options.case!r} matches nothing; models: {', '.join(model.name for model in existing)}")
+        parser.error(
+            f"--case {options.case!r} matches nothing; {options.command}: {', '.join(m.name for m in existing)}"
+        )
     for library in ("DIFFUSERS", "TRANSFORMERS"):  # what they warn of at every cast
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     where = machine(options.device)
@@ -315,18 +365,20 @@ def main(arguments: list[str]) -> int:
     for name in [options.dtype] if options.dtype else DTYPES:
         for model in chosen:
             try:
-                for row in rows_of(model, getattr(torch, name), options.device, 0.5 if options.quick else 2.0):
+                for row in rows_of(model, getattr(torch, name), options.device, seconds):
                     rows.append(row)
                     say(line(row))
             except AssertionError as error:
                 wrong.append(f"{model.name}, {name}: another result, not timed: {error}")
             except (ImportError, RuntimeError) as error:  # a library or an operation of PyTorch's in this dtype
                 left_out.append(f"{model.name}, {name}: does not run: {first_line(error)}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
+    if path := options.json:
+        if path == RESULTS:
+            path /= f"{options.command}-{level(options.device)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
     if rows:
         print("\n".join([table(rows), *summary(rows)]))
     for text in wrong + left_out:
         print(text)
-    return 1 if wrong or not rows else 0
+    return rows, 1 if wrong or not rows else 0

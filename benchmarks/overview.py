@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .machine import ROOT
+from .machine import RESULTS
 from .report import mean, rewrite, table_head, table_row
 
 MARKS = ("<!-- overview: begin -->", "<!-- overview: end -->")
-RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 PASSES = {"forward": 0, "forward+backward": 1, "step": 1}
 COLUMNS = {

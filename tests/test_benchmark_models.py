@@ -62,7 +62,7 @@ def test_a_streamed_model_has_no_gradients(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_peaks_of_another_process() -> None:
     layer = models.Model("layer", partial(torch.nn.Linear, 4, 1 << 20), operator.call, (8, 4))
-    found = models.peaks_apart(layer, torch.float32, "cpu", after=False)
+    found = models.peaks_apart(layer, torch.float32, "cpu", "before")
     if None in found.values():
         pytest.skip("this system does not tell")
     assert 30 < found["forward"] < 60  # 32 MiB of output
