@@ -4,6 +4,7 @@
   table RESULTS.json   an earlier run's tables and plots again
   floors               FLOPs, bytes and the least time on an H200 of every case, without running anything
   gpu-report           the proof on a GPU: tests, ceilings, every op and mode, targets, README's "verified on" table
+  blocks               the blocks of docs/kernels.md, plain and with our ops
   levels               every instruction level and library that this CPU has; whether the op takes the fastest
   models               other libraries' models before and after walt_kernels.integrations.accelerate
   overview             README's first table, of all machines that have a file in benchmarks/results
@@ -22,9 +23,9 @@ from typing import Any
 
 import torch
 
-from . import floors, gpu_report, levels, models, overview, plots, report, scaling, training_memory, verified
+from . import blocks, floors, gpu_report, levels, models, overview, plots, report, scaling, training_memory, verified
 from .cases import CASES, chosen
-from .machine import ROOT, ceilings, level, machine, sentence
+from .machine import RESULTS, ceilings, level, machine, sentence
 from .measure import GPU_BACKENDS, Effort, rows_of
 from .say import say
 
@@ -64,6 +65,7 @@ def measure_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {
+        "blocks": blocks.main,
         "table": table,
         "floors": floors_of,
         "gpu-report": gpu_report.main,
@@ -170,7 +172,7 @@ def measure(arguments: list[str]) -> int:
     if options.json is not None:
         path = options.json
         if path == NAMED_BY_MACHINE:
-            path = ROOT / "benchmarks" / "results" / f"{options.device}-{level(options.device)}.json"
+            path = RESULTS / f"{options.device}-{level(options.device)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
     publish(results, options)
