@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as benchmark
-from benchmarks import overview
+from benchmarks import blocks, overview
 from benchmarks.machine import ROOT
 from benchmarks.report import mean
 
@@ -86,6 +86,51 @@ def test_numbers_of_models() -> None:
     assert f"decoders need {100 * forward:.0f} % (forward) and {100 * step:.0f} % of the memory" in " ".join(
         README.split()
     )
+
+
+def test_numbers_of_blocks() -> None:
+    """Where this fails after a benchmark, it was without --page docs/kernels.md."""
+    rows = json.loads((overview.RESULTS / "blocks-avx512.json").read_text())["rows"]
+    page = (ROOT / blocks.PAGE).read_text()
+    for name in blocks.BLOCKS:
+        begin, end = blocks.marks(name)
+        assert page.partition(f"{begin}\n")[2].partition(f"\n{end}")[0] == blocks.section(rows, name)
+
+    def of(*words: str, mode: str = "", dtype: str = "") -> list[dict[str, Any]]:
+        return [
+            row
+            for row in rows
+            if all(word in row["model"] for word in words) and mode in ("", row["mode"]) and dtype in ("", row["dtype"])
+        ]
+
+    def span(values: list[float], form: str) -> str:
+        return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
+
+    def less(name: str, than: str) -> list[float]:
+        return [100 - 100 * row["kept"]["after"] / row["kept"][than] for row in of(name, mode="forward+backward")]
+
+    said = " ".join(page.split())
+    last = {(row["model"], row["mode"], row["dtype"]): row["ms"]["after"] for row in of("channels_last_3d")}
+    slower = [
+        row["ms"]["after"] / last[f"{row['model']}, channels_last_3d", row["mode"], row["dtype"]]
+        for row in of("causal block")
+        if "channels_last_3d" not in row["model"]
+    ]
+    assert f"takes {span(slower, '{:.2f}')} times as long in the contiguous one" in said
+    speedups = span([row["speedup"] for row in of("transformer")], "{:.2f}x")
+    assert f"({speedups}) and keeps {span(less('transformer', 'before'), '{:.0f} %')} less" in said
+    assert less("transformer", "compiled") == [0.0] * 6
+    (small,) = of("1x7x7", mode="forward+backward", dtype="float32")
+    assert f"1x7x7 gains {small['speedup']:.2f}x, {small['ms']['compiled'] / small['ms']['after']:.2f}x over" in said
+    large = [row["speedup"] for size in ("5x8x8", "1x16x16") for row in of(size, mode="forward+backward")]
+    assert f"256 tokens and more gain {span(large, '{:.2f}x')}" in said
+    peaks = [row["mib"] for row in of("C 128", mode="forward", dtype="bfloat16")]
+    after, before = (span([mib[way] for mib in peaks], "{:.0f}") for way in ("after", "before"))
+    assert f"peaks at {after} MiB in place of {before}," in said
+    (step,) = of("C 64", "channels_last_3d", mode="forward+backward", dtype="float32")
+    assert f"at {step['mib']['compiled']:.0f} MiB beside our {step['mib']['after']:.0f}" in said
+    plain, compiled = (span(less("causal block", than), "{:.0f} %") for than in ("before", "compiled"))
+    assert f"falls by {plain} over the plain one and by {compiled} over the compiled one" in said
 
 
 def test_what_an_installation_builds() -> None:
