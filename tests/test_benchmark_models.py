@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-from benchmarks import models
+from benchmarks import blocks, models
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.AutoencoderKLCosmos  # noqa: B018  imported under torch.device("meta"), it would keep constants without numbers
@@ -61,7 +60,7 @@ def test_a_streamed_model_has_no_gradients(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_peaks_of_another_process() -> None:
-    layer = models.Model("layer", partial(torch.nn.Linear, 4, 1 << 20), operator.call, (8, 4))
+    layer = models.Model("layer", partial(torch.nn.Linear, 4, 1 << 20), blocks.call, (8, 4))
     found = models.peaks_apart(layer, torch.float32, "cpu", "before")
     if None in found.values():
         pytest.skip("this system does not tell")
