@@ -15,7 +15,7 @@ from walt.evaluate.networks import FrameFeatures, Network, VideoFeatures, softma
 from walt.model.tokenizer import Tokenizer
 from walt.terminal import progress_bar
 
-ClipSet = np.ndarray | Iterable[np.ndarray]  # uint8 [N, T, H, W, 3], or any number of such batches
+Clips = np.ndarray | Iterable[np.ndarray]  # uint8 [N, T, H, W, 3], or any number of such batches
 
 METRICS = {
     "fvd": "FVD",
@@ -31,7 +31,7 @@ OF_REAL = {"fvd": "video", "frechet_image_distance": "image"}  # networks that s
 PUBLISHED_CLIPS, PUBLISHED_FRAMES = 2048, 16  # fewest clips a side, and frames a clip, of published FVDs
 
 
-def batches(clips: ClipSet, size: int = 8, *, name: str = "clips") -> Iterator[np.ndarray]:
+def batches(clips: Clips, size: int = 8, *, name: str = "clips") -> Iterator[np.ndarray]:
     """An array in batches of `size` clips, or batches as they come, checked: uint8 [N, T, H, W, 3] of one clip size."""
     cut = (clips[i : i + size] for i in range(0, len(clips), size)) if isinstance(clips, np.ndarray) else clips
     shape = None
@@ -85,8 +85,8 @@ class Evaluation:
 
 
 def evaluate(
-    real: ClipSet,
-    fake: ClipSet,
+    real: Clips,
+    fake: Clips,
     metrics: Sequence[str] = ("fvd", "frechet_image_distance", "inception_score"),
     *,
     video: Network | None = None,
@@ -144,8 +144,8 @@ class _Measured:
 
 
 def _measure(
-    real: ClipSet,
-    fake: ClipSet,
+    real: Clips,
+    fake: Clips,
     networks: dict[str, Network],
     wanted: set[tuple[str, str]],
     paired: Sequence[str],
