@@ -385,8 +385,8 @@ class TestEvaluate:
             ([tmp_path / "none"], "no such folder"),
             ([films, "--metrics", "beauty"], "--metrics: got 'beauty'; expected fvd or frechet_image_distance or"),
             ([films, "--num", 1, "--metrics", "frechet_image_distance", "--steps", 1], "expected at least 2"),
-            ([films, "--of", "samples"], "--metrics psnr: it compares reconstructions; name them in --of, too"),
-            ([films, "--of", "reconstructions", "untrained"], "--of untrained: psnr and ssim compare reconstructions"),
+            ([films, "--of", "samples"], "--metrics psnr: it compares reconstructions or upscaled; name one"),
+            ([films, "--of", "reconstructions", "untrained"], "--of untrained: psnr and ssim compare"),
             ([films, "--of", "dreams"], "--of: got 'dreams'; expected reconstructions or samples or untrained"),
             ([films, "--reference", films], "--reference: only frechet_image_distance takes one"),
         ):

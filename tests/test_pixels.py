@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from walt.data.pixels import centre_square, cover, shrink, to_model, to_pixels
+from walt.data.pixels import centre_square, cover, enlarge, shrink, to_model, to_pixels
 
 
 def test_shrink_is_the_mean_of_blocks():
     video = np.random.default_rng(0).integers(0, 256, (2, 12, 18, 3), np.uint8)
     expected = video.reshape(2, 4, 3, 6, 3, 3).astype(np.float64).mean(axis=(2, 4))
     assert np.abs(shrink(video, 4, 6) - expected).max() <= 0.5 + 1e-4
+
+
+def test_enlarge_is_what_other_programs_call_bicubic():
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    video = np.random.default_rng(0).integers(80, 176, (2, 8, 6, 3), np.uint8)  # it overshoots
+    expected = [image.fromarray(frame).resize((12, 16), image.Resampling.BICUBIC) for frame in video]
+    assert np.abs(enlarge(video, 16, 12).astype(int) - np.stack([np.asarray(frame) for frame in expected])).max() <= 1
 
 
 def test_cover_is_the_mean_of_blocks_at_its_own_aspect():

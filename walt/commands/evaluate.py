@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import torch
 from walt.atomic import check_writable, write_json
 from walt.commands.model import ModelCommand
 from walt.commands.options import Natural, Positive, Real, Size, words
+from walt.data.pixels import enlarge, shrink
 from walt.errors import WaltError, as_user_error
 from walt.evaluate.evaluate import METRICS, PAIRED, Evaluation, evaluate, reconstructions
 from walt.evaluate.networks import FrameFeatures, Projected, VideoFeatures
@@ -21,23 +23,25 @@ from walt.model.transformer import Transformer
 from walt.pretrained import model_folder
 from walt.sample.pipeline import WaltPipeline
 
-SETS = ("reconstructions", "samples", "untrained")
+PAIRS = ("reconstructions", "upscaled")  # with the real clips, one by one
+SETS = ("reconstructions", "samples", "untrained", "upscaled")
 DIMENSIONS = 64  # principal components of a reference
 
 
 @dataclass(kw_only=True)
 class Evaluate(ModelCommand):
     data: Path  # real clips: a folder, prepared or not, or a film
-    # psnr, ssim and colour of reconstructions; fvd, frechet_image_distance and inception_score of the sets in --of
+    # psnr, ssim and colour of reconstructions and upscaled; fvd, frechet_image_distance and inception_score of all sets
     metrics: Annotated[tuple[str, ...], words("NAME ...", METRICS)] = ("psnr", "ssim")
-    # What is compared with the real clips: reconstructions, samples, and those of the model before its training
-    # (default: reconstructions by metrics that pair them, samples by the others).
+    # What is compared with the real clips: reconstructions, samples, those of the model before its training, and, at
+    # twice the size, what super-resolution and bicubic interpolation make of the clips shrunk to the model's (default:
+    # reconstructions by metrics that pair them, samples by the others).
     of: Annotated[tuple[str, ...] | None, words("NAME ...", SETS)] = None
     # Real clips of the training: frames are compared along the principal components of theirs, and they with --data.
     reference: Path | None = None
     num: Positive = 64  # clips
     frames: Positive | None = None  # 1 + 4k (default: the model's)
-    size: Size | None = None  # in pixels (default: the model's)
+    size: Size | None = None  # in pixels, before super-resolution (default: the model's)
     steps: Positive = 50  # DDIM steps
     guidance: Real = 1.0  # weight of the class or text; 1 is none
     seed: Natural = 0  # of the noise
@@ -53,75 +57,108 @@ class Evaluate(ModelCommand):
     def run(self) -> None:
         if self.json is not None:
             check_writable(self.json)
-        paired = [name for name in self.metrics if name in PAIRED]
-        others = [name for name in self.metrics if name not in PAIRED]
-        wanted = self.of or [*(["reconstructions"] if paired else []), *(["samples"] if others else [])]
-        self.check(paired, others, wanted)
-        pipeline = self.pipeline() if {"samples", "untrained"} & {*wanted} else None
+        wanted = self.of or [*(["reconstructions"] if self.paired else []), *(["samples"] if self.others else [])]
+        self.check(wanted)
+        pipeline = self.pipeline() if {*wanted} != {"reconstructions"} else None
         tokenizer = pipeline.tokenizer if pipeline else self.tokenizer()
+        frames, size = self.shape(wanted, tokenizer, pipeline)
         folder = model_folder(self.from_)
-        clip, _ = trained_on(folder)
+        results: dict[str, Evaluation] = {}
+        with as_user_error("evaluate"):
+            networks = self.networks(tokenizer)
+            for scale in (1, 2):
+                names = [name for name in wanted if (name == "upscaled") == (scale == 2)]
+                if not names:
+                    continue
+                sides = (scale * size[0], scale * size[1])
+                real, labels, texts = real_clips(self.data, self.num, frames, sides, folder)
+                seen = networks
+                if self.reference is not None:
+                    known, _, _ = real_clips(self.reference, len(real), frames, sides, folder, reference=True)
+                    dimensions = min(DIMENSIONS, known.shape[0] * known.shape[1] // 4)
+                    seen = {**networks, "image": Projected(networks["image"], known, dimensions)}
+                    name = "reference" if scale == 1 else "large_reference"
+                    results[name] = evaluate(real, known, ["frechet_image_distance"], **seen)
+                for name in names:
+                    metrics = [*(self.paired if name in PAIRS else []), *self.others]
+                    for made, clips in self.made(name, tokenizer, pipeline, real, labels, texts).items():
+                        results[made] = evaluate(real, clips, metrics, labels=labels, **seen)
+        for name, result in results.items():
+            print(f"{name}: {result}")
+        if self.json is not None:
+            write_json(self.json, {name: asdict(result) for name, result in results.items()})
+
+    @property
+    def paired(self) -> list[str]:
+        return [name for name in self.metrics if name in PAIRED]
+
+    @property
+    def others(self) -> list[str]:
+        return [name for name in self.metrics if name not in PAIRED]
+
+    def check(self, wanted: Sequence[str]) -> None:
+        """WaltError for metrics and sets that do not go together."""
+        alone = [name for name in wanted if name not in PAIRS]
+        if self.paired and len(alone) == len(wanted):
+            raise WaltError(f"--metrics {self.paired[0]}: it compares {' or '.join(PAIRS)}; name one in --of, too")
+        if not self.others and alone:
+            raise WaltError(f"--of {alone[-1]}: {' and '.join(self.paired)} compare {' and '.join(PAIRS)} alone")
+        if self.reference is not None and "frechet_image_distance" not in self.others:
+            raise WaltError("--reference: only frechet_image_distance takes one; name it in --metrics, too")
+
+    def shape(
+        self, wanted: Sequence[str], tokenizer: Tokenizer, pipeline: WaltPipeline | None
+    ) -> tuple[int, tuple[int, int]]:
+        """Frames, height and width of the clips before super-resolution; WaltError if the model does not take them."""
+        clip, _ = trained_on(model_folder(self.from_))
         trained = (clip["frames"], clip["height"], clip["width"])
         frames, size = self.frames or trained[0], self.size or trained[1:]
         with as_user_error("--frames, --size"):
             tokenizer.config.latent_shape(frames, *size)
         if pipeline is not None and (frames, *size) != trained:
             raise WaltError(
-                f"--frames {frames}, --size {size[0]}x{size[1]}: samples have {trained[0]} frames of"
-                f" {trained[1]}x{trained[2]} pixels; ask for these, or for psnr and ssim alone"
+                f"--frames {frames}, --size {size[0]}x{size[1]}: samples, and clips to upscale, have {trained[0]}"
+                f" frames of {trained[1]}x{trained[2]} pixels; ask for these, or for --of reconstructions alone"
             )
-        real, labels, texts = real_clips(self.data, self.num, frames, size, folder)
-        results: dict[str, Evaluation] = {}
-        with as_user_error("evaluate"):
-            networks = self.networks(tokenizer, others)
-            if self.reference is not None:
-                known, _, _ = real_clips(self.reference, len(real), frames, size, folder, reference=True)
-                dimensions = min(DIMENSIONS, known.shape[0] * known.shape[1] // 4)
-                networks["image"] = Projected(networks["image"], known, dimensions)
-                results["reference"] = evaluate(real, known, ["frechet_image_distance"], **networks)
-            for name in wanted:
-                if name == "reconstructions":
-                    made, metrics = reconstructions(tokenizer, real), [*paired, *others]
-                    results[name] = evaluate(real, made, metrics, labels=labels, **networks)
-                else:
-                    assert pipeline is not None
-                    made = self.samples(pipeline, len(real), labels, texts, trained=name == "samples")
-                    results[name] = evaluate(real, made, others, **networks)
-        for name, result in results.items():
-            print(f"{name}: {result}")
-        if self.json is not None:
-            write_json(self.json, {name: asdict(result) for name, result in results.items()})
+        if "upscaled" in wanted and pipeline is not None and not pipeline.upscalers:
+            raise WaltError(f"--of upscaled: {self.from_} has no super-resolution stage; train one with walt train sr")
+        return frames, size
 
-    def check(self, paired: list[str], others: list[str], wanted: list[str] | tuple[str, ...]) -> None:
-        """WaltError for metrics and sets that do not go together."""
-        if paired and "reconstructions" not in wanted:
-            raise WaltError(f"--metrics {paired[0]}: it compares reconstructions; name them in --of, too")
-        if not others and {*wanted} != {"reconstructions"}:
-            raise WaltError(f"--of {wanted[-1]}: {' and '.join(paired)} compare reconstructions alone")
-        if self.reference is not None and "frechet_image_distance" not in others:
-            raise WaltError("--reference: only frechet_image_distance takes one; name it in --metrics, too")
+    def networks(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """What gives the metrics their features, where the tokenizer is."""
+        device = tokenizer.latent_mean.device
+        networks: dict[str, Any] = {}
+        if {"fvd", "inception_score"} & {*self.metrics}:
+            networks["video"] = VideoFeatures(self.weights, device=device)
+        if "frechet_image_distance" in self.metrics:
+            networks["image"] = FrameFeatures(device=device)
+        return networks
 
-    def samples(
-        self, pipeline: WaltPipeline, num: int, labels: list[str], texts: list[str], *, trained: bool
-    ) -> np.ndarray:
-        """A sample with each real clip's class and caption, from the model as it is or was before its training."""
+    def made(
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        pipeline: WaltPipeline | None,
+        real: np.ndarray,
+        labels: list[str],
+        texts: list[str],
+    ) -> dict[str, np.ndarray]:
+        """The set of this name, from the real clips or with their classes and captions; "bicubic" beside "upscaled"."""
+        if pipeline is None or name == "reconstructions":
+            return {name: reconstructions(tokenizer, real)}
         label: Any = [pipeline.label(name) if name in pipeline.classes else None for name in labels] or None
         text = texts if pipeline.text is not None and any(texts) else None
         options: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "seed", "guidance")}
-        if not trained:
+        options |= {"label": label, "text": text}
+        if name == "upscaled":
+            height, width = real.shape[2:4]
+            small = np.stack([shrink(clip, height // 2, width // 2) for clip in real])
+            bicubic = np.stack([enlarge(clip, height, width) for clip in small])
+            return {name: pipeline.upscale(small, stages=1, **options), "bicubic": bicubic}
+        if name == "untrained":
             torch.manual_seed(self.seed)
             device = next(pipeline.transformer.parameters()).device
             untrained = Transformer(pipeline.transformer.config).to(device)
             kept: Any = {"clip": pipeline.clip, "classes": pipeline.classes, "text": pipeline.text}
             pipeline = WaltPipeline(pipeline.tokenizer, untrained, pipeline.diffusion, **kept)
-        return pipeline.generate(label, num, text=text, **options)
-
-    def networks(self, tokenizer: Tokenizer, metrics: list[str]) -> dict[str, Any]:
-        """What gives the metrics their features, where the tokenizer is."""
-        device = tokenizer.latent_mean.device
-        networks: dict[str, Any] = {}
-        if {"fvd", "inception_score"} & set(metrics):
-            networks["video"] = VideoFeatures(self.weights, device=device)
-        if "frechet_image_distance" in metrics:
-            networks["image"] = FrameFeatures(device=device)
-        return networks
+        return {name: pipeline.generate(num=len(real), **options)}

@@ -14,9 +14,18 @@ from walt.errors import require
 
 def shrink(video: np.ndarray, height: int, width: int) -> np.ndarray:
     """Area-average uint8 [T, H, W, 3] to [T, height, width, 3] (each output pixel is the mean of those it covers)."""
+    return _resized(video, height, width, mode="area")
+
+
+def enlarge(video: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic interpolation (Keys, a = -0.5) of uint8 [T, H, W, 3] to the larger [T, height, width, 3]."""
+    return _resized(video, height, width, mode="bicubic", antialias=True)  # without it, a is -0.75
+
+
+def _resized(video: np.ndarray, height: int, width: int, **options: Any) -> np.ndarray:
     pixels = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float()
-    small = F.interpolate(pixels, size=(height, width), mode="area")
-    return small.permute(0, 2, 3, 1).round().to(torch.uint8).numpy()
+    resized = F.interpolate(pixels, size=(height, width), **options)
+    return resized.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def cover(picture: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from walt.train.perceptual import load_efficientnet
 
 __all__ = ["FEATURES", "FrameFeatures", "Network", "Projected", "Projection", "VideoFeatures", "softmax"]
 
-FEATURES = "EfficientNet-lite0 (ImageNet), pooled last layer, frames enlarged to 112x112"
+FEATURES = "EfficientNet-lite0 (ImageNet), pooled last layer, frames resized to 112x112"
 
 
 class Network(Protocol):

@@ -102,8 +102,9 @@ def real_clips(
 
 
 def trained_files(model: Path, held_out: float) -> set[str]:
-    """SHA-256 of the files that the run's tokenizer and base model were trained on, as far as it has lists of them."""
-    lists = [model / f"{stage}{FILES}" for stage in ("tokenizer", "transformer")]
+    """SHA-256 of the files that the run's tokenizer, base model and first stage of super-resolution were trained on, as
+    far as it has lists of them."""
+    lists = [model / f"{stage}{FILES}" for stage in ("tokenizer", "transformer", "sr1")]
     digests = {digest for path in lists if path.is_file() for digest in read_json(path).get("file", {}).values()}
     return {digest for digest in digests if not is_held_out(digest, held_out)}
 
