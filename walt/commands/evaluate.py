@@ -33,9 +33,9 @@ class Evaluate(ModelCommand):
     data: Path  # real clips: a folder, prepared or not, or a film
     # psnr, ssim and colour of reconstructions and upscaled; fvd, frechet_image_distance and inception_score of all sets
     metrics: Annotated[tuple[str, ...], words("NAME ...", METRICS)] = ("psnr", "ssim")
-    # What is compared with the real clips: reconstructions, samples, those of the model before its training, and, at
-    # twice the size, what super-resolution and bicubic interpolation make of the clips shrunk to the model's (default:
-    # reconstructions by metrics that pair them, samples by the others).
+    # What is compared with the real clips: reconstructions; samples; untrained, those of the model before its training;
+    # upscaled, at twice the size, what super-resolution makes of them shrunk to the model's, and bicubic interpolation
+    # (default: reconstructions by metrics that pair them, samples by the others).
     of: Annotated[tuple[str, ...] | None, words("NAME ...", SETS)] = None
     # Real clips of the training: frames are compared along the principal components of theirs, and they with --data.
     reference: Path | None = None
