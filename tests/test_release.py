@@ -135,6 +135,24 @@ def test_weights_beyond_a_dtype_are_refused(tmp_path) -> None:
         pipeline.save_pretrained(tmp_path / "model", dtype=torch.float16)
 
 
+def test_a_broken_card_is_one_line(tmp_path) -> None:
+    card = json.loads((MODEL / CARD).read_text())
+    for broken, message in (
+        ({**card, "faults": 3}, "is broken: 'int' object is not iterable"),
+        ({**card, "stages": []}, "is broken: 'list' object has no attribute 'values'"),
+        ({name: value for name, value in card.items() if name != "what"}, "has no 'what'; walt demo --release"),
+        ([], "holds a list, expected an object"),
+    ):
+        write_json(tmp_path / CARD, broken)
+        with pytest.raises(WaltError) as error:
+            describe_model(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / CARD} {message}")
+        assert "\n" not in str(error.value)
+    (tmp_path / CARD).write_text("{")
+    with pytest.raises(WaltError, match="is not JSON"):
+        describe_model(tmp_path)
+
+
 class TestThePackagedModel:
     def test_is_found_by_its_name_unless_a_model_has_it(self, tmp_path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -166,6 +184,11 @@ class TestThePackagedModel:
         distance = {name: result["values"]["frechet_image_distance"] for name, result in held_out.items()}
         assert distance["reference"] < distance["reconstructions"] < distance["samples"]
         assert distance["untrained"] > 2.4 * distance["samples"]
+
+    def test_its_figures_are_those_of_the_command(self) -> None:
+        card = json.loads((MODEL / CARD).read_text())
+        assert card["evaluation"] == release.Release(Path("OUT"), 0).evaluation
+        assert card["faults"] == [*release.FAULTS]
 
     def test_every_command_uses_it(self, needs_simulator, tmp_path, monkeypatch, capsys) -> None:
         monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ import torch
 
 from walt.atomic import read_json, write_json
 from walt.data.simulator import FILM
+from walt.errors import WaltError, one_line
 
 CARD = "card.json"
 
@@ -33,11 +34,20 @@ def save_card(folder: Path, card: dict[str, Any]) -> None:
 
 
 def describe_model(folder: Path) -> str:
-    """The card of the model in the folder, as `walt info` prints it."""
+    """The card of the model in the folder, as `walt info` prints it; WaltError for one that is broken."""
     card = read_json(folder / CARD)
+    try:
+        return "\n".join(_lines(folder, card))
+    except KeyError as error:
+        raise WaltError(f"{folder / CARD} has no {error}; walt demo --release makes whole ones") from error
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise WaltError(f"{folder / CARD} is broken: {one_line(error)}") from error
+
+
+def _lines(folder: Path, card: dict[str, Any]) -> list[str]:
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     minutes = sum(stage["seconds"] for stage in card["stages"].values()) / 60
-    lines = [
+    return [
         f"{folder.name}: {card['what']}",
         f"  {'classes':<16} {', '.join(card['classes'])}",
         *(
@@ -54,13 +64,13 @@ def describe_model(folder: Path) -> str:
         "known faults",
         *(f"  - {fault}" for fault in card["faults"]),
     ]
-    return "\n".join(lines)
 
 
 def _figures(held_out: dict[str, Any]) -> list[str]:
     coded = held_out["reconstructions"]
     by_class = coded["by_class"]
     doom = [value for name, value in by_class["psnr"].items() if name != FILM]
+    larger = {"super-resolution": held_out["upscaled"]["values"], "bicubic instead": held_out["bicubic"]["values"]}
     distances = {name: result["values"]["frechet_image_distance"] for name, result in held_out.items()}
     return [
         f"  {'PSNR':<16} {sum(doom) / len(doom):.2f} dB over the scenarios, {by_class['psnr'][FILM]:.2f} of the film",
@@ -70,4 +80,9 @@ def _figures(held_out: dict[str, Any]) -> list[str]:
         "  Frechet distance of frames to them",
         *(f"    {name:<20} {distances[name]:.0f}" for name in ("reference", "reconstructions", "samples", "untrained")),
         f"    untrained / samples  {distances['untrained'] / distances['samples']:.1f}",
+        *(
+            f"  {title:<16} PSNR {made['psnr']:.2f} dB, SSIM {made['ssim']:.4f}, Frechet distance"
+            f" {made['frechet_image_distance']:.0f} (reference {distances['large_reference']:.0f})"
+            for title, made in larger.items()
+        ),
     ]
