@@ -35,7 +35,7 @@ class Evaluate(ModelCommand):
     metrics: Annotated[tuple[str, ...], words("NAME ...", METRICS)] = ("psnr", "ssim")
     # What is compared with the real clips: reconstructions; samples; untrained, those of the model before its training;
     # upscaled, at twice the size, what super-resolution makes of them shrunk to the model's, and bicubic interpolation
-    # (default: reconstructions by metrics that pair them, samples by the others).
+    # of what the tokenizer keeps of these (default: reconstructions by metrics that pair them, samples by the others).
     of: Annotated[tuple[str, ...] | None, words("NAME ...", SETS)] = None
     # Real clips of the training: frames are compared along the principal components of theirs, and they with --data.
     reference: Path | None = None
@@ -153,7 +153,8 @@ class Evaluate(ModelCommand):
         if name == "upscaled":
             height, width = real.shape[2:4]
             small = np.stack([shrink(clip, height // 2, width // 2) for clip in real])
-            bicubic = np.stack([enlarge(clip, height, width) for clip in small])
+            kept = reconstructions(tokenizer, small)  # both see the same latents
+            bicubic = np.stack([enlarge(clip, height, width) for clip in kept])
             return {name: pipeline.upscale(small, stages=1, **options), "bicubic": bicubic}
         if name == "untrained":
             torch.manual_seed(self.seed)
