@@ -164,7 +164,7 @@ class TestBadInput:
         assert not (tmp_path / "out").exists()
 
     def test_a_release_has_no_options_of_the_demo(self, capsys, tmp_path):
-        for option in (("--minutes", "3"), ("--tokenizer-steps", "4"), ("--out", tmp_path)):
+        for option in (("--minutes", "10"), ("--tokenizer-steps", "4"), ("--out", tmp_path)):  # a default, too
             line = fails(capsys, "demo", "--release", tmp_path / "out", *option)
             assert line.endswith(f"error: {option[0]}: --release takes no option but --seed; leave it out")
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from walt.data.video import read_video
 from walt.demo.curves import running_mean
 from walt.demo.demo import summary
 from walt.demo.report import Report
-from walt.demo.trained import OPS
+from walt.demo.trained import OPS, Trained
 from walt.errors import WaltError
 from walt.sample.pipeline import WaltPipeline
 from walt.train.log import read_log
@@ -73,6 +74,11 @@ def test_a_page_of_what_failed_and_what_was_not_reached(tmp_path):
     assert "refresh" not in text
     for note in ("This failed: not enough memory", "Was interrupted.", "Was not reached."):
         assert text.count(note) == 1
+
+
+def test_the_cost_of_no_step(tmp_path):
+    with pytest.raises(WaltError, match="no step of the tokenizer was logged"):
+        Trained.cost(SimpleNamespace(out=tmp_path))
 
 
 class TestDemo:
@@ -182,7 +188,8 @@ class TestDemo:
         for name in ("packaged", "trained"):
             assert again[name]["psnr"] == pytest.approx(metrics[name]["psnr"], abs=0.01)
         assert [again[stage]["done"] for stage in ("tokenizer", "transformer")] == [STEPS, STEPS]
-        assert (demo_run / "report.html").read_text().count("to train for longer, give another folder") == 2
+        for said in ((demo_run / "report.html").read_text(), capsys.readouterr().err):
+            assert said.count("to train for longer, give another folder") == 2
 
     def test_info_tells_its_networks(self, demo_run, capsys):
         assert main(["info", str(demo_run)]) == 0

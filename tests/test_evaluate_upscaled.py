@@ -14,6 +14,7 @@ from walt.cli import main
 from walt.commands import evaluate
 from walt.data.pixels import enlarge, shrink
 from walt.data.prepare import prepare
+from walt.data.video import write_mp4
 from walt.evaluate.evaluate import reconstructions
 from walt.evaluate.metrics import psnr
 from walt.evaluate.real_clips import real_clips
@@ -121,3 +122,13 @@ def test_what_cannot_be_upscaled(model, films, tmp_path, capsys):
     ):
         line = fails(capsys, "evaluate", "--from", source, "--data", *arguments, *of)
         assert message.replace("OUT", str(tmp_path)) in line
+
+
+def test_small_films_and_unknown_classes_are_told(model, films, tmp_path, capsys):
+    for name in ("a", "b"):
+        write_mp4(tmp_path / "films" / "sideways" / f"{name}.mp4", np.zeros((5, 16, 24, 3), np.uint8), 10)
+    options = ["--from", str(model), "--data", str(tmp_path / "films"), "--steps", "1"]
+    assert main(["evaluate", *options, "--of", "upscaled"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("films of fewer than 32x32 pixels are enlarged to that: figures of them flatter") == 1
+    assert "clips of classes that the model does not know are made without a class: sideways" in said

@@ -140,7 +140,7 @@ def test_a_broken_card_is_one_line(tmp_path) -> None:
     for broken, message in (
         ({**card, "faults": 3}, "is broken: 'int' object is not iterable"),
         ({**card, "stages": []}, "is broken: 'list' object has no attribute 'values'"),
-        ({name: value for name, value in card.items() if name != "what"}, "has no 'what'; walt demo --release"),
+        ({name: value for name, value in card.items() if name != "what"}, "has no 'what': it is no card"),
         ([], "holds a list, expected an object"),
     ):
         write_json(tmp_path / CARD, broken)
@@ -157,11 +157,12 @@ class TestThePackagedModel:
     def test_is_found_by_its_name_unless_a_model_has_it(self, tmp_path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
         assert packaged() == (TINY_DOOM,)
-        assert model_folder(TINY_DOOM) == MODEL
+        assert model_folder(TINY_DOOM) == model_folder(f"./{TINY_DOOM}/") == MODEL
         (tmp_path / TINY_DOOM).mkdir()
         assert model_folder(TINY_DOOM) == MODEL
         shutil.copytree(MODEL / "tokenizer", tmp_path / TINY_DOOM / "tokenizer")
         assert model_folder(TINY_DOOM) == Path(TINY_DOOM)
+        assert model_folder(f"{TINY_DOOM}/") == Path(TINY_DOOM)
         with pytest.raises(WaltError, match=r"no such folder: tiny-dom; did you mean tiny-doom\?"):
             model_folder("tiny-dom")
 

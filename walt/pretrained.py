@@ -36,8 +36,8 @@ def model_folder(name: str | Path) -> Path:
         except (OSError, ValueError) as error:
             raise WaltError(f"{name} cannot be downloaded: {error}") from error
     folder = Path(name)
-    if str(name) in packaged() and checkpoint_folder(folder / "tokenizer") is None:
-        folder = PACKAGED / name
+    if str(folder) in packaged() and checkpoint_folder(folder / "tokenizer") is None:
+        folder = PACKAGED / folder
     if not folder.is_dir():
         raise no_folder(folder, did_you_mean(str(name), packaged()))
     check_run_folder(folder)

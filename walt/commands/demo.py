@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,18 +22,18 @@ class Demo(DemoConfig, Command):
 
     examples = ("walt demo --out runs/demo --minutes 10", "walt demo --release runs/release")
 
+    @classmethod
+    def default(cls, arguments: Sequence[str]) -> None:
+        """WaltError for options of the demo beside --release, which would be passed over."""
+        given = [word.partition("=")[0] for word in arguments]
+        others = {f"--{option.name.replace('_', '-')}" for option in fields(cls)} - {"--release", "--seed"}
+        if "--release" in given and (wrong := [word for word in given if word in others]):
+            raise WaltError(f"{wrong[0]}: --release takes no option but --seed; leave it out")
+
     def run(self) -> None:
         if self.release is not None:
-            self.check_release()
             print(describe_model(Release(self.release, self.seed).run()))
             return
         config = DemoConfig(**{option.name: getattr(self, option.name) for option in fields(DemoConfig)})
         metrics = demo.Demo(config, self.out).run()
         print("\n".join(demo.summary(metrics, self.out)))
-
-    def check_release(self) -> None:
-        """WaltError for options of the demo."""
-        for option in fields(self):
-            if option.name not in ("release", "seed") and getattr(self, option.name) != option.default:
-                name = option.name.replace("_", "-")
-                raise WaltError(f"--{name}: --release takes no option but --seed; leave it out")

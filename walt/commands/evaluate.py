@@ -14,7 +14,7 @@ from walt.atomic import check_writable, write_json
 from walt.commands.model import ModelCommand
 from walt.commands.options import Natural, Positive, Real, Size, words
 from walt.data.pixels import enlarge, shrink
-from walt.errors import WaltError, as_user_error
+from walt.errors import WaltError, as_user_error, say, some
 from walt.evaluate.evaluate import METRICS, PAIRED, Evaluation, evaluate, reconstructions
 from walt.evaluate.networks import FrameFeatures, Projected, VideoFeatures
 from walt.evaluate.real_clips import real_clips, trained_on
@@ -146,15 +146,17 @@ class Evaluate(ModelCommand):
         """The set of this name, from the real clips or with their classes and captions; "bicubic" beside "upscaled"."""
         if pipeline is None or name == "reconstructions":
             return {name: reconstructions(tokenizer, real)}
-        label: Any = [pipeline.label(name) if name in pipeline.classes else None for name in labels] or None
+        if pipeline.classes and (unknown := {*labels} - {*pipeline.classes, ""}):
+            say(f"clips of classes that the model does not know are made without a class: {some(unknown)}")
+        label: Any = [pipeline.label(known) if known in pipeline.classes else None for known in labels] or None
         text = texts if pipeline.text is not None and any(texts) else None
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "seed", "guidance")}
+        options: dict[str, Any] = {option: getattr(self, option) for option in ("steps", "seed", "guidance")}
         options |= {"label": label, "text": text}
         if name == "upscaled":
             height, width = real.shape[2:4]
             small = np.stack([shrink(clip, height // 2, width // 2) for clip in real])
-            kept = reconstructions(tokenizer, small)  # both see the same latents
-            bicubic = np.stack([enlarge(clip, height, width) for clip in kept])
+            decoded = reconstructions(tokenizer, small)  # both see the same latents
+            bicubic = np.stack([enlarge(clip, height, width) for clip in decoded])
             return {name: pipeline.upscale(small, stages=1, **options), "bicubic": bicubic}
         if name == "untrained":
             torch.manual_seed(self.seed)

@@ -41,7 +41,7 @@ class Info(Command):
 
 def trained(name: str) -> Path | None:
     """The folder of the trained model of that name, if there is one."""
-    return model_folder(name) if name in packaged() or Path(name).is_dir() else None
+    return model_folder(name) if str(Path(name)) in packaged() or Path(name).is_dir() else None
 
 
 def configs(name: str) -> tuple[TokenizerConfig, TransformerConfig]:

@@ -39,7 +39,7 @@ def describe_model(folder: Path) -> str:
     try:
         return "\n".join(_lines(folder, card))
     except KeyError as error:
-        raise WaltError(f"{folder / CARD} has no {error}; walt demo --release makes whole ones") from error
+        raise WaltError(f"{folder / CARD} has no {error}: it is no card, or one of another version of walt") from error
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise WaltError(f"{folder / CARD} is broken: {one_line(error)}") from error
 
@@ -81,8 +81,8 @@ def _figures(held_out: dict[str, Any]) -> list[str]:
         *(f"    {name:<20} {distances[name]:.0f}" for name in ("reference", "reconstructions", "samples", "untrained")),
         f"    untrained / samples  {distances['untrained'] / distances['samples']:.1f}",
         *(
-            f"  {title:<16} PSNR {made['psnr']:.2f} dB, SSIM {made['ssim']:.4f}, Frechet distance"
-            f" {made['frechet_image_distance']:.0f} (reference {distances['large_reference']:.0f})"
+            f"  {title:<16} PSNR {made['psnr']:.2f} dB, SSIM {made['ssim']:.4f}, colour error {made['colour']:.4f},"
+            f" Frechet distance {made['frechet_image_distance']:.0f} (reference {distances['large_reference']:.0f})"
             for title, made in larger.items()
         ),
     ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from walt.data.clips import ClipStore
+from walt.data.pixels import enlarge
 from walt.data.simulator import CAPTIONED
 from walt.demo.clips import ClipSet
 from walt.demo.reconstructed import measure, pairs
@@ -72,17 +73,21 @@ class Packaged:
         )
 
     def larger(self) -> None:
-        """A clip before and after super-resolution."""
+        """A clip enlarged by bicubic interpolation and by super-resolution."""
         other: Options = {**self.options, "seed": self.options["seed"] + 1}  # than the one among the samples
         clip = self.pipeline.generate("basic", 1, **other)
-        large = self.pipeline.upscale(clip, label="basic", **self.options)
-        pair = np.concatenate([clip.repeat(2, axis=2).repeat(2, axis=3), large])
-        size = f"{large.shape[3]}x{large.shape[2]}"
+        large = self.pipeline.upscale(clip, **self.options)
+        height, width = large.shape[2:4]
+        pair = np.concatenate([enlarge(clip[0], height, width)[None], large])
         self.report.show(
             LARGER,
-            paragraph(f"A sample, and beside it the same at {size} pixels by the super-resolution stage."),
-            self._video("larger", pair, 2, "a sample before and after super-resolution"),
+            paragraph(
+                f"A sample at {width}x{height} pixels by bicubic interpolation, and beside it by the super-resolution"
+                " stage, which is there to be tried: interpolation is nearer to real clips, and the card says why."
+            ),
+            self._video("larger", pair, 2, "a sample enlarged by interpolation and by super-resolution"),
             command("walt upscale --video basic.mp4"),
+            command("walt info tiny-doom"),
         )
 
     def reconstructions(self, store: ClipStore, clips: ClipSet) -> dict[str, Any]:

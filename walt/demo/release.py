@@ -84,7 +84,7 @@ FAULTS = (
     "walls lose their textures, most of all in my_way_home, and flat surfaces have a fine pattern that is not there",
     "monsters and things far away are blots, or vanish",
     "turning and walking are right; what comes into view later in a long clip is made up anew",
-    "it knows seven rooms and ten seconds of a film, and captions of their kind alone",
+    "it knows seven rooms and five seconds of a film, and captions of their kind alone",
     "super-resolution makes worse what it enlarges, since the tokenizer knows frames of 64x64 alone: at 128x128 some"
     " colours are wrong, weapons and monsters smear; bicubic interpolation is nearer to the clip",
 )

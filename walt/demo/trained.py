@@ -21,6 +21,7 @@ from walt.demo.curves import write_curves
 from walt.demo.progress import HeldOut
 from walt.demo.reconstructed import beside, measure, pairs
 from walt.demo.report import SCALE, Report, command, paragraph, picture, table
+from walt.errors import WaltError, say
 from walt.evaluate.evaluate import reconstructions
 from walt.model.diffusion import Diffusion
 from walt.model.text import TextEncoder
@@ -66,11 +67,13 @@ class Every:
             self.last = time.monotonic()
 
 
-def steps(trainer: Trainer[Any]) -> str:
+def steps(title: str, trainer: Trainer[Any]) -> str:
+    """The block that says how long it trained; on the terminal, too, if that was in an earlier run."""
     text = f"{trainer.step} steps of {trainer.batch} clips in {trainer.elapsed:.0f} seconds."
     if trainer.resumed == trainer.step:
         text += " It was finished before: to train for longer, give another folder."
-    return text
+        say(f"{title}: {text}")
+    return paragraph(text)
 
 
 class Trained:
@@ -97,7 +100,7 @@ class Trained:
         figures = measure(self.real, made, self.test)
         blocks = pairs(self.report, "tokenizer", self.real, made, self.test, figures)
         train = command("walt train tokenizer --data clips --out runs/mine")
-        self.report.show(TOKENIZER, paragraph(steps(trainer)), self._curves("tokenizer", rows), *blocks, train)
+        self.report.show(TOKENIZER, steps(TOKENIZER, trainer), self._curves("tokenizer", rows), *blocks, train)
         return {"trained": figures, "tokenizer": trainer.progress()}
 
     def base(self, seconds: float) -> dict[str, Any]:
@@ -125,7 +128,7 @@ class Trained:
         trainer = train_denoiser(run, preview=make_preview, seconds=max(1.0, left))
         show(WaltPipeline.from_pretrained(self.out), self.config.sampling_steps)
         sample = command(f"walt sample --from {shlex.quote(str(self.out))}")
-        self.report.show(BASE, paragraph(steps(trainer)), self.report.sections[BASE].body, sample)
+        self.report.show(BASE, steps(BASE, trainer), self.report.sections[BASE].body, sample)
         return {"transformer": trainer.progress()}
 
     def kernels(self) -> dict[str, Any]:
@@ -148,6 +151,8 @@ class Trained:
         costs = {}
         for stage in ("tokenizer", "transformer"):
             log = read_log(self.out / f"{stage}.jsonl")
+            if not log:
+                raise WaltError(f"no step of the {stage} was logged")
             columns = [*(f"{part}_s" for part in PARTS), "frames_s"]
             costs[stage] = {name: float(np.mean([row[name] for row in log])) for name in columns}
         head = ["stage", *(f"{part}, ms" for part in PARTS), "frames a second"]

@@ -31,7 +31,8 @@ def trained_on(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tokenizer; and the settings `data` of its run, {} if it had none."""
     kind = "transformer" if checkpoint_folder(model / "transformer") else "tokenizer"
     description = load_description(model / kind, kind)[1]
-    clip = {"frames": 17, "height": 64, "width": 64, "fps": 0.0, **description.get("clip", {})}
+    with as_user_error(str(model / kind / "config.json")):
+        clip = {"frames": 17, "height": 64, "width": 64, "fps": 0.0, **description.get("clip", {})}
     return clip, description.get("data", {})
 
 
@@ -191,6 +192,12 @@ def film_clips(
     base = shot = start = 0  # frame numbers: of held[0], where the shot begins, and the clip
     for picture in chain(iterate_video(path, fps), [None]):
         if picture is not None:
+            if not (base or held) and (picture.shape[0] < size[0] or picture.shape[1] < size[1]):
+                warnings.warn(
+                    f"films of fewer than {size[1]}x{size[0]} pixels are enlarged to that: figures of them flatter",
+                    WaltWarning,
+                    stacklevel=2,
+                )
             with as_user_error(str(path)):
                 covering = cover(picture, *size)
             held.append(middle(covering, *size))

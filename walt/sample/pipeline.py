@@ -95,7 +95,7 @@ class WaltPipeline:
         if found == ["sr2"]:
             raise WaltError(f"{folder} has sr2 without sr1, whose videos it takes")
         upscalers = [load_denoiser(folder / name)[0] for name in found]
-        name = document.get("text", "")
+        name = str(document.get("text") or "")
         if text is None and name:
             try:
                 text = text_encoder(name, base.transformer.config.text_length)
