@@ -76,8 +76,8 @@ def test_a_quota_leaves_fewer_processors(monkeypatch, tmp_path):
     [(2.0, 1.5, ""), (0.7, 1.5, "products"), (1.2, 0.9, "convolutions"), (0.5, 0.5, "products and convolutions")],
 )
 def test_bfloat16(products, convolutions, better):
-    line = bfloat16_line({"products": products, "convolutions": convolutions})
-    assert f"products {products} times and convolutions {convolutions} times as fast as float32" in line
+    line = bfloat16_line({"products": (0.1, products), "convolutions": (0.2, convolutions)})
+    assert f"products 0.1 to {products} times and convolutions 0.2 to {convolutions} times as fast as float32" in line
     assert line.startswith("! " if better else "  ")
     assert line.endswith(f"--training.precision float32 is better for {better}" if better else "on this CPU")
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import pickle
 import pkgutil
 import pydoc
+import shutil
 import subprocess
 import sys
 import typing
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -106,3 +109,27 @@ def test_the_names_of_walt_are_found_when_they_are_asked_for() -> None:
         walt.nothing  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         run("from walt import nothing")
+
+
+def test_source_that_hides_what_is_installed(tmp_path) -> None:
+    """Where somebody ran `pip install .` and then Python in the same folder."""
+    package = Path(walt_kernels.__file__).parent
+    ignored = shutil.ignore_patterns("_C.*", "__pycache__")
+    for name in ("source", "installed"):
+        shutil.copytree(package, tmp_path / name / "walt_kernels", ignore=ignored)
+    code = (  # an editable installation would find its own
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)];"
+        "import walt_kernels._native as native; print(native.reason)"
+    )
+
+    def imported() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=tmp_path / "source", env=environment, capture_output=True, text=True)
+
+    assert "UserWarning" not in imported().stderr  # neither is built
+    (tmp_path / "installed" / "walt_kernels" / "_C.so").touch()
+    found = imported()
+    said = f"is the source, not built, and hides {tmp_path / 'installed' / 'walt_kernels'}: run from another folder"
+    assert said in found.stdout
+    assert f"plain PyTorch runs: {tmp_path / 'source' / 'walt_kernels'} {said}" in found.stderr

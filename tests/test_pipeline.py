@@ -369,8 +369,8 @@ def test_what_the_model_was_trained_without() -> None:
     for method, arguments, message in (
         ("generate", {"label": 0}, "the model was trained without classes, the subfolders of --data"),
         ("generate", {"text": "go"}, "text: the model was trained without text; train one with --data.text bytes"),
-        ("generate", {"frames": video(1)}, "frame prediction; train one with --transformer.frame-condition true"),
-        ("extend", {"video": video(9)}, "frame prediction; train one with --transformer.frame-condition true"),
+        ("generate", {"frames": video(1)}, "by walt train base with --transformer.frame-condition true"),
+        ("extend", {"video": video(9)}, "by walt train base with --transformer.frame-condition true"),
         ("upscale", {"video": video(9)}, "the pipeline has no super-resolution stages; train one with walt train sr"),
     ):
         with pytest.raises(WaltError, match=message):

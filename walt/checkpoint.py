@@ -203,7 +203,8 @@ def load_description(folder: str | Path, kind: str) -> tuple[Path, dict[str, Any
     folder = latest_complete(folder)
     if not folder.is_dir():
         first = f"; run walt train {MADE_BY[folder.name]} --out {folder.parent} first" if folder.name in MADE_BY else ""
-        raise WaltError(f"no such checkpoint: {folder}{first}")
+        inside = sorted(found.parent for found in folder.parent.glob(f"*/{folder.name}") if found.is_dir())
+        raise WaltError(f"no such checkpoint: {folder}{f'; did you mean {inside[0]}?' if inside else first}")
     advice = '; in version 1 weights are the same: set "version" to 2 there'
     document = read_document(folder / "config.json", "a checkpoint", FORMAT, VERSION, advice)
     if document.get("kind") != kind:

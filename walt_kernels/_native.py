@@ -6,13 +6,24 @@ torch is imported first on purpose: its OpenMP runtime then serves ``_C`` too, s
 from __future__ import annotations
 
 import os
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+HERE = Path(__file__).resolve().parent
 C: Any = None
 reason: str | None = None
+
+
+def hidden() -> Path | None:
+    """The package with a native module that this folder of its source, without one, hides."""
+    folders = (Path(entry, HERE.name).resolve() for entry in sys.path)
+    return next((folder for folder in folders if folder != HERE and any(folder.glob("_C.*"))), None)
+
 
 try:
     from . import _C as C  # type: ignore[attr-defined,no-redef]
@@ -21,6 +32,9 @@ try:
         C.set_isa(os.environ["WALT_KERNELS_ISA"])
 except ImportError as error:
     reason = f"the native module is not built or does not load ({error})"
+    if not any(HERE.glob("_C.*")) and (elsewhere := hidden()):
+        reason = f"{HERE} is the source, not built, and hides {elsewhere}: run from another folder, or pip install -e ."
+        warnings.warn(f"plain PyTorch runs: {reason}", stacklevel=2)
 
 
 def _processor_flags() -> frozenset[str]:

@@ -97,11 +97,11 @@ def threads_line(threads: int, count: int) -> str:
     return f"! {text}: they wait for one another; set OMP_NUM_THREADS={count}, less where other processes compute"
 
 
-def bfloat16_line(speedups: Mapping[str, float]) -> str:
-    """Of CPUs, where it may be slower."""
-    measured = " and ".join(f"{kind} {speedup:.1f} times" for kind, speedup in speedups.items())
+def bfloat16_line(speedups: Mapping[str, tuple[float, float]]) -> str:
+    """Of CPUs, where it may be slower: the lowest and the highest of several tries."""
+    measured = " and ".join(f"{kind} {low:.1f} to {high:.1f} times" for kind, (low, high) in speedups.items())
     text = f"bfloat16   trains {measured} as fast as float32 on this CPU"
-    slower = [kind for kind, speedup in speedups.items() if speedup < 1]
+    slower = [kind for kind, (_, highest) in speedups.items() if highest < 1]
     return f"! {text}: --training.precision float32 is better for {' and '.join(slower)}" if slower else f"  {text}"
 
 

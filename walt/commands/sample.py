@@ -150,6 +150,14 @@ def warn_of_grid(path: Path, picture: np.ndarray, height: int, width: int) -> No
         warnings.warn(message, WaltWarning, stacklevel=2)
 
 
+def check_frames(path: Path, video: np.ndarray, height: int, width: int) -> None:
+    """WaltError, or WaltWarning for a grid before it, unless the film's frames are of that size."""
+    warn_of_grid(path, video[0], height, width)
+    if video.shape[1:3] != (height, width):
+        size = f"{video.shape[2]}x{video.shape[1]}"
+        raise WaltError(f"{path} has frames of {size} pixels; the model takes {width}x{height}: resize it before")
+
+
 @dataclass(kw_only=True)
 class Extend(SamplingCommand):
     video: Path  # of the model's size
@@ -162,7 +170,7 @@ class Extend(SamplingCommand):
         conditions = self.conditions()
         check_output(self.out)
         pipeline, video = self.pipeline(), read_video(self.video)
-        warn_of_grid(self.video, video[0], pipeline.clip.height, pipeline.clip.width)
+        check_frames(self.video, video, pipeline.clip.height, pipeline.clip.width)
         fps = self.rate(self.video, pipeline.clip.fps)
         missing = self.frames - len(video)
         if missing <= 0:
@@ -193,7 +201,7 @@ class Upscale(SamplingCommand):
         conditions = self.conditions()
         check_output(self.out)
         pipeline, video = self.pipeline(), read_video(self.video)
-        warn_of_grid(self.video, video[0], pipeline.clip.height, pipeline.clip.width)
+        check_frames(self.video, video, pipeline.clip.height, pipeline.clip.width)
         fps = self.rate(self.video, pipeline.clip.fps)
         stages = len(pipeline.upscalers)
         scale = 2 ** min(self.stages or stages, stages)

@@ -350,8 +350,8 @@ class WaltPipeline:
         """First frames as the denoiser takes them: their latents, zeros after them, and how many they are."""
         if not self.transformer.config.frame_condition:
             raise WaltError(
-                "frames: the model was trained without frame prediction; train one with"
-                " --transformer.frame-condition true"
+                "frames: the model was trained without frame prediction; remove its folder transformer and train it"
+                " again, by walt train base with --transformer.frame-condition true"
             )
         videos = self._videos("frames", frames)
         if videos.shape[1] not in (1, self._overlap()) or len(videos) not in (1, num):

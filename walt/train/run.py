@@ -210,8 +210,10 @@ def warn_of_slow_bfloat16(run: Run) -> None:
     if run.settings.training.precision == "float32" or run.device.type != "cpu" or not is_rank0():
         return
     kind = "convolutions" if run.stage == "tokenizer" else "products"
-    if (speedup := bfloat16_speedup(kind)) < 1:
-        text = f"training.precision bfloat16: this CPU trains {kind} {speedup:.1f} times as fast as in float32"
+    lowest, highest = bfloat16_speedup(kind)
+    if highest < 1:
+        speedup = f"{lowest:.1f} to {highest:.1f} times"
+        text = f"training.precision bfloat16: this CPU trains {kind} {speedup} as fast as in float32"
         warnings.warn(WaltWarning(f"{text}; --training.precision float32 is better here"), stacklevel=2)
 
 
