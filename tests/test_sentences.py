@@ -169,7 +169,9 @@ class TestEmpty:
         ):
             assert message in fails(capsys, *source, *arguments), arguments
         long = ("extend", "--from", model, "--video", films / "up/0.mp4", "--out", tmp_path / "a.mp4")
-        assert "expected uint8" in fails(capsys, *long, "--text", "a", "--frames", 12)
+        assert "has frames of 64x64 pixels; the model takes 16x16" in fails(
+            capsys, *long, "--text", "a", "--frames", 12
+        )
         assert list(tmp_path.iterdir()) == []
 
     def test_a_model_without_text(self, model, films, tmp_path, capsys):
