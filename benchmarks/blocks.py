@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from walt_kernels import testing
 
 from .case import MODES
-from .models import Model, Row, measure, parser_of
+from .models import Model, Row, measure, mebibytes, parser_of
 from .overview import DTYPES
 from .page import definitions
 from .report import rewrite, split, table_head, table_row
@@ -97,17 +97,13 @@ def section(rows: list[Row], block: str) -> str:
     lines = table_head([block, "in", *MODES, *(f"MiB, {mode}" for mode in MODES), "MiB, kept"])
     for about, modes in cases.items():
         forward, both = (modes[mode] for mode in MODES)
-        memory = [_mib(mib) for mib in (forward["mib"], both["mib"], both["kept"])]
+        memory = [mebibytes(mib, ", ") for mib in (forward["mib"], both["mib"], both["kept"])]
         lines.append(table_row([*about, _faster(forward), _faster(both), *memory]))
     return "\n".join(lines)
 
 
 def _faster(row: Row) -> str:
     return ", ".join(f"{ms / row['ms']['after']:.2f}x" for way, ms in row["ms"].items() if way != "after")
-
-
-def _mib(ways: dict[str, float | None]) -> str:
-    return ", ".join("unknown" if mib is None else f"{mib:.0f}" for mib in ways.values())
 
 
 def main(arguments: list[str]) -> int:

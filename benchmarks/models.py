@@ -285,12 +285,13 @@ def line(row: Row) -> str:
     ms = " -> ".join(f"{value:9.1f}" for value in row["ms"].values())
     return (
         f"{row['model']:<46} {row['mode']:<17} {row['dtype']:<9} {ms} ms, {row['speedup']:.2f}x; "
-        f"{_memory(row)} MiB; {row['replaced']}"
+        f"{mebibytes(row['mib'])} MiB; {row['replaced']}"
     )
 
 
-def _memory(row: Row) -> str:
-    return " -> ".join("unknown" if mib is None else f"{mib:.0f}" for mib in row["mib"].values())
+def mebibytes(ways: dict[str, float | None], between: str = " -> ") -> str:
+    """Memory of all ways in one cell."""
+    return between.join("unknown" if mib is None else f"{mib:.0f}" for mib in ways.values())
 
 
 def table(rows: list[Row]) -> str:
@@ -299,7 +300,7 @@ def table(rows: list[Row]) -> str:
     lines = table_head(["model", "mode", "dtype", *(f"ms {way}" for way in ways), "speedup", "peak MiB", "modules"])
     for row in rows:
         values = [row["model"], row["mode"], row["dtype"], *(f"{row['ms'][way]:.1f}" for way in ways)]
-        lines.append(table_row([*values, f"{row['speedup']:.2f}x", _memory(row), row["replaced"]]))
+        lines.append(table_row([*values, f"{row['speedup']:.2f}x", mebibytes(row["mib"]), row["replaced"]]))
     return "\n".join(lines)
 
 

@@ -61,8 +61,8 @@ class Evaluate(ModelCommand):
         self.check(wanted)
         pipeline = self.pipeline() if {*wanted} != {"reconstructions"} else None
         tokenizer = pipeline.tokenizer if pipeline else self.tokenizer()
-        frames, size = self.shape(wanted, tokenizer, pipeline)
         folder = model_folder(self.from_)
+        frames, size = self.shape(wanted, folder, tokenizer, pipeline)
         results: dict[str, Evaluation] = {}
         with as_user_error("evaluate"):
             networks = self.networks(tokenizer)
@@ -107,10 +107,10 @@ class Evaluate(ModelCommand):
             raise WaltError("--reference: only frechet_image_distance takes one; name it in --metrics, too")
 
     def shape(
-        self, wanted: Sequence[str], tokenizer: Tokenizer, pipeline: WaltPipeline | None
+        self, wanted: Sequence[str], folder: Path, tokenizer: Tokenizer, pipeline: WaltPipeline | None
     ) -> tuple[int, tuple[int, int]]:
         """Frames, height and width of the clips before super-resolution; WaltError if the model does not take them."""
-        clip, _ = trained_on(model_folder(self.from_))
+        clip, _ = trained_on(folder)
         trained = (clip["frames"], clip["height"], clip["width"])
         frames, size = self.frames or trained[0], self.size or trained[1:]
         with as_user_error("--frames, --size"):
