@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,6 +131,11 @@ def target(device: torch.device) -> Target:
     if device.type == "cpu":
         return _INTERPRETER
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for what a launch writes and a later launch of the same call reads."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
