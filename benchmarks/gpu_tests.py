@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ SELECTION = "gpu and not large"
 
 def files(folder: Path = ROOT / "tests") -> list[Path]:
     """All test files with a test that needs a GPU."""
-    return [path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    marked = re.compile(r"mark\.gpu|from on_gpu import .*marks")
+    return [path for path in sorted(folder.glob("test_*.py")) if marked.search(path.read_text())]
 
 
 def backend_of(path: Path) -> str:
