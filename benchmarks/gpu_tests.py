@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +106,14 @@ def read(reports: Path) -> list[Report]:
 
 
 def _say_failures(reports: Path, say: Callable[[str], None], ended: threading.Event) -> None:
-    def new() -> Iterator[Report]:
-        nonlocal known
-        found = read(reports)
-        yield from found[known:]
-        known = len(found)
-
     known, last = 0, False
     while not last:
         last = ended.wait(1.0)
-        for report in new():
+        told = read(reports)
+        for report in told[known:]:
             if report.get("outcome") == "failed":
                 say(f"FAILED {report['file']} {report['test']}: {report['message']}")
+        known = len(told)
 
 
 def outcome(path: Path, told: list[Report], finished: bool, tail: str) -> Outcome:
