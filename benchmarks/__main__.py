@@ -3,7 +3,7 @@
 ``python -m benchmarks`` measures. Further commands, each with its own --help:
   table RESULTS.json   an earlier run's tables and plots again
   floors               FLOPs, bytes and the least time on an H200 of every case, without running anything
-  gpu-report           the proof on a GPU: tests, ceilings, every op and mode, targets, README's "verified on" table
+  gpu-report           the proof on a GPU: tests, every op and mode, whole models, targets, README's "verified on" table
   blocks               the blocks of docs/kernels.md, plain and with our ops
   levels               every instruction level and library that this CPU has; whether the op takes the fastest
   models               other libraries' models before and after walt_kernels.integrations.accelerate

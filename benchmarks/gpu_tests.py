@@ -21,7 +21,8 @@ from .machine import ROOT
 Outcome = dict[str, Any]
 Report = dict[str, Any]  # a line of gpu_outcomes: of a test, or how many tests a file has
 
-REQUIRED = ("triton", "cuda")  # flash and cudnn need a package that not everybody has
+REQUIRED = ("triton", "cuda")
+OPTIONAL = ("cudnn", "flash")  # need a package that not everybody has
 GRACE = 20.0  # seconds for pytest to end
 SELECTION = "gpu and not large"
 
@@ -34,7 +35,7 @@ def files(folder: Path = ROOT / "tests") -> list[Path]:
 
 def backend_of(path: Path) -> str:
     """What the file's name says: test_triton_adaln.py, test_cuda_adaln.py, test_flash.py."""
-    return next((name for name in (*REQUIRED, "flash") if name in path.stem.split("_")), "")
+    return next((name for name in (*REQUIRED, *OPTIONAL) if name in path.stem.split("_")), "")
 
 
 def run(paths: list[Path], seconds: float, say: Callable[[str], None], reports: Path, jobs: int = 1) -> list[Outcome]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from walt_kernels import _dispatch
 
+from .gpu_tests import OPTIONAL
 from .machine import sentence
 from .report import mean
 
@@ -86,7 +87,8 @@ def _cells(op: str, backend: str, results: Results | None) -> list[str]:
 
 def _tests(op: str, file: str) -> bool:
     """Whether the test file is about the op: test_cuda_adaln_lora.py, test_triton_causal_conv3d.py, test_flash.py."""
-    return (op, "flash") in set(backends()) if "flash" in file else op in file
+    alone = next((name for name in OPTIONAL if name in file), None)
+    return op in file if alone is None else (op, alone) in set(backends())
 
 
 def _speedups(rows: list[dict[str, Any]], mode: str) -> str:

@@ -198,6 +198,7 @@ def test_a_backend_that_was_skipped_as_a_whole_is_a_failure() -> None:
 @pytest.fixture
 def two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [("window_attention", "flash"), ("window_attention", "triton"), ("adaln_lora", "cuda")]
+    pairs.append(("causal_conv3d", "cudnn"))
     monkeypatch.setattr(verified, "backends", lambda: iter(pairs))
 
 
@@ -211,7 +212,11 @@ def test_the_table_of_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str
         row(**triton | {"dtype": "float32"}, speedup=0.1),
     ]
     found = results(*rows) | {
-        "tests": [outcome("test_triton_window_attention.py", 40, 0, 2), outcome("test_flash.py", 0, 0, 9, "missing")],
+        "tests": [
+            outcome("test_triton_window_attention.py", 40, 0, 2),
+            outcome("test_flash.py", 0, 0, 9, "missing"),
+            outcome("test_cudnn.py", 5),
+        ],
         "targets": [{**triton, "met": True}, {**triton, "met": False}, {**triton, "backend": "-", "met": None}],
     }
     file, readme = tmp_path / "results.json", tmp_path / "README.md"
@@ -227,6 +232,7 @@ def test_the_table_of_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     assert "| `window_attention` | flash | layout tested; not yet run on a GPU | - | - | - |" in text
     assert "| `adaln_*` | cuda | compiles; not yet run on a GPU | - | - | - |" in text
+    assert "| `causal_conv3d` | cudnn | 5 passed, 0 failed, 0 skipped | - | - | - |" in text
     assert capsys.readouterr().out.strip() in text
 
 
