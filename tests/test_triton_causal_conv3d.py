@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import DEVICE, DTYPES, check, marks, on_device, through
+from on_gpu import DEVICE, DTYPES, check, marks, on_device, through, without_plans
 from test_causal_conv3d import OPTIONS, in_chunks, sample, terms
 from torch import Tensor
 
@@ -159,6 +159,7 @@ def test_wide_offsets_change_nothing(layout: str, monkeypatch: pytest.MonkeyPatc
     from walt_kernels.causal_conv3d import triton_data, triton_forward, triton_patch, triton_weight
 
     calls = []
+    without_plans(monkeypatch)
     for options in (SMALL | {"layout": layout, "history": True}, PATCH):
         inputs = sample(**{**options, "kernel": (2, 1, 2), "size": (2, 3)})
         for module in (triton_data, triton_forward, triton_patch, triton_weight):
