@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +123,7 @@ class Runtime:
 
 
 @functools.cache
-def runtime() -> Runtime:
+def _triton_runtime() -> Runtime:
     return Runtime()
 
 
@@ -145,13 +145,30 @@ class Nothing(Runtime):
 @contextlib.contextmanager
 def imagine(target: _triton.Target) -> Iterator[None]:
     """Inside the block CPU tensors stand for those of a GPU, and what its kernels would write is left as it is."""
-    global _nothing
-    _triton.imagined, _nothing = target, Nothing()
+    forget()
+    _triton.imagined = target
     try:
         yield
     finally:
-        _triton.imagined = _nothing = None
+        _triton.imagined = None
         forget()
+
+
+@contextlib.contextmanager
+def none() -> Iterator[None]:
+    """Inside the block the backends' Python runs in every call."""
+    global enabled
+    before, enabled = enabled, False
+    try:
+        yield
+    finally:
+        enabled = before
+
+
+def forget() -> None:
+    """Forgets all plans."""
+    for planned in _all:
+        planned.plans.clear()
 
 
 class Step(NamedTuple):
@@ -338,12 +355,16 @@ def _allow_tf32() -> bool | None:
         return None
 
 
+_all: list[Planned] = []
+
+
 class Planned:
     """A function of an op's triton_backend.py, which is imported by the first call; called by name."""
 
     def __init__(self, module: str, name: str) -> None:
         self.module, self.name = module, name
         self.plans: dict[tuple[Any, ...], Plan | None] = {}
+        _all.append(self)
 
     @functools.cached_property
     def function(self) -> Callable[..., None]:
@@ -380,7 +401,7 @@ class Planned:
             self.function(**arguments)
         found = None
         with contextlib.suppress(Unplannable):
-            found = plan(self.function, arguments, runtime())
+            found = plan(self.function, arguments, Nothing() if _triton.imagined else _triton_runtime())
         if len(self.plans) >= LIMIT:
             self.plans.clear()
         self.plans[key] = found

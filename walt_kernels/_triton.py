@@ -103,10 +103,10 @@ def recording() -> Recording | None:
 
 
 @contextlib.contextmanager
-def record(target: Target) -> Iterator[list[Launch]]:
+def record(target: Target, launches: list[Launch] | None = None) -> Iterator[list[Launch]]:
     """Launches inside the block, of any thread, run nothing and are collected, as for ``target``."""
     global _everywhere
-    _everywhere = Recording(target, [])
+    _everywhere = Recording(target, [] if launches is None else launches)
     try:
         yield _everywhere.launches
     finally:
@@ -197,7 +197,7 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
     if record is not None:
         record.launches.append(Launch(kernel, arguments, tile, grid))
         return
-    if 0 in grid:
+    if 0 in grid or imagined is not None:
         return
     device = next(tensors_in(tuple(arguments.values()))).device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
