@@ -24,7 +24,20 @@ from typing import Any
 
 import torch
 
-from . import blocks, floors, gpu_report, levels, models, overhead, overview, plots, report, scaling, training_memory, verified
+from . import (
+    blocks,
+    floors,
+    gpu_report,
+    levels,
+    models,
+    overhead,
+    overview,
+    plots,
+    report,
+    scaling,
+    training_memory,
+    verified,
+)
 from .cases import CASES, chosen
 from .machine import RESULTS, ceilings, level, machine, sentence
 from .measure import GPU_BACKENDS, Effort, rows_of

@@ -3,10 +3,10 @@
 A plan depends on the shapes, strides, dtypes and alignment of a call's tensors, on its options and on the device, never
 on data. It is made by running the backend's Python on stand-ins: tensors of the meta device, one for each of the
 call's, on which launches are noted and nothing is computed. So every tensor of a launch is known to be a view of one of
-the call's tensors, or of a temporary, however the call's own tensors may overlap in memory. A backend that does anything
-else (an op of PyTorch's, a look at data) has no plan, and its Python runs in every call.
+the call's tensors, or of a temporary, however the call's own tensors may overlap in memory. A backend that does
+anything else (an op of PyTorch's, a look at data) has no plan, and its Python runs in every call.
 
-A repeated call computes addresses, takes one piece of memory for all temporaries and goes straight to Triton's launcher.
+A repeated call computes addresses, takes one piece of memory for all temporaries and calls Triton's launcher.
 """
 
 from __future__ import annotations
@@ -348,7 +348,7 @@ def _packed(used: Sequence[set[int]], temporaries: Sequence[Tensor]) -> tuple[di
 
 
 def _allow_tf32() -> bool | None:
-    """The one setting that kernels are chosen by. None where PyTorch refuses to say: its two ways to set it disagree."""
+    """The one setting that kernels are chosen by. None where PyTorch's two ways to set it disagree."""
     try:
         return _get_allow_tf32()
     except RuntimeError:

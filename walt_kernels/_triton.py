@@ -1,9 +1,11 @@
 """What the Triton kernels of all ops share: whether they can run, the choice of tiles, and the launch.
 
 A launch can be recorded in place of running (``record``): ahead-of-time compilation then sees exactly the kernels,
-argument types and tiles that a call would run, for any target and without a GPU. Calls on a GPU are recorded once, too,
-and repeated without their Python (see ``_plans``). For that, a backend makes temporaries (``empty``) and views, launches
-kernels, and does nothing else; what it chooses depends on shapes, strides, dtypes, alignment and the target alone.
+argument types and tiles that a call would run, for any target and without a GPU.
+
+Calls on a GPU are recorded once, too, and repeated without their Python (see ``_plans``). For that, a backend makes
+temporaries (``empty``) and views, launches kernels, and does nothing else; what it chooses depends on shapes, strides,
+dtypes, alignment and the target alone.
 """
 
 from __future__ import annotations
@@ -141,10 +143,17 @@ def unsupported(**inputs: Any) -> str | None:
             return f"runs on NVIDIA and AMD GPUs; this tensor is on {tensor.device}"
         elif tensor.dtype not in DTYPES:
             return f"no Triton kernel for {tensor.dtype}"
-        elif torch.version.hip is None and torch.cuda.is_available():
-            capability = torch.cuda.get_device_capability(tensor.device)
-            if capability < (8, 0):
-                return f"needs compute capability 8.0; {tensor.device} has {'.'.join(map(str, capability))}"
+        elif (old := _too_old(tensor.device)) is not None:
+            return old
+    return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"needs compute capability 8.0; {device} has {'.'.join(map(str, capability))}"
     return None
 
 

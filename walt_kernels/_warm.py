@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _plans, _triton
+from . import _triton
 
 Progress = Callable[[int, int], None]
 
@@ -27,9 +27,9 @@ Progress = Callable[[int, int], None]
 def warm(step: Callable[[], object], *, processes: int | None = None, progress: Progress | None = None) -> int:
     """Compiles, in parallel processes, the Triton kernels that ``step()`` would compile one after the other.
 
-    ``step`` is called once, on a GPU, with the model, the shapes and the settings (autocast, ``use_backend``) of the run
-    to come: usually a forward and a backward pass. Its Triton kernels of this package are noted and not run, so that
-    what they would have written is arbitrary: throw away the results and gradients of this step.
+    ``step`` is called once, on a GPU, with the model, the shapes and the settings (autocast, ``use_backend``) of the
+    run to come: usually a forward and a backward pass. This package's Triton kernels are noted and not run in it, so
+    what they would have written is arbitrary: throw away the results and gradients.
 
     Kernels that are in Triton's cache on disk are not compiled again. Without a GPU, nothing is called.
 
@@ -115,9 +115,7 @@ class Collected(list[_triton.Launch]):
             before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, self.note
             try:
                 tile = launch.tile
-                launch.kernel.warmup(
-                    **launch.arguments, grid=launch.grid, num_warps=tile.warps, num_stages=tile.stages
-                )
+                launch.kernel.warmup(**launch.arguments, grid=launch.grid, num_warps=tile.warps, num_stages=tile.stages)
             finally:
                 knobs.runtime.jit_cache_hook = before
 
@@ -157,7 +155,8 @@ def compile_all(kernels: Iterable[Kernel], processes: int | None = None, progres
         with subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         ) as process:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             while True:
                 try:
                     kernel = waiting.get_nowait()
