@@ -48,4 +48,5 @@ LORA: Table = {
     **{("hidden_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 128})} for r in (16, 32)},
     **{("up_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 64})} for r in (16, 32)},
     **{("down_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_D": 64})} for r in (16, 32)},
+    ("sum",): {"any": Tile({"BLOCK": 256})},
 }

@@ -128,7 +128,9 @@ def video_norm_backward_kernel(
             if CENTER:
                 g -= mean_g
             g = (g - xhat * mean_gx) * scatter
-            tl.store(grad_x + places(p, c, grad_x_h, grad_x_p, grad_x_c, columns), g.to(grad_x.dtype.element_ty), mask=inside)
+            tl.store(
+                grad_x + places(p, c, grad_x_h, grad_x_p, grad_x_c, columns), g.to(grad_x.dtype.element_ty), mask=inside
+            )
     if SUMS:
         tl.store(partial, tl.sum(of_g, 0), mask=valid)
         tl.store(partial + C, tl.sum(of_gx, 0), mask=valid)
