@@ -132,34 +132,28 @@ def adaln_backward_kernel(
 
 
 @triton.jit
-def adaln_finish_kernel(
-    partial, grad_gate, grad_shift, grad_scale, gate_rows, shift_rows, scale_rows, runs, D, BLOCK_D: tl.constexpr
-):
-    """A row of one of the three gradients, each [rows, D]: the sum of its partial rows in order, of ``runs`` in all."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    which = tl.program_id(2)
-    if grad_gate is not None:
-        if which == 0:
-            _finish(partial, grad_gate, row, gate_rows, runs, columns, D, BLOCK_D)
-    if grad_shift is not None:
-        if which == 1:
-            _finish(partial + D, grad_shift, row, shift_rows, runs, columns, D, BLOCK_D)
-    if grad_scale is not None:
-        if which == 2:
-            _finish(partial + 2 * D, grad_scale, row, scale_rows, runs, columns, D, BLOCK_D)
+def _finish(partial, grad, rows, runs, D, TURN: tl.constexpr, BLOCK_D: tl.constexpr):
+    if grad is not None:
+        row = tl.program_id(0)
+        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        if (tl.program_id(2) == TURN) & (row < rows):
+            number = runs // rows
+            at = partial + (row.to(tl.int64) * number * 3 + TURN) * D + columns
+            total = tl.zeros((BLOCK_D,), tl.float32)
+            for _ in range(number):
+                total += tl.load(at, mask=columns < D, other=0.0)
+                at += 3 * D
+            tl.store(grad + row.to(tl.int64) * D + columns, total.to(grad.dtype.element_ty), mask=columns < D)
 
 
 @triton.jit
-def _finish(partial, grad, row, rows, runs, columns, D, BLOCK_D: tl.constexpr):
-    if row < rows:
-        number = runs // rows
-        at = partial + row.to(tl.int64) * number * 3 * D + columns
-        total = tl.zeros((BLOCK_D,), tl.float32)
-        for _ in range(number):
-            total += tl.load(at, mask=columns < D, other=0.0)
-            at += 3 * D
-        tl.store(grad + row.to(tl.int64) * D + columns, total.to(grad.dtype.element_ty), mask=columns < D)
+def adaln_finish_kernel(
+    partial, grad_gate, grad_shift, grad_scale, gate_rows, shift_rows, scale_rows, runs, D, BLOCK_D: tl.constexpr
+):
+    """A row of one of the gradients [rows, D] is the sum of its share of the partial rows of all ``runs``, in order."""
+    _finish(partial, grad_gate, gate_rows, runs, D, 0, BLOCK_D)
+    _finish(partial, grad_shift, shift_rows, runs, D, 1, BLOCK_D)
+    _finish(partial, grad_scale, scale_rows, runs, D, 2, BLOCK_D)
 
 
 def backward(

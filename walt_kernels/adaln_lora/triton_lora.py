@@ -213,7 +213,7 @@ def lora_backward(
     partial = _triton.empty((layers, batch, D), float32, cond.device)
     _triton.launch(
         lora_down_backward_kernel,
-        (layers, triton.cdiv(D, tile.blocks["BLOCK_D"])),
+        (layers, triton.cdiv(D, tile.blocks["BLOCK_D"]), 1),
         tile,
         **(_strided("cond", "bd", cond) | _strided("down", "lrd", down) | sizes),
         **{"grad_hidden": grad_hidden, "grad_down": grad_down, "partial": partial, "D": D, "parts": parts},
@@ -221,6 +221,10 @@ def lora_backward(
     tile = _triton.pick(LORA, ("sum",), cond.device)
     for source, total in ((grad_out, grad_base), (partial, grad_cond)):
         width = total.shape[1]
-        grid = (batch, triton.cdiv(width, tile.blocks["BLOCK"]))
-        arguments = _strided("source", "lbd", source)
-        _triton.launch(lora_sum_kernel, grid, tile, out=total, layers=layers, D=width, **arguments)
+        _triton.launch(
+            lora_sum_kernel,
+            (batch, triton.cdiv(width, tile.blocks["BLOCK"])),
+            tile,
+            **_strided("source", "lbd", source),
+            **{"out": total, "layers": layers, "D": width},
+        )

@@ -71,7 +71,7 @@ def video_norm_statistics_kernel(
 
 @triton.jit
 def video_norm_combine_kernel(
-    partial, mean, rstd, pixels, columns, channels, groups, span, count, eps, run, parts,
+    partial, mean, rstd, pixels, channels, groups, span, count, eps, run, parts,
     CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """mean and rstd of one group over ``span`` frames."""

@@ -92,7 +92,7 @@ def video(name: str, tensor: Tensor | None) -> dict[str, Any]:
     b, c, t, h, w = tensor.stride()
     scattered = H > 1 and W > 1 and h != W * w
     steps = {"b": b, "t": t, "h": h if scattered else None, "p": h if W == 1 else w, "c": c}
-    return {name: tensor, **{f"{name}_{axis}": step for axis, step in steps.items()}}
+    return {name: tensor, "columns": W, **{f"{name}_{axis}": step for axis, step in steps.items()}}
 
 
 def modulation(**given: Tensor | None) -> dict[str, Any]:
@@ -107,8 +107,7 @@ def modulation(**given: Tensor | None) -> dict[str, Any]:
 
 def sizes(x: Tensor, groups: int) -> dict[str, Any]:
     """Sizes of a frame; ``channels`` are a group's, as in all kernels."""
-    H, W = x.shape[3:]
-    return {"pixels": H * W, "columns": W, "channels": x.shape[1] // groups, "groups": groups}
+    return {"pixels": x.shape[3] * x.shape[4], "channels": x.shape[1] // groups, "groups": groups}
 
 
 def shared_by(x: Tensor, over: str, groups: int) -> dict[str, Any]:
