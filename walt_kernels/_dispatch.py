@@ -18,7 +18,7 @@ import torch
 
 from . import _checkpoint
 
-BACKENDS = ("cuda", "flash", "triton", "onednn", "cpu", "reference")
+BACKENDS = ("cuda", "flash", "triton", "cudnn", "onednn", "cpu", "reference")
 
 
 @dataclass(frozen=True)

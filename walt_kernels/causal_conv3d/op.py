@@ -26,7 +26,7 @@ from .._dispatch import Backend
 from .._layout import memory_format
 from .._library import autocast, is_open, transformed
 from ..values import is_int, plain
-from . import native, onednn, reference
+from . import cudnn, native, onednn, reference
 from .layout import gradients_like, output_like
 
 Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
@@ -82,6 +82,7 @@ def _sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
     flops=(flops, _backward_flops),
     backends=(
         _triton.backend(__package__),
+        cudnn.backend(),
         onednn.backend(),
         Backend("cpu", _native.unsupported, native.forward, native.backward),
     ),
