@@ -27,6 +27,7 @@ from .._layout import memory_format
 from .._library import autocast, is_open, transformed
 from ..values import is_int, plain
 from . import cudnn, native, onednn, reference
+from .defaults import DEFAULTS
 from .layout import gradients_like, output_like
 
 Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
@@ -87,6 +88,7 @@ def _sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
         Backend("cpu", _native.unsupported, native.forward, native.backward),
     ),
     sample=_sample,
+    defaults=DEFAULTS,
 )
 def causal_conv3d(
     x: Tensor,
