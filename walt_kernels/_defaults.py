@@ -87,14 +87,14 @@ def choose(defaults: Defaults, backends: Sequence[Backend], inputs: Mapping[str,
     if table is None or kind is None or kind not in table:
         return None
     measured = table[kind]
-    can_run = [b for b in backends if b.name in measured.forward and b.unsupported(**inputs) is None]
+    timed = (measured.forward, *measured.backward.values())
+    can_run = [b for b in backends if any(b.name in times for times in timed) and b.unsupported(**inputs) is None]
     wanted = [name for name, read in defaults.passes.items() if _wants_gradient(inputs, read)]
-    choices = [Choice(kind, measured, b.name, dict.fromkeys(wanted, b.name)) for b in can_run if b.differentiable]
     kernels = [b.name for b in can_run if not b.differentiable]
-    if kernels:
-        forward = _fastest(measured.forward, kernels)
-        passes = {name: _fastest(measured.backward.get(name, {}), kernels, forward) for name in defaults.passes}
-        choices.append(Choice(kind, measured, forward, passes if wanted else {}))
+    forward = _fastest(measured.forward, kernels)
+    passes = {name: _fastest(measured.backward.get(name, {}), kernels, forward) for name in defaults.passes}
+    choices = [Choice(kind, measured, forward, passes if wanted else {})]
+    choices += [Choice(kind, measured, b.name, dict.fromkeys(wanted, b.name)) for b in can_run if b.differentiable]
     best = None
     for choice in choices:
         time = _time(choice, wanted)
@@ -121,10 +121,8 @@ def _fastest(times: Times, names: Sequence[str], otherwise: str = "") -> str:
 
 def _time(choice: Choice, wanted: Sequence[str]) -> float | None:
     """Milliseconds of forward and the wanted passes, None where one was not measured."""
-    total = choice.measured.forward[choice.forward]
+    total = choice.measured.forward.get(choice.forward)
     for name in wanted:
-        times = choice.measured.backward.get(name, {})
-        if choice.passes[name] not in times:
-            return None
-        total += times[choice.passes[name]]
+        time = choice.measured.backward.get(name, {}).get(choice.passes[name])
+        total = None if total is None or time is None else total + time
     return total

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import Backend
+from .layout import output_shape
 from .reference import past
 
 LAST = torch.channels_last_3d
@@ -39,7 +40,15 @@ def backend() -> Backend:
     return Backend("cudnn", unsupported, forward, backward, opt_in="not yet run on a GPU, so only where it is forced")
 
 
-def unsupported(x: Tensor, padding: Sequence[int], space_padding: str, **inputs: Any) -> str | None:
+def unsupported(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    space_padding: str,
+    **inputs: Any,
+) -> str | None:
     if reason is not None:
         return reason
     if x.device.type != "cuda" or torch.version.hip is not None:
@@ -48,6 +57,10 @@ def unsupported(x: Tensor, padding: Sequence[int], space_padding: str, **inputs:
         return f"no convolution for {x.dtype}"
     if space_padding != "zeros" and any(padding):
         return f"pads frames with zeros only, not with {space_padding!r}"
+    if not torch.compiler.is_compiling():  # where sizes may be open
+        shapes = x.shape, output_shape(x, weight, stride, dilation, padding)
+        if max(map(math.prod, shapes)) >= 2**31:
+            return "tensors of 2**31 elements and more need 64-bit offsets"
     return None
 
 
@@ -91,13 +104,13 @@ def _handle(device: int, thread: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _plan(call: Call) -> Plan:
     """The fastest engine for the call by cuDNN's heuristics, ready to run."""
-    import cudnn
-
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"causal_conv3d: no cuDNN plan yet for an input of {call.sizes[0]}, and none can be made while a CUDA "
-            "graph is captured; run the same call once before"
+            f"causal_conv3d: cuDNN has no plan yet for {call.kind} of x {call.sizes[0]} and weight {call.sizes[1]}, "
+            "and none can be made while a CUDA graph is captured; run the same call once before"
         )
+    import cudnn
+
     dtype, handle = getattr(cudnn.data_type, DTYPES[call.dtype]), _handle(call.device, call.thread)
     graph = cudnn.pygraph(
         io_data_type=dtype,
@@ -171,8 +184,9 @@ def _apart(tensor: Tensor) -> int:
 
 
 def _ready(tensor: Tensor) -> bool:
-    """Whether cuDNN takes the tensor as it is: samples in channels_last_3d, 16-byte aligned."""
-    return tensor[:1].is_contiguous(memory_format=LAST) and tensor.data_ptr() % 16 == 0
+    """Whether cuDNN takes the tensor as it is: samples in channels_last_3d that do not overlap, 16-byte aligned."""
+    apart = tensor.shape[0] == 1 or tensor.stride(0) >= tensor[0].numel()
+    return apart and tensor[:1].is_contiguous(memory_format=LAST) and tensor.data_ptr() % 16 == 0
 
 
 def _read(tensor: Tensor) -> Tensor:
@@ -203,7 +217,7 @@ def run(
         window,
         image.dtype,
         bias is not None,
-        torch.backends.cudnn.allow_tf32,
+        image.dtype is torch.float32 and torch.backends.cudnn.allow_tf32,
         device,
         threading.get_ident(),
     )
@@ -245,6 +259,8 @@ def forward(
     if y.numel() == 0:
         return
     weight = _read(weight)
+    if bias is not None and not (bias.is_contiguous() and bias.data_ptr() % 16 == 0):
+        bias = bias.clone(memory_format=torch.contiguous_format)
     frames, seeing = _seeing_the_past(weight, y, stride, dilation)
 
     def convolve(image: Tensor, zeros: int, out: Tensor) -> None:
@@ -280,9 +296,12 @@ def backward(
     space_padding: str,
     groups: int,
 ) -> None:
-    """The convolution is the sum of one over x, zeros before it, and one over the past, zeros behind it."""
+    """The convolution is the sum of one over x, zeros before it, and one over the past, zeros behind it.
+
+    The past's share of grad_weight is rounded before it is added, as PyTorch rounds that of each of two convolutions.
+    """
     if grad_bias is not None:
-        torch.sum(grad_y, (0, 2, 3, 4), out=grad_bias)  # summed in float32
+        torch.sum(grad_y, (0, 2, 3, 4), out=grad_bias)  # added up in float32
     if grad_y.numel() == 0:
         for gradient in (grad_x, grad_weight, grad_history):
             if gradient is not None:
@@ -290,25 +309,24 @@ def backward(
         return
     weight, grad_y = _read(weight), _read(grad_y)
     frames, seeing = _seeing_the_past(weight, grad_y, stride, dilation)
-    over_x = _over(frames, 0, padding, stride, dilation)
-    over_past = _over(0, (seeing - 1) * stride[0] + 1, padding, stride, dilation)
-    copies = history is None and time_padding == "first_frame" and frames > 0  # of frame 0 are the past
-    from_past = _read(grad_y[:, :, :seeing])
-
+    window = _over(frames, 0, padding, stride, dilation)
     if grad_x is not None:
-        _written(grad_x, lambda memory: run("grad_x", memory, weight, grad_y, over_x))
-    if grad_x is not None and copies:
-        sent = x.new_empty((x.shape[0], x.shape[1], frames, *x.shape[3:])).contiguous(memory_format=LAST)
-        run("grad_x", sent, weight, from_past, over_past)
-        grad_x[:, :, :1].add_(sent.sum(2, keepdim=True, dtype=torch.float32))
-    if grad_history is not None and frames > 0:
-        _written(grad_history, lambda memory: run("grad_x", memory, weight, from_past, over_past))
-
+        _written(grad_x, lambda memory: run("grad_x", memory, weight, grad_y, window))
     if grad_weight is not None:
         image = _read(x)
-        _written(grad_weight, lambda memory: run("grad_weight", image, memory, grad_y, over_x))
-    if grad_weight is not None and (copies or (history is not None and frames > 0)):
-        before = _read(past(x, frames, time_padding) if history is None else history)
-        added = torch.empty_like(weight, memory_format=LAST)
-        run("grad_weight", before, added, from_past, over_past)
-        grad_weight.add_(added)
+        _written(grad_weight, lambda memory: run("grad_weight", image, memory, grad_y, window))
+
+    repeated = history is None and time_padding == "first_frame"
+    if frames == 0 or not (repeated or history is not None):
+        return
+    window, sent = _over(0, (seeing - 1) * stride[0] + 1, padding, stride, dilation), _read(grad_y[:, :, :seeing])
+    if repeated and grad_x is not None:
+        copies = torch.empty_like(past(x, frames, time_padding), memory_format=LAST)
+        run("grad_x", copies, weight, sent, window)
+        grad_x[:, :, :1].add_(copies.sum(2, keepdim=True, dtype=torch.float32))
+    if grad_history is not None:
+        _written(grad_history, lambda memory: run("grad_x", memory, weight, sent, window))
+    if grad_weight is not None:
+        before, share = _read(past(x, frames, time_padding) if history is None else history), torch.empty_like(weight)
+        run("grad_weight", before, share, sent, window)
+        grad_weight.add_(share)
