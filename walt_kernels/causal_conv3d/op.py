@@ -108,7 +108,7 @@ def causal_conv3d(
     y[b, o, i, h, w] = bias[o] + sum over c, j, u, v of
         weight[o, c, j, u, v] * x[b, c, i*st - (kt-1-j)*dt, h*sh + u*dh - top, w*sw + v*dw - left]
     with c over the channels of o's group. Padding and history are read in place: nothing the size of x is copied
-    (but by the backend ``onednn``, which keeps a copy for the backward pass).
+    (but by the backends ``onednn``, which keeps a copy for the backward pass, and ``cudnn`` outside channels_last_3d).
 
     Args:
         x: [B, C, T, H, W], float32, bfloat16, float16 or float64, any strides. B may be 0.
