@@ -7,13 +7,10 @@ which row of benchmarks/results/ tells so. What stands in no table has not run r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ._dispatch import Backend
 
 Times = Mapping[str, float]  # milliseconds by backend
 
@@ -77,8 +74,8 @@ def architecture(device: torch.device) -> str | None:
     return f"sm_{major}{minor}"
 
 
-def choose(defaults: Defaults, backends: Sequence[Backend], inputs: Mapping[str, Any]) -> Choice | None:
-    """The fastest of the backends that can run, or None where the table has nothing to say.
+def choose(defaults: Defaults, backends: Sequence[Any], inputs: Mapping[str, Any]) -> Choice | None:
+    """The fastest of the op's backends that can run, or None where the table has nothing to say.
 
     Without a gradient to compute, forward alone decides. A backend that PyTorch differentiates runs all or nothing.
     """
