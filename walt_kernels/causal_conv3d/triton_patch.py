@@ -62,8 +62,8 @@ def conv_patch_kernel(
         source_first = tl.cdiv(t, ST)
         groups = tl.maximum(tl.minimum((t + KT - 1) // ST, sources - 1) - source_first + 1, 0)
         if TIME == "first_frame":  # the copies of frame 0
-            for back in tl.static_range(1, KT):
-                groups += tl.where(t == 0, tl.minimum((KT - 1 - back) // ST + 1, sources), 0)
+            for copy in tl.static_range(1, KT):
+                groups += tl.where(t == 0, tl.minimum((KT - 1 - copy) // ST + 1, sources), 0)
     else:
         t = frames - 1 - t
         u_first, v_first, u_count, v_count = 0, 0, KH, KW
