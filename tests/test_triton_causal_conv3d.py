@@ -20,7 +20,7 @@ pytestmark = marks()
 SMALL = {"batch": 1, "frames": 2, "size": (3, 4), "channels": 6, "out_channels": 6, "kernel": (2, 3, 3)}
 # Everything that TMA needs; tiles of pixels and channels are cut in every direction.
 PATCH = {"batch": 2, "frames": 2, "size": (9, 3), "channels": 20, "out_channels": 24, "layout": "channels_last"}
-# What the weight's gradient needs on top: 64 pixels make a patch.
+# What the weight's gradient needs on top: pixels that fill patches.
 SQUARE = PATCH | {"batch": 1, "size": (8, 8), "channels": 16}
 STRIDED = PATCH | {"batch": 1, "size": (4, 6), "channels": 64, "out_channels": 16, "stride": 2, "kernel": (4, 4, 4)}
 FEW_OUT = {"batch": 1, "frames": 3, "size": (4, 3), "channels": 17, "out_channels": 3, "kernel": (2, 3, 2)}
@@ -141,10 +141,10 @@ def test_parts_of_a_sum_match_the_truth(dtype: torch.dtype, monkeypatch: pytest.
 def test_taps_share_a_step_of_the_weights_sum(taps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from walt_kernels.causal_conv3d import triton_tiles
 
-    shared = triton_tiles.weight_patch(64, 64, taps, 8, 2)
+    shared = triton_tiles.weight_patch(64, 64, 16, taps, 8, 2)
     pick = _triton.pick
     monkeypatch.setattr(
-        _triton, "pick", lambda table, *key: shared if key[0][0] == "weight patch" else pick(table, *key)
+        _triton, "pick", lambda table, *key: shared if key[0][0].startswith("weight patch") else pick(table, *key)
     )
     inputs = sample(dtype=dtype, **{**SQUARE, "kernel": (1, 2, 4)})
     check(in_patches, {k: v.detach() if k == "x" else v for k, v in inputs.items() if k != "bias"}, rows=terms(inputs))

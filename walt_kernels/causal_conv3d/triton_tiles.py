@@ -127,22 +127,24 @@ PATCH: Table = {
 }
 
 
-def weight_patch_key(dtype: torch.dtype, out_channels: int, channels: int) -> tuple[str, str, str]:
+def weight_patch_key(dtype: torch.dtype, out_channels: int, channels: int) -> tuple[str, str]:
     if min(channels, out_channels) <= 64:
-        return "weight patch", precision(dtype), "narrow"
-    return "weight patch", precision(dtype), "wide" if channels > 128 else "128 channels"
+        shape = "narrow"
+    else:
+        shape = "wide" if channels > 128 else "128 channels"
+    return f"weight patch, {precision(dtype)}", shape
 
 
-def weight_patch(m: int, n: int, taps: int, warps: int, stages: int) -> Tile:
-    """All take 64 pixels a step: which frames they fill depends on that."""
-    return Tile({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "TAPS": taps}, warps, stages)
+def weight_patch(m: int, n: int, k: int, taps: int, warps: int, stages: int) -> Tile:
+    """Tiles that are compared with one another (the same first key) take as many pixels, which have to fill a frame."""
+    return Tile({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TAPS": taps}, warps, stages)
 
 
 WEIGHT_PATCH: Table = {
-    ("weight patch", "16-bit", "wide"): {"any": weight_patch(128, 256, 1, 8, 3)},
-    ("weight patch", "16-bit", "128 channels"): {"any": weight_patch(128, 128, 1, 4, 3)},
-    ("weight patch", "16-bit", "narrow"): {"any": weight_patch(64, 64, 1, 4, 4)},
-    ("weight patch", "float32", "wide"): {"any": weight_patch(64, 64, 1, 8, 2)},
-    ("weight patch", "float32", "128 channels"): {"any": weight_patch(64, 64, 1, 8, 2)},
-    ("weight patch", "float32", "narrow"): {"any": weight_patch(64, 64, 1, 8, 2)},
+    ("weight patch, 16-bit", "wide"): {"any": weight_patch(128, 256, 64, 1, 8, 3)},
+    ("weight patch, 16-bit", "128 channels"): {"any": weight_patch(128, 128, 64, 1, 4, 3)},
+    ("weight patch, 16-bit", "narrow"): {"any": weight_patch(64, 64, 64, 1, 4, 4)},
+    ("weight patch, float32", "wide"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
+    ("weight patch, float32", "128 channels"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
+    ("weight patch, float32", "narrow"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
 }
