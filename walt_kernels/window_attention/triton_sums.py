@@ -35,7 +35,7 @@ def sum_rows(rows: Tensor, out: Tensor) -> None:
     blocks = -(-columns // tile.blocks["COLUMNS"])
     parts = min(_triton.target(rows.device).processors, -(-count // tile.blocks["ROWS"]))
     if parts > 1:
-        halfway = torch.empty(parts, columns, dtype=torch.float32, device=rows.device)
+        halfway = _triton.empty((parts, columns), torch.float32, rows.device)
         _triton.launch(sum_rows_kernel, (parts, blocks), tile, rows=rows, out=halfway, count=count, columns=columns)
         rows, count = halfway, parts
     _triton.launch(sum_rows_kernel, (1, blocks), tile, rows=rows, out=out, count=count, columns=columns)
