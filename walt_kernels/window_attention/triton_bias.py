@@ -16,6 +16,7 @@ from .triton_rows import (
     base_of,
     bias_at,
     keys_end,
+    load_lines,
     load_rows,
     load_weight,
     moving_frames,
@@ -93,8 +94,7 @@ def bias_backward_kernel(
                 s = tl.where(seen_k[None, :], s, float("-inf"))
             lines = ((b.to(tl.int64) * heads + head) * T + t0) * H * W + h0 * W + w0
             local = lines + rows_of(t, h, w, H * W, W, 1, 1, WIDE)
-            best = tl.load(best_of + local, mask=seen, other=float("inf"))
-            log_total = tl.load(log_of + local, mask=seen, other=0.0)
+            best, log_total = load_lines(best_of, log_of, local, seen, v)
             each = tl.load(delta + local, mask=seen, other=0.0)
             p = probabilities(s, best[:, None], log_total[:, None])
             many = grad + base_of(b, t0, h0, w0, head, grad_b, grad_t, grad_h, grad_w, grad_n, UNIT)
@@ -139,14 +139,14 @@ def table_kernel(
     tl.store(grad_table + offset, tl.sum(total, 1).to(grad_table.dtype.element_ty), mask=offset < SW)
 
 
-def table_gradient(geometry: Geometry, tile: _triton.Tile, rows: dict[str, Any], grad_table: Tensor) -> None:
-    """``rows``: arguments of every row of scores, and the bias by query."""
+def table_gradient(geometry: Geometry, rows: dict[str, Any], grad_table: Tensor) -> None:
+    tile = geometry.tile("bias_backward")
     blocks = [-(-geometry.N // tile.blocks[name]) for name in ("BLOCK_M", "BLOCK_N")]
     programs = geometry.heads * blocks[0] * blocks[1]
     # Enough programs to fill the machine, from no more sums than that takes.
     parts = max(1, min(geometry.windows, -(-2 * _triton.target(geometry.device).processors // programs)))
     sums = _triton.empty((parts, geometry.heads, geometry.N, geometry.N), torch.float32, geometry.device)
-    more: dict[str, Any] = {**rows, "sums": sums, "windows": geometry.windows, "parts": parts}
+    more: dict[str, Any] = {**rows, **geometry.bias(tile), "sums": sums, "windows": geometry.windows, "parts": parts}
     masked = geometry.masked(tile.blocks["BLOCK_M"]) or geometry.masked(tile.blocks["BLOCK_N"])
     geometry.launch(bias_backward_kernel, programs * parts, tile, **more, MASKED=masked)
     ST, SH, SW = grad_table.shape[1:]

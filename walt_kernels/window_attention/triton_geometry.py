@@ -109,18 +109,12 @@ class Geometry:
         self.launch(norm_kernel, -(-rows // tile.blocks["BLOCK"]), tile, out=out, rows=rows, **more)
 
     def bias(self, *tiles: _triton.Tile, by_keys: bool = False) -> dict[str, Any]:
-        """The bias of all pairs of a window's tokens, up to whole tiles: by (query, key) or (key, query).
-
-        float16 beside 16-bit tokens and a table in float32: its error is below that of a probability, which is rounded
-        to the tokens' dtype, up to entries of 8 (of 64 beside bfloat16's), and it takes half of the time of float32.
-        """
+        """The bias of all pairs of a window's tokens, up to whole tiles: by (query, key) or (key, query)."""
         if self.table is None:
             return {"bias": None, "PADDED": 0}
         block = max(size for tile in tiles for size in tile.blocks.values())
         padded = -(-self.N // block) * block
-        wide = self.dtype == torch.float32 or self.table.dtype != torch.float32
-        dtype = self.table.dtype if wide else torch.float16
-        bias = _triton.empty((self.heads, padded, padded), dtype, self.device)
+        bias = _triton.empty((self.heads, padded, padded), self.bias_dtype(), self.device)
         tile = _triton.pick(PREPARE, ("bias",), self.device)
         centre = {f"centre_{axis}": size - 1 for axis, size in zip("thw", self.window, strict=True)}
         table = self._strided("bias_table", self.table)
@@ -129,6 +123,15 @@ class Geometry:
         programs = self.heads * (-(-padded // tile.blocks["BLOCK"])) ** 2
         self.launch(bias_kernel, programs, tile, **table, **centre, **found, BY_KEYS=by_keys)
         return found
+
+    def bias_dtype(self) -> torch.dtype:
+        """The table's. Of a float32 table beside 16-bit tokens half of its bytes are read, since all tiles read it.
+
+        float16 in place of bfloat16: up to entries of 8 its error (2^-9) is no more than that of a probability which is
+        rounded to bfloat16, and which it multiplies.
+        """
+        narrow = self.dtype != torch.float32 and self.table.dtype == torch.float32
+        return torch.float16 if narrow else self.table.dtype
 
     def tile(self, kernel: str) -> _triton.Tile:
         bits = 32 if self.dtype == torch.float32 else 16

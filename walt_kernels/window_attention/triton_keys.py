@@ -13,6 +13,7 @@ from .triton_rows import (
     context_at,
     context_rows,
     keys_end,
+    load_lines,
     load_rows,
     load_weight,
     moving_frames,
@@ -119,8 +120,7 @@ def key_backward_kernel(
             )
             seen = inside & ~still
             local = lines + rows_of(t, h, w, H * W, W, 1, 1, WIDE)
-            best = tl.load(best_of + local, mask=seen, other=float("inf"))
-            log_total = tl.load(log_of + local, mask=seen, other=0.0)
+            best, log_total = load_lines(best_of, log_of, local, seen, v)
             each = tl.load(delta + local, mask=seen, other=0.0)
             at = rows_of(t, h, w, queries_t, queries_h, queries_w, UNIT, WIDE)
             q0, q1 = load_rows(many, at, seen, queries_d, DIM, D0, D1, MASKED)
@@ -153,8 +153,11 @@ def key_backward_kernel(
             store_rows(grad_v + rows, at_own, inside_k, dv0, dv1, DIM, D0, D1)
         if k_norm is not None:
             k += base_of(b, t0, h0, w0, head, k_b, k_t, k_h, k_w, k_n, UNIT)
+            w0k, w1k = load_weight(k_norm, k_norm_d, DIM, D0, D1)  # not kept in registers all along the loop
             k0, k1 = load_rows(k, rows_of(tk, hk, wk, k_t, k_h, k_w, UNIT, WIDE), seen_k, k_d, DIM, D0, D1, True)
-            dk0, dk1 = norm_backward(dk0, dk1, k0, k1, w0k, w1k, seen_k, norm_eps, partial, DIM, D0, D1)
+            dk0, dk1, part0, part1 = norm_backward(dk0, dk1, k0, k1, w0k, w1k, seen_k, norm_eps, DIM, D0, D1)
+            if partial is not None:
+                store_row(partial, part0, part1, DIM, D0, D1)
         if grad_k is not None:
             store_rows(grad_k + rows, at_own, inside_k, dk0, dk1, DIM, D0, D1)
 
@@ -194,9 +197,9 @@ def context_finish_kernel(
         context_k += (b.to(tl.int64) * context_k_b + head * context_k_n) * UNIT
         k0, k1 = load_rows(context_k, context_rows(n, context_k_l, UNIT, WIDE), inside, context_k_d, DIM, D0, D1, True)
         w0k, w1k = load_weight(k_norm, k_norm_d, DIM, D0, D1)
+        dk0, dk1, part0, part1 = norm_backward(dk0, dk1, k0, k1, w0k, w1k, inside, norm_eps, DIM, D0, D1)
         if partial is not None:
-            partial += program.to(tl.int64) * DIM
-        dk0, dk1 = norm_backward(dk0, dk1, k0, k1, w0k, w1k, inside, norm_eps, partial, DIM, D0, D1)
+            store_row(partial + program.to(tl.int64) * DIM, part0, part1, DIM, D0, D1)
     block = (b.to(tl.int64) * L * heads + head) * DIM
     if grad_k is not None:
         store_rows(grad_k + block, rows * heads, inside, dk0, dk1, DIM, D0, D1)

@@ -13,6 +13,7 @@ from .triton_rows import (
     context_at,
     context_rows,
     keys_end,
+    load_lines,
     load_rows,
     load_weight,
     moving_frames,
@@ -94,8 +95,7 @@ def query_backward_kernel(
         at = rows_of(t, h, w, queries_t, queries_h, queries_w, UNIT, WIDE)
         q0, q1 = load_rows(queries, at, seen, queries_d, DIM, D0, D1, True)
         q0, q1 = norm_rows(q0, q1, q_norm, w0q, w1q, seen, norm_eps, DIM, D0, D1, NORMED)
-        best = tl.load(best_of + lines + local, mask=seen, other=float("inf"))
-        log_total = tl.load(log_of + lines + local, mask=seen, other=0.0)
+        best, log_total = load_lines(best_of, log_of, lines + local, seen, v)
         for first in range(0, keys_end(t0, T, N, WT, WH, WW, MASKED), BLOCK_N):
             tk, hk, wk, inside_k, still_k = tokens_at(
                 first, b, t0, h0, w0, T, H, W, image, image_b, image_t, moving, BLOCK_N, N, WT, WH, WW
@@ -132,7 +132,10 @@ def query_backward_kernel(
         acc0 *= scale
         acc1 *= scale
         if q_norm is not None:
+            w0q, w1q = load_weight(q_norm, q_norm_d, DIM, D0, D1)  # not kept in registers all along the loop
             q0, q1 = load_rows(q, rows_of(t, h, w, q_t, q_h, q_w, UNIT, WIDE), seen, q_d, DIM, D0, D1, True)
-            acc0, acc1 = norm_backward(acc0, acc1, q0, q1, w0q, w1q, seen, norm_eps, partial, DIM, D0, D1)
+            acc0, acc1, part0, part1 = norm_backward(acc0, acc1, q0, q1, w0q, w1q, seen, norm_eps, DIM, D0, D1)
+            if partial is not None:
+                store_row(partial, part0, part1, DIM, D0, D1)
         if grad_q is not None:
             store_rows(grad_q + rows, local * (heads * DIM), inside, acc0, acc1, DIM, D0, D1)

@@ -197,11 +197,13 @@ def norm_rows(x0, x1, weight, w0, w1, mask, eps, DIM, D0, D1, NORMED):
 
 
 @triton.jit
-def norm_backward(g0, g1, x0, x1, w0, w1, mask, eps, partial, DIM, D0, D1):
-    """The gradient of rows from that of their norm; the scale's gradient over these rows goes to ``partial``."""
+def norm_backward(g0, g1, x0, x1, w0, w1, mask, eps, DIM, D0, D1):
+    """The gradient of rows from that of their norm; and the scale's gradient over these rows, as two rows."""
     x0, x1, rstd = standardise(x0, x1, mask, eps, DIM, D0, D1)
-    if partial is not None:
-        store_row(partial, tl.sum(g0 * x0, 0), tl.sum(g1 * x1, 0), DIM, D0, D1)
+    part0 = tl.sum(g0 * x0, 0)
+    part1 = tl.sum(g1, 0)  # a dummy
+    if D1 > 0:
+        part1 = tl.sum(g1 * x1, 0)
     g0 = g0 * w0[None, :]
     mean = tl.sum(g0, 1)
     slope = tl.sum(g0 * x0, 1)
@@ -214,7 +216,7 @@ def norm_backward(g0, g1, x0, x1, w0, w1, mask, eps, partial, DIM, D0, D1):
     g0 = (g0 - mean - x0 * slope) * rstd[:, None]
     if D1 > 0:
         g1 = (g1 - mean - x1 * slope) * rstd[:, None]
-    return g0, g1
+    return g0, g1, part0, part1
 
 
 @triton.jit
@@ -250,6 +252,20 @@ def scores_of(s, scale, bias):
     if bias is not None:
         s += tl.load(bias).to(tl.float32)
     return s
+
+
+@triton.jit
+def load_lines(best_of, log_of, at, mask, tokens):
+    """``best`` and ``log_total`` of rows of scores; where mask is false, ``best`` that makes all probabilities 0.
+
+    Beside 16-bit tokens both are one number: what their sum loses is far below a probability's own rounding.
+    """
+    best = tl.load(best_of + at, mask=mask, other=float("inf"))
+    log_total = tl.load(log_of + at, mask=mask, other=0.0)
+    if tokens.dtype.element_ty != tl.float32:
+        best += log_total
+        log_total = tl.zeros_like(best)
+    return best, log_total
 
 
 @triton.jit

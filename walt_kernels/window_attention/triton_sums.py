@@ -28,7 +28,7 @@ def sum_rows_kernel(rows, out, count, columns, ROWS: tl.constexpr, COLUMNS: tl.c
     tl.store(out + part.to(tl.int64) * columns + column, tl.sum(total, 0).to(kind), mask=column < columns)
 
 
-def sum_rows(rows: Tensor, out: Tensor) -> None:
+def sum_rows(rows: Tensor, out: Tensor | None) -> None:
     """out[columns] = the sum of rows [count, columns], float32: over the machine first, then over its parts."""
     count, columns = rows.shape
     tile = _triton.pick(SUMS, ("sum_rows",), rows.device)
