@@ -40,8 +40,7 @@ def backward(grad_out: Tensor, out: Tensor, lse: Tensor, **arguments: Any) -> No
     geometry.norm("context_k", "k_norm", "context_keys")
     delta = _triton.empty(lse.shape[1:], torch.float32, geometry.device)
     rows = {"out": out, "best_of": lse[0], "log_of": lse[1], "delta": delta}
-    # A program per window takes five products where tiles of queries and tiles of keys take seven.
-    if geometry.L == 0 and geometry.windows * geometry.heads >= _triton.target(geometry.device).processors:
+    if geometry.by_window():
         _windows(geometry, rows, grads)
     else:
         _queries(geometry, rows, grads["q"], grads["q_norm"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _triton
 from .triton_prepare import bias_kernel, norm_kernel
-from .triton_tiles import PREPARE, TABLE
+from .triton_tiles import BY_WINDOW, PREPARE, TABLE
 
 NARROW = 2**31  # offsets inside a window from here on need 64 bits
 
@@ -143,6 +143,12 @@ class Geometry:
         if self.image is not None and self.extent[0] > 31:  # flags of frames are loaded in the loop: no pipeline
             tile = _triton.Tile(tile.blocks, tile.warps, 1)
         return tile
+
+    def by_window(self) -> bool:
+        """Whether a program takes a window, with five products, and not a tile of queries or of keys, with seven."""
+        target = _triton.target(self.device)
+        enough = self.windows * self.heads >= target.processors
+        return target.architecture in BY_WINDOW and enough and self.width <= 128 and self.L == 0
 
     def masked(self, block: int) -> bool:
         """Whether tiles of ``block`` tokens may hold some that are not to be seen."""

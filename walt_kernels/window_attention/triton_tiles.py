@@ -9,7 +9,8 @@ def _tile(m: int, n: int, warps: int = 4, stages: int = 2) -> Tile:
     return Tile({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
 
-BACKWARD = ("query_backward", "key_backward", "window_backward", "bias_backward")
+BACKWARD = ("query_backward", "key_backward", "bias_backward")
+BY_WINDOW = {"sm_90", "interpreter"}  # where queries, keys and values have one kernel, of rows up to 128 wide
 
 TABLE: Table = {
     # Large tiles where they do not waste half of the last one.
@@ -20,7 +21,10 @@ TABLE: Table = {
     ("forward", 16, 256): {"any": _tile(32, 32, 8)},
     ("query_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64, 4, 3), "gfx942": _tile(64, 32)},
     ("key_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64, 4, 1), "gfx942": _tile(64, 32)},
-    ("window_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64, 4, 1), "gfx942": _tile(64, 32)},
+    ("window_backward", 16, 64): {"any": _tile(64, 64, 4, 1)},
+    ("window_backward", 16, 128): {"any": _tile(128, 64, 8, 1)},
+    ("window_backward", 32, 64): {"any": _tile(16, 16, 8)},
+    ("window_backward", 32, 128): {"any": _tile(16, 16, 8)},
     ("bias_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64, 4, 3), "gfx942": _tile(64, 32)},
     **{
         (kernel, 16, 128): {
