@@ -7,6 +7,7 @@
   blocks               the blocks of docs/kernels.md, plain and with our ops
   levels               every instruction level and library that this CPU has; whether the op takes the fastest
   models               other libraries' models before and after walt_kernels.integrations.accelerate
+  overhead             host time of a call of every op on a GPU, which this needs none of, and what it may be
   overview             README's first table, of all machines that have a file in benchmarks/results
   memory               peak memory of a training step of the L tokenizer, ours beside eager PyTorch's
   verified             that table again, or what is known without a GPU
@@ -23,7 +24,20 @@ from typing import Any
 
 import torch
 
-from . import blocks, floors, gpu_report, levels, models, overview, plots, report, scaling, training_memory, verified
+from . import (
+    blocks,
+    floors,
+    gpu_report,
+    levels,
+    models,
+    overhead,
+    overview,
+    plots,
+    report,
+    scaling,
+    training_memory,
+    verified,
+)
 from .cases import CASES, chosen
 from .machine import RESULTS, ceilings, level, machine, sentence
 from .measure import GPU_BACKENDS, Effort, rows_of
@@ -72,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         "levels": levels.main,
         "memory": training_memory.main,
         "models": models.main,
+        "overhead": overhead.main,
         "overview": overview.main,
         "verified": verified_on,
     }

@@ -71,6 +71,16 @@ def _kept(path: Path) -> dict[str, Any]:
     return _read(path)
 
 
+def _tile(entry: dict[str, Any]) -> Tile:
+    return Tile(entry["blocks"], entry["warps"], entry["stages"])
+
+
+def kept(key: tuple[Any, ...], device: torch.device, trial: Callable[[Tile], None]) -> Tile | None:
+    """The tile that was found the fastest, None where none was timed."""
+    found = _kept(cache_file()).get(_key(key, device, trial))
+    return None if found is None else _tile(found)
+
+
 def fastest(
     table: Table, key: tuple[Any, ...], chosen: Tile, device: torch.device, trial: Callable[[Tile], None]
 ) -> Tile:
@@ -92,4 +102,4 @@ def fastest(
         found = {"blocks": dict(best.blocks), "warps": best.warps, "stages": best.stages}
         _kept(path)[name] = found
         _write(path, _read(path) | {name: found})
-    return Tile(found["blocks"], found["warps"], found["stages"])
+    return _tile(found)

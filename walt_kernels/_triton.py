@@ -2,15 +2,19 @@
 
 A launch can be recorded in place of running (``record``): ahead-of-time compilation then sees exactly the kernels,
 argument types and tiles that a call would run, for any target and without a GPU.
+
+Calls on a GPU are recorded once, too, and repeated without their Python (see ``_plans``). For that, a backend makes
+temporaries (``empty``) and views, launches kernels, and does nothing else; what it chooses depends on shapes, strides,
+dtypes, alignment and the target alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,6 +58,9 @@ TARGETS = {
 }
 _INTERPRETER = Target("interpreter", 3, 1 << 30)  # few processors, so that sums over partial rows take several steps
 
+# While host time is measured without a GPU, tensors of the CPU stand for those of this one (``_plans.imagine``).
+imagined: Target | None = None
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -73,21 +80,49 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: Mapping[str, Any]
     tile: Tile
+    grid: tuple[int, ...] = (1,)
 
 
-_recorded: list[Launch] | None = None
-_recording: Target | None = None
+class Recording(NamedTuple):
+    """Launches that are collected in place of running, as for ``target``."""
+
+    target: Target
+    launches: list[Launch]
+    device: torch.device | None = None  # that of the call which is planned; None where a GPU is only imagined
+
+
+class _Thread(threading.local):
+    plan: Recording | None = None
+
+
+_thread = _Thread()
+_everywhere: Recording | None = None
+
+
+def recording() -> Recording | None:
+    """What takes this thread's launches in place of a device."""
+    return _everywhere or _thread.plan
 
 
 @contextlib.contextmanager
-def record(target: Target) -> Iterator[list[Launch]]:
-    """Launches inside the block run nothing and are collected, as for ``target``."""
-    global _recorded, _recording
-    _recorded, _recording = [], target
+def record(target: Target, launches: list[Launch] | None = None) -> Iterator[list[Launch]]:
+    """Launches inside the block, of any thread, run nothing and are collected, as for ``target``."""
+    global _everywhere
+    _everywhere = Recording(target, [] if launches is None else launches)
     try:
-        yield _recorded
+        yield _everywhere.launches
     finally:
-        _recorded = _recording = None
+        _everywhere = None
+
+
+@contextlib.contextmanager
+def note(target: Target, device: torch.device) -> Iterator[list[Launch]]:
+    """As ``record``, for a call on ``device`` that is planned: launches of this thread alone."""
+    _thread.plan = Recording(target, [], device)
+    try:
+        yield _thread.plan.launches
+    finally:
+        _thread.plan = None
 
 
 def unsupported(**inputs: Any) -> str | None:
@@ -98,6 +133,8 @@ def unsupported(**inputs: Any) -> str | None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
         if tensor.device.type == "cpu":
+            if imagined is not None:
+                continue
             if not INTERPRET:
                 return "runs on GPU tensors, and on CPU tensors only with TRITON_INTERPRET=1"
             if tensor.dtype is not torch.float32:  # it truncates where a GPU rounds
@@ -106,10 +143,17 @@ def unsupported(**inputs: Any) -> str | None:
             return f"runs on NVIDIA and AMD GPUs; this tensor is on {tensor.device}"
         elif tensor.dtype not in DTYPES:
             return f"no Triton kernel for {tensor.dtype}"
-        elif torch.version.hip is None and torch.cuda.is_available():
-            capability = torch.cuda.get_device_capability(tensor.device)
-            if capability < (8, 0):
-                return f"needs compute capability 8.0; {tensor.device} has {'.'.join(map(str, capability))}"
+        elif (old := _too_old(tensor.device)) is not None:
+            return old
+    return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"needs compute capability 8.0; {device} has {'.'.join(map(str, capability))}"
     return None
 
 
@@ -126,10 +170,11 @@ def _gpu(index: int) -> Target:
 
 def target(device: torch.device) -> Target:
     """The target that runs (or is recorded) for tensors on ``device``. Unknown GPUs get the nearest smaller one's."""
-    if _recording is not None:
-        return _recording
+    record = recording()
+    if record is not None:
+        return record.target
     if device.type == "cpu":
-        return _INTERPRETER
+        return imagined or _INTERPRETER
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -138,15 +183,32 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def is_descriptor(value: Any) -> bool:
+    """Whether an argument of a launch is a tensor descriptor (a box for TMA)."""
+    return type(value).__name__ == "TensorDescriptor"
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of an argument of a launch: itself, a descriptor's, those of a tuple's items."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_descriptor(value):
+        yield value.base
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
     """Runs ``kernel`` on the device of its tensors; arguments are by name, and the tile's blocks join them."""
     arguments = arguments | dict(tile.blocks)
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, tile))
+    record = recording()
+    if record is not None:
+        record.launches.append(Launch(kernel, arguments, tile, grid))
         return
-    if 0 in grid:
+    if 0 in grid or imagined is not None:
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    device = next(tensors_in(tuple(arguments.values()))).device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 
@@ -154,10 +216,15 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
 def backend(package: str, forward: str = "forward", backward: str = "backward") -> Backend:
     """The functions of these names in the package's triton_backend.py, which is imported when one is called."""
 
-    def call(name: str, **arguments: Any) -> None:
-        getattr(importlib.import_module(f"{package}.triton_backend"), name)(**arguments)
+    from ._plans import Planned
 
-    return Backend("triton", unsupported, functools.partial(call, forward), functools.partial(call, backward), OPT_IN)
+    module = f"{package}.triton_backend"
+    return Backend("triton", unsupported, Planned(module, forward), Planned(module, backward), OPT_IN)
+
+
+def autotunes() -> bool:
+    """Whether tiles are timed."""
+    return os.environ.get("WALT_KERNELS_AUTOTUNE") == "1"
 
 
 Table = Mapping[tuple[Any, ...], Mapping[str, Tile]]
@@ -171,8 +238,11 @@ def pick(table: Table, key: tuple[Any, ...], device: torch.device, trial: Callab
     """
     choices = table[key]
     chosen = choices.get(target(device).architecture, choices["any"])
-    if trial is None or _recorded is not None or os.environ.get("WALT_KERNELS_AUTOTUNE") != "1":
+    if trial is None or not autotunes():
         return chosen
-    from ._autotune import fastest
+    from . import _autotune
 
-    return fastest(table, key, chosen, device, trial)
+    record = recording()
+    if record is None:
+        return _autotune.fastest(table, key, chosen, device, trial)
+    return chosen if record.device is None else _autotune.kept(key, record.device, trial) or chosen
