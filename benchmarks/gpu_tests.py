@@ -1,30 +1,35 @@
-"""The tests that need a GPU, file by file under a time limit; a backend of which nothing ran is a failure."""
+"""The tests that need a GPU, in several processes under a time limit; a backend of which nothing ran is a failure."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from .machine import ROOT
 
 Outcome = dict[str, Any]
+Report = dict[str, Any]  # a line of gpu_outcomes: of a test, or how many tests a file has
 
-REQUIRED = ("triton", "cuda")  # flash needs a package that not everybody has
-GRACE = 20.0  # seconds for pytest to write down what it has
+REQUIRED = ("triton", "cuda")  # flash and cudnn need a package that not everybody has
+GRACE = 20.0  # seconds for pytest to end
 SELECTION = "gpu and not large"
 
 
 def files(folder: Path = ROOT / "tests") -> list[Path]:
     """All test files with a test that needs a GPU."""
-    return [path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    marked = re.compile(r"mark\.gpu|from on_gpu import .*marks")
+    return [path for path in sorted(folder.glob("test_*.py")) if marked.search(path.read_text())]
 
 
 def backend_of(path: Path) -> str:
@@ -32,28 +37,39 @@ def backend_of(path: Path) -> str:
     return next((name for name in (*REQUIRED, "flash") if name in path.stem.split("_")), "")
 
 
-def run(paths: list[Path], seconds: float, say: Callable[[str], None]) -> list[Outcome]:
-    """One outcome per file. What time is left is shared by the files that are left."""
-    outcomes = []
-    end = time.monotonic() + seconds
-    for i, path in enumerate(paths):
-        share = max(end - time.monotonic(), 0.0) / (len(paths) - i)
-        outcomes.append(outcome(path, share))
-        say(line(outcomes[-1]))
+def run(paths: list[Path], seconds: float, say: Callable[[str], None], reports: Path, jobs: int = 1) -> list[Outcome]:
+    """One outcome per file. ``reports`` has that of every test as soon as it is known; failures are said then, too."""
+    reports.write_text("")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", SELECTION, "-p", "no:cacheprovider", "-p", PLUGIN]
+    command += ["--continue-on-collection-errors", *_spread(jobs), *map(str, paths)]
+    ended = threading.Event()
+    watcher = threading.Thread(target=_say_failures, args=(reports, say, ended))
+    watcher.start()
+    try:
+        finished, tail = limited(command, seconds, {"WALT_TEST_REPORTS": str(reports.resolve())})
+    finally:
+        ended.set()
+        watcher.join()
+    told = read(reports)
+    outcomes = [
+        outcome(path, [report for report in told if report["file"] == path.name], finished, tail) for path in paths
+    ]
+    for found in outcomes:
+        say(line(found))
     return outcomes
 
 
-def outcome(path: Path, seconds: float) -> Outcome:
-    with tempfile.TemporaryDirectory(prefix="walt-gpu-tests-") as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", SELECTION, "-p", "no:cacheprovider"]
-        finished, tail = limited([*command, f"--junitxml={report}", str(path)], seconds)
-        missing = {"passed": 0, "failed": 0, "skipped": 0, "messages": [tail]}
-        counts = parse(report, finished) if report.exists() else missing
-    return {"file": path.name, "backend": backend_of(path), "finished": finished, **counts}
+PLUGIN = f"{__package__}.gpu_outcomes"
 
 
-def limited(command: list[str], seconds: float) -> tuple[bool, str]:
+def _spread(jobs: int) -> list[str]:
+    """Options for so many processes, where pytest-xdist is installed."""
+    if jobs > 1 and importlib.util.find_spec("xdist"):
+        return ["-n", str(jobs), "--dist", "worksteal"]
+    return []
+
+
+def limited(command: list[str], seconds: float, more: dict[str, str]) -> tuple[bool, str]:
     """Runs ``command``, interrupted after ``seconds``; whether it ended by itself, and its last words."""
     forced = ("TRITON_INTERPRET", "WALT_KERNELS_BACKEND")
     environment = {name: value for name, value in os.environ.items() if name not in forced}
@@ -61,9 +77,10 @@ def limited(command: list[str], seconds: float) -> tuple[bool, str]:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment,
+            env=environment | more,
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its own processes end with it
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )
         finished = True
@@ -72,36 +89,47 @@ def limited(command: list[str], seconds: float) -> tuple[bool, str]:
         except subprocess.TimeoutExpired:
             finished = False
             child.send_signal(signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                child.kill()
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         output.seek(0)
         words = output.read().strip().splitlines()
     return finished, words[-1] if words else "no output"
 
 
-def parse(report: Path, finished: bool) -> Outcome:
-    """Counts of a JUnit file; messages are those of what failed, else the reasons of what was skipped.
+def read(reports: Path) -> list[Report]:
+    """Whole lines; the last one may be on its way."""
+    return [json.loads(text) for text in reports.read_text().splitlines(keepends=True) if text.endswith("\n")]
 
-    The last test of a run that was interrupted is the one that ran just then: it has no outcome.
-    """
+
+def _say_failures(reports: Path, say: Callable[[str], None], ended: threading.Event) -> None:
+    known, last = 0, False
+    while not last:
+        last = ended.wait(1.0)
+        told = read(reports)
+        for report in told[known:]:
+            if report.get("outcome") == "failed":
+                say(f"FAILED {report['file']} {report['test']}: {report['message']}")
+        known = len(told)
+
+
+def outcome(path: Path, told: list[Report], finished: bool, tail: str) -> Outcome:
+    """Counts of a file's tests; messages are those of what failed, else the reasons of what was skipped."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    messages: dict[str, list[str]] = {"failed": [], "skipped": []}
-    tests = list(ElementTree.parse(report).iter("testcase"))
-    for test in tests if finished else tests[:-1]:
-        trouble = {"failed": test.find("failure"), "skipped": test.find("skipped")}
-        if trouble["failed"] is None:
-            trouble["failed"] = test.find("error")
-        kind = next((name for name, found in trouble.items() if found is not None), "passed")
-        counts[kind] += 1
-        if (found := trouble.get(kind)) is not None:
-            text = (found.get("message") or "").strip().splitlines()
-            message = f"{test.get('name')}: " * (kind == "failed") + (text[0][:200] if text else "")
+    messages: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+    for report in told:
+        if (kind := report.get("outcome")) is not None:
+            counts[kind] += 1
+            message = f"{report['test']}: " * (kind == "failed") + report["message"]
             if message not in messages[kind]:
                 messages[kind].append(message)
-    return {**counts, "messages": (messages["failed"] or messages["skipped"])[:10]}
+    wanted = sum(report.get("tests", 0) for report in told)
+    whole = finished or 0 < wanted <= sum(counts.values())
+    said = (messages["failed"] or messages["skipped"])[:10] if any(counts.values()) else [tail]
+    return {"file": path.name, "backend": backend_of(path), "finished": whole, **counts, "messages": said}
 
 
 def failures(outcomes: list[Outcome]) -> list[str]:

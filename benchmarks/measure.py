@@ -16,7 +16,7 @@ from .timing import LEAST, Times, interleaved
 
 Row = dict[str, Any]
 
-GPU_BACKENDS = ("triton", "cuda", "flash")  # ours; the default choice would not take what is opt-in
+GPU_BACKENDS = ("triton", "cuda", "cudnn", "flash")  # ours; the default choice would not take what is opt-in
 
 
 @dataclass(frozen=True)

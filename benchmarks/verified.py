@@ -16,6 +16,7 @@ MARKS = ("<!-- verified: begin -->", "<!-- verified: end -->")
 WITHOUT = {  # what a backend's kernels went through where there is no GPU
     "triton": "compiles; interpreted; not yet run on a GPU",
     "cuda": "compiles; not yet run on a GPU",
+    "cudnn": "not yet run on a GPU",
     "flash": "layout tested; not yet run on a GPU",
 }
 

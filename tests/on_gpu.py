@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from walt_kernels import _triton, use_backend
 from walt_kernels.testing import check_op, move
 
 DEVICE = "cpu" if _triton.INTERPRET else "cuda"
+torch.backends.cudnn.allow_tf32 = False  # the yardstick in float32 is PyTorch's own, at its full precision
 DTYPES = (torch.float32,) if _triton.INTERPRET else (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,6 +26,12 @@ def marks() -> list[pytest.MarkDecorator]:
         not torch.cuda.is_available(), reason="no GPU, and not under TRITON_INTERPRET=1 (see `make interpret`)"
     )
     return [pytest.mark.gpu, skip]
+
+
+def without_plans(patch: pytest.MonkeyPatch) -> None:
+    """Every call runs the Python of its backend, of which a test has replaced a part."""
+    if plans := sys.modules.get("walt_kernels._plans"):
+        patch.setattr(plans, "enabled", False)
 
 
 def on_device(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def run(op: Callable[..., Any], inputs: dict[str, Any]) -> list[Tensor]:
     leaves = {n: testing.leaf(v) for n, v in inputs.items()}
     outputs = op(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = [testing.random(*o.shape, dtype=o.dtype, grad=False, seed=50 + i) for i, o in enumerate(outputs)]
+    grads = [
+        testing.random(*o.shape, dtype=o.dtype, grad=False, seed=50 + i).to(o.device) for i, o in enumerate(outputs)
+    ]
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, list(leaves.values()), grads)]
 
 

@@ -83,6 +83,72 @@ def test_shared_memory_beyond_the_targets_fails() -> None:
     assert used.problem == f"needs {used.shared} bytes of shared memory of {99 << 10}"
 
 
+@triton.jit
+def boxes_kernel(a, b, c, steps, DIMENSIONS: tl.constexpr):
+    total = tl.zeros((64, 64), tl.float32)
+    for step in range(0, steps):
+        left = a.load([0, 0, step * 64]).reshape(64, 64)
+        right = b.load([0, 0, step * 64]).reshape(64, 64) if DIMENSIONS == 3 else b.load([0, step * 64])
+        total = tl.dot(left, right.trans(), total)
+    i = tl.arange(0, 64)
+    tl.store(c + i[:, None] * 64 + i[None, :], total)
+
+
+@triton.jit
+def flags_kernel(a, b, flags, c, steps, FORM: tl.constexpr, STAGES: tl.constexpr):
+    i = tl.arange(0, 64)
+    at = i[:, None] * 64 + i[None, :]
+    total = tl.zeros((64, 64), tl.float32)
+    first = tl.load(flags + i)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        flag = tl.load(flags + step * 64 + i) if FORM != "before" else first
+        x = tl.load(a + step * 4096 + at, mask=flag[:, None] != 0, other=0.0)
+        y = tl.load(b + step * 4096 + at)
+        total = tl.dot(x, tl.where(flag[None, :] != 0, y, 0.0), total)
+        if FORM == "counted":
+            total += flag[:, None]
+    tl.store(c + at, total)
+
+
+def boxes(dimensions: int, stages: int) -> _aot.Kernel:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x = torch.empty(8, 8, 256, dtype=torch.bfloat16)
+    deep = TensorDescriptor.from_tensor(x, [8, 8, 64])
+    flat = TensorDescriptor.from_tensor(x.view(64, 256), [64, 64])
+    b = deep if dimensions == 3 else flat
+    arguments = {"a": deep, "b": b, "c": torch.empty(64, 64), "steps": 4, "DIMENSIONS": dimensions}
+    return _aot.specialise(Launch(boxes_kernel, arguments, Tile({}, stages=stages)), "a call", "sm_90", {})
+
+
+@pytest.mark.parametrize(("dimensions", "stages", "racing"), [(3, 3, True), (3, 4, True), (3, 2, False), (2, 4, False)])
+def test_two_reshaped_boxes_in_a_product_of_many_stages_fail(dimensions: int, stages: int, racing: bool) -> None:
+    problem = f"both operands of a product are reshaped boxes of more than two dimensions, {stages} stages"
+    assert _aot.compile_kernel(boxes(dimensions, stages)).problem == (problem if racing else None)
+
+
+@pytest.mark.parametrize(
+    ("form", "own", "stages", "wrong"),
+    [
+        ("inside", None, 2, True),
+        ("inside", None, 1, False),
+        ("inside", 1, 3, False),
+        ("inside", 2, 1, True),
+        ("before", None, 2, False),
+        ("counted", None, 2, False),
+    ],
+)
+def test_a_load_for_masks_alone_in_a_loop_that_prefetches_fails(
+    form: str, own: int | None, stages: int, wrong: bool
+) -> None:
+    x, flags = torch.empty(4, 64, 64, dtype=torch.bfloat16), torch.empty(4, 64, dtype=torch.uint8)
+    arguments = {"a": x, "b": x, "flags": flags, "c": torch.empty(64, 64), "steps": 4, "FORM": form, "STAGES": own}
+    launch = Launch(flags_kernel, arguments, Tile({}, stages=stages))
+    problem = _aot.compile_kernel(_aot.specialise(launch, "a call", "sm_90", {})).problem
+    assert (problem is not None) == wrong
+    assert problem is None or problem.startswith(f"a load in a loop of {own or stages} stages feeds masks only: %flag")
+
+
 def test_what_does_not_compile_is_a_line_of_the_table() -> None:
     assert str(_aot.compile_kernel(kernel("sm_80", size=48)).problem).startswith("does not compile: ")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -171,6 +172,28 @@ def test_a_broken_nvcc_is_told(source: Path, tmp_path: Path, touching: Path, tex
     assert result.stderr.splitlines()[-1] == f"walt_kernels: WALT_KERNELS_CUDA=1, but {nvcc} {message}"
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels of another processor")
+@pytest.mark.parametrize(
+    ("named", "built"),
+    [
+        (None, "baseline, avx2, avx512, amx"),
+        ("", "baseline, avx2, avx512, amx"),
+        ("baseline", "baseline"),
+        ("avx512, avx2", "baseline, avx2, avx512"),
+        ("avx512,amx", "baseline, avx512, amx"),
+    ],
+)
+def test_only_the_levels_that_are_asked_for(
+    source: Path, tmp_path: Path, touching: Path, named: str | None, built: str
+) -> None:
+    environment = {"CXX": str(touching), "CUDACXX": "no-such-nvcc"}
+    result = set_up(source, tmp_path, environment | ({} if named is None else {"WALT_KERNELS_LEVELS": named}))
+    assert result.returncode == 0, result.stderr
+    assert f"walt_kernels: built native CPU kernels for {built} without OpenMP" in result.stdout
+    objects = {path.name.split(".")[-2] for path in tmp_path.rglob("*forward*.o")}
+    assert objects == set(built.split(", ")) - {"amx"}
+
+
 WRONG = [
     ({"MAX_JOBS": "auto"}, "MAX_JOBS is 'auto', expected a whole number of at least 1, or nothing"),
     ({"MAX_JOBS": "0"}, "MAX_JOBS is '0', expected a whole number of at least 1, or nothing"),
@@ -179,6 +202,18 @@ WRONG = [
     ({"MAX_JOBS": "\u00b2"}, "MAX_JOBS is '\u00b2', expected a whole number of at least 1, or nothing"),
     ({"MAX_JOBS": "1_0"}, "MAX_JOBS is '1_0', expected a whole number of at least 1, or nothing"),
     ({"MAX_JOBS": "1.5"}, "MAX_JOBS is '1.5', expected a whole number of at least 1, or nothing"),
+    (
+        {"WALT_KERNELS_LEVELS": "baseline,sse4"},
+        "WALT_KERNELS_LEVELS has 'sse4', expected names out of baseline, avx2, avx512, amx, with commas",
+    ),
+    (
+        {"WALT_KERNELS_LEVELS": "baseline amx"},
+        "WALT_KERNELS_LEVELS has 'baseline amx', expected names out of baseline, avx2, avx512, amx, with commas",
+    ),
+    (
+        {"WALT_KERNELS_LEVELS": "avx2,amx"},
+        "WALT_KERNELS_LEVELS has 'amx' without 'avx512', whose kernels it extends",
+    ),
     ({"CXX": "no-such-compiler", "WALT_KERNELS_CUDA": "yes"}, "WALT_KERNELS_CUDA is 'yes', expected auto, 1 or 0"),
 ]
 

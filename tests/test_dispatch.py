@@ -156,7 +156,8 @@ def test_opt_in_backend_runs_only_when_forced(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match=r"name is 'gpu', expected one of cuda, flash, triton, onednn, cpu, reference"):
+    names = ", ".join(_dispatch.BACKENDS)
+    with pytest.raises(ValueError, match=f"name is 'gpu', expected one of {names}"):
         wk.use_backend("gpu").__enter__()
     with pytest.raises(ValueError, match=r"op is 'conv', expected one of .*adaln_lora"):
         wk.explain("conv")
@@ -203,7 +204,7 @@ def test_environment_variable_with_an_unknown_name() -> None:
     done = run_python("import walt_kernels", WALT_KERNELS_BACKEND="gpu")
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1] == (
-        "ValueError: WALT_KERNELS_BACKEND is 'gpu', expected one of cuda, flash, triton, onednn, cpu, reference"
+        "ValueError: WALT_KERNELS_BACKEND is 'gpu', expected one of cuda, flash, triton, cudnn, onednn, cpu, reference"
     )
 
 

@@ -116,13 +116,14 @@ def outcome(file: str, passed: int = 1, failed: int = 0, skipped: int = 0, *mess
     return {"file": file, "backend": gpu_tests.backend_of(Path(file)), "finished": True, **counts}
 
 
-def test_test_files_are_run_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_test_files_are_run_and_counted(jobs: int, tmp_path: Path) -> None:
     (tmp_path / "test_triton_x.py").write_text(TESTS)
     (tmp_path / "test_cpu.py").write_text("def test(): pass")
     paths = gpu_tests.files(tmp_path)
     assert [path.name for path in paths] == ["test_triton_x.py"]
     said: list[str] = []
-    (found,) = gpu_tests.run(paths, 120.0, said.append)
+    (found,) = gpu_tests.run(paths, 120.0, said.append, tmp_path / "reports.jsonl", jobs)
     assert {key: found[key] for key in ("backend", "finished", "passed", "failed", "skipped")} == {
         "backend": "triton",
         "finished": True,
@@ -130,7 +131,12 @@ def test_test_files_are_run_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
         "failed": 1,
         "skipped": 1,
     }
-    assert "test_bad: AssertionError: one is not two" in said[0]
+    failed, counts = said
+    assert failed == "FAILED test_triton_x.py test_bad: AssertionError: one is not two"
+    assert counts.endswith("1 passed, 1 failed, 1 skipped: test_bad: AssertionError: one is not two")
+    told = gpu_tests.read(tmp_path / "reports.jsonl")
+    assert [report["tests"] for report in told if "tests" in report] == [3]
+    assert ["one is not two" in report["text"] for report in told if report.get("outcome") == "failed"] == [True]
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in the background"])
@@ -155,7 +161,8 @@ def test_a_file_that_takes_too_long_is_interrupted(
     (tmp_path / "test_cuda_x.py").write_text(f"{begin}{slow}".replace("GPU", "gpu"))
     before = signal.signal(signal.SIGINT, handler)
     try:
-        found = gpu_tests.outcome(tmp_path / "test_cuda_x.py", 7.0)
+        paths = [tmp_path / "test_cuda_x.py"]
+        (found,) = gpu_tests.run(paths, 7.0, lambda _: None, tmp_path / "reports.jsonl")
     finally:
         signal.signal(signal.SIGINT, before)
     assert not found["finished"]
@@ -167,8 +174,12 @@ def test_a_file_that_does_not_load_fails(tmp_path: Path) -> None:
     (tmp_path / "test_triton_x.py").write_text(
         "import pytest\n# mark.GPU\nraise RuntimeError('no kernels')".replace("GPU", "gpu")
     )
-    found = gpu_tests.outcome(tmp_path / "test_triton_x.py", 60.0)
-    assert (found["passed"], found["failed"]) == (0, 1)
+    (tmp_path / "test_cuda_x.py").write_text(TESTS)
+    paths = gpu_tests.files(tmp_path)
+    right, broken = gpu_tests.run(paths, 60.0, lambda _: None, tmp_path / "reports.jsonl")
+    assert (broken["file"], broken["passed"], broken["failed"]) == ("test_triton_x.py", 0, 1)
+    assert "no kernels" in broken["messages"][0]
+    assert (right["passed"], right["failed"]) == (1, 1)
 
 
 def test_a_backend_that_was_skipped_as_a_whole_is_a_failure() -> None:

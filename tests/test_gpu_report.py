@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from benchmarks import __main__ as benchmark
 from benchmarks import (
     cases,
     contender,
+    gpu_ahead,
     gpu_child,
+    gpu_models,
     gpu_report,
     gpu_tests,
     gpu_watch,
@@ -216,6 +219,20 @@ def test_report_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert not Path("never made").exists()
 
 
+class Compiled:
+    """In the place of what compiles ahead: takes no time."""
+
+    last: Compiled
+
+    def __init__(self, work: list[gpu_ahead.Work], jobs: int) -> None:
+        self.work, self.jobs = work, jobs
+        Compiled.last = self
+
+    def finish(self, deadline: float) -> int:
+        self.deadline = deadline
+        return len(self.work)
+
+
 def test_report_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU seems to be here; the run itself is left out, what is around it is not."""
     readme = tmp_path / "README.md"
@@ -232,13 +249,19 @@ def test_report_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_report, "run", run)
-    monkeypatch.setattr(gpu_watch, "watched", lambda *asked: asked)
-    monkeypatch.setattr(gpu_tests, "run", lambda files, seconds, say: [passed])
+    monkeypatch.setattr(gpu_watch, "watched", lambda *asked: iter([asked]))
+    monkeypatch.setattr(gpu_report, "steps", lambda models, deadline: iter([(models, deadline)]))
+    monkeypatch.setattr(gpu_tests, "run", lambda files, seconds, say, reports, jobs: seen.update(jobs=jobs) or [passed])
+    monkeypatch.setattr(gpu_report, "Ahead", Compiled)
     arguments = ["gpu-report", "--out", str(tmp_path / "out"), "--minutes", "2", "--readme", str(readme)]
-    assert benchmark.main(arguments) == 1  # not one test of the cuda backend ran
-    assert seen["seconds"] == 120
-    effort = measure.Effort(False, ("triton", "cuda", "flash"))
-    assert seen["measured"](9.0) == (gpu_report.plan(cases.GPU_CASES), effort, "cuda", 9.0)
+    assert benchmark.main([*arguments, "--jobs", "16"]) == 1  # not one test of the cuda backend ran
+    assert (seen["seconds"], seen["jobs"]) == (120, 8)
+    effort = measure.Effort(False, ("triton", "cuda", "cudnn", "flash"))
+    planned = gpu_report.plan(cases.GPU_CASES)
+    models = [(m, b) for b in ("default", "reference") for m in ("transformer", "tokenizer")]
+    assert list(seen["measured"](1009.0)) == [(planned, effort, "cuda", 1009.0 - 36), (models, 1009.0)]
+    compiled = Compiled.last
+    assert (compiled.jobs, compiled.deadline, len(compiled.work)) == (8, 1009.0 - 72, 2 + len(planned))
     assert readme.read_text().startswith(f"a\n{verified.MARKS[0]}\nWritten by `python -m benchmarks` on A machine")
     assert benchmark.main([*arguments[:2], str(tmp_path / "again"), "--no-tests"]) == 0
 
@@ -310,6 +333,56 @@ def test_a_gpu_that_is_lost_ends_the_process(
     assert gpu_child.main() == status
     lines = capfd.readouterr().out.splitlines()
     assert [json.loads(line) for line in lines] == [{"failed": "a kernel"}, {"row": 1}][:told]
+
+
+# ---- compiled ahead -------------------------------------------------------------------------------------------------
+
+
+def touch(path: Path, seconds: float = 0.0) -> gpu_ahead.Work:
+    code = f"import sys, time; time.sleep({seconds}); open(sys.stdin.read(), 'w')"
+    return gpu_ahead.Work((sys.executable, "-c", code), str(path))
+
+
+def test_what_is_compiled_ahead_runs_until_it_is_done_or_its_time_is_up(tmp_path: Path) -> None:
+    ahead = gpu_ahead.Ahead([touch(tmp_path / str(i)) for i in range(4)], 2)
+    assert ahead.finish(time.monotonic() + 100.0) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "3"}
+    start = time.monotonic()
+    broken = gpu_ahead.Work((sys.executable, "-c", "raise SystemExit(1)"))
+    ahead = gpu_ahead.Ahead([touch(tmp_path / "slow", 100.0), broken, touch(tmp_path / "quick")], 2)
+    while not (tmp_path / "quick").exists():
+        time.sleep(0.02)
+    assert ahead.finish(time.monotonic() + 0.5) == 1
+    assert not (tmp_path / "slow").exists()
+    assert time.monotonic() - start < 50.0
+    assert gpu_ahead.Ahead([], 2).finish(0.0) == 0
+
+
+@needs_native
+def test_what_compiles_is_called_in_every_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, str]] = []
+
+    def call(self: contender.Subject, name: str, mode: str) -> Any:
+        return lambda: called.append((name, mode))
+
+    monkeypatch.setattr(contender.Subject, "call", call)
+    gpu_child.compile_all([("float32", 0)], [BOTH["attention"]], measure.Effort(False, ("cpu",)), "cpu")
+    compiled = {"FlexAttention", "FlexAttention, expanded bias", contender.COMPILED}
+    assert {name for name, mode in called if mode == "forward"} == {"cpu"} | compiled
+    for mode in ("backward", "forward+backward"):  # FlexAttention has none on a CPU
+        assert [name for name, called_in in called if called_in == mode] == ["cpu", contender.COMPILED]
+
+
+def test_models_are_stepped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest ones on the CPU; one that fails does not stop the others."""
+    models = [("tokenizer", "reference"), ("transformer", "no such backend"), ("transformer", "default")]
+    options = ("--preset", "minimal", "--device", "cpu")
+    first, second, third = gpu_report.steps(models, time.monotonic() + 200.0, options)
+    for found, name, backend in ((first, "tokenizer", "reference"), (third, "transformer", "default")):
+        assert gpu_models.line(found["model"]).startswith(f"minimal {name}, {backend}: step ")
+        assert 0 < found["model"]["least_ms"] <= found["model"]["step_ms"]
+    assert "transformer, no such backend: ValueError: name is 'no such backend'" in second["failed"]
+    assert list(gpu_report.steps(models, time.monotonic() - 1.0)) == []
 
 
 @needs_native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ from walt.checkpoint import read_tensors
 from walt.errors import WaltError, WaltWarning
 from walt.settings import TrainingConfig, load_settings
 from walt.train.log import RunLog, read_log
-from walt.train.objective import TIMES, Objective
+from walt.train.objective import TIMES, Objective, compile_blocks
 from walt.train.precision import LAYERS, bfloat16_speedup
 from walt.train.run import Run, warn_of_slow_bfloat16
 
@@ -116,6 +117,44 @@ def test_compiled_modules_keep_their_names(tmp_path, monkeypatch):
     again = fit(tmp_path / "compiled", 3)
     assert again.resume()
     assert again.averaged(torch.zeros(1, 3)).shape == (1, 1)
+
+
+def test_equal_blocks_are_compiled_once_and_others_each(monkeypatch):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    class Block(nn.Module):
+        def __init__(self, *widths):
+            super().__init__()
+            self.linear = nn.Linear(*widths)
+
+        def forward(self, x):
+            return self.linear(x).tanh()
+
+    class Stack(nn.Module):
+        def __init__(self, widths):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(*pair) for pair in itertools.pairwise(widths))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    for widths, expected in (([6] * 13, 1), (range(1, 14), 12)):
+        torch._dynamo.reset()
+        graphs.clear()
+        network = Stack(widths)
+        x = torch.randn(2, widths[0], requires_grad=True)  # as what the other blocks get
+        y = network(x)
+        compile_blocks(network)
+        assert torch.equal(network(x), y)
+        assert len(graphs) == expected
 
 
 def test_previews_see_the_average_and_disturb_nothing(tmp_path):

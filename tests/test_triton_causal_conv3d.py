@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import DEVICE, DTYPES, check, marks, on_device, through
+from on_gpu import DEVICE, DTYPES, check, marks, on_device, through, without_plans
 from test_causal_conv3d import OPTIONS, in_chunks, sample, terms
 from torch import Tensor
 
@@ -20,7 +20,24 @@ pytestmark = marks()
 SMALL = {"batch": 1, "frames": 2, "size": (3, 4), "channels": 6, "out_channels": 6, "kernel": (2, 3, 3)}
 # Everything that TMA needs; tiles of pixels and channels are cut in every direction.
 PATCH = {"batch": 2, "frames": 2, "size": (9, 3), "channels": 20, "out_channels": 24, "layout": "channels_last"}
+# What the weight's gradient needs on top: pixels that fill patches.
+SQUARE = PATCH | {"batch": 1, "size": (8, 8), "channels": 16}
+STRIDED = PATCH | {"batch": 1, "size": (4, 6), "channels": 64, "out_channels": 16, "stride": 2, "kernel": (4, 4, 4)}
+FEW_OUT = {"batch": 1, "frames": 3, "size": (4, 3), "channels": 17, "out_channels": 3, "kernel": (2, 3, 2)}
 NAMES = ("x", "weight", "bias", "history")
+# Every tile of the tables for 16 bits meets frames that fill a GPU.
+BESIDE: dict[str, dict[str, Any]] = {
+    "wide": {"batch": 1, "frames": 5, "size": (64, 64), "channels": 256, "out_channels": 256},
+    "128 channels": {"batch": 1, "frames": 9, "size": (64, 64), "channels": 128, "out_channels": 128},
+    "narrow": {"batch": 1, "frames": 9, "size": (64, 64), "channels": 64, "out_channels": 64},
+    "in parts": {"batch": 2, "frames": 5, "size": (16, 16), "channels": 512, "out_channels": 512},
+    "first frame": {"frames": 5, "size": (32, 32), "channels": 128, "out_channels": 128, "time_padding": "first_frame"},
+    "stride": {"frames": 5, "size": (64, 64), "channels": 128, "out_channels": 128, "kernel": (4, 4, 4), "stride": 2},
+    "head": {"batch": 1, "frames": 5, "size": (64, 64), "channels": 128, "out_channels": 3},
+    "stem": {"batch": 1, "frames": 5, "size": (64, 64), "channels": 3, "out_channels": 128},
+    "history": {"frames": 2, "size": (33, 40), "channels": 128, "out_channels": 128, "history": True},
+    "reflect": {"frames": 2, "size": (33, 40), "channels": 64, "out_channels": 128, "space_padding": "reflect"},
+}
 
 
 def compare(inputs: dict[str, Any]) -> None:
@@ -71,20 +88,84 @@ def test_matches_the_truth_at_every_scale(scale: float, dtype: torch.dtype) -> N
     compare(sample(dtype=dtype, scale=scale, **{**SMALL, "kernel": (2, 1, 1), "channels": 17}))
 
 
+def in_patches(**inputs: Any) -> Tensor:
+    y = causal_conv3d(**inputs)
+    if y.requires_grad:
+        y.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last_3d))
+    return y
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("time_padding", ["zeros", "first_frame"])
 def test_patches_match_the_truth(time_padding: str, dtype: torch.dtype) -> None:
     inputs = sample(dtype=dtype, time_padding=time_padding, kernel=(3, 2, 1), padding=((0, 1), (1, 0)), **PATCH)
     if DEVICE == "cpu":  # on a GPU the architecture decides
         assert launched(inputs).count("conv_patch_kernel") == 2
-
-    def in_patches(**inputs: Any) -> Tensor:
-        y = causal_conv3d(**inputs)
-        if y.requires_grad:
-            y.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last_3d))
-        return y
-
     check(in_patches, inputs, rows=terms(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        STRIDED,
+        STRIDED | {"time_padding": "first_frame", "frames": 3, "kernel": (3, 3, 2), "stride": (2, 1, 2)},
+        SQUARE | {"kernel": (2, 3, 2)},
+        SQUARE | {"time_padding": "first_frame", "kernel": (2, 1, 3), "size": (16, 4), "batch": 2},
+        STRIDED | {"frames": 1, "size": (16, 16), "kernel": (1, 4, 3), "stride": (1, 2, 2)},
+    ],
+    ids=str,
+)
+def test_patches_one_stride_apart_and_of_weights_match_the_truth(options: dict[str, Any], dtype: torch.dtype) -> None:
+    inputs = sample(dtype=dtype, **options)
+    if DEVICE == "cpu":
+        kernels = launched(inputs)
+        assert kernels.count("conv_patch_kernel") == 2
+        assert ("conv_weight_patch_kernel" in kernels) == (options["size"] != STRIDED["size"])
+    check(in_patches, inputs, rows=terms(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_a_sum_match_the_truth(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from walt_kernels.causal_conv3d import triton_patch, triton_weight_patch
+
+    monkeypatch.setattr(triton_patch, "parts_of", lambda *sizes: 3)
+    monkeypatch.setattr(triton_weight_patch, "parts_of", lambda *sizes: 9)  # more than one step of adding up takes
+    inputs = sample(dtype=dtype, **{**SQUARE, "kernel": (2, 2, 1), "time_padding": "first_frame", "batch": 2})
+    assert "conv_sum_kernel" in launched(inputs)
+    check(in_patches, inputs, rows=terms(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("taps", [2, 3])
+def test_taps_share_a_step_of_the_weights_sum(taps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from walt_kernels.causal_conv3d import triton_tiles
+
+    shared = triton_tiles.weight_patch(64, 64, 16, taps, 8, 2)
+    pick = _triton.pick
+    monkeypatch.setattr(
+        _triton, "pick", lambda table, *key: shared if key[0][0].startswith("weight patch") else pick(table, *key)
+    )
+    inputs = sample(dtype=dtype, **{**SQUARE, "kernel": (1, 2, 4)})
+    check(in_patches, {k: v.detach() if k == "x" else v for k, v in inputs.items() if k != "bias"}, rows=terms(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "channels_last", "time_padding": "first_frame"},
+        {"layout": "channels_last", "history": True, "space_padding": "reflect", "padding": ((1, 1), (1, 0))},
+        {"space_padding": "replicate", "time_padding": "first_frame", "stride": (2, 1, 2)},
+        {"dilation": (2, 1, 2), "stride": (1, 2, 1), "layout": "channels_last"},
+    ],
+    ids=str,
+)
+def test_few_output_channels_match_the_truth(options: dict[str, Any], dtype: torch.dtype) -> None:
+    inputs = sample(dtype=dtype, **{**FEW_OUT, **options})
+    assert "conv_weight_few_kernel" in launched(inputs)
+    compare(inputs)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +235,40 @@ def test_runs_are_identical(options: dict[str, Any], dtype: torch.dtype) -> None
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU runs programs side by side")
+@pytest.mark.parametrize("case", BESIDE)
+def test_runs_are_identical_beside_a_busy_stream(case: str) -> None:
+    """A race between loads and products shows when memory is slow and the frames are many."""
+    inputs = sample(dtype=torch.bfloat16, layout="channels_last", **BESIDE[case])
+    leaves = {k: v.contiguous(memory_format=torch.channels_last_3d) if k == "x" else v for k, v in inputs.items()}
+    leaves = {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in on_device(leaves).items()}
+    names = [name for name in NAMES if leaves.get(name) is not None]
+
+    def run() -> list[Tensor]:
+        y = in_patches(**leaves)
+        grad = random(*y.shape, dtype=y.dtype, grad=False).to(DEVICE)
+        return [y, *torch.autograd.grad(y, [leaves[name] for name in names], grad)]
+
+    busy = torch.cuda.Stream()
+    source, copy = (torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    with use_backend("triton"):
+        first = run()
+        different = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(50):
+            with torch.cuda.stream(busy):
+                for _ in range(20):
+                    copy.copy_(source)
+            different += sum((a != b).any() for a, b in zip(first, run(), strict=True))
+        assert different.item() == 0
+    check(in_patches, inputs, rows=terms(inputs))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_wide_offsets_change_nothing(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from walt_kernels.causal_conv3d import triton_data, triton_forward, triton_patch, triton_weight
 
     calls = []
+    without_plans(monkeypatch)
     for options in (SMALL | {"layout": layout, "history": True}, PATCH):
         inputs = sample(**{**options, "kernel": (2, 1, 2), "size": (2, 3)})
         for module in (triton_data, triton_forward, triton_patch, triton_weight):

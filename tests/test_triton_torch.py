@@ -36,6 +36,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         ((2, 3, 2, 4, 5), (4, 3, 3, 3, 3), (4,)),
     ),
     "window_attention": (attend, (*[(2, 3, 4, 4, 2, 16)] * 3, (2, 3, 3, 5), (16,), (16,))),
+    "video_norm": (
+        lambda x, weight, scale: wk.video_norm(x, weight, groups=2, scale=scale, activation="silu"),
+        ((2, 6, 2, 4, 5), (6,), (2, 6)),
+    ),
     "adaln_lora": (wk.adaln_lora, ((2, 16), (2, 40), (3, 2, 16), (3, 40, 2))),
     "adaln_modulate": (wk.adaln_modulate, ((2, 6, 20), (2, 20), (2, 20))),
     "adaln_residual": (wk.adaln_residual, ((2, 6, 20), (2, 6, 20), (2, 20))),

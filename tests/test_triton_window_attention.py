@@ -20,6 +20,8 @@ SMALL = {"B": 1, "heads": 1}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"T": 1, "window": (1, 8, 8), "table": False, "norm": False, "dim": 16},
     "bias and norms, two tiles of tokens, dim in two tiles": {"T": 2, "H": 5, "W": 4, "window": (2, 5, 4), "dim": 72},
+    "normed ahead, image frames": {"T": 5, "H": 4, "W": 4, "window": (5, 4, 4), "image": mask(1, 5), "dim": 24},
+    "normed ahead, edges, context": {"H": 6, "W": 9, "T": 2, "window": (2, 5, 7), "context": 20, "dim": 16},
     "edges": {"B": 2, "heads": 2, "T": 3, "H": 2, "W": 3, "window": (2, 2, 2), "dim": 12},
     "window wider than the video": {"T": 2, "H": 3, "W": 3, "window": (4, 4, 8), "dim": 24},
     "one token": {"T": 1, "H": 1, "W": 1, "window": (1, 1, 1), "dim": 8},
@@ -202,12 +204,14 @@ def test_nothing_in_nothing_out() -> None:
 
 
 def test_nothing_is_the_size_of_the_input() -> None:
-    """Launches read the tensors themselves, however they lie in memory."""
-    inputs = on_device(make(1, 2, 4, 4, 2, 8, window=(1, 2, 2)))
-    with use_backend("triton"), _triton.record(_triton.target(inputs["q"].device)) as launches:
-        window_attention(**inputs)
-    for name in "qkv":
-        assert launches[0].arguments[name].data_ptr() == inputs[name].data_ptr()
+    """Launches read the tensors themselves, however they lie in memory; of larger windows, all but normed keys."""
+    for window, normed in (((1, 2, 2), ""), ((2, 6, 6), "k")):
+        inputs = on_device(make(1, *window, 2, 8, window=window))
+        with use_backend("triton"), _triton.record(_triton.target(inputs["q"].device)) as launches:
+            window_attention(**inputs)
+        arguments = launches[-1].arguments
+        for name, argument in (("q", "q"), ("k", "keys"), ("v", "v")):
+            assert (arguments[argument].data_ptr() == inputs[name].data_ptr()) == (name != normed), name
 
 
 @pytest.mark.large

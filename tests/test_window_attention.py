@@ -74,7 +74,7 @@ def gradients(inputs: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """The output of a call and the gradients of everything that wants one."""
     out = window_attention(**inputs)
     names = [n for n, x in inputs.items() if isinstance(x, torch.Tensor) and x.requires_grad]
-    grad = random(*out.shape, dtype=out.dtype, grad=False, seed=seed)
+    grad = random(*out.shape, dtype=out.dtype, grad=False, seed=seed).to(out.device)
     return {"out": out.detach()} | dict(
         zip(names, torch.autograd.grad(out, [inputs[n] for n in names], grad), strict=True)
     )

@@ -4,7 +4,8 @@ Each op folder lists calls (``aot_calls`` in triton_aot.py) which together reach
 recorded as for a target and compiled with the argument types and specialisations a real launch would have. A kernel
 fails that spills more registers than its op states in SPILLS (by "kernel" or "kernel, call"; for Triton 3.7,
 others may spill more), that needs more shared memory than the target has, whose 16-bit matrix products are not on
-tensor cores, or whose float32 ones lose digits that were asked for.
+tensor cores, whose float32 ones lose digits that were asked for, or that does what is known to go wrong on a GPU
+(``_hazards``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from . import _dispatch, _triton
 from ._define import folders
+from ._hazards import hazard
 from ._triton import TARGETS, Launch
 
 # What the assembler writes for a product on tensor (or matrix) cores.
@@ -174,6 +176,8 @@ def compile_kernel(kernel: Kernel) -> Resources:
         problem = "its products are not on tensor cores"
     elif "tf32" in assembly and _full_precision(compiled.asm["ttir"]):
         problem = "its float32 products were made tf32 ones"
+    elif number.isdigit() and (found_hazard := hazard(compiled.asm["ttir"], kernel.stages)):
+        problem = found_hazard
     return Resources(registers, spilled, shared, found[0] if found else "", problem)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from ._defaults import Defaults
 from ._dispatch import Backend, Op, backend, register, select
 from ._flops import count_flops
 from ._library import as_tuple, complete, define, in_backward, past_dispatcher, unwatched
@@ -40,6 +41,7 @@ def define_op(
     flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
     backward: Callable[..., dict[str, Tensor]] | None = None,
     tangent: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    defaults: Defaults | None = None,
 ) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, R]]:
     """Makes an op of a function: schema, fake, derivatives, vmap, decomposition, FLOPs, and the choice of a backend.
 
@@ -65,6 +67,7 @@ def define_op(
             It sees ``kernels``, what these read, and ``backend``.
         tangent: ``tangent(run, inputs, tangents)`` returns the tangents of the outputs in forward mode, where
             ``run(inputs)`` is the op; by default they are the reference's.
+        defaults: which backend is the fastest on which GPU, for which calls.
     """
 
     def decorate(check: Callable[P, dict[str, Any]]) -> Callable[P, R]:
@@ -132,7 +135,7 @@ def define_op(
             reads = {**inputs, **outputs, **incoming, "wanted": [inputs[n] is not None for n in differentiable]}
             passes.impl(*[reads[n] for n in passes.types], chosen)
 
-        register(name, Op(function, check, every, sample, both_passes))
+        register(name, Op(function, check, every, sample, both_passes, defaults))
         return function
 
     return decorate

@@ -1,7 +1,8 @@
 """Which backend runs an op: ``explain`` tells, ``select`` decides, ``use_backend`` forces.
 
-Every op has a table of backends in order of preference. A backend says why it cannot take a call, or None. The choice
-is made once, in the op's public function; forward and backward of one call always run on the same backend.
+Every op has a list of backends in order of preference. A backend says why it cannot take a call, or None. The choice
+is made once, in the op's public function, for forward and backward of the call. On a GPU the op's table of times makes
+it (see ``_defaults``), and may give passes of backward to other backends than forward's.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checkpoint
+from ._defaults import Choice, Defaults, choose
 
-BACKENDS = ("cuda", "flash", "triton", "onednn", "cpu", "reference")
+BACKENDS = ("cuda", "flash", "triton", "cudnn", "onednn", "cpu", "reference")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Backend:
 
     ``unsupported(**inputs)`` returns the reason why it cannot take these (checked) inputs, or None. Without a
     ``backward``, PyTorch differentiates what ``forward(**inputs)`` returns. With one, both write into the memory that
-    they are given (see ``define_op``). An ``opt_in`` backend is only used when it is forced, and so is one for the
-    inputs of which ``behind(**inputs)`` says why another one is faster.
+    they are given (see ``define_op``). An ``opt_in`` backend is only used when it is forced or the op's table has times
+    of it, and so is one for the inputs of which ``behind(**inputs)`` says why another one is faster.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Op(NamedTuple):
     backends: tuple[Backend, ...]
     sample: Callable[[Callable[..., torch.Tensor], int], dict[str, Any]]
     both_passes: Callable[..., None]
+    defaults: Defaults | None = None
 
 
 _ops: dict[str, Op] = {}
@@ -104,10 +107,31 @@ def op(name: str) -> Op:
 
 
 def backend(op: str, name: str) -> Backend:
+    """The backend of this name, or the one that ``Choice.name`` describes."""
+    if "/" in name:
+        return _shared(op, name)
     for candidate in _ops[op].backends:
         if candidate.name == name:
             return candidate
     raise ValueError(f"{op} has no backend {name!r}; it has {', '.join(b.name for b in _ops[op].backends)}")
+
+
+def _shared(op: str, name: str) -> Backend:
+    """Forward on one backend, and each pass of backward on its own."""
+    defaults = _ops[op].defaults
+    assert defaults is not None
+    forward, *others = (backend(op, part) for part in name.split("/"))
+    passes = [[f"grad_{n}" for n in read] for read in defaults.passes.values()]
+
+    def backward(**named: Any) -> None:
+        for other in dict.fromkeys(others):
+            own = [grad for grads, runs in zip(passes, others, strict=True) if runs is other for grad in grads]
+            rest = {grad: None for grads in passes for grad in grads if grad not in own}
+            if any(named[grad] is not None for grad in own):
+                assert other.backward is not None
+                other.backward(**(named | rest))
+
+    return Backend(name, forward.unsupported, forward.forward, backward)
 
 
 def prepare(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -115,13 +139,24 @@ def prepare(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return op(name).check(*args, **kwargs)
 
 
+def _default(op: Op, inputs: Mapping[str, Any]) -> Choice | None:
+    return None if op.defaults is None else choose(op.defaults, op.backends, inputs)
+
+
 def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
     """For every backend of ``op``, in order of preference: why it would not be chosen for ``inputs``, or None."""
-    return {b.name: b.reason(**inputs) for b in _ops[op].backends}
+    choice = _default(_ops[op], inputs)
+    if choice is None:
+        return {b.name: b.reason(**inputs) for b in _ops[op].backends}
+    return {
+        b.name: None if b.name == "reference" else b.unsupported(**inputs) or choice.reason(b.name)
+        for b in _ops[op].backends
+    }
 
 
 def select(op: str, inputs: Mapping[str, Any]) -> str:
-    """The backend that runs ``op`` on checked ``inputs``: the forced one, else the first with no reason not to."""
+    """What ``backend`` takes for a call of ``op`` on checked ``inputs``: the forced backend, or that of the op's table,
+    or the first with no reason not to."""
     name = forced()
     if name is not None:
         reason = backend(op, name).unsupported(**inputs)
@@ -130,10 +165,16 @@ def select(op: str, inputs: Mapping[str, Any]) -> str:
         return name
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # whose file knows PyTorch's ops only
         return "reference"
+    choice = _default(_ops[op], inputs)
+    name = choice.name if choice is not None else _first(op, inputs)
+    if name == "reference" and not torch.compiler.is_compiling():
+        _warn_about_reference(op, inputs)
+    return name
+
+
+def _first(op: str, inputs: Mapping[str, Any]) -> str:
     for candidate in _ops[op].backends:
         if candidate.opt_in is None and candidate.reason(**inputs) is None:  # in this order: reasons cost time
-            if candidate.name == "reference" and not torch.compiler.is_compiling():
-                _warn_about_reference(op, inputs)
             return candidate.name
     raise AssertionError(f"{op}: the reference backend refused its inputs")
 

@@ -1,20 +1,24 @@
-// Gradients of residual + gate + LayerNorm + scale + shift on a GPU: one pass over the tokens in runs, one run per
+// Gradients of residual + gate + LayerNorm + scale and shift on a GPU: one pass over the tokens in runs, one run per
 // block (runs.h), and a second kernel that adds up what runs share. The number of blocks depends on the machine, not on
 // the number of tokens; nothing is atomic.
+//
+// A block has as many groups of threads as fit, each of which has a token to itself; a thread has the same few columns
+// of all its tokens, whose modulation and sums stay in its registers. Fewer and larger blocks leave fewer sums to add up.
 #include "adaln_lora/rows.cuh"
 #include "adaln_lora/runs.h"
 
 namespace walt::cuda::adaln_lora {
 namespace {
 
-// Columns of a row per thread, whose modulation and sums over tokens stay in registers. Without vectors fewer.
+// Columns of a row per thread. Without vectors fewer.
 template <int kVector>
 constexpr int kColumns = kVector > 1 ? 8 : 4;
-// Of a block, and of all blocks on a multiprocessor: as many as its registers serve.
+// Of a multiprocessor: as many threads as its registers serve.
 template <class T>
 constexpr int kMaxThreads = sizeof(T) == 4 ? 384 : 512;
 constexpr int kMaxWarps = 512 / kWarp;
-constexpr int kMinTokens = 4;  // in a run
+constexpr int kGroupThreads = 256;  // of a block with several groups
+constexpr int kMinTokens = 4;       // of a group
 constexpr int kFinishColumns = 4, kFinishSplit = 8;
 
 // Which of the three sums over tokens.
@@ -22,8 +26,9 @@ enum Sum { kGate, kShift, kScale, kSums };
 
 struct BackwardShape {
   Runs runs;
-  int N, D, width;  // width: D rounded up to whole vectors, the length of a partial row
-  int chunks;       // of columns: more than one where a row is longer than a block holds
+  int N, D, width;      // width: D rounded up to whole vectors, the length of a partial row
+  int threads, groups;  // of a group, of a block
+  int chunks;           // of columns: more than one where a row is longer than a group holds
   int tokens_per_row[kSums];
   float* partial;  // [kSums, 2 * runs, width]
   float* totals;   // [tokens, 2] where there are several chunks: sum of g, sum of g * xhat
@@ -33,16 +38,19 @@ struct BackwardShape {
   }
 };
 
-// A token's place among samples.
-struct Position {
+// Neighbouring tokens of one sample under the same rows of modulation.
+struct Stretch {
   int64_t token, b;
-  int n;
+  int n, count;
 
-  __device__ Position(const BackwardShape& shape, int64_t t)
-      : token(t), b(t / shape.N), n(static_cast<int>(t - b * shape.N)) {}
-  __device__ void advance(const BackwardShape& shape) {
-    ++token;
-    if (++n == shape.N) n = 0, ++b;
+  __device__ Stretch(const BackwardShape& shape, int64_t begin, int64_t end)
+      : token(begin), b(begin / shape.N), n(static_cast<int>(begin - b * shape.N)) {
+    count = end - begin < shape.N ? static_cast<int>(end - begin) : shape.N;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int left = shape.tokens_per_row[i] - n % shape.tokens_per_row[i];
+      count = left < count ? left : count;
+    }
   }
 };
 
@@ -54,7 +62,8 @@ struct Backward {
   const AdalnBackwardParams& p;
   const BackwardShape& shape;
   int64_t begin, end;  // the run
-  int column;          // of this thread's first vector in the current chunk
+  int group, thread;   // of the group
+  int column = 0;      // of this thread's first vector in the current chunk
 
   // What is read of one token.
   struct Token {
@@ -62,10 +71,9 @@ struct Backward {
     float mean, rstd;
   };
 
-  // Modulation of the current rows, sums over the tokens under them so far, and how many tokens are still to come.
+  // Modulation of the current rows, and the sums over the tokens under them so far.
   struct State {
-    Values gate, scale, sums[kSums];
-    int left[kSums];
+    Values gate, gain, sums[kSums];  // gain: 1 + scale
   };
 
   // f(slot, first column) for every vector of this thread that lies inside the row.
@@ -73,47 +81,41 @@ struct Backward {
   __device__ void each(F&& f) const {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int d = column + slot * static_cast<int>(blockDim.x) * kVector;
+      const int d = column + slot * shape.threads * kVector;
       if (d < shape.D) f(slot, d);
     }
   }
 
-  __device__ void set_chunk(int chunk) {
-    column = chunk * kColumns<kVector> * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x) * kVector;
-  }
+  __device__ void set_chunk(int chunk) { column = (chunk * kSlots * shape.threads + thread) * kVector; }
 
-  __device__ void read(Token& token, const Position& at) const {
+  __device__ void read(Token& token, const Stretch& at, int i) const {
     const bool has_grad_x_new = !kNorm || (kResidual && p.grad_x_new.data != nullptr);
+    const int64_t n = at.n + i;
     each([&](int slot, int d) {
-      if (has_grad_x_new) token.grad_x_new[slot].load(row_of<const T>(p.grad_x_new, at.b, at.n) + d, true);
-      if constexpr (kResidual) token.branch[slot].load(row_of<const T>(p.branch, at.b, at.n) + d, true);
+      if (has_grad_x_new) token.grad_x_new[slot].load(row_of<const T>(p.grad_x_new, at.b, n) + d, true);
+      if constexpr (kResidual) token.branch[slot].load(row_of<const T>(p.branch, at.b, n) + d, true);
       if constexpr (kNorm) {
-        token.grad_h[slot].load(row_of<const T>(p.grad_h, at.b, at.n) + d, true);
-        token.x[slot].load(row_of<const T>(p.x, at.b, at.n) + d, true);
+        token.grad_h[slot].load(row_of<const T>(p.grad_h, at.b, n) + d, true);
+        token.x[slot].load(row_of<const T>(p.x, at.b, n) + d, true);
       }
     });
     if constexpr (kNorm) {
-      token.mean = static_cast<const float*>(p.mean.data)[at.token];
-      token.rstd = static_cast<const float*>(p.rstd.data)[at.token];
+      token.mean = static_cast<const float*>(p.mean.data)[at.token + i];
+      token.rstd = static_cast<const float*>(p.rstd.data)[at.token + i];
     }
   }
 
-  // Reads the modulation rows that begin at this token (or under which the run begins).
-  __device__ void read_rows(State& state, const Position& at) const {
-    if (kResidual && state.left[kGate] == 0) {
-      each([&](int slot, int d) {
+  __device__ void read_rows(State& state, const Stretch& at) const {
+    each([&](int slot, int d) {
+      if constexpr (kResidual) {
         load(row_of<const M>(p.gate, at.b, at.n / shape.tokens_per_row[kGate]) + d, state.gate[slot]);
-      });
-    }
-    if (kNorm && state.left[kScale] == 0) {
-      each([&](int slot, int d) {
-        load(row_of<const M>(p.scale, at.b, at.n / shape.tokens_per_row[kScale]) + d, state.scale[slot]);
-      });
-    }
+      }
+      if constexpr (kNorm) {
+        load(row_of<const M>(p.scale, at.b, at.n / shape.tokens_per_row[kScale]) + d, state.gain[slot]);
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      if (state.left[i] == 0) state.left[i] = shape.tokens_per_row[i] - at.n % shape.tokens_per_row[i];
-    }
+        for (int i = 0; i < kVector; ++i) state.gain[slot][i] += 1;
+      }
+    });
   }
 
   // xhat, grad_h and g = grad_h * (1 + scale) of one vector.
@@ -130,112 +132,139 @@ struct Backward {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       xhat[i] = (xhat[i] - token.mean) * token.rstd;
-      g[i] = grad_h[i] * (1 + state.scale[slot][i]);
+      g[i] = grad_h[i] * state.gain[slot][i];
     }
   }
 
   // At the end of a row, or of the run: the sums over the row, or over as much of it as this run has.
-  __device__ void write_sums(int sum, const TensorView& out, const Position& at, State& state) const {
-    if (--state.left[sum] > 0 && at.token < end - 1) return;
-    const int64_t tokens = shape.tokens_per_row[sum], row = at.token / tokens;
+  __device__ void write_sums(int sum, const TensorView& out, const Stretch& last, Values& values) const {
+    const int64_t tokens = shape.tokens_per_row[sum], after = last.token + last.count, row = last.token / tokens;
+    if (after < end && after % tokens != 0) return;
+    add_groups(values);
     const Piece piece = piece_of(row * tokens, (row + 1) * tokens, begin, end);
     each([&](int slot, int d) {
-      float (&values)[kVector] = state.sums[sum][slot];
-      if (piece == Piece::full) {
-        store(row_of<M>(out, at.b, at.n / static_cast<int>(tokens)) + d, values);
-      } else {
-        store(shape.partial_rows(sum) + partial_row(blockIdx.x, piece) * shape.width + d, values);
+      if (group == 0 && piece == Piece::full) {
+        store(row_of<M>(out, last.b, last.n / static_cast<int>(tokens)) + d, values[slot]);
+      } else if (group == 0) {
+        store(shape.partial_rows(sum) + partial_row(blockIdx.x, piece) * shape.width + d, values[slot]);
       }
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values[i] = 0;
+      for (int i = 0; i < kVector; ++i) values[slot][i] = 0;
     });
   }
 
-  // Sums over whole rows that are longer than a block holds at once.
+  // The first group gets the sums over all of them.
+  __device__ void add_groups(Values& values) const {
+    __shared__ float room[kColumns<kVector>][kGroupThreads];
+    if (shape.groups == 1) return;
+#pragma unroll
+    for (int i = 0; i < kColumns<kVector>; ++i) room[i][threadIdx.x] = values[i / kVector][i % kVector];
+    __syncthreads();
+    for (int other = 1; other < shape.groups; ++other) {
+#pragma unroll
+      for (int i = 0; i < kColumns<kVector>; ++i) {
+        if (group == 0) values[i / kVector][i % kVector] += room[i][other * shape.threads + thread];
+      }
+    }
+    __syncthreads();
+  }
+
+  // Sums over whole rows that are longer than a group holds at once.
   __device__ void total_rows() {
     __shared__ float scratch[2][2][kMaxWarps];
     int turn = 0;
-    for (Position at(shape, begin); at.token < end; at.advance(shape), turn ^= 1) {
+    for (int64_t token = begin; token < end; ++token, turn ^= 1) {
+      const Stretch at(shape, token, token + 1);
       float sums[2] = {0, 0};
       for (int chunk = 0; chunk < shape.chunks; ++chunk) {
         set_chunk(chunk);
-        Token token;
+        Token values;
         State state = {};
-        read(token, at);
+        read(values, at, 0);
         read_rows(state, at);
         each([&](int slot, int) {
           float xhat[kVector], grad_h[kVector], g[kVector];
-          normal(token, state, slot, xhat, grad_h, g);
+          normal(values, state, slot, xhat, grad_h, g);
 #pragma unroll
           for (int i = 0; i < kVector; ++i) sums[0] += g[i], sums[1] += g[i] * xhat[i];
         });
       }
-      block_sum(sums, scratch[turn]);
-      if (threadIdx.x == 0) shape.totals[2 * at.token] = sums[0], shape.totals[2 * at.token + 1] = sums[1];
+      group_sum(sums, scratch[turn], shape.threads);
+      if (thread == 0) shape.totals[2 * token] = sums[0], shape.totals[2 * token + 1] = sums[1];
     }
     __syncthreads();
   }
 
   // grad_x = grad_x_new + rstd * (g - mean(g) - xhat * mean(g * xhat)) of the columns of one chunk.
   __device__ void run_chunk() {
+    State state = {};
+    for (int64_t token = begin; token < end;) {
+      const Stretch stretch(shape, token, end);
+      read_rows(state, stretch);
+      run_stretch(stretch, state);
+      if constexpr (kResidual) write_sums(kGate, p.grad_gate, stretch, state.sums[kGate]);
+      if constexpr (kNorm) write_sums(kShift, p.grad_shift, stretch, state.sums[kShift]);
+      if constexpr (kNorm) write_sums(kScale, p.grad_scale, stretch, state.sums[kScale]);
+      token += stretch.count;
+    }
+  }
+
+  __device__ void run_stretch(const Stretch& at, State& state) const {
     __shared__ float scratch[2][2][kMaxWarps];
     const float share = 1.0f / static_cast<float>(shape.D);
-    State state = {};
-    Position at(shape, begin), ahead = at;
     Token next;
-    read(next, ahead);
-    for (int turn = 0; at.token < end; at.advance(shape), turn ^= 1) {
+    if (group < at.count) read(next, at, group);
+    int turn = 0;
+    for (int first = 0; first < at.count; first += shape.groups, turn ^= 1) {
+      const int i = first + group;  // the last tokens may leave groups without one, which only keep step
       const Token token = next;
-      ahead.advance(shape);
-      if (ahead.token < end) read(next, ahead);  // under way while this token is worked on
-      read_rows(state, at);
+      if (i + shape.groups < at.count) read(next, at, i + shape.groups);  // under way while this one is worked on
 
       Values xhat, g;
       float sums[2] = {0, 0};
       if constexpr (kNorm) {
-        each([&](int slot, int) {
-          float grad_h[kVector];
-          normal(token, state, slot, xhat[slot], grad_h, g[slot]);
+        if (i < at.count) {
+          each([&](int slot, int) {
+            float grad_h[kVector];
+            normal(token, state, slot, xhat[slot], grad_h, g[slot]);
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) {
-            state.sums[kShift][slot][i] += grad_h[i];
-            state.sums[kScale][slot][i] += grad_h[i] * xhat[slot][i];
-            sums[0] += g[slot][i];
-            sums[1] += g[slot][i] * xhat[slot][i];
-          }
-        });
+            for (int j = 0; j < kVector; ++j) {
+              state.sums[kShift][slot][j] += grad_h[j];
+              state.sums[kScale][slot][j] += grad_h[j] * xhat[slot][j];
+              sums[0] += g[slot][j];
+              sums[1] += g[slot][j] * xhat[slot][j];
+            }
+          });
+        }
         if (shape.chunks == 1) {
-          block_sum(sums, scratch[turn]);
+          group_sum(sums, scratch[turn], shape.threads);
         } else {
-          sums[0] = shape.totals[2 * at.token], sums[1] = shape.totals[2 * at.token + 1];
+          sums[0] = shape.totals[2 * (at.token + i)], sums[1] = shape.totals[2 * (at.token + i) + 1];
         }
       }
+      if (i >= at.count) continue;
       const float g_mean = sums[0] * share, gx_mean = sums[1] * share;
       each([&](int slot, int d) {
         float grad[kVector];
         token.grad_x_new[slot].widen(grad);  // zeros where there is none
         if constexpr (kNorm) {
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) {
-            grad[i] += (g[slot][i] - g_mean - xhat[slot][i] * gx_mean) * token.rstd;
+          for (int j = 0; j < kVector; ++j) {
+            grad[j] += (g[slot][j] - g_mean - xhat[slot][j] * gx_mean) * token.rstd;
           }
-          store(row_of<T>(p.grad_x, at.b, at.n) + d, grad);
+          store(row_of<T>(p.grad_x, at.b, at.n + i) + d, grad);
         }
         if constexpr (kResidual) {
           float branch[kVector], grad_branch[kVector];
           token.branch[slot].widen(branch);
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) {
-            grad_branch[i] = grad[i] * state.gate[slot][i];
-            state.sums[kGate][slot][i] += grad[i] * branch[i];
+          for (int j = 0; j < kVector; ++j) {
+            grad_branch[j] = grad[j] * state.gate[slot][j];
+            state.sums[kGate][slot][j] += grad[j] * branch[j];
           }
-          store(row_of<T>(p.grad_branch, at.b, at.n) + d, grad_branch);
+          store(row_of<T>(p.grad_branch, at.b, at.n + i) + d, grad_branch);
         }
       });
-
-      if constexpr (kResidual) write_sums(kGate, p.grad_gate, at, state);
-      if constexpr (kNorm) write_sums(kShift, p.grad_shift, at, state);
-      if constexpr (kNorm) write_sums(kScale, p.grad_scale, at, state);
     }
   }
 };
@@ -244,7 +273,9 @@ template <bool kResidual, bool kNorm, class T, class M, int kVector>
 __global__ void __launch_bounds__(kMaxThreads<T>, 1)
     adaln_backward_kernel(const AdalnBackwardParams p, const BackwardShape shape) {
   const int64_t run = blockIdx.x;
-  Backward<kResidual, kNorm, T, M, kVector> pass{p, shape, shape.runs.begin(run), shape.runs.begin(run + 1), 0};
+  const int place = static_cast<int>(threadIdx.x);
+  Backward<kResidual, kNorm, T, M, kVector> pass{
+      p, shape, shape.runs.begin(run), shape.runs.begin(run + 1), place / shape.threads, place % shape.threads};
   if (kNorm && shape.chunks > 1) pass.total_rows();
   for (int chunk = 0; chunk < shape.chunks; ++chunk) {
     pass.set_chunk(chunk);
@@ -309,7 +340,6 @@ __global__ void adaln_zero_kernel(const AdalnBackwardParams p) {
 
 struct Plan {
   BackwardShape shape;
-  int threads;
   bool vectors;
   int64_t bytes;
 };
@@ -328,13 +358,14 @@ Plan make_plan(const AdalnBackwardParams& p, int processors) {
   }
   const int columns = plan.vectors ? kColumns<kVectorBytes> : kColumns<1>;
   const int most = tokens.dtype == DType::float32 ? kMaxThreads<float> : kMaxThreads<bfloat16>;
-  plan.threads = static_cast<int>(std::min<int64_t>(divide_up<int64_t>(D, columns * kWarp) * kWarp, most));
-  const int64_t blocks = static_cast<int64_t>(processors) * (most / plan.threads);  // all of them run at once
-  shape.runs = {B * N, std::max<int64_t>(std::min(blocks, B * N / kMinTokens), 1)};
+  shape.threads = static_cast<int>(std::min<int64_t>(divide_up<int64_t>(D, columns * kWarp) * kWarp, most));
+  shape.groups = std::max(1, kGroupThreads / shape.threads);
+  const int64_t blocks = static_cast<int64_t>(processors) * (most / (shape.threads * shape.groups));  // all run at once
+  shape.runs = {B * N, std::max<int64_t>(std::min(blocks, B * N / (kMinTokens * shape.groups)), 1)};
   shape.N = static_cast<int>(N);
   shape.D = static_cast<int>(D);
   shape.width = divide_up(shape.D, kFinishColumns) * kFinishColumns;
-  shape.chunks = divide_up(shape.D, columns * plan.threads);
+  shape.chunks = divide_up(shape.D, columns * shape.threads);
   shape.tokens_per_row[kGate] = tokens_per_row(p.grad_gate, N);
   shape.tokens_per_row[kShift] = tokens_per_row(p.grad_shift, N);
   shape.tokens_per_row[kScale] = tokens_per_row(p.grad_scale, N);
@@ -383,7 +414,7 @@ void adaln_backward(const AdalnBackwardParams& p, const CudaCall& call) {
       launch("adaln_backward", adaln_zero_kernel<M>, grid, dim3(kWarp), call, p);
       return;
     }
-    const dim3 grid(grid_size(plan.shape.runs.count)), block(static_cast<unsigned>(plan.threads));
+    const dim3 grid(grid_size(plan.shape.runs.count)), block(static_cast<unsigned>(plan.shape.threads * plan.shape.groups));
     const BackwardShape& shape = plan.shape;
     dispatch_parts(residual, norm, [&](auto has_branch, auto has_norm) {
       constexpr bool kResidual = decltype(has_branch)::value, kNorm = decltype(has_norm)::value;

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       if (shape.row_per_warp) {
         sum[0] = warp_sum(sum[0]);
       } else {
-        block_sum(sum, buffer);
+        group_sum(sum, buffer, threads);
       }
       return sum[0];
     };

@@ -203,10 +203,11 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-// Every thread of the block gets the sums. One barrier: a caller in a loop takes turns between two scratch arrays.
+// Every thread of a group of so many neighbours, whole warps of a block, gets the group's sums. One barrier, for the
+// whole block: a caller in a loop takes turns between two scratch arrays.
 template <int kValues, int kMaxWarps>
-__device__ inline void block_sum(float (&values)[kValues], float (&scratch)[kValues][kMaxWarps]) {
-  const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+__device__ inline void group_sum(float (&values)[kValues], float (&scratch)[kValues][kMaxWarps], int threads) {
+  const int warps = threads / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp, first = warp / warps * warps;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) values[i] = warp_sum(values[i]);
   if (warps == 1) return;
@@ -217,8 +218,8 @@ __device__ inline void block_sum(float (&values)[kValues], float (&scratch)[kVal
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    values[i] = scratch[i][0];
-    for (int w = 1; w < warps; ++w) values[i] += scratch[i][w];
+    values[i] = scratch[i][first];
+    for (int w = 1; w < warps; ++w) values[i] += scratch[i][first + w];
   }
 }
 

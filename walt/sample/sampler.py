@@ -15,6 +15,7 @@ from walt.model.config import as_int, check_frames
 from walt.model.diffusion import Preview
 from walt.model.randoms import sample_noise
 from walt.sample.denoiser import Denoiser
+from walt.sample.replay import Replayed
 from walt.terminal import progress_bar
 
 
@@ -71,6 +72,7 @@ def sample_batches(
     with as_user_error(desc):
         total = -(-len(keys) // sampling.batch) * len(denoiser.diffusion.timesteps(sampling.steps))
     latents = []
+    transformer = Replayed(denoiser.transformer)
     with progress_bar(total=total, desc=desc, unit="step", shown=sampling.progress, leave=False) as bar:
 
         def show(step: int, steps: int, estimate: Tensor) -> None:
@@ -82,7 +84,7 @@ def sample_batches(
             batch = slice(first, first + sampling.batch)
             with as_user_error(desc):
                 latent = denoiser.diffusion.sample(
-                    denoiser.transformer,
+                    transformer,
                     sample_noise(sampling.seed, keys[batch], shape),
                     steps=sampling.steps,
                     guidance=sampling.guidance,

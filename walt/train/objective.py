@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +25,24 @@ TIMES = (*(f"{part}_s" for part in PARTS), "peak_gib", "mfu")
 COLUMNS = frozenset(
     ("step", "loss", "grad_norm", "lr", "frames_s", "seconds", *TIMES)
 )  # taken: names that a loss's values may not have
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile each block of the network's lists by itself; of a network without lists, itself and its children.
+
+    Equal blocks share a graph, while a graph of all layers takes minutes to compile. In place, so that names in the
+    state dict stay.
+    """
+    lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
+    blocks = _callable(block for part in lists for block in part) or _callable([network, *network.children()])
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))  # widths and sizes that one class may have
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def _callable(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if type(module).forward is not nn.Module.forward]
 
 
 @dataclass
@@ -70,10 +88,8 @@ class Objective:
         sharded = config.strategy == "fsdp" and world_size() > 1
         keeps = sharded or (average and config.ema_decay > 0)
         self.average = WeightAverage(network, config.ema_decay) if keeps else None
-        if config.compile:  # in place, so that names in the state dict stay
-            for module in (network, *network.children()):
-                if type(module).forward is not nn.Module.forward:
-                    module.compile()
+        if config.compile:
+            compile_blocks(network)
         self.forward = parallel(LossModule(network, loss, config.precision), network, config.strategy)
         self.optimizer = make_optimizer(config, network.parameters())
         self.result: Result | None = None  # of the last backward

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._aot import Call
 
-# On sm_100 the assembler uses a few bytes of stack although registers are left.
-SPILLS = {"lora_hidden_kernel": 16, "lora_down_backward_kernel": 8}
+# On sm_90 and sm_100 the assembler uses a few bytes of stack although registers are left.
+SPILLS = {"lora_hidden_kernel": 16, "lora_down_backward_kernel": 8, "lora_out_kernel, lora rank 256, bf16": 8}
 
 # x and modulation; models train with float32 modulation beside 16-bit tokens as well.
 _DTYPES = {

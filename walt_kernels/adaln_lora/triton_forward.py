@@ -1,7 +1,8 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton kernel of the gated residual and the modulated norm.
 
-A program holds whole rows of tokens, ROWS of them, in registers: one pass over memory. Rows wider than a block are
-walked in pieces, and read again from the cache.
+A program holds whole rows of tokens, ROWS of them at once, in registers: one pass over memory. Rows wider than a block
+are walked in pieces, and read again from the cache.
 """
 
 from __future__ import annotations
@@ -11,74 +12,91 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_rows import arguments_of, arguments_of_rows, load_rows, row_offset, unrounded
-from .triton_tiles import MODULATION, block_of
+from .triton_rows import arguments_of, arguments_of_rows, load_modulation, load_rows, run_of, segments_of
+from .triton_tiles import MODULATION, block_of, fitting
 
 
 @triton.jit
 def adaln_forward_kernel(
     x, branch, gate, shift, scale, x_new, h, mean, rstd,
-    x_b, x_n, branch_b, branch_n, gate_b, gate_f, gate_tokens,
-    shift_b, shift_f, shift_tokens, scale_b, scale_f, scale_tokens,
-    count, tokens, D, eps,
-    RESIDUAL: tl.constexpr, NORM: tl.constexpr, SINGLE: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    x_b, x_n, x_d, branch_b, branch_n, branch_d, gate_b, gate_f, gate_d, gate_tokens,
+    shift_b, shift_f, shift_d, shift_tokens, scale_b, scale_f, scale_d, scale_tokens,
+    tokens, segments, parts, D, eps,
+    SINGLE: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = token < count
-    x_rows = row_offset(token, tokens, x_b, x_n, False, 1)
-    branch_rows = x_rows
-    gate_rows = x_rows
-    if RESIDUAL:
-        branch_rows = row_offset(token, tokens, branch_b, branch_n, False, 1)
-        gate_rows = row_offset(token, tokens, gate_b, gate_f, True, gate_tokens)
-    out_rows = token.to(tl.int64) * D
-    columns = tl.arange(0, BLOCK_D)
-    if SINGLE:
-        inside = valid[:, None] & (columns < D)[None, :]
-        value = unrounded(x, branch, gate, x_rows, branch_rows, gate_rows, columns, inside, RESIDUAL)
-        if RESIDUAL:
-            tl.store(x_new + out_rows[:, None] + columns[None, :], value.to(x_new.dtype.element_ty), mask=inside)
-        if NORM:
-            row_mean = tl.sum(value, 1) / D
-            centred = tl.where(inside, value - row_mean[:, None], 0.0)
-            row_rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
-            scale_rows = row_offset(token, tokens, scale_b, scale_f, True, scale_tokens)
-            shift_rows = row_offset(token, tokens, shift_b, shift_f, True, shift_tokens)
-            out = centred * row_rstd[:, None] * (1.0 + load_rows(scale, scale_rows, columns, inside))
-            out += load_rows(shift, shift_rows, columns, inside)
-            tl.store(h + out_rows[:, None] + columns[None, :], out.to(h.dtype.element_ty), mask=inside)
-            tl.store(mean + token, row_mean, mask=valid)
-            tl.store(rstd + token, row_rstd, mask=valid)
-    else:
-        total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        for begin in range(0, D, BLOCK_D):
-            at = begin + columns
-            inside = valid[:, None] & (at < D)[None, :]
-            value = unrounded(x, branch, gate, x_rows, branch_rows, gate_rows, at, inside, RESIDUAL)
-            if RESIDUAL:
-                tl.store(x_new + out_rows[:, None] + at[None, :], value.to(x_new.dtype.element_ty), mask=inside)
-            total += value
-        if NORM:
-            row_mean = tl.sum(total, 1) / D
-            total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-            for begin in range(0, D, BLOCK_D):
-                at = begin + columns
-                inside = valid[:, None] & (at < D)[None, :]
-                value = unrounded(x, branch, gate, x_rows, branch_rows, gate_rows, at, inside, RESIDUAL)
+    """The tokens of a run; ``SINGLE``: a block holds a whole row."""
+    b, begin, end = run_of(tokens, segments, parts)
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    x += b * x_b
+    if branch is not None:
+        branch += b * branch_b
+    for first in range(begin, end, ROWS):
+        n = first + tl.arange(0, ROWS)
+        token = b * tokens + n
+        valid = n < end
+        if SINGLE:
+            within = columns < D
+            inside = valid[:, None] & within[None, :]
+            out = token[:, None] * D + columns[None, :]
+            value = load_rows(x, n, x_n, columns, x_d, inside)
+            if branch is not None:
+                term = load_rows(branch, n, branch_n, columns, branch_d, inside)
+                factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, columns, within)
+            if h is not None:
+                gain = load_modulation(scale, b, first, scale_tokens, scale_b, scale_f, scale_d, columns, within)
+                offset = load_modulation(shift, b, first, shift_tokens, shift_b, shift_f, shift_d, columns, within)
+            if branch is not None:
+                value += factor * term
+                tl.store(x_new + out, value.to(x_new.dtype.element_ty), mask=inside)
+            if h is not None:
+                row_mean = tl.sum(value, 1) / D
                 centred = tl.where(inside, value - row_mean[:, None], 0.0)
-                total += centred * centred
-            row_rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / D + eps)
-            scale_rows = row_offset(token, tokens, scale_b, scale_f, True, scale_tokens)
-            shift_rows = row_offset(token, tokens, shift_b, shift_f, True, shift_tokens)
-            for begin in range(0, D, BLOCK_D):
-                at = begin + columns
-                inside = valid[:, None] & (at < D)[None, :]
-                value = unrounded(x, branch, gate, x_rows, branch_rows, gate_rows, at, inside, RESIDUAL)
-                out = (value - row_mean[:, None]) * row_rstd[:, None] * (1.0 + load_rows(scale, scale_rows, at, inside))
-                out += load_rows(shift, shift_rows, at, inside)
-                tl.store(h + out_rows[:, None] + at[None, :], out.to(h.dtype.element_ty), mask=inside)
-            tl.store(mean + token, row_mean, mask=valid)
-            tl.store(rstd + token, row_rstd, mask=valid)
+                row_rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
+                normal = centred * row_rstd[:, None] * (1.0 + gain) + offset
+                tl.store(h + out, normal.to(h.dtype.element_ty), mask=inside)
+                tl.store(mean + token, row_mean, mask=valid)
+                tl.store(rstd + token, row_rstd, mask=valid)
+        else:
+            total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            for piece in range(0, D, BLOCK_D):
+                at = piece + columns
+                within = at < D
+                inside = valid[:, None] & within[None, :]
+                value = load_rows(x, n, x_n, at, x_d, inside)
+                if branch is not None:
+                    factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
+                    value += factor * load_rows(branch, n, branch_n, at, branch_d, inside)
+                    out = token[:, None] * D + at[None, :]
+                    tl.store(x_new + out, value.to(x_new.dtype.element_ty), mask=inside)
+                total += value
+            if h is not None:
+                row_mean = tl.sum(total, 1) / D
+                total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+                for piece in range(0, D, BLOCK_D):
+                    at = piece + columns
+                    within = at < D
+                    inside = valid[:, None] & within[None, :]
+                    value = load_rows(x, n, x_n, at, x_d, inside)
+                    if branch is not None:
+                        factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
+                        value += factor * load_rows(branch, n, branch_n, at, branch_d, inside)
+                    centred = tl.where(inside, value - row_mean[:, None], 0.0)
+                    total += centred * centred
+                row_rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / D + eps)
+                for piece in range(0, D, BLOCK_D):
+                    at = piece + columns
+                    within = at < D
+                    inside = valid[:, None] & within[None, :]
+                    value = load_rows(x, n, x_n, at, x_d, inside)
+                    if branch is not None:
+                        factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
+                        value += factor * load_rows(branch, n, branch_n, at, branch_d, inside)
+                    gain = load_modulation(scale, b, first, scale_tokens, scale_b, scale_f, scale_d, at, within)
+                    offset = load_modulation(shift, b, first, shift_tokens, shift_b, shift_f, shift_d, at, within)
+                    normal = (value - row_mean[:, None]) * row_rstd[:, None] * (1.0 + gain) + offset
+                    tl.store(h + token[:, None] * D + at[None, :], normal.to(h.dtype.element_ty), mask=inside)
+                tl.store(mean + token, row_mean, mask=valid)
+                tl.store(rstd + token, row_rstd, mask=valid)
 
 
 def forward(
@@ -95,14 +113,16 @@ def forward(
     eps: float = 0.0,
 ) -> None:
     B, N, D = x.shape
-    if B * N == 0:
-        return
     block, single = block_of(D)
+    segments = segments_of(gate, shift, scale)
+    length = N // segments
 
     def run(tile: _triton.Tile) -> None:
+        tile = fitting(tile, length)
+        parts = triton.cdiv(length, tile.blocks["ROWS"])
         _triton.launch(
             adaln_forward_kernel,
-            (triton.cdiv(B * N, tile.blocks["ROWS"]),),
+            (B * segments * parts,),
             tile,
             **(arguments_of("x", x) | arguments_of("branch", branch)),
             **(
@@ -110,8 +130,8 @@ def forward(
                 | arguments_of_rows("shift", shift, N)
                 | arguments_of_rows("scale", scale, N)
             ),
-            **{"x_new": x_new, "h": h, "mean": mean, "rstd": rstd, "count": B * N, "tokens": N, "D": D, "eps": eps},
-            **{"RESIDUAL": branch is not None, "NORM": h is not None, "SINGLE": single, "BLOCK_D": block},
+            **{"x_new": x_new, "h": h, "mean": mean, "rstd": rstd, "eps": eps},
+            **{"tokens": N, "segments": segments, "parts": parts, "D": D, "SINGLE": single, "BLOCK_D": block},
         )
 
     run(_triton.pick(MODULATION, ("forward", block), x.device, run))

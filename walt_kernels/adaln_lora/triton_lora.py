@@ -1,15 +1,17 @@
-"""Triton kernels of adaln_lora: all layers in one launch, forward (hidden, then out) and backward (up, hidden,
-then down).
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of adaln_lora: all layers in one launch, forward (hidden, then out) and backward (up, hidden, down,
+then sums over layers).
 
-Products are summed in float32 in an order that depends on shapes alone. Plain sums over partial rows are torch.sum.
+Products are summed in float32 in an order that depends on shapes alone.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, float32
 
 from .. import _triton
 from .triton_tiles import LORA, PROGRAMS_PER_PROCESSOR, block_of_rank
@@ -25,8 +27,9 @@ def _tile(pointer, rows, row_stride, row_count, columns, column_stride, column_c
 
 @triton.jit
 def lora_hidden_kernel(
-    cond, down, hidden, batch, rank, D, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    cond, down, hidden, cond_b, cond_d, down_l, down_r, down_d, batch, rank, D,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """hidden[l, b, r] = sum over d of cond[b, d] * down[l, r, d]"""
     layer = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -34,8 +37,8 @@ def lora_hidden_kernel(
     total = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
     for begin in range(0, D, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        c = _tile(cond, b, D, batch, d, 1, D)
-        w = _tile(down + layer * rank * D, d, 1, D, r, D, rank)
+        c = _tile(cond, b, cond_b, batch, d, cond_d, D)
+        w = _tile(down + layer * down_l, d, down_d, D, r, down_r, rank)
         total = tl.dot(c, w, total, input_precision="ieee")
     inside = (b < batch)[:, None] & (r < rank)[None, :]
     tl.store(hidden + layer * batch * rank + b[:, None] * rank + r[None, :], total, mask=inside)
@@ -43,17 +46,18 @@ def lora_hidden_kernel(
 
 @triton.jit
 def lora_out_kernel(
-    base, up, hidden, out, batch, rank, K, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    base, up, hidden, out, base_b, base_k, up_l, up_k, up_r, batch, rank, K,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out[l, b, k] = base[b, k] + sum over r of hidden[l, b, r] * up[l, k, r]"""
     layer = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
-    total = _tile(base, b, K, batch, k, 1, K).to(tl.float32)
+    total = _tile(base, b, base_b, batch, k, base_k, K).to(tl.float32)
     for begin in range(0, rank, BLOCK_R):
         r = begin + tl.arange(0, BLOCK_R)
         h = _tile(hidden + layer * batch * rank, b, rank, batch, r, 1, rank)
-        w = _tile(up + layer * K * rank, r, 1, rank, k, rank, K).to(tl.float32)
+        w = _tile(up + layer * up_l, r, up_r, rank, k, up_k, K).to(tl.float32)
         total = tl.dot(h, w, total, input_precision="ieee")
     inside = (b < batch)[:, None] & (k < K)[None, :]
     to = out + layer * batch * K + b[:, None] * K + k[None, :]
@@ -62,8 +66,9 @@ def lora_out_kernel(
 
 @triton.jit
 def lora_up_backward_kernel(
-    grad, hidden, grad_up, batch, rank, K, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    grad, hidden, grad_up, grad_l, grad_b, grad_k, batch, rank, K,
+    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """grad_up[l, k, r] = sum over b of grad[l, b, k] * hidden[l, b, r]"""
     layer = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -72,7 +77,7 @@ def lora_up_backward_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for begin in range(0, batch, BLOCK_B):
         b = begin + tl.arange(0, BLOCK_B)
-        g = _tile(grad + layer * batch * K, b, K, batch, k, 1, K).to(tl.float32)
+        g = _tile(grad + layer * grad_l, b, grad_b, batch, k, grad_k, K).to(tl.float32)
         h = _tile(hidden + layer * batch * rank, r, 1, rank, b, rank, batch)
         total = tl.dot(h, g, total, input_precision="ieee")
     to = grad_up + layer * K * rank + k[None, :] * rank + r[:, None]
@@ -81,7 +86,7 @@ def lora_up_backward_kernel(
 
 @triton.jit
 def lora_hidden_backward_kernel(
-    grad, up, partial, batch, rank, K, parts,
+    grad, up, partial, grad_l, grad_b, grad_k, up_l, up_k, up_r, batch, rank, K, parts,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One part of grad_hidden[l, b, r] = sum over k of grad[l, b, k] * up[l, k, r]: a run of blocks of k."""
@@ -93,8 +98,8 @@ def lora_hidden_backward_kernel(
     total = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
     for block in range(blocks * part // parts, blocks * (part + 1) // parts):
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        g = _tile(grad + layer * batch * K, b, K, batch, k, 1, K)
-        w = _tile(up + layer * K * rank, k, rank, K, r, 1, rank)
+        g = _tile(grad + layer * grad_l, b, grad_b, batch, k, grad_k, K)
+        w = _tile(up + layer * up_l, k, up_k, K, r, up_r, rank)
         total = tl.dot(g, w, total, input_precision="ieee")
     layers = tl.num_programs(0) // parts
     to = partial + (part * layers + layer) * batch * rank + b[:, None] * rank + r[None, :]
@@ -102,21 +107,31 @@ def lora_hidden_backward_kernel(
 
 
 @triton.jit
+def _grad_hidden(partial, parts, layers, layer, b, batch, r, rank, BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The sum of the parts of grad_hidden."""
+    total = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
+    for part in range(parts):
+        total += _tile(partial + (part * layers + layer) * batch * rank, b, rank, batch, r, 1, rank)
+    return total
+
+
+@triton.jit
 def lora_down_backward_kernel(
-    grad_hidden, cond, down, grad_down, partial, batch, rank, D,
+    grad_hidden, cond, down, grad_down, partial, cond_b, cond_d, down_l, down_r, down_d, batch, rank, D, parts,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """grad_down[l, r, d] = sum over b of grad_hidden[l, b, r] * cond[b, d], and this layer's part of
-    grad_cond[b, d] = sum over l and r of grad_hidden[l, b, r] * down[l, r, d]."""
+    grad_cond[b, d] = sum over l and r of grad_hidden[l, b, r] * down[l, r, d]. ``grad_hidden`` comes in parts."""
     layer = tl.program_id(0).to(tl.int64)
+    layers = tl.num_programs(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     for begin in range(0, rank, BLOCK_R):
         r = begin + tl.arange(0, BLOCK_R)
         total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for first in range(0, batch, BLOCK_B):
             b = first + tl.arange(0, BLOCK_B)
-            dh = _tile(grad_hidden + layer * batch * rank, b, rank, batch, r, 1, rank)
-            c = _tile(cond, b, D, batch, d, 1, D).to(tl.float32)
+            dh = _grad_hidden(grad_hidden, parts, layers, layer, b, batch, r, rank, BLOCK_B, BLOCK_R)
+            c = _tile(cond, b, cond_b, batch, d, cond_d, D).to(tl.float32)
             total = tl.dot(tl.trans(dh), c, total, input_precision="ieee")
         to = grad_down + layer * rank * D + r[:, None] * D + d[None, :]
         tl.store(to, total.to(grad_down.dtype.element_ty), mask=(r < rank)[:, None] & (d < D)[None, :])
@@ -125,26 +140,42 @@ def lora_down_backward_kernel(
         part = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
         for begin in range(0, rank, BLOCK_R):
             r = begin + tl.arange(0, BLOCK_R)
-            dh = _tile(grad_hidden + layer * batch * rank, b, rank, batch, r, 1, rank)
-            w = _tile(down + layer * rank * D, r, D, rank, d, 1, D).to(tl.float32)
+            dh = _grad_hidden(grad_hidden, parts, layers, layer, b, batch, r, rank, BLOCK_B, BLOCK_R)
+            w = _tile(down + layer * down_l, r, down_r, rank, d, down_d, D).to(tl.float32)
             part = tl.dot(dh, w, part, input_precision="ieee")
         to = partial + (layer * batch + b[:, None]) * D + d[None, :]
         tl.store(to, part, mask=(b < batch)[:, None] & (d < D)[None, :])
 
 
+@triton.jit
+def lora_sum_kernel(source, out, source_l, source_b, source_d, layers, D, BLOCK: tl.constexpr):
+    """out[b, d] = sum over layers of source[layer, b, d]"""
+    b = tl.program_id(0).to(tl.int64)
+    d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    at = source + b * source_b + d * source_d
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(layers):
+        total += tl.load(at, mask=d < D, other=0.0).to(tl.float32)
+        at += source_l
+    tl.store(out + b * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+def _strided(name: str, axes: str, tensor: Tensor) -> dict[str, Any]:
+    """A tensor and its strides by the names of its axes."""
+    return {name: tensor} | {f"{name}_{axis}": step for axis, step in zip(axes, tensor.stride(), strict=True)}
+
+
 def lora_forward(cond: Tensor, base: Tensor, down: Tensor, up: Tensor, out: Tensor, hidden: Tensor) -> None:
-    cond, base, down, up = cond.contiguous(), base.contiguous(), down.contiguous(), up.contiguous()
     (layers, rank, D), (batch, K) = down.shape, base.shape
-    if out.numel() == 0 or hidden.numel() == 0:
-        out.copy_(base.expand_as(out))
-        return
     sizes, batches = {"batch": batch, "rank": rank, "BLOCK_B": BLOCK_B}, triton.cdiv(batch, BLOCK_B)
     tile = _triton.pick(LORA, ("hidden", block_of_rank(rank)), cond.device)
     grid = (layers, triton.cdiv(rank, tile.blocks["BLOCK_R"]), batches)
-    _triton.launch(lora_hidden_kernel, grid, tile, cond=cond, down=down, hidden=hidden, D=D, **sizes)
+    inputs = _strided("cond", "bd", cond) | _strided("down", "lrd", down)
+    _triton.launch(lora_hidden_kernel, grid, tile, hidden=hidden, D=D, **inputs, **sizes)
     tile = _triton.pick(LORA, ("out", block_of_rank(rank)), cond.device)
     grid = (layers, triton.cdiv(K, tile.blocks["BLOCK_K"]), batches)
-    _triton.launch(lora_out_kernel, grid, tile, base=base, up=up, hidden=hidden, out=out, K=K, **sizes)
+    inputs = _strided("base", "bk", base) | _strided("up", "lkr", up)
+    _triton.launch(lora_out_kernel, grid, tile, hidden=hidden, out=out, K=K, **inputs, **sizes)
 
 
 def lora_backward(
@@ -158,32 +189,42 @@ def lora_backward(
     grad_down: Tensor,
     grad_up: Tensor,
 ) -> None:
-    grad, cond, down, up = grad_out.contiguous(), cond.contiguous(), down.contiguous(), up.contiguous()
-    grad_base.copy_(grad.sum(0, dtype=torch.float32))
-    (layers, rank, D), (_, batch, K) = down.shape, grad.shape
-    if grad.numel() == 0 or hidden.numel() == 0:
-        for gradient in (grad_cond, grad_down, grad_up):
-            gradient.zero_()
-        return
+    (layers, rank, D), (_, batch, K) = down.shape, grad_out.shape
     sizes = {"batch": batch, "rank": rank, "BLOCK_B": BLOCK_B}
+    grad = _strided("grad", "lbk", grad_out)
     tile = _triton.pick(LORA, ("up_backward", block_of_rank(rank)), cond.device)
     grid = (layers, triton.cdiv(K, tile.blocks["BLOCK_K"]), triton.cdiv(rank, tile.blocks["BLOCK_R"]))
-    _triton.launch(lora_up_backward_kernel, grid, tile, grad=grad, hidden=hidden, grad_up=grad_up, K=K, **sizes)
+    _triton.launch(lora_up_backward_kernel, grid, tile, hidden=hidden, grad_up=grad_up, K=K, **grad, **sizes)
 
     tile = _triton.pick(LORA, ("hidden_backward", block_of_rank(rank)), cond.device)
     ranks, batches = triton.cdiv(rank, tile.blocks["BLOCK_R"]), triton.cdiv(batch, BLOCK_B)
     programs = PROGRAMS_PER_PROCESSOR * _triton.target(cond.device).processors
-    parts = max(1, min(triton.cdiv(K, tile.blocks["BLOCK_K"]), programs // (layers * ranks * batches)))
-    partial = torch.empty((parts, layers, batch, rank), dtype=torch.float32, device=cond.device)
-    inputs = {"grad": grad, "up": up, "K": K, "parts": parts}
+    parts = max(1, min(triton.cdiv(K, tile.blocks["BLOCK_K"]), programs // max(1, layers * ranks * batches)))
+    grad_hidden = _triton.empty((parts, layers, batch, rank), float32, cond.device)
     _triton.launch(
-        lora_hidden_backward_kernel, (layers * parts, ranks, batches), tile, partial=partial, **inputs, **sizes
+        lora_hidden_backward_kernel,
+        (layers * parts, ranks, batches),
+        tile,
+        **(grad | _strided("up", "lkr", up) | sizes),
+        **{"partial": grad_hidden, "K": K, "parts": parts},
     )
 
     tile = _triton.pick(LORA, ("down_backward", block_of_rank(rank)), cond.device)
-    inputs = {"grad_hidden": partial.sum(0), "cond": cond, "down": down}
-    partial = torch.empty((layers, batch, D), dtype=torch.float32, device=cond.device)
-    grid = (layers, triton.cdiv(D, tile.blocks["BLOCK_D"]), 1)
-    outputs = {"grad_down": grad_down, "partial": partial}
-    _triton.launch(lora_down_backward_kernel, grid, tile, D=D, **inputs, **outputs, **sizes)
-    grad_cond.copy_(partial.sum(0))
+    partial = _triton.empty((layers, batch, D), float32, cond.device)
+    _triton.launch(
+        lora_down_backward_kernel,
+        (layers, triton.cdiv(D, tile.blocks["BLOCK_D"]), 1),
+        tile,
+        **(_strided("cond", "bd", cond) | _strided("down", "lrd", down) | sizes),
+        **{"grad_hidden": grad_hidden, "grad_down": grad_down, "partial": partial, "D": D, "parts": parts},
+    )
+    tile = _triton.pick(LORA, ("sum",), cond.device)
+    for source, total in ((grad_out, grad_base), (partial, grad_cond)):
+        width = total.shape[1]
+        _triton.launch(
+            lora_sum_kernel,
+            (batch, triton.cdiv(width, tile.blocks["BLOCK"])),
+            tile,
+            **_strided("source", "lbd", source),
+            **{"out": total, "layers": layers, "D": width},
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .._triton import Table, Tile
 
 WIDEST = 4096  # rows up to here are held by one program
@@ -21,11 +23,17 @@ def _rows(block: int, elements: int) -> Tile:
     return Tile({"ROWS": rows}, warps=max(1, min(16, rows * block // 256)))
 
 
+def fitting(tile: Tile, length: int) -> Tile:
+    """The tile without rows beyond the ``length`` tokens of a segment."""
+    rows = min(tile.blocks["ROWS"], 1 << max(0, length - 1).bit_length())
+    return replace(tile, blocks={**tile.blocks, "ROWS": rows})
+
+
 _BLOCKS = [1 << i for i in range(4, 13)]
 MODULATION: Table = {
     **{("forward", block): {"any": _rows(block, 1024)} for block in _BLOCKS},
     **{("backward", block): {"any": _rows(block, 2048)} for block in _BLOCKS},
-    ("row_means", WIDEST // 2): {"any": _rows(WIDEST // 2, 2048)},
+    ("row_means", WIDEST // 2): {"any": Tile({}, warps=8)},
     ("finish",): {"any": Tile({"BLOCK_D": 128})},
 }
 
@@ -40,4 +48,5 @@ LORA: Table = {
     **{("hidden_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 128})} for r in (16, 32)},
     **{("up_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_K": 64})} for r in (16, 32)},
     **{("down_backward", r): {"any": Tile({"BLOCK_R": r, "BLOCK_D": 64})} for r in (16, 32)},
+    ("sum",): {"any": Tile({"BLOCK": 256})},
 }

@@ -26,7 +26,8 @@ from .._dispatch import Backend
 from .._layout import memory_format
 from .._library import autocast, is_open, transformed
 from ..values import is_int, plain
-from . import native, onednn, reference
+from . import cudnn, native, onednn, reference
+from .defaults import DEFAULTS
 from .layout import gradients_like, output_like
 
 Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
@@ -82,10 +83,12 @@ def _sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
     flops=(flops, _backward_flops),
     backends=(
         _triton.backend(__package__),
+        cudnn.backend(),
         onednn.backend(),
         Backend("cpu", _native.unsupported, native.forward, native.backward),
     ),
     sample=_sample,
+    defaults=DEFAULTS,
 )
 def causal_conv3d(
     x: Tensor,
@@ -105,7 +108,7 @@ def causal_conv3d(
     y[b, o, i, h, w] = bias[o] + sum over c, j, u, v of
         weight[o, c, j, u, v] * x[b, c, i*st - (kt-1-j)*dt, h*sh + u*dh - top, w*sw + v*dw - left]
     with c over the channels of o's group. Padding and history are read in place: nothing the size of x is copied
-    (but by the backend ``onednn``, which keeps a copy for the backward pass).
+    (but by the backends ``onednn``, which keeps a copy for the backward pass, and ``cudnn`` outside channels_last_3d).
 
     Args:
         x: [B, C, T, H, W], float32, bfloat16, float16 or float64, any strides. B may be 0.

@@ -18,11 +18,16 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "64 to 64": (64, 64, 64, {}),
     "stem": (3, 64, 128, {"time_padding": "first_frame"}),
     "head": (128, 3, 128, {}),
+    "head, history": (128, 3, 64, {"history": True, "space_padding": "replicate"}),
+    "8 to 3": (8, 3, 64, {}),
+    "256 to 256": (256, 256, 64, {}),
+    "512 to 512": (512, 512, 16, {"time_padding": "first_frame"}),
     "128 to 128, first frame": (128, 128, 64, {"time_padding": "first_frame"}),
     "128 to 128, history": (128, 128, 64, {"history": True}),
     "128 to 128, reflect": (128, 128, 64, {"space_padding": "reflect"}),
     "128 to 128, replicate, history": (128, 128, 64, {"space_padding": "replicate", "history": True}),
     "128 to 256, stride": (128, 256, 64, {"stride": 2, "time_padding": "first_frame"}),
+    "128 to 128, stride, contiguous": (128, 128, 64, {"kernel": 4, "stride": 2}),
     "128 to 128, contiguous": (128, 128, 64, {}),
     "stem, contiguous": (3, 64, 128, {}),
     "depthwise": (256, 256, 32, {"groups": 256}),
@@ -33,7 +38,10 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "64 to 64, history": (64, 64, 64, {"history": True}),
     "128 to 128, over 2^31": (128, 128, 2048, {}),
 }
-IN_EVERY_DTYPE = ("128 to 128", "64 to 64", "stem", "head", "128 to 128, replicate", "128 to 16")
+IN_EVERY_DTYPE = (
+    *("128 to 128", "256 to 256", "64 to 64", "stem", "head", "8 to 3"),
+    *("128 to 128, contiguous", "64 to 64, history", "128 to 128, replicate", "128 to 16"),
+)
 
 
 def _inputs(case: str, dtype: torch.dtype) -> dict[str, Any]:

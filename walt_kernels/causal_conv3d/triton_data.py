@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_geometry import by_tap, geometry, oriented, strides, wide
+from .triton_geometry import geometry, oriented, strides, wide
+from .triton_order import by_tap
 from .triton_patch import convolve, takes
 from .triton_tiles import PIXELS, data_key
 
@@ -70,6 +71,29 @@ def taps_between(low, high, last, K: tl.constexpr, S: tl.constexpr, D: tl.conste
 
 
 @triton.jit
+def gather_sent(
+    grad, h, w, last_seer, tap, o, valid, frames_out, height_out, width_out, grad_c, grad_t, grad_h, grad_w,
+    KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What position (h, w) of the padded frame gets back through each tap of ``tap``, zeros where ``valid`` is not.
+
+    ``last_seer`` is the frame that sees the position's frame through tap 0, times ST.
+    """
+    from_t, from_h, from_w = last_seer - tap // (KH * KW) * DT, h - tap // KW % KH * DH, w - tap % KW * DW
+    t, row, column = from_t // ST, from_h // SH, from_w // SW
+    inside = (
+        (from_t >= 0) & (t < frames_out) & (from_h >= 0) & (row < height_out) & (from_w >= 0) & (column < width_out)
+    )
+    if ST * SH * SW > 1:
+        inside &= (from_t % ST == 0) & (from_h % SH == 0) & (from_w % SW == 0)
+    if WIDE:
+        t, row, column, o = t.to(tl.int64), row.to(tl.int64), column.to(tl.int64), o.to(tl.int64)
+    offsets = t * grad_t + row * grad_h + column * grad_w + o * grad_c
+    return tl.load(grad + offsets, mask=inside & valid, other=0.0)
+
+
+@triton.jit
 def conv_data_kernel(
     grad, weight, dx,
     frames, first_frame, row, column, rows, columns, copies_h, copies_w,
@@ -79,17 +103,19 @@ def conv_data_kernel(
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    TIME: tl.constexpr, SPACE: tl.constexpr, EDGE: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    TIME: tl.constexpr, SPACE: tl.constexpr, EDGE: tl.constexpr, LAST: tl.constexpr, FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M pixels of a rectangle of an input frame and BLOCK_N channels of a group.
 
     ``EDGE``: the rectangle's pixels have copies. Otherwise a program takes pixels one stride apart, which are seen
     through the same taps (STEP apart), and visits no other taps. ``LAST``: channels are grad's innermost dimension.
+    ``FOLD``: a block of the sum holds output channels of several taps.
     """
     program, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    APART_H: tl.constexpr = 1 if EDGE else SH
-    APART_W: tl.constexpr = 1 if EDGE else SW
+    APART_H: tl.constexpr = 1 if EDGE or FOLD else SH
+    APART_W: tl.constexpr = 1 if EDGE or FOLD else SW
     rows_apart, columns_apart = tl.cdiv(rows, APART_H), tl.cdiv(columns, APART_W)
     tiles_n = tl.cdiv(channels, BLOCK_N)
     tiles_m = tl.cdiv(rows_apart * columns_apart, BLOCK_M)
@@ -138,28 +164,44 @@ def conv_data_kernel(
             v_first, v_count = taps_of(column_phase + left, 0, KW, SW, DW, False)
         place_h, place_w = oriented(place_h + top, LAST), oriented(place_w + left, LAST)
         copied = oriented(copied, LAST)
-        for step in range(j_count * u_count * v_count * blocks):
-            tap = step // blocks
-            v = v_first + tap % v_count * (1 if EDGE else STEP_W)
-            u = u_first + tap // v_count % u_count * (1 if EDGE else STEP_H)
-            j = j_first + tap // (v_count * u_count) * STEP_T
-            from_h, from_w = place_h - u * DH, place_w - v * DW
-            h_out, w_out = from_h // SH, from_w // SW
-            inside = copied & (from_h >= 0) & (h_out < height_out) & (from_w >= 0) & (w_out < width_out)
-            if EDGE:
-                inside &= (from_h % SH == 0) & (from_w % SW == 0)
-            o = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-            valid = o < out_channels
-            if WIDE:
-                o, h_out, w_out = o.to(tl.int64), h_out.to(tl.int64), w_out.to(tl.int64)
-            base = grad + ((last_seer - j * DT) // ST).to(tl.int64) * grad_t
-            offsets = h_out * grad_h + w_out * grad_w + oriented(o, not LAST) * grad_c
-            sent = tl.load(base + offsets, mask=inside & oriented(valid, not LAST), other=0.0)
-            if not LAST:
-                sent = tl.trans(sent)
-            offsets = o[:, None] * (TAPS * channels) + ((j * KH + u) * KW + v) * channels + c_at[None, :]
-            filters = tl.load(weight + offsets, mask=valid[:, None] & (c < channels)[None, :], other=0.0)
-            acc = tl.dot(sent, filters, acc, input_precision="ieee")
+        if FOLD:
+            for step in range(tl.where(j_count > 0, tl.cdiv(TAPS * out_channels, BLOCK_K), 0)):
+                k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+                valid = k < TAPS * out_channels
+                tap, o = k // out_channels, k % out_channels
+                sent = gather_sent(
+                    grad, place_h, place_w, last_seer, oriented(tap, not LAST), oriented(o, not LAST),
+                    copied & oriented(valid, not LAST), frames_out, height_out, width_out,
+                    grad_c, grad_t, grad_h, grad_w, KH, KW, ST, SH, SW, DT, DH, DW, WIDE,
+                )  # fmt: skip
+                if not LAST:
+                    sent = tl.trans(sent)
+                offsets = ((o * TAPS + tap) * channels)[:, None] + c_at[None, :]
+                filters = tl.load(weight + offsets, mask=valid[:, None] & (c < channels)[None, :], other=0.0)
+                acc = tl.dot(sent, filters, acc, input_precision="ieee")
+        else:
+            for step in range(j_count * u_count * v_count * blocks):
+                tap = step // blocks
+                v = v_first + tap % v_count * (1 if EDGE else STEP_W)
+                u = u_first + tap // v_count % u_count * (1 if EDGE else STEP_H)
+                j = j_first + tap // (v_count * u_count) * STEP_T
+                from_h, from_w = place_h - u * DH, place_w - v * DW
+                h_out, w_out = from_h // SH, from_w // SW
+                inside = copied & (from_h >= 0) & (h_out < height_out) & (from_w >= 0) & (w_out < width_out)
+                if EDGE:
+                    inside &= (from_h % SH == 0) & (from_w % SW == 0)
+                o = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+                valid = o < out_channels
+                if WIDE:
+                    o, h_out, w_out = o.to(tl.int64), h_out.to(tl.int64), w_out.to(tl.int64)
+                base = grad + ((last_seer - j * DT) // ST).to(tl.int64) * grad_t
+                offsets = h_out * grad_h + w_out * grad_w + oriented(o, not LAST) * grad_c
+                sent = tl.load(base + offsets, mask=inside & oriented(valid, not LAST), other=0.0)
+                if not LAST:
+                    sent = tl.trans(sent)
+                offsets = o[:, None] * (TAPS * channels) + ((j * KH + u) * KW + v) * channels + c_at[None, :]
+                filters = tl.load(weight + offsets, mask=valid[:, None] & (c < channels)[None, :], other=0.0)
+                acc = tl.dot(sent, filters, acc, input_precision="ieee")
 
     if WIDE:
         h, w = h.to(tl.int64), w.to(tl.int64)
@@ -214,14 +256,15 @@ def backward_data(
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     copies = [3 if space_padding == "reflect" else 1 + sum(pair) for pair in (padding[:2], padding[2:])]
     filters = by_tap(weight)
-    if history is None and grad_x is not None and takes(grad, weight, stride, dilation, space_padding, groups):
-        convolve(grad, filters, None, grad_x, padding[::2], time_padding, True)
+    if history is None and grad_x is not None and takes(grad, x, weight, stride, dilation, space_padding, groups):
+        convolve(grad, filters, None, grad_x, stride, padding[::2], time_padding, True)
         return
 
     def write(dx: Tensor, first_frame: int, edge: bool, piece: dict[str, int]) -> None:
-        apart_h, apart_w = (1, 1) if edge else stride[1:]
-        pixels = triton.cdiv(piece["rows"], apart_h) * triton.cdiv(piece["columns"], apart_w)
         key = data_key(x.dtype, shared["out_channels"], shared["channels"], edge)
+        fold = key[-1] == "short sum"
+        apart_h, apart_w = (1, 1) if edge or fold else stride[1:]
+        pixels = triton.cdiv(piece["rows"], apart_h) * triton.cdiv(piece["columns"], apart_w)
 
         def run(tile: _triton.Tile) -> None:
             tiles = triton.cdiv(pixels, tile.blocks["BLOCK_M"]) * triton.cdiv(weight.shape[1], tile.blocks["BLOCK_N"])
@@ -235,6 +278,7 @@ def backward_data(
                 **dict(zip(("STEP_T", "STEP_H", "STEP_W"), steps, strict=True)),
                 EDGE=edge,
                 LAST=grad.stride(1) == 1,
+                FOLD=fold,
                 WIDE=wide(grad, filters, dx),
             )
 

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_geometry import by_tap, gather, geometry, oriented, strides, wide
+from .triton_geometry import gather, geometry, oriented, strides, wide
+from .triton_order import by_tap
 from .triton_patch import convolve, takes
 from .triton_tiles import PIXELS, forward_key
 
@@ -104,8 +105,8 @@ def forward(
 ) -> None:
     shared = geometry(x, weight, history, y, stride, dilation, padding, time_padding, space_padding, groups)
     filters, pixels = by_tap(weight), y.shape[3] * y.shape[4]
-    if history is None and takes(x, weight, stride, dilation, space_padding, groups):
-        convolve(x, filters, bias, y, padding[::2], time_padding, False)
+    if history is None and takes(x, x, weight, stride, dilation, space_padding, groups):
+        convolve(x, filters, bias, y, stride, padding[::2], time_padding, False)
         return
     key = forward_key(x.dtype, shared["channels"], shared["out_channels"])
 

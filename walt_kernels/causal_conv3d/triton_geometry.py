@@ -85,14 +85,6 @@ def strides(name: str, tensor: Tensor | None, axes: str = "bcthw") -> dict[str, 
     return {f"{name}_{axis}": 0 if tensor is None else tensor.stride("bcthw".index(axis)) for axis in axes}
 
 
-def by_tap(weight: Tensor) -> Tensor:
-    """The weight as [C_out, kt, kh, kw, C / groups] in memory, which channels_last_3d is already.
-
-    Rows of C, whichever of its two channel axes is summed over: forward and backward read the same copy.
-    """
-    return weight.permute(0, 2, 3, 4, 1).contiguous()
-
-
 def geometry(
     x: Tensor,
     weight: Tensor,

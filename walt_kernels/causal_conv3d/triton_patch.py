@@ -1,15 +1,19 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The plain convolution with TMA loads, in Triton: a tile is a patch of a frame, and a tap's tile is one box of memory.
+"""The convolution with TMA loads, in Triton: a tile is a patch of a frame, and a tap's tile is one box of memory.
 
 What lies outside a frame arrives as zeros, so zero padding needs no mask and no address arithmetic at all. For
-stride 1, dilation 1, one group and zeros around frames, with channels innermost. The gradient of the input is the
-same walk with mirrored taps.
+strides of 1 or 2, dilation 1, one group and zeros around frames, with channels innermost. The gradient of the input
+is the same walk with mirrored taps.
+
+Out channels are the rows of the product and pixels its columns, so that both operands are read from shared memory as
+they arrive. With pixels as rows, Triton 3.6 and 3.7 take the reshaped box through registers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,69 +21,116 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _triton
 from .triton_geometry import strides, wide
-from .triton_tiles import PATCH, patch_key
+from .triton_tiles import FINISH, PATCH, patch_key
 
 
 @triton.jit
 def conv_patch_kernel(
-    x, weight, bias, y,
-    frames, sources, height, width, row_shift, column_shift, channels, out_channels,
+    x, weight, bias, y, partials,
+    batch, frames, sources, height, width, top, left, channels, out_channels, row_apart, elements,
     y_b, y_c, y_t, y_h, y_w,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     TIME: tl.constexpr, BACKWARD: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A patch of BLOCK_H x BLOCK_W pixels of y and BLOCK_N of its channels.
+    """A patch of BLOCK_H x BLOCK_W pixels of y and BLOCK_N of its channels; one part of their sum with ``partials``.
 
-    ``x`` is [B * sources, rows, columns, channels] and ``weight`` [C_out, KT * KH * KW, C], boxes of them. Forward, y's
-    row h sees x's rows h - row_shift + u; ``BACKWARD``, h + row_shift - u.
+    ``x`` are boxes of frames as ``box_of`` makes them, ``weight`` boxes of [C_out, KT * KH * KW * C]. Forward, y's
+    row h sees x's rows h SH - top + u. ``BACKWARD``, x is the gradient of the output, and y's row h is seen by the
+    rows (h + top - u) / SH: a patch takes pixels one stride apart, which are seen through the same taps.
     """
-    program = tl.program_id(0)
-    tiles_n, tiles_w = tl.cdiv(out_channels, BLOCK_N), tl.cdiv(width, BLOCK_W)
+    APART_H: tl.constexpr = SH if BACKWARD else 1
+    APART_W: tl.constexpr = SW if BACKWARD else 1
+    BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
+    program, part = tl.program_id(0), tl.program_id(1)
+    tiles_n = tl.cdiv(out_channels, BLOCK_N)
+    tiles_w, tiles_h = tl.cdiv(tl.cdiv(width, APART_W), BLOCK_W), tl.cdiv(tl.cdiv(height, APART_H), BLOCK_H)
     n, program = program % tiles_n * BLOCK_N, program // tiles_n
     column, program = program % tiles_w * BLOCK_W, program // tiles_w
-    tiles_h = tl.cdiv(height, BLOCK_H)
-    row, frame = program % tiles_h * BLOCK_H, program // tiles_h
-    b, t = frame // frames, frame % frames
-
+    row, program = program % tiles_h * BLOCK_H, program // tiles_h
+    phase, program = program % (APART_H * APART_W), program // (APART_H * APART_W)
+    row_phase, column_phase = phase // APART_W, phase % APART_W
+    # Frames that see (or are seen by) the most come first: short sums fill the last processors.
+    b, t = program % batch, program // batch
     blocks = tl.cdiv(channels, BLOCK_K)
-    BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    copies = 1
-    if BACKWARD and TIME == "first_frame":  # of frame 0, before it
-        copies = tl.where(t == 0, KT, 1)
-    for back in range(copies):
-        if BACKWARD:  # the frame t - back is seen by the frames t - back + KT - 1 - j that there are
-            j_first = tl.maximum(t - back + KT - sources, 0)
-            j_end = tl.minimum(t - back + KT, KT)
+
+    # The sum in one flat loop over (group, u, v, block of channels). A group is a tap in time.
+    if BACKWARD:
+        u_first, v_first = (row_phase + top) % SH, (column_phase + left) % SW
+        from_row, from_column = row + (row_phase + top) // SH, column + (column_phase + left) // SW
+        u_count, v_count = tl.cdiv(KH - u_first, SH), tl.cdiv(KW - v_first, SW)
+        source_first = tl.cdiv(t, ST)
+        groups = tl.maximum(tl.minimum((t + KT - 1) // ST, sources - 1) - source_first + 1, 0)
+        if TIME == "first_frame":  # the copies of frame 0
+            for copy in tl.static_range(1, KT):
+                groups += tl.where(t == 0, tl.minimum((KT - 1 - copy) // ST + 1, sources), 0)
+    else:
+        t = frames - 1 - t
+        u_first, v_first, u_count, v_count = 0, 0, KH, KW
+        from_row, from_column = row, column
+        source_first, groups = t * ST - (KT - 1), KT
+        if TIME == "zeros":  # groups that see only frames before the first are left out
+            groups = tl.minimum(KT, t * ST + 1)
+    steps_group = u_count * v_count * blocks
+    steps = groups * steps_group
+    steps_part = tl.cdiv(steps, tl.num_programs(1))
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(part * steps_part, tl.minimum((part + 1) * steps_part, steps)):
+        group, k = step // steps_group, step % blocks * BLOCK_K
+        spot = step % steps_group // blocks
+        if BACKWARD:
+            u, v = spot // v_count, spot % v_count
+            back = 0
+            if TIME == "first_frame":
+                for i in tl.static_range(KT - 1):
+                    count = tl.minimum((t + KT - 1 - i) // ST - source_first + 1, sources - source_first)
+                    further = (t == 0) & (back == i) & (group >= count)
+                    group -= tl.where(further, count, 0)
+                    back += further.to(tl.int32)
+            source = source_first + group
+            tap = ((t - back + KT - 1 - source * ST) * KH + u_first + u * SH) * KW + v_first + v * SW
+            filters = weight.load([k, tap * out_channels + n]).T
+            pixels = x.load([b * sources + source, from_row - u, from_column - v, k])
         else:
-            j_first, j_end = 0, KT
-            if TIME == "zeros":
-                j_first = tl.maximum(KT - 1 - t, 0)
-        for step in range(j_first * (KH * KW) * blocks, j_end * (KH * KW) * blocks):
-            tap, k = step // blocks, step % blocks * BLOCK_K
-            j, u, v = tap // (KH * KW), tap // KW % KH, tap % KW
-            if BACKWARD:
-                source = t - back + KT - 1 - j
-                from_row, from_column = row + row_shift - u, column + column_shift - v
-                filters = weight.load([k, tap, n]).reshape(BLOCK_K, BLOCK_N)
-            else:
-                source = tl.maximum(t - KT + 1 + j, 0)
-                from_row, from_column = row - row_shift + u, column - column_shift + v
-                filters = weight.load([n, tap, k]).reshape(BLOCK_N, BLOCK_K).T
-            pixels = x.load([b * sources + source, from_row, from_column, k]).reshape(BLOCK_M, BLOCK_K)
-            acc = tl.dot(pixels, filters, acc, input_precision="ieee")
+            j = KT - groups + group
+            u, v = spot // KW - top, spot % KW - left
+            source = tl.maximum(source_first + j, 0)
+            filters = weight.load([n, (j * (KH * KW) + spot) * channels + k])
+            # With a stride of 2, u's last bit tells odd rows from even ones; with 1 there is no such bit.
+            at = (u & (SH - 1)) * row_apart + (v & (SW - 1)) * channels + k
+            pixels = x.load([b * sources + source, from_row + (u >> (SH - 1)), from_column + (v >> (SW - 1)), at])
+        acc = tl.dot(filters, pixels.reshape(BLOCK_M, BLOCK_K).T, acc, input_precision="ieee")
 
     o = n + tl.arange(0, BLOCK_N)
-    if bias is not None:
-        acc += tl.load(bias + o, mask=o < out_channels, other=0.0).to(tl.float32)[None, :]
     pixel = tl.arange(0, BLOCK_M)
-    h, w = row + pixel // BLOCK_W, column + pixel % BLOCK_W
+    h, w = (row + pixel // BLOCK_W) * APART_H + row_phase, (column + pixel % BLOCK_W) * APART_W + column_phase
     mask = ((h < height) & (w < width))[:, None] & (o < out_channels)[None, :]
+    total = acc.T
     if WIDE:
         h, w, o = h.to(tl.int64), w.to(tl.int64), o.to(tl.int64)
-    y += b.to(tl.int64) * y_b + t.to(tl.int64) * y_t
-    tl.store(y + (h * y_h + w * y_w)[:, None] + o[None, :] * y_c, acc.to(y.dtype.element_ty), mask=mask)
+    offsets = (h * y_h + w * y_w)[:, None] + o[None, :] * y_c
+    place = b.to(tl.int64) * y_b + t.to(tl.int64) * y_t
+    if partials is not None:
+        tl.store(partials + part.to(tl.int64) * elements + place + offsets, total, mask=mask)
+    else:
+        if bias is not None:
+            total += tl.load(bias + o, mask=o < out_channels, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + place + offsets, total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv_sum_kernel(partials, bias, y, parts, elements, out_channels, BLOCK: tl.constexpr):
+    """Adds up parts of y, first to last; channels are y's innermost dimension."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < elements
+    acc = tl.zeros((BLOCK,), tl.float32)
+    at = partials + i
+    for _ in range(parts):
+        acc += tl.load(at, mask=mask, other=0.0)
+        at += elements
+    if bias is not None:
+        acc += tl.load(bias + i % out_channels, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + i, acc.to(y.dtype.element_ty), mask=mask)
 
 
 def frame_stride(x: Tensor) -> int:
@@ -94,42 +145,121 @@ def boxes(x: Tensor) -> bool:
     return all(0 < apart < 2**40 and apart % 16 == 0 for apart in bytes_apart) and x.data_ptr() % 16 == 0
 
 
-def takes(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], space: str, groups: int) -> bool:
-    """Whether x (or a gradient in its place) can be walked in patches."""
+def box_of(x: Tensor, stride: Sequence[int], box: Sequence[int]) -> TensorDescriptor:
+    """x as [B * T, H / sh, W / sw, channels of sh x sw pixels] in boxes: rows and columns one stride apart are next.
+
+    Channels of the pixel in an odd row lie a row of x further, those in an odd column a column.
+    """
+    batch, channels, frames, height, width = x.shape
+    sh, sw = stride[1:]
+    row, column = x.stride()[3:]
+    shape = [batch * frames, height // sh, width // sw, (sh - 1) * row + (sw - 1) * column + channels]
+    return TensorDescriptor(x, shape, [frame_stride(x), sh * row, sw * column, 1], list(box))
+
+
+def even(x: Tensor, stride: Sequence[int], channels: int) -> bool:
+    """Whether x's rows and columns can be told apart by ``box_of``: with a stride of 2, in blocks of channels."""
+    sizes = all(s == 1 or (s == 2 and size % 2 == 0) for s, size in zip(stride[1:], x.shape[3:], strict=True))
+    return sizes and (max(stride[1:]) == 1 or channels % 64 == 0)
+
+
+def takes(
+    x: Tensor, frame: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], space: str, groups: int
+) -> bool:
+    """Whether x (or a gradient in its place) can be walked in patches; ``frame`` is the convolution's input."""
     architecture = _triton.target(x.device).architecture
-    plain = all(value == 1 for value in (*stride, *dilation, groups)) and space == "zeros"
+    plain = all(value == 1 for value in (*dilation, groups)) and space == "zeros"
     sizes = weight.shape[1] * weight.element_size() % 16 == 0 and min(weight.shape[:2]) >= 16
-    return architecture in ("sm_90", "sm_100", "interpreter") and plain and sizes and boxes(x)
+    fits = even(frame, stride, weight.shape[1])
+    return architecture in ("sm_90", "sm_100", "interpreter") and plain and sizes and fits and boxes(x)
+
+
+def parts_of(tiles: int, steps: int, processors: int) -> int:
+    """Into how many parts sums are cut, so that few tiles keep all processors busy to the end."""
+    if tiles >= 4 * processors or steps < 64:
+        return 1
+
+    def cost(parts: int) -> float:  # rounds of programs by their length; a part more is written and read once
+        return triton.cdiv(tiles * parts, processors) / parts + 0.05 * (parts > 1) + 0.02 * parts
+
+    return min(range(1, 5), key=cost)
 
 
 def convolve(
-    x: Tensor, filters: Tensor, bias: Tensor | None, y: Tensor, shifts: Sequence[int], time_padding: str, backward: bool
+    x: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: Sequence[int],
+    sides: Sequence[int],
+    time_padding: str,
+    backward: bool,
 ) -> None:
     """Writes the convolution y of x or, ``backward``, the gradient y of a convolution's input from x, its output's.
 
-    ``filters`` is the weight ``by_tap``; ``shifts`` are the padding's top and left.
+    ``filters`` is the weight ``by_tap``; ``sides`` are the padding's top and left.
     """
-    batch, channels, sources, height, width = x.shape
-    shape, apart = [batch * sources, height, width, channels], [frame_stride(x), *x.stride()[3:], 1]
-    taps = filters.flatten(1, 3)
-    key = patch_key(x.dtype, y.shape[1])
+    batch, channels, sources = x.shape[:3]
+    out_channels, frames = y.shape[1:3]
+    kernel, taps = filters.shape[1:4], filters.shape[1:4].numel()
+    apart = stride[1:] if backward else (1, 1)
+    matrix = filters.flatten(1)
 
     def run(tile: _triton.Tile) -> None:
         block_h, block_w, block_n, block_k = (tile.blocks[f"BLOCK_{name}"] for name in "HWNK")
-        frames = TensorDescriptor(x, shape, apart, [1, block_h, block_w, block_k])
-        box = [block_k, 1, block_n] if backward else [block_n, 1, block_k]
-        tiles = triton.cdiv(y.shape[3], block_h) * triton.cdiv(y.shape[4], block_w) * triton.cdiv(y.shape[1], block_n)
+        tiles = triton.cdiv(triton.cdiv(y.shape[3], apart[0]), block_h) * apart[0]
+        tiles *= triton.cdiv(triton.cdiv(y.shape[4], apart[1]), block_w) * apart[1]
+        tiles *= triton.cdiv(out_channels, block_n) * batch * frames
+        parts = 1
+        if y.is_contiguous(memory_format=torch.channels_last_3d):
+            processors = _triton.target(x.device).processors
+            parts = parts_of(tiles, taps * triton.cdiv(channels, block_k), processors)
+        partials = _triton.empty((parts, y.numel()), torch.float32, x.device) if parts > 1 else None
+        box = [1, block_h, block_w, block_k]
         _triton.launch(
             conv_patch_kernel,
-            (tiles * batch * y.shape[2],),
+            (tiles, parts),
             tile,
-            **{"x": frames, "weight": TensorDescriptor.from_tensor(taps, box), "bias": bias, "y": y},
-            **{"frames": y.shape[2], "sources": sources, "height": y.shape[3], "width": y.shape[4]},
-            **{"row_shift": shifts[0], "column_shift": shifts[1], "channels": channels, "out_channels": y.shape[1]},
-            **(strides("y", y) | dict(zip(("KT", "KH", "KW"), filters.shape[1:4], strict=True))),
+            x=box_of(x, (1, 1, 1) if backward else stride, box),
+            weight=TensorDescriptor.from_tensor(matrix, [block_k, block_n] if backward else [block_n, block_k]),
+            bias=bias,
+            y=y,
+            partials=partials,
+            batch=batch,
+            frames=frames,
+            sources=sources,
+            height=y.shape[3],
+            width=y.shape[4],
+            top=sides[0],
+            left=sides[1],
+            channels=channels,
+            out_channels=out_channels,
+            row_apart=x.stride(3),
+            elements=y.numel(),
+            **strides("y", y),
+            **dict(zip(("KT", "KH", "KW", "ST", "SH", "SW"), (*kernel, *stride), strict=True)),
             TIME=time_padding,
             BACKWARD=backward,
             WIDE=wide(y),
         )
+        if partials is not None:
+            add_up(partials, bias, y)
 
-    run(_triton.pick(PATCH, key, x.device, run))
+    run(_triton.pick(PATCH, patch_key(x.dtype, out_channels), x.device, run))
+
+
+def add_up(partials: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def run(tile: _triton.Tile) -> None:
+        _triton.launch(
+            conv_sum_kernel,
+            (triton.cdiv(y.numel(), tile.blocks["BLOCK"]),),
+            tile,
+            partials=partials,
+            bias=bias,
+            y=y,
+            parts=partials.shape[0],
+            elements=y.numel(),
+            out_channels=y.shape[1],
+        )
+
+    run(_triton.pick(FINISH, ("sum",), y.device, run))

@@ -29,7 +29,9 @@ def data_key(dtype: torch.dtype, out_channels: int, channels: int, edge: bool) -
     """``edge``: strips of few pixels."""
     if edge:
         return "data", precision(dtype), "edge"
-    return "data", precision(dtype), "short sum" if out_channels < FEW else columns(channels)
+    if out_channels < FEW:
+        return "data", precision(dtype), "short sum" if channels > 64 else "short sum, narrow"
+    return "data", precision(dtype), columns(channels)
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int) -> Tile:
@@ -55,10 +57,12 @@ _sums: Table = {
 }
 PIXELS: Table = {
     **{(kernel, *key): tiles for kernel in ("forward", "data") for key, tiles in _sums.items()},
-    ("forward", "16-bit", "short sum"): {"any": tile(128, 64, 32, 4, 2)},
+    ("forward", "16-bit", "short sum"): {"any": tile(128, 64, 32, 4, 2), "sm_90": tile(128, 128, 32, 8, 2)},
     ("forward", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
-    ("data", "16-bit", "short sum"): {"any": tile(128, 64, 16, 4, 2)},
+    ("data", "16-bit", "short sum"): {"any": tile(128, 128, 32, 8, 2)},
+    ("data", "16-bit", "short sum, narrow"): {"any": tile(128, 64, 32, 4, 2)},
     ("data", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
+    ("data", "float32", "short sum, narrow"): {"any": tile(64, 32, 16, 4, 2)},
     ("data", "16-bit", "edge"): {"any": tile(64, 64, 64, 4, 3), "gfx942": tile(64, 64, 32, 4, 2)},
     ("data", "float32", "edge"): {"any": tile(64, 32, 16, 4, 2)},
 }
@@ -67,6 +71,8 @@ PIXELS: Table = {
 def weight_key(dtype: torch.dtype, channels: int, out_channels: int) -> tuple[str, str, str]:
     if channels < FEW:
         shape = "few channels"
+    elif out_channels < FEW:
+        shape = "few out channels"
     else:
         shape = "narrow" if min(channels, out_channels) <= 64 else "wide"
     return "weight", precision(dtype), shape
@@ -75,27 +81,37 @@ def weight_key(dtype: torch.dtype, channels: int, out_channels: int) -> tuple[st
 WEIGHT: Table = {
     ("weight", "16-bit", "wide"): {
         "any": tile(128, 128, 32, 8, 4),
-        "sm_90": tile(128, 128, 64, 8, 3),
-        "sm_100": tile(128, 128, 64, 8, 3),
+        "sm_90": tile(128, 128, 64, 4, 3),
+        "sm_100": tile(128, 128, 64, 4, 3),
         "gfx942": tile(128, 128, 32, 8, 2),
     },
     ("weight", "16-bit", "narrow"): {
         "any": tile(64, 64, 64, 4, 4),
         "gfx942": tile(64, 64, 32, 4, 2),
     },
-    ("weight", "16-bit", "few channels"): {"any": tile(64, 64, 32, 4, 2)},
+    ("weight", "16-bit", "few channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(128, 128, 64, 8, 2)},
+    ("weight", "16-bit", "few out channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(128, 128, 64, 8, 2)},
     ("weight", "float32", "wide"): {"any": tile(64, 64, 16, 8, 2)},
     ("weight", "float32", "narrow"): {"any": tile(64, 64, 16, 8, 2)},
     ("weight", "float32", "few channels"): {"any": tile(64, 32, 16, 4, 2)},
+    ("weight", "float32", "few out channels"): {"any": tile(64, 32, 16, 4, 2)},
 }
 FINISH: Table = {
-    ("finish",): {"any": Tile({"BLOCK": 256})},
     ("bias",): {"any": Tile({"BLOCK_N": 64, "BLOCK_K": 64})},
+    ("sum",): {"any": Tile({"BLOCK": 1024})},
 }
+
+
+def order_tile(parts: int, taps: int, channels: int) -> Tile:
+    """For one out channel's taps and some of its channels, of several parts at a time where there are many."""
+    block_t = 1 << (taps - 1).bit_length()
+    block_c = min(max(16, 1 << (channels - 1).bit_length()), max(16, 2048 // block_t), 256)
+    block_p = 1 if parts <= 8 else max(1, min(32, 4096 // (block_t * block_c)))
+    return Tile({"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_C": block_c})
 
 
 def patch_key(dtype: torch.dtype, out_channels: int) -> tuple[str, str, str]:
-    return "patch", precision(dtype), columns(out_channels)
+    return "patch", precision(dtype), "narrow" if out_channels <= 64 else "wide"
 
 
 def patch(h: int, w: int, n: int, k: int, warps: int, stages: int) -> Tile:
@@ -104,10 +120,31 @@ def patch(h: int, w: int, n: int, k: int, warps: int, stages: int) -> Tile:
 
 # A row of a box is 128 bytes: what TMA swizzles at most.
 PATCH: Table = {
-    ("patch", "16-bit", "wide"): {"any": patch(8, 16, 128, 64, 8, 4)},
-    ("patch", "16-bit", "narrow"): {"any": patch(8, 16, 64, 64, 4, 4)},
-    ("patch", "16-bit", "few columns"): {"any": patch(8, 16, 16, 64, 4, 4)},
+    ("patch", "16-bit", "wide"): {"any": patch(16, 16, 128, 64, 8, 3)},
+    ("patch", "16-bit", "narrow"): {"any": patch(16, 16, 64, 64, 4, 3)},
     ("patch", "float32", "wide"): {"any": patch(8, 8, 64, 16, 8, 2)},
     ("patch", "float32", "narrow"): {"any": patch(8, 8, 64, 16, 8, 2)},
-    ("patch", "float32", "few columns"): {"any": patch(8, 8, 16, 16, 4, 2)},
+}
+
+
+def weight_patch_key(dtype: torch.dtype, out_channels: int, channels: int) -> tuple[str, str]:
+    if min(channels, out_channels) <= 64:
+        shape = "narrow"
+    else:
+        shape = "wide" if channels > 128 else "128 channels"
+    return f"weight patch, {precision(dtype)}", shape
+
+
+def weight_patch(m: int, n: int, k: int, taps: int, warps: int, stages: int) -> Tile:
+    """Tiles that are compared with one another (the same first key) take as many pixels, which have to fill a frame."""
+    return Tile({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TAPS": taps}, warps, stages)
+
+
+WEIGHT_PATCH: Table = {
+    ("weight patch, 16-bit", "wide"): {"any": weight_patch(128, 256, 64, 1, 8, 3)},
+    ("weight patch, 16-bit", "128 channels"): {"any": weight_patch(128, 128, 64, 1, 4, 3)},
+    ("weight patch, 16-bit", "narrow"): {"any": weight_patch(64, 64, 64, 1, 4, 4)},
+    ("weight patch, float32", "wide"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
+    ("weight patch, float32", "128 channels"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
+    ("weight patch, float32", "narrow"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
 }

@@ -15,8 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from .triton_data import gather_sent
 from .triton_geometry import gather, geometry, oriented, strides, wide
-from .triton_tiles import FINISH, WEIGHT, weight_key
+from .triton_order import add_parts, reorder
+from .triton_tiles import FEW, FINISH, WEIGHT, weight_key
+from .triton_weight_patch import takes, write
 
 PROGRAMS = 2  # of a processor: what the partial sums are cut for
 
@@ -98,6 +101,74 @@ def conv_weight_kernel(
 
 
 @triton.jit
+def conv_weight_few_kernel(
+    grad, x, history, partials,
+    tiles_part, batch, frames, frames_before, frames_out, height, width, rows, columns, height_out, width_out,
+    top, left, channels, out_channels, filters,
+    grad_b, grad_c, grad_t, grad_h, grad_w, x_b, x_c, x_t, x_h, x_w, past_b, past_c, past_t, past_h, past_w,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    TIME: tl.constexpr, SPACE: tl.constexpr, LAST: tl.constexpr, GRAD_LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M pairs of a tap and an output channel by BLOCK_N channels, for one part of the padded input's pixels.
+
+    For few output channels: a pixel of x is read once and meets what it gets back through every tap.
+    """
+    program, group, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    TAPS: tl.constexpr = KT * KH * KW
+    tiles_m = tl.cdiv(out_channels * TAPS, BLOCK_M)
+    m = program % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = program // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    tap, o = m // out_channels, m % out_channels
+    paired, valid = m < out_channels * TAPS, c < channels
+    c_at, o_at = c, o
+    if WIDE:
+        c_at, o_at = c.to(tl.int64), o.to(tl.int64)
+    grad += group * out_channels * grad_c
+    x += group * channels * x_c
+    if TIME == "history":
+        history += group * channels * past_c
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    pixels = rows * columns
+    tiles_frame = tl.cdiv(pixels, BLOCK_K)
+    first = part * tiles_part
+    for step in range(first, tl.minimum(first + tiles_part, batch * frames * tiles_frame)):
+        frame = step // tiles_frame
+        b, t = (frame // frames).to(tl.int64), frame % frames - frames_before
+        pixel = step % tiles_frame * BLOCK_K + tl.arange(0, BLOCK_K)
+        seen = pixel < pixels
+        h, w = pixel // columns, pixel % columns
+        past = history
+        if TIME == "history":
+            past = history + b * past_b
+        place_h, place_w = oriented(h, LAST), oriented(w, LAST)
+        values = gather(
+            x + b * x_b, past, place_h, place_w, t, KT - 1, oriented(c_at, not LAST),
+            oriented(seen, LAST) & oriented(valid, not LAST), height, width, top, left,
+            x_c, x_t, x_h, x_w, past_c, past_t, past_h, past_w,
+            KT, 1, 1, 1, 1, 1, DT, 1, 1, TIME, SPACE, WIDE,
+        )  # fmt: skip
+        if not LAST:
+            values = tl.trans(values)
+        sent = gather_sent(
+            grad + b * grad_b, oriented(h, GRAD_LAST), oriented(w, GRAD_LAST), t + (KT - 1) * DT,
+            oriented(tap, not GRAD_LAST), oriented(o_at, not GRAD_LAST),
+            oriented(seen, GRAD_LAST) & oriented(paired, not GRAD_LAST), frames_out, height_out, width_out,
+            grad_c, grad_t, grad_h, grad_w, KH, KW, ST, SH, SW, DT, DH, DW, WIDE,
+        )  # fmt: skip
+        if GRAD_LAST:
+            sent = tl.trans(sent)
+        acc = tl.dot(sent, values, acc, input_precision="ieee")
+
+    partials += part.to(tl.int64) * filters + group * out_channels * TAPS * channels
+    offsets = ((o_at * TAPS + tap) * channels)[:, None] + c_at[None, :]
+    tl.store(partials + offsets, acc, mask=paired[:, None] & valid[None, :])
+
+
+@triton.jit
 def conv_bias_kernel(
     grad, partials, tiles_part, frames, frames_out, pixels_out, width_out, out_channels,
     grad_b, grad_c, grad_t, grad_h, grad_w,
@@ -128,35 +199,6 @@ def conv_bias_kernel(
     tl.store(partials + part * out_channels + o, total, mask=o < out_channels)
 
 
-@triton.jit
-def conv_finish_kernel(partials, out, parts, size, taps, channels, out_o, out_c, out_tap, BLOCK: tl.constexpr):
-    """Adds up parts of [C_out, taps, channels], first to last."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    at = partials + i
-    for _ in range(parts):
-        acc += tl.load(at, mask=i < size, other=0.0)
-        at += size
-    place = i // (taps * channels) * out_o + i // channels % taps * out_tap + i % channels * out_c
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=i < size)
-
-
-def finish(partials: Tensor, out: Tensor, taps: int, channels: int, strides: Sequence[int]) -> None:
-    size = taps * channels * out.shape[0]
-
-    def run(tile: _triton.Tile) -> None:
-        _triton.launch(
-            conv_finish_kernel,
-            (triton.cdiv(size, tile.blocks["BLOCK"]),),
-            tile,
-            **{"partials": partials, "out": out, "parts": partials.shape[0], "size": size},
-            **{"taps": taps, "channels": channels},
-            **dict(zip(("out_o", "out_c", "out_tap"), strides, strict=True)),
-        )
-
-    run(_triton.pick(FINISH, ("finish",), out.device, run))
-
-
 def split(steps: int, programs: int, device: torch.device) -> tuple[int, int]:
     """Parts of a sum of ``steps`` steps that ``programs`` programs share, and the steps of a part."""
     parts = max(1, min(PROGRAMS * _triton.target(device).processors // programs, steps))
@@ -177,32 +219,47 @@ def backward_weight(
     space_padding: str,
     groups: int,
 ) -> None:
+    if history is None and takes(grad, x, weight, stride, dilation, space_padding, groups):
+        write(grad, x, grad_weight, stride, padding[::2], time_padding)
+        return
     shared = geometry(x, weight, history, grad, stride, dilation, padding, time_padding, space_padding, groups)
-    frames, pixels, taps = grad.shape[0] * grad.shape[2], grad.shape[3] * grad.shape[4], weight.shape[2:].numel()
-    key = weight_key(x.dtype, shared["channels"], shared["out_channels"])
-    fold = key[-1] == "few channels"
+    channels, out_channels = shared["channels"], shared["out_channels"]
+    key = weight_key(x.dtype, channels, out_channels)
+    kernel = weight.shape[2:]
+    few, fold = out_channels < FEW <= channels, key[-1] == "few channels"
+    rows, columns = x.shape[3] + sum(padding[:2]), x.shape[4] + sum(padding[2:])
+    before = 0 if shared["TIME"] == "zeros" else (kernel[0] - 1) * dilation[0]
+    if few:
+        sums = {"batch": x.shape[0], "frames": x.shape[2] + before, "frames_before": before, "rows": rows}
+        sums |= {"columns": columns, "height_out": grad.shape[3]}
+        frames, pixels = x.shape[0] * (x.shape[2] + before), rows * columns
+        across_m, across_n, taps = out_channels * kernel.numel(), channels, 1
+    else:
+        frames, pixels = grad.shape[0] * grad.shape[2], grad.shape[3] * grad.shape[4]
+        sums = {"frames": frames, "pixels_out": pixels, "FOLD": fold}
+        across_m, across_n, taps = out_channels, channels * (kernel.numel() if fold else 1), kernel.numel()
 
     def run(tile: _triton.Tile) -> None:
-        across = shared["channels"] * (taps if fold else 1)
-        tiles = triton.cdiv(across, tile.blocks["BLOCK_N"]) * (1 if fold else taps)
-        tiles *= triton.cdiv(shared["out_channels"], tile.blocks["BLOCK_M"])
-        steps = frames * triton.cdiv(pixels, tile.blocks["BLOCK_K"])
-        parts, tiles_part = split(steps, tiles * groups, x.device)
-        partials = torch.empty((parts, weight.numel()), dtype=torch.float32, device=x.device)
+        tiles = triton.cdiv(across_m, tile.blocks["BLOCK_M"]) * triton.cdiv(across_n, tile.blocks["BLOCK_N"])
+        tiles *= 1 if fold else taps
+        parts, tiles_part = split(frames * triton.cdiv(pixels, tile.blocks["BLOCK_K"]), tiles * groups, x.device)
+        partials = _triton.empty((parts, weight.shape[0], *kernel, channels), torch.float32, x.device)
         _triton.launch(
-            conv_weight_kernel,
+            conv_weight_few_kernel if few else conv_weight_kernel,
             (tiles, groups, parts),
             tile,
-            **{"grad": grad, "x": x, "history": history, "partials": partials, "tiles_part": tiles_part},
-            **{"frames": frames, "filters": weight.numel(), "pixels_out": pixels},
-            **(shared | strides("grad", grad) | strides("x", x) | strides("past", history)),
-            FOLD=fold,
+            grad=grad,
+            x=x,
+            history=history,
+            partials=partials,
+            tiles_part=tiles_part,
+            filters=weight.numel(),
+            **(shared | sums | strides("grad", grad) | strides("x", x) | strides("past", history)),
             LAST=x.stride(1) == 1,
             GRAD_LAST=grad.stride(1) == 1,
             WIDE=wide(grad, x, history, weight),
         )
-        out_tap = grad_weight.stride(4)  # rows of taps follow one another in both memory formats
-        finish(partials, grad_weight, taps, weight.shape[1], (*grad_weight.stride()[:2], out_tap))
+        add_parts(partials, grad_weight)
 
     run(_triton.pick(WEIGHT, key, x.device, run))
 
@@ -213,17 +270,23 @@ def backward_bias(grad: Tensor, grad_bias: Tensor) -> None:
     def run(tile: _triton.Tile) -> None:
         tiles = triton.cdiv(out_channels, tile.blocks["BLOCK_N"])
         parts, tiles_part = split(frames * triton.cdiv(pixels, tile.blocks["BLOCK_K"]), tiles, grad.device)
-        partials = torch.empty((parts, out_channels), dtype=torch.float32, device=grad.device)
+        partials = _triton.empty((parts, out_channels), torch.float32, grad.device)
         _triton.launch(
             conv_bias_kernel,
             (tiles, parts),
             tile,
-            **{"grad": grad, "partials": partials, "tiles_part": tiles_part, "frames": frames},
-            **{"frames_out": grad.shape[2], "pixels_out": pixels, "width_out": grad.shape[4]},
-            **({"out_channels": out_channels} | strides("grad", grad)),
+            grad=grad,
+            partials=partials,
+            tiles_part=tiles_part,
+            frames=frames,
+            frames_out=grad.shape[2],
+            pixels_out=pixels,
+            width_out=grad.shape[4],
+            out_channels=out_channels,
+            **strides("grad", grad),
             GRAD_LAST=grad.stride(1) == 1,
             WIDE=wide(grad),
         )
-        finish(partials, grad_bias, 1, 1, (1, 1, 1))
+        reorder(partials[0].view(1, out_channels, 1, 1, 1), grad_bias.view(1, out_channels, 1, 1, 1), parts)
 
     run(_triton.pick(FINISH, ("bias",), grad.device, run))

@@ -18,7 +18,6 @@ from torch import Tensor
 from .. import _triton
 from .triton_geometry import (
     by_group,
-    by_pixel,
     channels_of,
     for_frames_of,
     gain_and_offset,
@@ -51,9 +50,10 @@ def _of_group(sums, c, valid, first, channels, sum_c, GROUPS: tl.constexpr, SIZE
 @triton.jit
 def video_norm_backward_kernel(
     grad_y, x, weight, bias, scale, shift, mean, rstd, sum_g, sum_gx, grad_x, partial,
-    grad_y_b, grad_y_t, grad_y_p, grad_y_c, x_b, x_t, x_p, x_c, grad_x_b, grad_x_t, grad_x_p, grad_x_c,
+    grad_y_b, grad_y_t, grad_y_h, grad_y_p, grad_y_c, x_b, x_t, x_h, x_p, x_c,
+    grad_x_b, grad_x_t, grad_x_h, grad_x_p, grad_x_c,
     weight_c, bias_c, scale_b, scale_c, scale_t, shift_b, shift_c, shift_t, sum_b, sum_c, sum_t,
-    frames, pixels, channels, groups, span, count, across, run, parts,
+    frames, pixels, columns, channels, groups, span, count, across, run, parts,
     PIXEL: tl.constexpr, CENTER: tl.constexpr, SILU: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -99,8 +99,8 @@ def video_norm_backward_kernel(
     for first in range(begin, end, PIXELS):
         p = first + tl.arange(0, PIXELS)
         inside = (p < end)[:, None] & valid[None, :]
-        xhat = tl.load(x + places(p, c, x_p, x_c), mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad_y + places(p, c, grad_y_p, grad_y_c), mask=inside, other=0.0).to(tl.float32)
+        xhat = tl.load(x + places(p, c, x_h, x_p, x_c, columns), mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad_y + places(p, c, grad_y_h, grad_y_p, grad_y_c, columns), mask=inside, other=0.0).to(tl.float32)
         if PIXEL:
             at = frame * pixels + p
             if CENTER:
@@ -128,7 +128,9 @@ def video_norm_backward_kernel(
             if CENTER:
                 g -= mean_g
             g = (g - xhat * mean_gx) * scatter
-            tl.store(grad_x + places(p, c, grad_x_p, grad_x_c), g.to(grad_x.dtype.element_ty), mask=inside)
+            tl.store(
+                grad_x + places(p, c, grad_x_h, grad_x_p, grad_x_c, columns), g.to(grad_x.dtype.element_ty), mask=inside
+            )
     if SUMS:
         tl.store(partial, tl.sum(of_g, 0), mask=valid)
         tl.store(partial + C, tl.sum(of_gx, 0), mask=valid)
@@ -217,7 +219,6 @@ def backward(
     grad_scale: Tensor | None,
     grad_shift: Tensor | None,
 ) -> None:
-    grad_y, x = by_pixel(grad_y, x), by_pixel(x, x)
     B, C, T, H, W = x.shape
     gradients = {"grad_weight": grad_weight, "grad_bias": grad_bias, "grad_scale": grad_scale, "grad_shift": grad_shift}
     shared = {
@@ -250,10 +251,10 @@ def backward(
     parts = split(H * W, *tile)
     partial = sum_g = sum_gx = None
     if fits is None or any(gradient is not None for gradient in gradients.values()):
-        partial = torch.empty((B * T, parts["parts"], 2, C), dtype=torch.float32, device=x.device)
+        partial = _triton.empty((B * T, parts["parts"], 2, C), torch.float32, x.device)
     run(tile, parts, grad_x if fits else None, partial)
     if fits is None and grad_x is not None:
-        sum_g, sum_gx = torch.empty((2, B, C, 1 if over == "clip" else T), dtype=torch.float32, device=x.device)
+        sum_g, sum_gx = _triton.empty((2, B, C, 1 if over == "clip" else T), torch.float32, x.device).unbind()
     if partial is not None:
         finish = _triton.pick(SUMS, ("finish",), x.device)
         _triton.launch(
@@ -263,6 +264,7 @@ def backward(
             **(modulation(weight=weight, bias=bias, scale=scale) | gradients),
             **{"partial": partial, "sum_g": sum_g, "sum_gx": sum_gx},
             **{"batch": B, "frames": T, "parts": parts["parts"], "C": C},
+            PARTS=triton.next_power_of_2(parts["parts"]),
             **{"SUMS_EACH": over == "frame", "STAGES": finish.stages},
             SCALE_EACH=scale is not None and scale.dim() == 3,
             SHIFT_EACH=shift is not None and shift.dim() == 3,

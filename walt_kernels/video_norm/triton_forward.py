@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import _triton
 from .triton_geometry import (
-    by_pixel,
     channels_of,
     for_frames_of,
     gain_and_offset,
@@ -34,7 +33,7 @@ from .triton_tiles import SUMS
 
 @triton.jit
 def video_norm_statistics_kernel(
-    x, partial, x_b, x_t, x_p, x_c, frames, pixels, channels, groups, across, run, parts,
+    x, partial, x_b, x_t, x_h, x_p, x_c, frames, pixels, columns, channels, groups, across, run, parts,
     CENTER: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """partial[frame, part] = mean (``CENTER``) and sum of squared deviations of each channel over ``run`` pixels."""
@@ -52,11 +51,11 @@ def video_norm_statistics_kernel(
     for first in range(begin, end, PIXELS):
         p = first + lane
         inside = (p < end)[:, None] & valid[None, :]
-        value = tl.load(x + places(p, c, x_p, x_c), mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + places(p, c, x_h, x_p, x_c, columns), mask=inside, other=0.0).to(tl.float32)
         if CENTER:  # a mean of its own for each element of the tile
             seen += 1.0
             away = tl.where(inside, value - mean, 0.0)
-            mean += away / seen
+            mean += away * (1.0 / seen)
             squares += away * (value - mean)
         else:
             squares += value * value
@@ -107,9 +106,9 @@ def video_norm_combine_kernel(
 @triton.jit
 def video_norm_forward_kernel(
     x, weight, bias, scale, shift, y, mean, rstd,
-    x_b, x_t, x_p, x_c, y_b, y_t, y_p, y_c,
+    x_b, x_t, x_h, x_p, x_c, y_b, y_t, y_h, y_p, y_c,
     weight_c, bias_c, scale_b, scale_c, scale_t, shift_b, shift_c, shift_t,
-    frames, pixels, channels, groups, span, count, eps, across,
+    frames, pixels, columns, channels, groups, span, count, eps, across,
     KNOWN: tl.constexpr, PIXEL: tl.constexpr, CENTER: tl.constexpr, SILU: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +122,7 @@ def video_norm_forward_kernel(
     p = program % parts * PIXELS + tl.arange(0, PIXELS)
     b, t = frame // frames, frame % frames
     inside = (p < pixels)[:, None] & valid[None, :]
-    value = tl.load(x + b * x_b + t * x_t + places(p, c, x_p, x_c), mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + b * x_b + t * x_t + places(p, c, x_h, x_p, x_c, columns), mask=inside, other=0.0).to(tl.float32)
     if PIXEL:
         at, kept = frame * pixels + p, p < pixels
     else:
@@ -147,7 +146,7 @@ def video_norm_forward_kernel(
     value = value * gain[None, :] + offset[None, :]
     if SILU:
         value *= tl.sigmoid(value)
-    tl.store(y + b * y_b + t * y_t + places(p, c, y_p, y_c), value.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + b * y_b + t * y_t + places(p, c, y_h, y_p, y_c, columns), value.to(y.dtype.element_ty), mask=inside)
 
 
 def forward(
@@ -165,7 +164,6 @@ def forward(
     eps: float,
     activation: str | None,
 ) -> None:
-    x = by_pixel(x, x)
     B, C, T, H, W = x.shape
     size, statistics = sizes(x, groups), {"mean": mean if center else None, "rstd": rstd, "eps": eps, "CENTER": center}
     statistics |= shared_by(x, over, groups)
@@ -173,7 +171,7 @@ def forward(
     if tile is None:
         block, shape = part("statistics", x, groups)
         parts = split(H * W, block, shape)
-        partial = torch.empty((B * T * parts["parts"], 2, C), dtype=torch.float32, device=x.device)
+        partial = _triton.empty((B * T * parts["parts"], 2, C), torch.float32, x.device)
         _triton.launch(
             for_frames_of(x, video_norm_statistics_kernel),
             (partial.shape[0] * shape["across"],),

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .._layout import memory_format
 from .triton_tiles import PART, PARTS, WHOLE, lanes
 
 
@@ -38,9 +37,14 @@ def channels_of(tile, channels, groups, GROUPS: tl.constexpr, SIZE: tl.constexpr
 
 
 @triton.jit
-def places(p, c, stride_p, stride_c):
-    """Offsets of pixels and channels in a frame."""
-    return p.to(tl.int64)[:, None] * stride_p + c.to(tl.int64)[None, :] * stride_c
+def places(p, c, stride_h, stride_p, stride_c, columns):
+    """Offsets of pixels and channels in a frame. Where one distance leads from each pixel to the next, there is no
+    ``stride_h``."""
+    if stride_h is None:
+        along = p.to(tl.int64) * stride_p
+    else:
+        along = (p // columns).to(tl.int64) * stride_h + (p % columns).to(tl.int64) * stride_p
+    return along[:, None] + c.to(tl.int64)[None, :] * stride_c
 
 
 @triton.jit
@@ -80,22 +84,15 @@ def total(value, PIXEL: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
         return by_group(tl.sum(value, 0), GROUPS, SIZE)
 
 
-def _scattered(x: Tensor) -> bool:
-    """Whether no one distance leads from each pixel of a frame to the next."""
-    return x.shape[3] > 1 and x.shape[4] > 1 and x.stride(3) != x.shape[4] * x.stride(4)
-
-
-def by_pixel(tensor: Tensor, x: Tensor) -> Tensor:
-    """The tensor, or where the pixels of its frames are scattered in memory, a copy in x's memory format."""
-    return tensor.clone(memory_format=memory_format(x)) if _scattered(tensor) else tensor
-
-
 def video(name: str, tensor: Tensor | None) -> dict[str, Any]:
-    """Arguments of a video [B, C, T, H, W], whose pixels are numbered."""
+    """Arguments of a video [B, C, T, H, W], whose pixels are numbered row after row, with all of its strides."""
     if tensor is None:
-        return {name: None, **{f"{name}_{axis}": 0 for axis in "btpc"}}
+        return {name: None, f"{name}_h": None, **{f"{name}_{axis}": 0 for axis in "btpc"}}
+    H, W = tensor.shape[3:]
     b, c, t, h, w = tensor.stride()
-    return {name: tensor, f"{name}_b": b, f"{name}_t": t, f"{name}_p": h if tensor.shape[4] == 1 else w, f"{name}_c": c}
+    scattered = H > 1 and W > 1 and h != W * w
+    steps = {"b": b, "t": t, "h": h if scattered else None, "p": h if W == 1 else w, "c": c}
+    return {name: tensor, "columns": W, **{f"{name}_{axis}": step for axis, step in steps.items()}}
 
 
 def modulation(**given: Tensor | None) -> dict[str, Any]:

@@ -37,5 +37,5 @@ WHOLE: Table = {
 }
 SUMS: Table = {
     ("combine",): {"any": Tile({"BLOCK": 1024})},
-    ("finish",): {"any": Tile({"PARTS": PARTS, "LANES": 16}, stages=3)},
+    ("finish",): {"any": Tile({"LANES": 16}, stages=3)},
 }

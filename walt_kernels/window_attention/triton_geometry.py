@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _triton
-from .triton_tiles import TABLE
+from .triton_prepare import bias_kernel, norm_kernel
+from .triton_tiles import BY_WINDOW, PREPARE, TABLE
 
 NARROW = 2**31  # offsets inside a window from here on need 64 bits
 
-# Stride arguments of a tensor by its name; a grid tensor is [B, T, H, W, heads, dim].
+# Axes of the tensors whose strides the kernels take. Those of rows, which end in d, are in units of UNIT elements.
 _GRID, _CONTEXT = "bthwnd", "blnd"
 _AXES = {
-    "q": _GRID, "k": _GRID, "v": _GRID, "grad": _GRID,
-    "context_k": _CONTEXT, "context_v": _CONTEXT, "image": "bt", "context_mask": "bl",
+    "x": _GRID, "q": _GRID, "k": _GRID, "v": _GRID, "grad": _GRID, "queries": _GRID, "keys": _GRID,
+    "context_k": _CONTEXT, "context_v": _CONTEXT, "context_keys": _CONTEXT,
+    "image": "bt", "context_mask": "bl", "bias_table": "nthw", "q_norm": "d", "k_norm": "d", "weight": "d",
 }  # fmt: skip
 
 
@@ -29,64 +32,106 @@ def split_dim(dim: int) -> tuple[int, int]:
     return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
 
 
+def _reach(x: Tensor, sizes: tuple[int, ...]) -> int:
+    """The largest offset inside a window (of a context: inside a sample) in elements."""
+    return sum((size - 1) * abs(stride) for size, stride in zip(sizes, x.stride()[1:], strict=True))
+
+
 class Geometry:
     """What all launches of a call share."""
 
-    def __init__(self, inputs: dict[str, Any], grad: Tensor | None = None) -> None:
+    def __init__(self, inputs: Mapping[str, Any], grad: Tensor | None = None) -> None:
         q = inputs["q"]
-        self.B, T, H, W, self.heads, self.dim = q.shape
-        self.device, self.dtype = q.device, q.dtype
-        window = inputs["window"]
-        self.extent = tuple(min(a, b) for a, b in zip(window, (T, H, W), strict=True))
-        self.grid = tuple(-(-a // b) for a, b in zip((T, H, W), self.extent, strict=True))
+        self.B, self.T, self.H, self.W, self.heads, self.dim = q.shape
+        self.device, self.dtype, self.image = q.device, q.dtype, inputs["image"]
+        sizes = (self.T, self.H, self.W)
+        self.window = inputs["window"]
+        self.extent = tuple(min(a, b) for a, b in zip(self.window, sizes, strict=True))
+        self.grid = tuple(-(-a // b) for a, b in zip(sizes, self.extent, strict=True))
         self.per_sample = math.prod(self.grid)
         self.windows = self.B * self.per_sample
         self.N = math.prod(self.extent)
-        self.image = inputs["image"]
-        self.L = 0 if inputs["context_k"] is None else inputs["context_k"].shape[1]
-        self.divides = all(a % b == 0 for a, b in zip((T, H, W), self.extent, strict=True))
-        self.table_shape = tuple(2 * s - 1 for s in window)
+        self.divides = all(a % b == 0 for a, b in zip(sizes, self.extent, strict=True))
+        context_k = inputs["context_k"]
+        self.L = 0 if context_k is None else context_k.shape[1]
         D0, D1 = split_dim(self.dim)
         self.width = D0 + D1
-        _, SH, SW = self.table_shape
-        wide = torch.float32
-        tensors = {name: inputs[name] for name in _AXES if name != "grad"}
-        for name in ("bias_table", "q_norm", "k_norm"):
-            x = inputs[name]
-            tensors[name] = None if x is None else x.detach().to(wide).contiguous()
-        if grad is not None:
-            tensors["grad"] = grad
-        strided = {n: tensors[n] for n in tensors if _AXES.get(n, "")[-1:] == "d" and tensors[n] is not None}
+        # Where a window is a tile or less, a program norms no row twice.
+        self.normed = self.N > 64
+        rows = [inputs[name] for name in ("q", "k", "v", "context_k", "context_v")] + [grad]
+        rows = [x for x in rows if x is not None]
         # Strides in units of 8 elements tell the compiler that rows are aligned, where dim = 72 hides it.
-        aligned = all(s % 8 == 0 for x in strided.values() for s in x.stride()[:-1])
-        unit = 8 if aligned else 1
-        reach = {n: (*self.extent, 1, self.dim) if x.dim() == 6 else (self.L, 1, self.dim) for n, x in strided.items()}
-        self.wide = (
-            any(
-                sum((size - 1) * abs(s) for size, s in zip(reach[n], x.stride()[1:], strict=True)) >= NARROW
-                for n, x in strided.items()
-            )
-            or self.extent[0] * H * W * self.heads * self.dim >= NARROW
-        )
-        strides = {}
-        for name, axes in _AXES.items():
-            if name not in tensors:
-                continue
-            x = tensors[name]
-            for i, axis in enumerate(axes):
-                divisor = unit if name in strided and axis != "d" else 1
-                strides[f"{name}_{axis}"] = 0 if x is None else x.stride(i) // divisor
-        self.arguments = {
-            **tensors, **strides,
-            "T": T, "H": H, "W": W, "L": self.L, "heads": self.heads,
+        aligned = self.dim % 8 == 0 and all(s % 8 == 0 for x in rows for s in x.stride()[:-1])
+        self.unit = 8 if aligned else 1
+        own, context = (*self.extent, 1, self.dim), (self.L, 1, self.dim)
+        reach = max(_reach(x, own if x.dim() == 6 else context) for x in rows)
+        reach = max(reach, self.extent[0] * self.H * self.W * self.heads * self.dim)
+        self.arguments: dict[str, Any] = {
+            "T": self.T, "H": self.H, "W": self.W, "L": self.L, "heads": self.heads,
             "windows_t": self.grid[0], "windows_h": self.grid[1], "windows_w": self.grid[2],
             "scale": inputs["scale"], "norm_eps": inputs["norm_eps"],
             "N": self.N, "WT": self.extent[0], "WH": self.extent[1], "WW": self.extent[2],
-            "SH": SH, "SW": SW, "CENTRE": ((window[0] - 1) * SH + window[1] - 1) * SW + window[2] - 1,
-            "ENTRIES": math.prod(self.table_shape),
-            "DIM": self.dim, "D0": D0, "D1": D1, "UNIT": unit, "WIDE": self.wide,
+            "DIM": self.dim, "D0": D0, "D1": D1, "UNIT": self.unit, "WIDE": reach >= NARROW, "NORMED": self.normed,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         }  # fmt: skip
+        for name in ("q", "k", "v", "context_k", "context_v", "image", "context_mask", "q_norm", "k_norm"):
+            self.add(name, inputs[name])
+        self.table = inputs["bias_table"]
+        if grad is not None:
+            self.add("grad", grad)
+
+    def add(self, name: str, tensor: Tensor | None) -> None:
+        """An argument of the launches to come, and its strides."""
+        self.arguments |= self._strided(name, tensor)
+
+    def _strided(self, name: str, tensor: Tensor | None) -> dict[str, Any]:
+        axes = _AXES[name]
+        units = [self.unit if len(axes) > 1 and axes[-1] == "d" and axis != "d" else 1 for axis in axes]
+        strides = (0,) * len(axes) if tensor is None else tensor.stride()
+        return {name: tensor} | {
+            f"{name}_{axis}": stride // unit for axis, stride, unit in zip(axes, strides, units, strict=True)
+        }
+
+    def norm(self, source: str, weight: str, name: str) -> None:
+        """Adds ``name``: the normed rows of an argument, or its rows as they are, where they need none or no longer."""
+        x, scale = self.arguments[source], self.arguments[weight]
+        if x is None or scale is None or not self.normed:
+            self.add(name, x)
+            return
+        out = _triton.empty(x.shape, x.dtype, x.device)
+        self.add(name, out)
+        grid = x if x.dim() == 6 else x[:, None, None]  # a context is one frame of one row
+        tile = _triton.pick(PREPARE, ("norm", 64 if self.width <= 64 else 256), self.device)
+        rows = grid.numel() // self.dim
+        sizes = dict(zip("THW", grid.shape[1:4], strict=True))
+        image = self.image if x.dim() == 6 else None
+        more = self._strided("x", grid) | self._strided("weight", scale) | self._strided("image", image) | sizes
+        self.launch(norm_kernel, -(-rows // tile.blocks["BLOCK"]), tile, out=out, rows=rows, **more)
+
+    def bias(self, *tiles: _triton.Tile, by_keys: bool = False) -> dict[str, Any]:
+        """The bias of all pairs of a window's tokens, up to whole tiles: by (query, key) or (key, query)."""
+        if self.table is None:
+            return {"bias": None, "PADDED": 0}
+        block = max(size for tile in tiles for size in tile.blocks.values())
+        padded = -(-self.N // block) * block
+        bias = _triton.empty((self.heads, padded, padded), self.bias_dtype(), self.device)
+        tile = _triton.pick(PREPARE, ("bias",), self.device)
+        centre = {f"centre_{axis}": size - 1 for axis, size in zip("thw", self.window, strict=True)}
+        table = self._strided("bias_table", self.table)
+        table = {name.replace("bias_table_", "table_"): value for name, value in table.items()}
+        found = {"bias": bias, "PADDED": padded}
+        programs = self.heads * (-(-padded // tile.blocks["BLOCK"])) ** 2
+        self.launch(bias_kernel, programs, tile, **table, **centre, **found, BY_KEYS=by_keys)
+        return found
+
+    def bias_dtype(self) -> torch.dtype:
+        """The table's. Of a float32 table beside 16-bit tokens half of its bytes are read, since all tiles read it.
+
+        float16 in place of bfloat16: up to entries of 8 its error (2^-9) is no more than that of a probability which is
+        rounded to bfloat16, and which it multiplies.
+        """
+        narrow = self.dtype != torch.float32 and self.table.dtype == torch.float32
+        return torch.float16 if narrow else self.table.dtype
 
     def tile(self, kernel: str) -> _triton.Tile:
         bits = 32 if self.dtype == torch.float32 else 16
@@ -94,7 +139,16 @@ class Geometry:
         # Tokens modulo 128: does a tile of 128 rows waste half of itself at the end?
         rows = 128 if self.N > 64 and (self.N % 128 == 0 or self.N % 128 > 64) else 64
         key = (kernel, bits, width)
-        return _triton.pick(TABLE, (*key, rows) if (*key, rows) in TABLE else key, self.device)
+        tile = _triton.pick(TABLE, (*key, rows) if (*key, rows) in TABLE else key, self.device)
+        if self.image is not None and self.extent[0] > 31:  # flags of frames are loaded in the loop: no pipeline
+            tile = _triton.Tile(tile.blocks, tile.warps, 1)
+        return tile
+
+    def by_window(self) -> bool:
+        """Whether a program takes a window, with five products, and not a tile of queries or of keys, with seven."""
+        target = _triton.target(self.device)
+        enough = self.windows * self.heads >= target.processors
+        return target.architecture in BY_WINDOW and enough and self.width <= 128 and self.L == 0
 
     def masked(self, block: int) -> bool:
         """Whether tiles of ``block`` tokens may hold some that are not to be seen."""

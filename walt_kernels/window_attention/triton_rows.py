@@ -24,10 +24,25 @@ def window_at(window, windows_t, windows_h, windows_w, WT, WH, WW):
 
 
 @triton.jit
-def tokens_at(start, t0, h0, w0, T, H, W, image, image_t, BLOCK, N, WH, WW):
+def moving_frames(image, image_b, image_t, b, t0, T, WT):
+    """Bit t: the video has frame t0 + t, and it is no image. 0: the window has nothing to attend to.
+
+    Read once, before any loop: a load that only feeds a mask must not be in a pipelined loop. Windows of more than 31
+    frames have one bit for all of them, and ``tokens_at`` loads flags.
+    """
+    image += b.to(tl.int64) * image_b + t0.to(tl.int64) * image_t
+    moving = t0 - t0
+    for t in tl.static_range(WT):
+        flag = tl.load(image + t * image_t, mask=t0 + t < T, other=1).to(tl.int32)
+        moving |= (1 - flag) << (t if WT < 32 else 0)
+    return moving
+
+
+@triton.jit
+def tokens_at(start, b, t0, h0, w0, T, H, W, image, image_b, image_t, moving, BLOCK, N, WT, WH, WW):
     """Positions of BLOCK tokens in their window, which of them the video has, which are of image frames.
 
-    ``image`` points to frame t0. Positions of tokens behind the last one repeat it: all stay inside the window.
+    Positions of tokens behind the last one repeat it: all stay inside the window.
     """
     n = start + tl.arange(0, BLOCK)
     inside = n < N
@@ -38,19 +53,20 @@ def tokens_at(start, t0, h0, w0, T, H, W, image, image_t, BLOCK, N, WH, WW):
     inside = inside & (t0 + t < T) & (h0 + h < H) & (w0 + w < W)
     still = n < 0
     if image is not None:
-        still = tl.load(image + t * image_t, mask=inside, other=0) != 0
+        if WT < 32:
+            still = ((moving >> t) & 1) == 0
+        else:
+            flags = image + b.to(tl.int64) * image_b + t0.to(tl.int64) * image_t
+            still = tl.load(flags + t * image_t, mask=inside, other=1) != 0
     return t, h, w, inside, still
 
 
 @triton.jit
-def keys_end(t0, T, image, image_t, N, WT, WH, WW):
-    """Behind the last token of a window that can be seen; 0 for a window of image frames alone."""
-    end = tl.minimum(WT, T - t0) * (WH * WW)
-    if image is not None:
-        moving = 0
-        for t in tl.static_range(WT):
-            moving += tl.where(tl.load(image + t * image_t, mask=t0 + t < T, other=1) == 0, 1, 0)
-        end = tl.where(moving > 0, end, 0)
+def keys_end(t0, T, N, WT, WH, WW, MASKED):
+    """Behind the last token of a window that the video may have."""
+    end = N
+    if MASKED:
+        end = tl.minimum(WT, T - t0) * (WH * WW)
     return end
 
 
@@ -125,14 +141,25 @@ def store_rows(pointer, rows, mask, x0, x1, DIM, D0, D1):
 
 
 @triton.jit
-def load_weight(pointer, DIM, D0, D1):
-    """The scale of a norm as two rows, zeros beyond DIM; dummies without one."""
+def store_row(pointer, x0, x1, DIM, D0, D1):
+    d = tl.arange(0, D0)
+    tl.store(pointer + d, x0, mask=d < DIM)
+    if D1 > 0:
+        d = D0 + tl.arange(0, D1)
+        tl.store(pointer + d, x1, mask=d < DIM)
+
+
+@triton.jit
+def load_weight(pointer, stride, DIM, D0, D1):
+    """The scale of a norm as two rows in float32, zeros beyond DIM; dummies without one."""
     w0 = tl.zeros([D0], tl.float32)
     w1 = w0
     if pointer is not None:
-        w0 = tl.load(pointer + tl.arange(0, D0), mask=tl.arange(0, D0) < DIM, other=0.0)
+        d = tl.arange(0, D0)
+        w0 = tl.load(pointer + d * stride, mask=d < DIM, other=0.0).to(tl.float32)
         if D1 > 0:
-            w1 = tl.load(pointer + D0 + tl.arange(0, D1), mask=D0 + tl.arange(0, D1) < DIM, other=0.0)
+            d = D0 + tl.arange(0, D1)
+            w1 = tl.load(pointer + d * stride, mask=d < DIM, other=0.0).to(tl.float32)
     return w0, w1
 
 
@@ -158,9 +185,9 @@ def standardise(x0, x1, mask, eps, DIM, D0, D1):
 
 
 @triton.jit
-def norm_rows(x0, x1, weight, w0, w1, mask, eps, DIM, D0, D1):
-    """The LayerNorm of rows, rounded to their dtype; themselves where ``weight`` is None."""
-    if weight is not None:
+def norm_rows(x0, x1, weight, w0, w1, mask, eps, DIM, D0, D1, NORMED):
+    """The LayerNorm of rows, rounded to their dtype; themselves where it has been taken or ``weight`` is None."""
+    if weight is not None and not NORMED:
         kind = x0.dtype
         x0, x1, _ = standardise(x0, x1, mask, eps, DIM, D0, D1)
         x0 = (x0 * w0[None, :]).to(kind)
@@ -170,15 +197,13 @@ def norm_rows(x0, x1, weight, w0, w1, mask, eps, DIM, D0, D1):
 
 
 @triton.jit
-def norm_backward(g0, g1, x0, x1, w0, w1, mask, eps, partial, DIM, D0, D1):
-    """The gradient of rows from that of their norm; the scale's gradient over these rows goes to ``partial``."""
+def norm_backward(g0, g1, x0, x1, w0, w1, mask, eps, DIM, D0, D1):
+    """The gradient of rows from that of their norm; and the scale's gradient over these rows, as two rows."""
     x0, x1, rstd = standardise(x0, x1, mask, eps, DIM, D0, D1)
-    if partial is not None:
-        d = tl.arange(0, D0)
-        tl.store(partial + d, tl.sum(g0 * x0, 0), mask=d < DIM)
-        if D1 > 0:
-            d = D0 + tl.arange(0, D1)
-            tl.store(partial + d, tl.sum(g1 * x1, 0), mask=d < DIM)
+    part0 = tl.sum(g0 * x0, 0)
+    part1 = tl.sum(g1, 0)  # a dummy
+    if D1 > 0:
+        part1 = tl.sum(g1 * x1, 0)
     g0 = g0 * w0[None, :]
     mean = tl.sum(g0, 1)
     slope = tl.sum(g0 * x0, 1)
@@ -191,7 +216,7 @@ def norm_backward(g0, g1, x0, x1, w0, w1, mask, eps, partial, DIM, D0, D1):
     g0 = (g0 - mean - x0 * slope) * rstd[:, None]
     if D1 > 0:
         g1 = (g1 - mean - x1 * slope) * rstd[:, None]
-    return g0, g1
+    return g0, g1, part0, part1
 
 
 @triton.jit
@@ -214,21 +239,39 @@ def add_rows(acc0, acc1, p, x0, x1, D1, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def place_of(t, h, w, SH, SW):
-    """A token's number in the table's grid: the bias of (i, j) is at place(i) - place(j) + centre."""
-    return (t * SH + h) * SW + w
+def bias_at(bias, head, rows, columns, PADDED):
+    """A tile of one head of ``bias`` [heads, PADDED, PADDED] as pointers; None without a bias."""
+    if bias is not None:
+        bias += head.to(tl.int64) * PADDED * PADDED + (rows[:, None] * PADDED + columns[None, :])
+    return bias
 
 
 @triton.jit
-def scores_of(s, scale, table, where):
-    """``table`` points to the entry of one token with itself, ``where`` is relative to it."""
+def scores_of(s, scale, bias):
     s = s * scale
-    if table is not None:
-        s += tl.load(table + where)
+    if bias is not None:
+        s += tl.load(bias).to(tl.float32)
     return s
 
 
 @triton.jit
+def load_lines(best_of, log_of, at, mask, tokens):
+    """``best`` and ``log_total`` of rows of scores; where mask is false, ``best`` that makes all probabilities 0.
+
+    Beside 16-bit tokens both are one number: what their sum loses is far below a probability's own rounding.
+    """
+    best = tl.load(best_of + at, mask=mask, other=float("inf"))
+    log_total = tl.load(log_of + at, mask=mask, other=0.0)
+    if tokens.dtype.element_ty != tl.float32:
+        best += log_total
+        log_total = tl.zeros_like(best)
+    return best, log_total
+
+
+@triton.jit
 def probabilities(s, best, log_total):
-    """exp(s - best) / total. log2(e) multiplies the difference: folded into large scores it would cost their digits."""
-    return tl.exp2((s - best) * LOG2E - log_total)
+    """exp(s) / total, where ``best`` is log2(e) times the row's largest score, rounded, as the forward pass had it.
+
+    The fused product is exact, so large scores keep their digits, and the rounding of ``best`` is one for a whole row.
+    """
+    return tl.exp2(tl.fma(s, LOG2E, -best) - log_total)

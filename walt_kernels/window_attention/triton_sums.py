@@ -28,14 +28,14 @@ def sum_rows_kernel(rows, out, count, columns, ROWS: tl.constexpr, COLUMNS: tl.c
     tl.store(out + part.to(tl.int64) * columns + column, tl.sum(total, 0).to(kind), mask=column < columns)
 
 
-def sum_rows(rows: Tensor, out: Tensor) -> None:
+def sum_rows(rows: Tensor, out: Tensor | None) -> None:
     """out[columns] = the sum of rows [count, columns], float32: over the machine first, then over its parts."""
     count, columns = rows.shape
     tile = _triton.pick(SUMS, ("sum_rows",), rows.device)
     blocks = -(-columns // tile.blocks["COLUMNS"])
     parts = min(_triton.target(rows.device).processors, -(-count // tile.blocks["ROWS"]))
     if parts > 1:
-        halfway = torch.empty(parts, columns, dtype=torch.float32, device=rows.device)
+        halfway = _triton.empty((parts, columns), torch.float32, rows.device)
         _triton.launch(sum_rows_kernel, (parts, blocks), tile, rows=rows, out=halfway, count=count, columns=columns)
         rows, count = halfway, parts
     _triton.launch(sum_rows_kernel, (1, blocks), tile, rows=rows, out=out, count=count, columns=columns)
