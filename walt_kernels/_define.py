@@ -14,6 +14,7 @@ from torch import Tensor
 from ._defaults import Defaults
 from ._dispatch import Backend, Op, backend, register, select
 from ._flops import count_flops
+from ._layout import like
 from ._library import as_tuple, complete, define, in_backward, past_dispatcher, unwatched
 
 P = ParamSpec("P")
@@ -177,7 +178,7 @@ class _Backward:
         self.inputs, self.options, self.needed = (_picking(names, n) for n in (inputs, options, differentiable))
         self.kept = _picking(returns, kept)
         self.writes = [f"grad_{n}" for n in differentiable]
-        self.gradients = _seeing(self.reads, gradients) if gradients is not None else self.like_inputs
+        self.gradients = _seeing(self.reads, gradients) if gradients is not None else self.like_inputs()
 
     def define(self) -> None:
         schema = _signature(self.types, len(self.differentiable))
@@ -194,12 +195,14 @@ class _Backward:
     def fake(self, *reads: Any) -> Any:
         return _filled(self.gradients(reads), reads)
 
-    def like_inputs(self, reads: Sequence[Any]) -> list[Tensor | None]:
-        named = dict(zip(self.reads, reads, strict=True))
-        return [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted and x is not None else None
-            for x, wanted in zip((named[n] for n in self.differentiable), named["wanted"], strict=True)
-        ]
+    def like_inputs(self) -> Callable[[Sequence[Any]], list[Tensor | None]]:
+        pick = _picking(self.reads, (*self.differentiable, "wanted"))
+
+        def gradients(reads: Sequence[Any]) -> list[Tensor | None]:
+            *inputs, wanted = pick(reads)
+            return [like(x) if want and x is not None else None for x, want in zip(inputs, wanted, strict=True)]
+
+        return gradients
 
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = as_tuple(output)
