@@ -71,7 +71,8 @@ def line(row: Row) -> str:
 
 def row_of(op: str, mode: str, device: str, rounds: int = ROUNDS) -> Row:
     call = call_of(op, mode, device)
-    with _plans.imagine(_triton.TARGETS["sm_90"]) if device == "cpu" else contextlib.nullcontext():
+    gpu = _plans.imagine(_triton.TARGETS["sm_90"]) if device == "cpu" else contextlib.nullcontext()
+    with gpu, use_backend("triton"):
         planned = microseconds(call, rounds)
         with _plans.none():
             without = microseconds(call, max(2, rounds // 4))
@@ -79,14 +80,13 @@ def row_of(op: str, mode: str, device: str, rounds: int = ROUNDS) -> Row:
 
 
 def call_of(op: str, mode: str, device: str) -> Callable[[], object]:
-    """A small call in bfloat16, with gradients for all tensors; backward from cotangents that are there."""
+    """A small call in bfloat16, with gradients for all tensors; its cotangents are made once."""
     arguments = testing.sample_call(op, device, torch.bfloat16)
     leaves = [value.requires_grad_() for value in arguments.values() if isinstance(value, Tensor)]
     function = _dispatch.op(op).function
 
     def forward() -> Any:
-        with use_backend("triton"):
-            return function(**arguments)
+        return function(**arguments)
 
     if mode == "forward":
         return forward

@@ -97,6 +97,8 @@ def one_dtype(x: Tensor, **rows: Tensor) -> dict[str, Tensor]:
 
 def triple(name: str, value: Any) -> tuple[int, int, int]:
     """One positive int for each of time, height and width, or one for all."""
+    if type(value) is int and value > 0:  # nearly always, and calls are many
+        return value, value, value
     value = plain(value)
     values = (value, value, value) if is_int(value) else value
     if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(is_int, values)):
@@ -109,6 +111,8 @@ def triple(name: str, value: Any) -> tuple[int, int, int]:
 
 def three(name: str, value: Any, axes: str) -> tuple[int, int, int]:
     """One positive int for each of ``axes``."""
+    if type(value) is tuple and len(value) == 3 and all(type(size) is int and size > 0 for size in value):
+        return value
     values = plain(value)
     if not isinstance(values, Sequence) or isinstance(values, str) or not all(map(is_int, values)):
         raise TypeError(f"{name} is {values!r}, expected three integers {axes}")

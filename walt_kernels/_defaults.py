@@ -6,6 +6,7 @@ which row of benchmarks/results/ tells so. What stands in no table has not run r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,6 +67,7 @@ class Choice(NamedTuple):
         return [("forward", self.measured.forward, self.forward), *backward]
 
 
+@functools.cache
 def architecture(device: torch.device) -> str | None:
     """A GPU's in the tables' words. Nothing has run on one of AMD's."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():

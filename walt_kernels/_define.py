@@ -14,7 +14,8 @@ from torch import Tensor
 from ._defaults import Defaults
 from ._dispatch import Backend, Op, backend, register, select
 from ._flops import count_flops
-from ._library import as_tuple, complete, define, in_backward
+from ._layout import like
+from ._library import as_tuple, complete, define, in_backward, past_dispatcher, unwatched
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,6 +110,7 @@ def define_op(
             backward=passes.autograd,
             tangent=None if tangent is None else tangents_of,
         )
+        eager = past_dispatcher(name, impl, passes.setup, passes.autograd)
         if memory is not None:
             passes.define()
         if flops is not None:
@@ -122,7 +124,8 @@ def define_op(
             chosen = select(name, inputs)
             if chosen in composed:
                 return backend(name, chosen).forward(**inputs)
-            results = overload(*[inputs[argument] for argument in types], chosen)
+            values = (*[inputs[argument] for argument in types], chosen)
+            results = eager(values) if unwatched(values) else overload(*values)
             if len(returns) == visible:
                 return results
             return results[:visible] if visible > 1 else results[0]
@@ -175,7 +178,7 @@ class _Backward:
         self.inputs, self.options, self.needed = (_picking(names, n) for n in (inputs, options, differentiable))
         self.kept = _picking(returns, kept)
         self.writes = [f"grad_{n}" for n in differentiable]
-        self.gradients = _seeing(self.reads, gradients) if gradients is not None else self.like_inputs
+        self.gradients = _seeing(self.reads, gradients) if gradients is not None else self.like_inputs()
 
     def define(self) -> None:
         schema = _signature(self.types, len(self.differentiable))
@@ -192,17 +195,19 @@ class _Backward:
     def fake(self, *reads: Any) -> Any:
         return _filled(self.gradients(reads), reads)
 
-    def like_inputs(self, reads: Sequence[Any]) -> list[Tensor | None]:
-        named = dict(zip(self.reads, reads, strict=True))
-        return [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted and x is not None else None
-            for x, wanted in zip((named[n] for n in self.differentiable), named["wanted"], strict=True)
-        ]
+    def like_inputs(self) -> Callable[[Sequence[Any]], list[Tensor | None]]:
+        pick = _picking(self.reads, (*self.differentiable, "wanted"))
+
+        def gradients(reads: Sequence[Any]) -> list[Tensor | None]:
+            *inputs, wanted = pick(reads)
+            return [like(x) if want and x is not None else None for x, want in zip(inputs, wanted, strict=True)]
+
+        return gradients
 
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = as_tuple(output)
         ctx.save_for_backward(*self.inputs(inputs), *self.kept(outputs))
-        ctx.options, ctx.backend = self.options(inputs), inputs[-1]
+        ctx.options, ctx.backend, ctx.unwatched = self.options(inputs), inputs[-1], False
         ctx.mark_non_differentiable(*outputs[self.visible :])
         ctx.set_materialize_grads(False)
 
@@ -219,7 +224,10 @@ class _Backward:
         reads = (*incoming, *ctx.saved_tensors, *ctx.options, *([wanted] if self.chooses else ()), ctx.backend)
 
         def computed() -> Sequence[Tensor]:
-            return as_tuple(in_backward(self.overload, reads)) if True in wanted else ()
+            if True not in wanted:
+                return ()
+            past = ctx.unwatched and not torch.is_grad_enabled() and unwatched(incoming)
+            return as_tuple(self.impl(*reads) if past else in_backward(self.overload, reads))
 
         found: Iterable[tuple[int, Tensor]]
         if self.hook is None:

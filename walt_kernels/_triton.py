@@ -132,19 +132,20 @@ def unsupported(**inputs: Any) -> str | None:
     for tensor in inputs.values():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        if tensor.device.type == "cpu":
+        if tensor.is_cuda:
+            if tensor.dtype not in DTYPES:
+                return f"no Triton kernel for {tensor.dtype}"
+            if (old := _too_old(tensor.device)) is not None:
+                return old
+        elif tensor.is_cpu:
             if imagined is not None:
                 continue
             if not INTERPRET:
                 return "runs on GPU tensors, and on CPU tensors only with TRITON_INTERPRET=1"
             if tensor.dtype is not torch.float32:  # it truncates where a GPU rounds
                 return f"Triton's interpreter is exact in float32 only; this tensor is {tensor.dtype}"
-        elif tensor.device.type != "cuda":
+        else:
             return f"runs on NVIDIA and AMD GPUs; this tensor is on {tensor.device}"
-        elif tensor.dtype not in DTYPES:
-            return f"no Triton kernel for {tensor.dtype}"
-        elif (old := _too_old(tensor.device)) is not None:
-            return old
     return None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._layout import like
+
 # Triton's kernels save the log-sum-exp unsummed: the largest score of a row, and the logarithm of the rest.
 LSE_PARTS = {"triton": (2,)}
 
@@ -17,5 +19,4 @@ def wide_dtype(q: Tensor) -> torch.dtype:
 def outputs_like(q: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """out [B, T, H, W, heads, dim] and lse [*parts, B, heads, T, H, W], contiguous."""
     B, T, H, W, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty((*LSE_PARTS.get(backend, ()), B, heads, T, H, W), dtype=wide_dtype(q), device=q.device)
+    return like(q), torch.empty((*LSE_PARTS.get(backend, ()), B, heads, T, H, W), dtype=wide_dtype(q), device=q.device)
