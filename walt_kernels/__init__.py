@@ -9,6 +9,7 @@ from . import nn as nn
 from ._define import folders as _find_folders
 from ._dispatch import explain, use_backend
 from ._version import __version__ as __version__
+from ._warm import warm
 from .adaln_lora import adaln_lora, adaln_modulate, adaln_residual, adaln_residual_modulate
 from .causal_conv3d import causal_conv3d, next_history
 from .video_norm import video_norm
@@ -25,6 +26,7 @@ __all__ = [
     "next_history",
     "use_backend",
     "video_norm",
+    "warm",
     "window_attention",
 ]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._defaults import Defaults
 from ._dispatch import Backend, Op, backend, register, select
 from ._flops import count_flops
-from ._library import as_tuple, complete, define, in_backward
+from ._library import as_tuple, complete, define, in_backward, past_dispatcher, unwatched
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,6 +109,7 @@ def define_op(
             backward=passes.autograd,
             tangent=None if tangent is None else tangents_of,
         )
+        eager = past_dispatcher(name, impl, passes.setup, passes.autograd)
         if memory is not None:
             passes.define()
         if flops is not None:
@@ -122,7 +123,8 @@ def define_op(
             chosen = select(name, inputs)
             if chosen in composed:
                 return backend(name, chosen).forward(**inputs)
-            results = overload(*[inputs[argument] for argument in types], chosen)
+            values = (*[inputs[argument] for argument in types], chosen)
+            results = eager(values) if unwatched(values) else overload(*values)
             if len(returns) == visible:
                 return results
             return results[:visible] if visible > 1 else results[0]
@@ -202,7 +204,7 @@ class _Backward:
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = as_tuple(output)
         ctx.save_for_backward(*self.inputs(inputs), *self.kept(outputs))
-        ctx.options, ctx.backend = self.options(inputs), inputs[-1]
+        ctx.options, ctx.backend, ctx.unwatched = self.options(inputs), inputs[-1], False
         ctx.mark_non_differentiable(*outputs[self.visible :])
         ctx.set_materialize_grads(False)
 
@@ -219,7 +221,10 @@ class _Backward:
         reads = (*incoming, *ctx.saved_tensors, *ctx.options, *([wanted] if self.chooses else ()), ctx.backend)
 
         def computed() -> Sequence[Tensor]:
-            return as_tuple(in_backward(self.overload, reads)) if True in wanted else ()
+            if True not in wanted:
+                return ()
+            past = ctx.unwatched and not torch.is_grad_enabled() and unwatched(incoming)
+            return as_tuple(self.impl(*reads) if past else in_backward(self.overload, reads))
 
         found: Iterable[tuple[int, Tensor]]
         if self.hook is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("walt_kernels", "DEF")
 
@@ -137,6 +138,58 @@ def _autograd_kernel(
             return Node.apply(*arguments, keyset)
 
     return kernel
+
+
+def past_dispatcher(
+    name: str,
+    impl: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[[Sequence[Any]], Any]:
+    """The op on a sequence of arguments for which it is ``unwatched``: a third of the host time of a call is saved."""
+
+    def node_forward(ctx: Any, *arguments: Any) -> Any:
+        output = impl(*arguments)
+        setup_context(ctx, arguments, output)
+        ctx.unwatched = True
+        return output
+
+    def node_backward(ctx: Any, *grads: Any) -> Any:
+        return tuple(backward(ctx, *grads))
+
+    methods = {"forward": staticmethod(node_forward), "backward": staticmethod(node_backward)}
+    Node: Any = type(name, (_SingleLevelFunction,), methods)
+
+    def run(arguments: Sequence[Any]) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return Node.apply(*arguments)
+        return impl(*arguments)
+
+    return run
+
+
+def unwatched(arguments: Iterable[Any]) -> bool:
+    """Whether PyTorch's dispatcher would do no more with this call than hand it to autograd and to the backend.
+
+    Not so where a compiler, a mode, a transform or a profiler looks on, or a tensor is more than memory and strides: of
+    a subclass, without memory, negated lazily.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or transformed()
+        or torch._C._is_tracing()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for argument in arguments:
+        if type(argument) is Tensor or type(argument) is Parameter:
+            if argument.is_meta or argument.is_neg():
+                return False
+        elif isinstance(argument, Tensor):
+            return False
+    return True
 
 
 def _with_tangents(outputs: Any, tangents: Tangents) -> Any:

@@ -50,7 +50,7 @@ class Place(NamedTuple):
         base = tensors[self.base]
         first = (base.storage_offset() * base.itemsize + self.offset) // self.dtype.itemsize
         view = torch.empty(0, dtype=self.dtype, device=base.device)
-        return view.set_(base.untyped_storage(), first, self.shape, self.stride)  # type: ignore[call-overload]
+        return view.set_(base.untyped_storage(), first, self.shape, self.stride)
 
     def pointer(self, addresses: Sequence[int]) -> int:
         return addresses[self.base] + self.offset
@@ -236,7 +236,8 @@ class Plan:
 
 
 def _step(launch: _triton.Launch, compiled: Any) -> Step:
-    grid = (*launch.grid, 1, 1)[:3]
+    x, y, z = (*launch.grid, 1, 1)[:3]
+    grid = x, y, z
     values = [launch.arguments.get(parameter.name, parameter.default) for parameter in launch.kernel.params]
     template = [*grid, None, compiled.function, compiled.packed_metadata, None, None, None, *values]
     placed = [(i, value) for i, value in enumerate(template) if isinstance(value, _PLACED)]
@@ -292,7 +293,7 @@ def plan(function: Callable[..., None], arguments: dict[str, Any], runtime: Runt
             if _storage(value) not in known:
                 raise Unplannable("a launch has a tensor that is no view of the call's, nor of a temporary")
             base, offset = known[_storage(value)]
-            offset += value.storage_offset() * value.itemsize
+            offset += int(value.storage_offset()) * value.itemsize
             return Place(base, offset, value.dtype, tuple(value.shape), value.stride())
         if _triton.is_descriptor(value):
             return Descriptor(placed(value.base), value)

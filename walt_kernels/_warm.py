@@ -1,12 +1,13 @@
 """``warm``: compiles the Triton kernels of a step in parallel processes, before the first step needs them one by one.
 
-``python -m walt_kernels._warm`` is such a process: it reads a kernel a line, compiles it into Triton's cache on disk
-and answers with a line, empty or what went wrong.
+``main`` is what such a process runs: it reads a kernel a line, compiles it into Triton's cache on disk and answers with
+a line, empty or what went wrong.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
 import os
 import pickle
@@ -38,7 +39,8 @@ def warm(step: Callable[[], object], *, processes: int | None = None, progress: 
 
     Args:
         step: takes nothing.
-        processes: how many at most; by default one for every CPU that this process may use.
+        processes: how many at most; by default one for every CPU that this process may use. With 0 nothing is compiled:
+            for ranks beside one that compiles.
         progress: ``progress(done, total)`` is called at the start and after each kernel; by default a line on stderr
             where that is a terminal.
 
@@ -140,45 +142,42 @@ class Collected(list[_triton.Launch]):
 
 def compile_all(kernels: Iterable[Kernel], processes: int | None = None, progress: Progress | None = None) -> int:
     """Compiles all, each in one of some processes; what fails there is left to the first launch, which tells why."""
-    waiting: queue.SimpleQueue[Kernel] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     for kernel in kernels:
-        waiting.put(kernel)
-    total, done, lock = waiting.qsize(), [], threading.Lock()
+        with contextlib.suppress(pickle.PicklingError, TypeError, AttributeError):  # has no name elsewhere
+            waiting.put(base64.b64encode(pickle.dumps(kernel)) + b"\n")
+    total, answers, lock = waiting.qsize(), [], threading.Lock()
     tell = progress or _tell
-    if not total:
-        return 0
-    tell(0, total)
+    if processes is None:
+        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def feed() -> None:
-        # Not multiprocessing's: a process that it spawns runs the user's script again.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        ) as process:
+        with contextlib.suppress(OSError, queue.Empty), _compiler() as process:  # OSError: it has died
             assert process.stdin is not None
             assert process.stdout is not None
             while True:
-                try:
-                    kernel = waiting.get_nowait()
-                except queue.Empty:
-                    break
-                process.stdin.write(base64.b64encode(pickle.dumps(kernel)) + b"\n")
+                process.stdin.write(waiting.get_nowait())
                 process.stdin.flush()
                 answer = process.stdout.readline()
                 with lock:
-                    done.append(answer == b"\n")
-                    tell(len(done), total)
-                if not answer:  # it died
-                    break
-            process.stdin.close()
+                    answers.append(answer)
+                    tell(len(answers), total)
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = [threading.Thread(target=feed) for _ in range(min(processes or cpus, total))]
+    threads = [threading.Thread(target=feed) for _ in range(min(processes, total))]
+    if threads:
+        tell(0, total)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(done)
+    return answers.count(b"\n")
+
+
+def _compiler() -> subprocess.Popen[bytes]:
+    """Not of multiprocessing: what that spawns runs the user's script again."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
 def _tell(done: int, total: int) -> None:
@@ -198,7 +197,3 @@ def main() -> None:
             problem = f"{type(error).__name__}: {error}".replace("\n", " ")
         out.write(problem + "\n")
         out.flush()
-
-
-if __name__ == "__main__":
-    main()

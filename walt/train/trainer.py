@@ -34,6 +34,7 @@ from walt.errors import Interrupted, WaltError, say
 from walt.model.randoms import keyed_seed
 from walt.settings import FREE, TrainingConfig
 from walt.terminal import progress_bar
+from walt.train.ahead import compile_ahead
 from walt.train.interrupt import stop_signal
 from walt.train.log import RunLog
 from walt.train.objective import Objective, Result, frozen
@@ -168,20 +169,26 @@ class Trainer(Generic[Model]):
     def _step(self, loader: Loader, lr: float) -> list[Result]:
         """One step of every objective."""
         self._times.synchronize = self._is_logged(self.step + 1)
-        torch.manual_seed(keyed_seed(self.config.seed, self.step, rank(), 1))  # for dropout; 1: apart from the data
         with self._times.part("data"):
             microbatches = [map_tensors(self._to_device, batch) for batch in loader.take()]
-        results = []
         with self._times.part("compute"):
-            for objective in self.objectives:
-                with frozen(*(other.network for other in self.objectives if other is not objective)):
-                    results.append(objective.backward(microbatches))
+            if self.step == self.resumed:
+                compile_ahead(self.device, lambda: self._backward(microbatches))
+            torch.manual_seed(keyed_seed(self.config.seed, self.step, rank(), 1))  # for dropout; 1: apart from the data
+            results = self._backward(microbatches)
         self._check_finite(results)
         with self._times.part("optimizer"):
             for objective in self.objectives:
                 objective.step(lr)
         self._times.steps += 1
         self.step += 1
+        return results
+
+    def _backward(self, microbatches: Sequence[Any]) -> list[Result]:
+        results = []
+        for objective in self.objectives:
+            with frozen(*(other.network for other in self.objectives if other is not objective)):
+                results.append(objective.backward(microbatches))
         return results
 
     def _to_device(self, tensor: Tensor) -> Tensor:
