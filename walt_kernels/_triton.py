@@ -36,7 +36,7 @@ def _find() -> str | None:
 reason = _find()
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-OPT_IN = "compiles for every target; not yet run on a GPU, so only where it is forced"
+OPT_IN = "not measured for such calls on such a GPU, so only where it is forced"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -129,22 +129,26 @@ def unsupported(**inputs: Any) -> str | None:
     """Why the Triton kernels cannot take the tensors among these, or None."""
     if reason is not None:
         return reason
+    on_gpu = None
     for tensor in inputs.values():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor):
             continue
-        if tensor.device.type == "cpu":
-            if imagined is not None:
-                continue
-            if not INTERPRET:
-                return "runs on GPU tensors, and on CPU tensors only with TRITON_INTERPRET=1"
-            if tensor.dtype is not torch.float32:  # it truncates where a GPU rounds
-                return f"Triton's interpreter is exact in float32 only; this tensor is {tensor.dtype}"
-        elif tensor.device.type != "cuda":
-            return f"runs on NVIDIA and AMD GPUs; this tensor is on {tensor.device}"
-        elif tensor.dtype not in DTYPES:
-            return f"no Triton kernel for {tensor.dtype}"
-        elif (old := _too_old(tensor.device)) is not None:
-            return old
+        if tensor.is_cuda and tensor.dtype in DTYPES:  # the cheapest questions first: every call asks
+            on_gpu = tensor
+        elif tensor.is_floating_point() and (reason_against := _unfit(tensor)) is not None:
+            return reason_against
+    return None if on_gpu is None else _too_old(on_gpu.device)
+
+
+def _unfit(tensor: Tensor) -> str | None:
+    if tensor.is_cuda:
+        return f"no Triton kernel for {tensor.dtype}"
+    if tensor.device.type != "cpu":
+        return f"runs on NVIDIA and AMD GPUs; this tensor is on {tensor.device}"
+    if imagined is None and not INTERPRET:
+        return "runs on GPU tensors, and on CPU tensors only with TRITON_INTERPRET=1"
+    if imagined is None and tensor.dtype is not torch.float32:  # it truncates where a GPU rounds
+        return f"Triton's interpreter is exact in float32 only; this tensor is {tensor.dtype}"
     return None
 
 
