@@ -216,7 +216,13 @@ def results(inputs: dict[str, Any]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
 
 
-WIDE = {"channels": 64, "out_channels": 64, "size": (16, 16), "dtype": torch.bfloat16, "layout": "channels_last"}
+WIDE: dict[str, Any] = {
+    "channels": 64,
+    "out_channels": 64,
+    "size": (16, 16),
+    "dtype": torch.bfloat16,
+    "layout": "channels_last",
+}
 
 
 @pytest.mark.gpu
