@@ -41,5 +41,5 @@ def architecture(device: torch.device) -> str:
 def _ask(device: torch.device) -> str:
     if torch.version.hip is not None or not torch.cuda.is_available():  # not: a tensor without memory
         return "none"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    properties = torch.cuda.get_device_properties(device)  # not get_device_capability: torch.compile knows this one
+    return f"sm_{properties.major}{properties.minor}"

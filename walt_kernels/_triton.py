@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._defaults import architecture
 from ._dispatch import Backend
 
 
@@ -37,6 +38,7 @@ reason = _find()
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 OPT_IN = "not measured for such calls on such a GPU, so only where it is forced"
+TOO_OLD = frozenset(("sm_50", "sm_52", "sm_53", "sm_60", "sm_61", "sm_62", "sm_70", "sm_72", "sm_75"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -137,7 +139,9 @@ def unsupported(**inputs: Any) -> str | None:
             on_gpu = tensor
         elif tensor.is_floating_point() and (reason_against := _unfit(tensor)) is not None:
             return reason_against
-    return None if on_gpu is None else _too_old(on_gpu.device)
+    if on_gpu is not None and (name := architecture(on_gpu.device)) in TOO_OLD:
+        return f"needs compute capability 8.0; {on_gpu.device} is an {name}"
+    return None
 
 
 def _unfit(tensor: Tensor) -> str | None:
@@ -149,15 +153,6 @@ def _unfit(tensor: Tensor) -> str | None:
         return "runs on GPU tensors, and on CPU tensors only with TRITON_INTERPRET=1"
     if imagined is None and tensor.dtype is not torch.float32:  # it truncates where a GPU rounds
         return f"Triton's interpreter is exact in float32 only; this tensor is {tensor.dtype}"
-    return None
-
-
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
-    if torch.version.hip is None and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"needs compute capability 8.0; {device} has {'.'.join(map(str, capability))}"
     return None
 
 
