@@ -526,6 +526,7 @@ def test_explains_its_backends() -> None:
     inputs = sample()
     reasons = explain("causal_conv3d", **inputs)
     assert reasons.pop("triton") is not None  # opt-in
+    assert reasons.pop("cudnn") is not None  # for GPUs
     assert reasons.pop("onednn") is not None  # slower
     assert reasons == {"cpu": None, "reference": None}
     on_meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}

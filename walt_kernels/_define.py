@@ -68,7 +68,7 @@ def define_op(
             It sees ``kernels``, what these read, and ``backend``.
         tangent: ``tangent(run, inputs, tangents)`` returns the tangents of the outputs in forward mode, where
             ``run(inputs)`` is the op; by default they are the reference's.
-        defaults: which backend is the fastest on which GPU, for which calls.
+        defaults: which backend is the fastest on which GPU, for which calls (see ``_defaults``).
     """
 
     def decorate(check: Callable[P, dict[str, Any]]) -> Callable[P, R]:

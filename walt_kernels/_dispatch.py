@@ -1,8 +1,8 @@
 """Which backend runs an op: ``explain`` tells, ``select`` decides, ``use_backend`` forces.
 
 Every op has a list of backends in order of preference. A backend says why it cannot take a call, or None. The choice
-is made once, in the op's public function, for forward and backward of the call. On a GPU the op's table of times makes
-it (see ``_defaults``), and may give passes of backward to other backends than forward's.
+is made once, in the op's public function, for forward and backward of the call. On a GPU the op's table of what was
+measured there has the first word (see ``_defaults``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _checkpoint
-from ._defaults import Choice, Defaults, choose
+from ._defaults import Defaults, Fastest, architecture
 
 BACKENDS = ("cuda", "flash", "triton", "cudnn", "onednn", "cpu", "reference")
 
@@ -29,8 +29,8 @@ class Backend:
 
     ``unsupported(**inputs)`` returns the reason why it cannot take these (checked) inputs, or None. Without a
     ``backward``, PyTorch differentiates what ``forward(**inputs)`` returns. With one, both write into the memory that
-    they are given (see ``define_op``). An ``opt_in`` backend is only used when it is forced or the op's table has times
-    of it, and so is one for the inputs of which ``behind(**inputs)`` says why another one is faster.
+    they are given (see ``define_op``). An ``opt_in`` backend is only used when it is forced or the op's table names it,
+    and so is one for the inputs of which ``behind(**inputs)`` says why another one is faster.
     """
 
     name: str
@@ -107,31 +107,10 @@ def op(name: str) -> Op:
 
 
 def backend(op: str, name: str) -> Backend:
-    """The backend of this name, or the one that ``Choice.name`` describes."""
-    if "/" in name:
-        return _shared(op, name)
     for candidate in _ops[op].backends:
         if candidate.name == name:
             return candidate
     raise ValueError(f"{op} has no backend {name!r}; it has {', '.join(b.name for b in _ops[op].backends)}")
-
-
-def _shared(op: str, name: str) -> Backend:
-    """Forward on one backend, and each pass of backward on its own."""
-    defaults = _ops[op].defaults
-    assert defaults is not None
-    forward, *others = (backend(op, part) for part in name.split("/"))
-    passes = [[f"grad_{n}" for n in read] for read in defaults.passes.values()]
-
-    def backward(**named: Any) -> None:
-        for other in dict.fromkeys(others):
-            own = [grad for grads, runs in zip(passes, others, strict=True) if runs is other for grad in grads]
-            rest = {grad: None for grads in passes for grad in grads if grad not in own}
-            if any(named[grad] is not None for grad in own):
-                assert other.backward is not None
-                other.backward(**(named | rest))
-
-    return Backend(name, forward.unsupported, forward.forward, backward)
 
 
 def prepare(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -139,19 +118,27 @@ def prepare(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return op(name).check(*args, **kwargs)
 
 
-def _default(op: Op, inputs: Mapping[str, Any]) -> Choice | None:
-    return None if op.defaults is None else choose(op.defaults, op.backends, inputs)
+def _fastest(op: str, inputs: Mapping[str, Any]) -> Fastest | None:
+    """What the op's table says of inputs, the first of which is a tensor; None where its backend cannot run."""
+    defaults = _ops[op].defaults
+    if defaults is None:
+        return None
+    table = defaults.fastest.get(architecture(next(iter(inputs.values())).device))
+    kind = None if table is None else defaults.classify(**inputs)
+    if table is None or kind is None or kind not in table:
+        return None
+    found = table[kind]
+    return found if backend(op, found.backend).unsupported(**inputs) is None else None
 
 
 def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
     """For every backend of ``op``, in order of preference: why it would not be chosen for ``inputs``, or None."""
-    choice = _default(_ops[op], inputs)
-    if choice is None:
-        return {b.name: b.reason(**inputs) for b in _ops[op].backends}
-    return {
-        b.name: None if b.name == "reference" else b.unsupported(**inputs) or choice.reason(b.name)
-        for b in _ops[op].backends
-    }
+    at, fastest = _ops[op], _fastest(op, inputs)
+    if at.defaults is None or fastest is None:
+        return {b.name: b.reason(**inputs) for b in at.backends}
+    name, kind = fastest.backend, at.defaults.classify(**inputs)
+    slower = f"{name} is the fastest for calls of the class {kind!r} ({fastest.row})"
+    return {b.name: None if b.name == name else b.unsupported(**inputs) or slower for b in at.backends}
 
 
 def select(op: str, inputs: Mapping[str, Any]) -> str:
@@ -165,8 +152,10 @@ def select(op: str, inputs: Mapping[str, Any]) -> str:
         return name
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # whose file knows PyTorch's ops only
         return "reference"
-    choice = _default(_ops[op], inputs)
-    name = choice.name if choice is not None else _first(op, inputs)
+    fastest = _fastest(op, inputs)
+    if fastest is not None:
+        return fastest.backend
+    name = _first(op, inputs)
     if name == "reference" and not torch.compiler.is_compiling():
         _warn_about_reference(op, inputs)
     return name

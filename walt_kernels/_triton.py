@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._defaults import architecture
 from ._dispatch import Backend
 
 
@@ -36,7 +37,8 @@ def _find() -> str | None:
 reason = _find()
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-OPT_IN = "compiles for every target; not yet run on a GPU, so only where it is forced"
+OPT_IN = "not measured for such calls on such a GPU, so only where it is forced"
+TOO_OLD = frozenset(("sm_50", "sm_52", "sm_53", "sm_60", "sm_61", "sm_62", "sm_70", "sm_72", "sm_75"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -129,32 +131,28 @@ def unsupported(**inputs: Any) -> str | None:
     """Why the Triton kernels cannot take the tensors among these, or None."""
     if reason is not None:
         return reason
+    on_gpu = None
     for tensor in inputs.values():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor):
             continue
-        if tensor.is_cuda:
-            if tensor.dtype not in DTYPES:
-                return f"no Triton kernel for {tensor.dtype}"
-            if (old := _too_old(tensor.device)) is not None:
-                return old
-        elif tensor.is_cpu:
-            if imagined is not None:
-                continue
-            if not INTERPRET:
-                return "runs on GPU tensors, and on CPU tensors only with TRITON_INTERPRET=1"
-            if tensor.dtype is not torch.float32:  # it truncates where a GPU rounds
-                return f"Triton's interpreter is exact in float32 only; this tensor is {tensor.dtype}"
-        else:
-            return f"runs on NVIDIA and AMD GPUs; this tensor is on {tensor.device}"
+        if tensor.is_cuda and tensor.dtype in DTYPES:  # the cheapest questions first: every call asks
+            on_gpu = tensor
+        elif tensor.is_floating_point() and (reason_against := _unfit(tensor)) is not None:
+            return reason_against
+    if on_gpu is not None and (name := architecture(on_gpu.device)) in TOO_OLD:
+        return f"needs compute capability 8.0; {on_gpu.device} is an {name}"
     return None
 
 
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
-    if torch.version.hip is None and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"needs compute capability 8.0; {device} has {'.'.join(map(str, capability))}"
+def _unfit(tensor: Tensor) -> str | None:
+    if tensor.is_cuda:
+        return f"no Triton kernel for {tensor.dtype}"
+    if tensor.device.type != "cpu":
+        return f"runs on NVIDIA and AMD GPUs; this tensor is on {tensor.device}"
+    if imagined is None and not INTERPRET:
+        return "runs on GPU tensors, and on CPU tensors only with TRITON_INTERPRET=1"
+    if imagined is None and tensor.dtype is not torch.float32:  # it truncates where a GPU rounds
+        return f"Triton's interpreter is exact in float32 only; this tensor is {tensor.dtype}"
     return None
 
 

@@ -30,6 +30,7 @@ from .._dispatch import Backend
 from .._layout import like
 from .._library import autocast_enabled
 from . import cuda, native, reference
+from .defaults import DEFAULTS
 from .layout import hidden_like, lora_gradients, lora_output, statistics
 
 _CPU, _CUDA = native.KERNELS, cuda.KERNELS
@@ -130,6 +131,7 @@ def _sample(*names: str) -> Callable[[Callable[..., Tensor], int], dict[str, Any
     unread=("eps", "h"),
     backends=_BACKENDS,
     sample=_sample("x", "shift", "scale"),
+    defaults=DEFAULTS,
 )
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> dict[str, Any]:
     """LayerNorm without weight and bias, then scale and shift, in one pass.
@@ -164,6 +166,7 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
     backward=lambda kernels, grad_x_new: {"x": grad_x_new, **kernels()},
     backends=_BACKENDS,
     sample=_sample("x", "branch", "gate"),
+    defaults=DEFAULTS,
 )
 def adaln_residual(x: Tensor, branch: Tensor, gate: Tensor) -> dict[str, Any]:
     """Gated residual: ``x_new = x + gate[:, None] * branch``  (DiT's adaLN-Zero; W.A.L.T, section 3.3)
@@ -209,6 +212,7 @@ def _residual_alone(
     backward=_residual_alone,
     backends=_BACKENDS,
     sample=_sample("x", "branch", "gate", "shift", "scale"),
+    defaults=DEFAULTS,
 )
 def adaln_residual_modulate(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6

@@ -24,6 +24,7 @@ from .reference import past
 LAST = torch.channels_last_3d
 DTYPES = {torch.float32: "FLOAT", torch.bfloat16: "BFLOAT16", torch.float16: "HALF"}  # cuDNN's names
 IMAGE, FILTER, RESPONSE, BIAS = 1, 2, 3, 4  # a plan's tensors: x, weight and y, or the gradients of these
+OPT_IN = "behind triton where both were measured, so only where it is forced"
 MISSING = "nvidia-cudnn-frontend is not installed (pip install walt-kernels[cudnn])"
 
 
@@ -37,7 +38,7 @@ reason = _find()
 
 
 def backend() -> Backend:
-    return Backend("cudnn", unsupported, forward, backward, opt_in="not yet run on a GPU, so only where it is forced")
+    return Backend("cudnn", unsupported, forward, backward, OPT_IN)
 
 
 def unsupported(

@@ -1,13 +1,14 @@
-"""What causal_conv3d runs on by default on a GPU, and the times that say so."""
+"""What causal_conv3d runs on by default on a GPU, and the rows that say so."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._defaults import Defaults, Measured
+from .._defaults import Defaults, Fastest
 from .._layout import memory_format
 
 FEW = 16  # channels: with fewer, a convolution is bound by memory
@@ -16,69 +17,35 @@ FEW = 16  # channels: with fewer, a convolution is bound by memory
 def classify(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    history: Tensor | None,
     stride: Sequence[int],
     dilation: Sequence[int],
-    padding: Sequence[int],
-    time_padding: str,
     space_padding: str,
     groups: int,
+    **inputs: Any,
 ) -> str | None:
     """What decides which backend is the fastest. Calls whose past is not zeros are as those whose past is."""
-    if x.dtype is torch.float32 or x.dtype is torch.float64 or groups > 1 or max(dilation) > 1:
+    if x.dtype is not torch.bfloat16 and x.dtype is not torch.float16:
         return None
-    if space_padding != "zeros" and any(padding):
+    if groups > 1 or max(dilation) > 1 or space_padding != "zeros":
+        return None
+    if memory_format(x) is not torch.channels_last_3d:
         return None
     out_channels, channels, *kernel = weight.shape
-    if max(stride) > 1:
-        kind = "strided"
-    elif max(kernel) == 1:
-        kind = "1x1x1"
-    elif channels < FEW:
-        kind = "from few channels"
-    elif out_channels < FEW:
-        kind = "to few channels"
-    else:
-        kind = "to 192 channels" if channels <= 192 else "to 384 channels" if channels <= 384 else "more channels"
-    if any(number >= FEW and number % 8 for number in (channels, out_channels)):
+    if channels < FEW:
+        return "from few channels"
+    if out_channels < FEW:
+        return "to few channels"
+    if channels % 8 or out_channels % 8:  # no boxes for TMA
         return None
-    return f"{kind}, {'NDHWC' if memory_format(x) is torch.channels_last_3d else 'NCDHW'}"
+    if max(stride) > 1:
+        return "strided"
+    return "3x3x3" if max(kernel) > 1 else None
 
 
-# H200. Triton's passes are those of the kernels that are now being replaced; where a time is missing, none was taken.
-PASSES = {"data gradient": ("x", "history"), "weight gradient": ("weight", "bias")}
 SM_90 = {
-    "to 192 channels, NDHWC": Measured(
-        "gpu-h200.json: C 128, 17x128x128",
-        {"cudnn": 0.372, "reference": 0.445},
-        {
-            "data gradient": {"cudnn": 0.340, "reference": 0.379},
-            "weight gradient": {"cudnn": 0.352, "reference": 0.353},
-        },
-    ),
-    "to 384 channels, NDHWC": Measured(
-        "gpu-h200.json: C 256, 17x64x64",
-        {"cudnn": 0.354, "reference": 0.364},
-        {
-            "data gradient": {"cudnn": 0.362, "reference": 0.374, "triton": 0.371},
-            "weight gradient": {"cudnn": 0.366, "reference": 0.340, "triton": 0.665},
-        },
-    ),
-    "more channels, NDHWC": Measured(
-        "gpu-h200.json: C 512, 4 x 5x16x16",
-        {"cudnn": 0.119, "reference": 0.119},
-        {
-            "data gradient": {"cudnn": 0.138, "reference": 0.199},
-            "weight gradient": {"cudnn": 0.110, "reference": 0.110},
-        },
-    ),
-    "from few channels, NDHWC": Measured(
-        "gpu-h200.json: stem 3 to 128, 17x128x128", {"triton": 0.278, "reference": 0.359}, {}
-    ),
-    "to few channels, NDHWC": Measured(
-        "gpu-h200.json: head 128 to 3, 17x128x128", {"triton": 0.229, "reference": 0.369}, {}
-    ),
-    "strided, NDHWC": Measured("gpu-h200.json: down 128, 17x64x64", {"triton": 0.091, "reference": 0.136}, {}),
+    "3x3x3": Fastest("triton", "cuda-sm90.json: C 128, 17x128x128"),
+    "strided": Fastest("triton", "cuda-sm90.json: down 128, 17x64x64"),
+    "from few channels": Fastest("triton", "cuda-sm90.json: stem 3 to 128, 17x128x128"),
+    "to few channels": Fastest("triton", "cuda-sm90.json: head 128 to 3, 17x128x128"),
 }
-DEFAULTS = Defaults(classify, PASSES, {"sm_90": SM_90})
+DEFAULTS = Defaults(classify, {"sm_90": SM_90})

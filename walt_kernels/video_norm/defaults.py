@@ -1,4 +1,4 @@
-"""What video_norm runs on by default on a GPU, and the times that say so."""
+"""What video_norm runs on by default on a GPU, and the rows that say so."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._defaults import Defaults, Measured
+from .._defaults import Defaults, Fastest
 
 
 def classify(x: Tensor, over: str, **inputs: Any) -> str | None:
     """What decides which backend is the fastest."""
-    return f"over a {over}" if x.dtype in (torch.bfloat16, torch.float16) else None
+    return over if x.dtype is torch.bfloat16 or x.dtype is torch.float16 else None
 
 
-SM_90: dict[str, Measured] = {}  # not yet measured
-DEFAULTS = Defaults(classify, {"backward": ("x", "weight", "bias", "scale", "shift")}, {"sm_90": SM_90})
+SM_90 = {
+    "frame": Fastest("triton", "cuda-sm90.json: L C 128, 17x128x128"),
+    "clip": Fastest("triton", "cuda-sm90.json: HunyuanVideo C 128, 20x256x256"),
+    "pixel": Fastest("triton", "cuda-sm90.json: Wan C 96, 4x256x256"),
+}
+DEFAULTS = Defaults(classify, {"sm_90": SM_90})

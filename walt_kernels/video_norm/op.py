@@ -22,6 +22,7 @@ from .._checks import (
 from .._define import define_op
 from .._dispatch import Backend
 from . import native, reference
+from .defaults import DEFAULTS
 from .layout import gradients_like, outputs_like
 
 OVER = ("frame", "clip", "pixel")
@@ -45,6 +46,7 @@ def _sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
         Backend("cpu", _native.unsupported, native.forward, native.backward),
     ),
     sample=_sample,
+    defaults=DEFAULTS,
 )
 def video_norm(
     x: Tensor,

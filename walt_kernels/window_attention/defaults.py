@@ -1,4 +1,4 @@
-"""What window_attention runs on by default on a GPU, and the times that say so."""
+"""What window_attention runs on by default on a GPU, and the rows that say so."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._defaults import Defaults, Measured
+from .._defaults import Defaults, Fastest
+
+SMALLEST = 64  # tokens of a window: one tile
 
 
 def classify(
@@ -22,27 +24,16 @@ def classify(
     **inputs: Any,
 ) -> str | None:
     """What decides which backend is the fastest."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or math.prod(window) < 64:
+    if (q.dtype is not torch.bfloat16 and q.dtype is not torch.float16) or math.prod(window) < SMALLEST:
         return None
     if image is not None:
-        return None if context_k is not None else "images"
-    if context_k is not None:
-        return None
-    return "neither bias nor norm" if bias_table is None and q_norm is None else "bias or norm"
+        return "with images"
+    return "plain" if bias_table is None and q_norm is None and context_k is None else "with bias, norm or context"
 
 
-# H200.
 SM_90 = {
-    "bias or norm": Measured(
-        "gpu-h200.json: L spatiotemporal 5x8x8",
-        {"triton": 0.326, "reference": 3.492},
-        {"backward": {"triton": 1.685, "reference": 4.321}},
-    ),
-    "neither bias nor norm": Measured(
-        "gpu-h200.json: L 5x8x8, no table, no norm",
-        {"triton": 0.111, "reference": 1.857},
-        {"backward": {"triton": 0.551, "reference": 2.762}},
-    ),
+    "with bias, norm or context": Fastest("triton", "cuda-sm90.json: L spatiotemporal 5x8x8"),
+    "with images": Fastest("triton", "cuda-sm90.json: L 5x8x8, half the batch images"),
+    "plain": Fastest("triton", "cuda-sm90.json: L 5x8x8, no table, no norm"),
 }
-READ = ("q", "k", "v", "bias_table", "q_norm", "k_norm", "context_k", "context_v")
-DEFAULTS = Defaults(classify, {"backward": READ}, {"sm_90": SM_90})
+DEFAULTS = Defaults(classify, {"sm_90": SM_90})

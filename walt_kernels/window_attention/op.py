@@ -25,6 +25,7 @@ from .._define import define_op
 from .._dispatch import Backend
 from .._library import autocast
 from . import flash, native, reference
+from .defaults import DEFAULTS
 from .layout import outputs_like
 
 NARROW = tuple(dtype for dtype in DTYPES if dtype != torch.float64)  # of the table and the norms
@@ -68,6 +69,7 @@ def _sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
         Backend("cpu", _native.unsupported, native.forward, native.backward),
     ),
     sample=_sample,
+    defaults=DEFAULTS,
 )
 def window_attention(
     q: Tensor,
