@@ -3,7 +3,8 @@
 // the number of tokens; nothing is atomic.
 //
 // A block has as many groups of threads as fit, each of which has a token to itself; a thread has the same few columns
-// of all its tokens, whose modulation and sums stay in its registers. Fewer and larger blocks leave fewer sums to add up.
+// of all its tokens, whose modulation and sums stay in its registers. Fewer and larger blocks leave fewer sums to add
+// up.
 #include "adaln_lora/rows.cuh"
 #include "adaln_lora/runs.h"
 
@@ -395,7 +396,8 @@ void adaln_backward(const AdalnBackwardParams& p, const CudaCall& call) {
       launch("adaln_backward", adaln_zero_kernel<M>, grid, dim3(kWarp), call, p);
       return;
     }
-    const dim3 grid(grid_size(plan.shape.runs.count)), block(static_cast<unsigned>(plan.shape.threads * plan.shape.groups));
+    const dim3 grid(grid_size(plan.shape.runs.count)),
+        block(static_cast<unsigned>(plan.shape.threads * plan.shape.groups));
     const BackwardShape& shape = plan.shape;
     dispatch_parts(residual, norm, [&](auto has_branch, auto has_norm) {
       constexpr bool kResidual = decltype(has_branch)::value, kNorm = decltype(has_norm)::value;
