@@ -3,16 +3,14 @@
 // the number of tokens; nothing is atomic.
 //
 // A block has as many groups of threads as fit, each of which has a token to itself; a thread has the same few columns
-// of all its tokens, whose modulation and sums stay in its registers. Fewer and larger blocks leave fewer sums to add up.
+// of all its tokens, whose modulation and sums stay in its registers. Fewer and larger blocks leave fewer sums to add
+// up.
 #include "adaln_lora/rows.cuh"
 #include "adaln_lora/runs.h"
 
 namespace walt::cuda::adaln_lora {
 namespace {
 
-// Columns of a row per thread. Without vectors fewer.
-template <int kVector>
-constexpr int kColumns = kVector > 1 ? 8 : 4;
 // Of a multiprocessor: as many threads as its registers serve.
 template <class T>
 constexpr int kMaxThreads = sizeof(T) == 4 ? 384 : 512;
@@ -35,22 +33,6 @@ struct BackwardShape {
 
   __host__ __device__ float* partial_rows(int sum) const {
     return partial + sum * 2 * runs.count * static_cast<int64_t>(width);
-  }
-};
-
-// Neighbouring tokens of one sample under the same rows of modulation.
-struct Stretch {
-  int64_t token, b;
-  int n, count;
-
-  __device__ Stretch(const BackwardShape& shape, int64_t begin, int64_t end)
-      : token(begin), b(begin / shape.N), n(static_cast<int>(begin - b * shape.N)) {
-    count = end - begin < shape.N ? static_cast<int>(end - begin) : shape.N;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const int left = shape.tokens_per_row[i] - n % shape.tokens_per_row[i];
-      count = left < count ? left : count;
-    }
   }
 };
 
@@ -88,15 +70,15 @@ struct Backward {
 
   __device__ void set_chunk(int chunk) { column = (chunk * kSlots * shape.threads + thread) * kVector; }
 
-  __device__ void read(Token& token, const Stretch& at, int i) const {
+  __device__ void read(Token& token, const Stretch<kSums>& at, int i) const {
     const bool has_grad_x_new = !kNorm || (kResidual && p.grad_x_new.data != nullptr);
     const int64_t n = at.n + i;
     each([&](int slot, int d) {
-      if (has_grad_x_new) token.grad_x_new[slot].load(row_of<const T>(p.grad_x_new, at.b, n) + d, true);
-      if constexpr (kResidual) token.branch[slot].load(row_of<const T>(p.branch, at.b, n) + d, true);
+      if (has_grad_x_new) token.grad_x_new[slot].load(row_of<const T>(p.grad_x_new, at.b, n) + d, false);
+      if constexpr (kResidual) token.branch[slot].load(row_of<const T>(p.branch, at.b, n) + d, false);
       if constexpr (kNorm) {
-        token.grad_h[slot].load(row_of<const T>(p.grad_h, at.b, n) + d, true);
-        token.x[slot].load(row_of<const T>(p.x, at.b, n) + d, true);
+        token.grad_h[slot].load(row_of<const T>(p.grad_h, at.b, n) + d, false);
+        token.x[slot].load(row_of<const T>(p.x, at.b, n) + d, false);
       }
     });
     if constexpr (kNorm) {
@@ -105,7 +87,7 @@ struct Backward {
     }
   }
 
-  __device__ void read_rows(State& state, const Stretch& at) const {
+  __device__ void read_rows(State& state, const Stretch<kSums>& at) const {
     each([&](int slot, int d) {
       if constexpr (kResidual) {
         load(row_of<const M>(p.gate, at.b, at.n / shape.tokens_per_row[kGate]) + d, state.gate[slot]);
@@ -132,12 +114,12 @@ struct Backward {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       xhat[i] = (xhat[i] - token.mean) * token.rstd;
-      g[i] = grad_h[i] * state.gain[slot][i];
+      g[i] = __fmul_rn(grad_h[i], state.gain[slot][i]);  // rounded: where all are the same, less their mean it is 0
     }
   }
 
   // At the end of a row, or of the run: the sums over the row, or over as much of it as this run has.
-  __device__ void write_sums(int sum, const TensorView& out, const Stretch& last, Values& values) const {
+  __device__ void write_sums(int sum, const TensorView& out, const Stretch<kSums>& last, Values& values) const {
     const int64_t tokens = shape.tokens_per_row[sum], after = last.token + last.count, row = last.token / tokens;
     if (after < end && after % tokens != 0) return;
     add_groups(values);
@@ -174,7 +156,7 @@ struct Backward {
     __shared__ float scratch[2][2][kMaxWarps];
     int turn = 0;
     for (int64_t token = begin; token < end; ++token, turn ^= 1) {
-      const Stretch at(shape, token, token + 1);
+      const Stretch<kSums> at(shape.tokens_per_row, shape.N, token, token + 1);
       float sums[2] = {0, 0};
       for (int chunk = 0; chunk < shape.chunks; ++chunk) {
         set_chunk(chunk);
@@ -199,7 +181,7 @@ struct Backward {
   __device__ void run_chunk() {
     State state = {};
     for (int64_t token = begin; token < end;) {
-      const Stretch stretch(shape, token, end);
+      const Stretch<kSums> stretch(shape.tokens_per_row, shape.N, token, end);
       read_rows(state, stretch);
       run_stretch(stretch, state);
       if constexpr (kResidual) write_sums(kGate, p.grad_gate, stretch, state.sums[kGate]);
@@ -209,7 +191,7 @@ struct Backward {
     }
   }
 
-  __device__ void run_stretch(const Stretch& at, State& state) const {
+  __device__ void run_stretch(const Stretch<kSums>& at, State& state) const {
     __shared__ float scratch[2][2][kMaxWarps];
     const float share = 1.0f / static_cast<float>(shape.D);
     Token next;
@@ -252,7 +234,7 @@ struct Backward {
           for (int j = 0; j < kVector; ++j) {
             grad[j] += (g[slot][j] - g_mean - xhat[slot][j] * gx_mean) * token.rstd;
           }
-          store(row_of<T>(p.grad_x, at.b, at.n + i) + d, grad);
+          stream(row_of<T>(p.grad_x, at.b, at.n + i) + d, grad);
         }
         if constexpr (kResidual) {
           float branch[kVector], grad_branch[kVector];
@@ -262,7 +244,7 @@ struct Backward {
             grad_branch[j] = grad[j] * state.gate[slot][j];
             state.sums[kGate][slot][j] += grad[j] * branch[j];
           }
-          store(row_of<T>(p.grad_branch, at.b, at.n + i) + d, grad_branch);
+          stream(row_of<T>(p.grad_branch, at.b, at.n + i) + d, grad_branch);
         }
       });
     }
@@ -358,7 +340,7 @@ Plan make_plan(const AdalnBackwardParams& p, int processors) {
   }
   const int columns = plan.vectors ? kColumns<kVectorBytes> : kColumns<1>;
   const int most = tokens.dtype == DType::float32 ? kMaxThreads<float> : kMaxThreads<bfloat16>;
-  shape.threads = static_cast<int>(std::min<int64_t>(divide_up<int64_t>(D, columns * kWarp) * kWarp, most));
+  shape.threads = plan.vectors ? threads_of<kVectorBytes>(D, most) : threads_of<1>(D, most);
   shape.groups = std::max(1, kGroupThreads / shape.threads);
   const int64_t blocks = static_cast<int64_t>(processors) * (most / (shape.threads * shape.groups));  // all run at once
   shape.runs = {B * N, std::max<int64_t>(std::min(blocks, B * N / (kMinTokens * shape.groups)), 1)};
@@ -414,7 +396,8 @@ void adaln_backward(const AdalnBackwardParams& p, const CudaCall& call) {
       launch("adaln_backward", adaln_zero_kernel<M>, grid, dim3(kWarp), call, p);
       return;
     }
-    const dim3 grid(grid_size(plan.shape.runs.count)), block(static_cast<unsigned>(plan.shape.threads * plan.shape.groups));
+    const dim3 grid(grid_size(plan.shape.runs.count)),
+        block(static_cast<unsigned>(plan.shape.threads * plan.shape.groups));
     const BackwardShape& shape = plan.shape;
     dispatch_parts(residual, norm, [&](auto has_branch, auto has_norm) {
       constexpr bool kResidual = decltype(has_branch)::value, kNorm = decltype(has_norm)::value;

@@ -1,141 +1,187 @@
-// Residual + gate, LayerNorm, scale and shift on a GPU: one pass over memory. A row of tokens belongs to one warp while
-// its unrounded x_new fits that warp's registers, to a block of more warps beyond.
+// Residual + gate, LayerNorm, scale and shift on a GPU: one pass over memory.
+//
+// A block has as many groups of threads as fit, each of which has a token to itself and walks a run of them; a thread
+// has the same few columns of all its tokens, whose modulation stays in its registers. The next token is on its way
+// while this one is worked on. There are some runs more than run at once, so that no multiprocessor is left with much
+// more than the others.
 #include "adaln_lora/rows.cuh"
+#include "adaln_lora/runs.h"
 
 namespace walt::cuda::adaln_lora {
 namespace {
 
-constexpr int kRowsPerBlock = 4;  // of one warp each
-constexpr int kMaxWarps = 8;      // for one row
+// Which of the modulation tensors.
+enum Row { kGate, kShift, kScale, kRows };
 
-// Elements that a thread keeps: 1280 of a row per warp. Without vectors fewer, for shorter code.
-template <int kVector>
-constexpr int kKept = kVector > 1 ? 40 : 8;
+constexpr int kGroupThreads = 128;  // of a block with several groups
+constexpr int kMaxThreads = 512;    // of one group
+constexpr int kThreadsPerProcessor = 4096;
+// Blocks of so many threads that run at once: float32 modulation takes twice the registers.
+template <class M>
+constexpr int kLargestBlocks = sizeof(M) == 4 ? 1 : 2;
 
 struct ForwardShape {
-  int N, D, gate_tokens, shift_tokens, scale_tokens;
-  bool row_per_warp;
+  Runs runs;
+  int N, D;
+  int threads, groups;  // of a group, of a block
+  int tokens_per_row[kRows];
 };
 
 template <bool kResidual, bool kNorm, class T, class M, int kVector>
-__global__ void __launch_bounds__(kMaxWarps* kWarp)
-    adaln_forward_kernel(const AdalnForwardParams p, const ForwardShape shape) {
-  constexpr int kSlots = kKept<kVector> / kVector;
-  __shared__ float scratch[2][1][kMaxWarps];
-  const int D = shape.D;
-  const int lane = static_cast<int>(shape.row_per_warp ? threadIdx.x % kWarp : threadIdx.x);
-  const int threads = static_cast<int>(shape.row_per_warp ? kWarp : blockDim.x);
-  const int rows = static_cast<int>(blockDim.x) / threads;
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * rows + static_cast<int>(threadIdx.x) / threads;
-  if (n >= shape.N) return;  // only where every warp has a row to itself: no barrier waits for it
+struct Forward {
+  static constexpr int kSlots = kColumns<kVector> / kVector;
 
-  for (int64_t b = blockIdx.y; b < p.x.shape[0]; b += gridDim.y) {
-    const T* const x = row_of<const T>(p.x, b, n);
-    const T* const branch = kResidual ? row_of<const T>(p.branch, b, n) : nullptr;
-    const M* const gate = kResidual ? row_of<const M>(p.gate, b, static_cast<int>(n) / shape.gate_tokens) : nullptr;
-    const M* const shift = kNorm ? row_of<const M>(p.shift, b, static_cast<int>(n) / shape.shift_tokens) : nullptr;
-    const M* const scale = kNorm ? row_of<const M>(p.scale, b, static_cast<int>(n) / shape.scale_tokens) : nullptr;
-    T* const x_new = kResidual ? row_of<T>(p.x_new, b, n) : nullptr;
-    T* const h = kNorm ? row_of<T>(p.h, b, n) : nullptr;
+  const AdalnForwardParams& p;
+  const ForwardShape& shape;
+  int group, thread;  // of the group
 
-    // x + gate * branch, unrounded
-    const auto combine = [&](const Packed<T, kVector>& x_packed, const Packed<T, kVector>& branch_packed, int d,
-                             float (&v)[kVector]) {
-      x_packed.widen(v);
-      if constexpr (kResidual) {
-        float factor[kVector], term[kVector];
-        load(gate + d, factor);
-        branch_packed.widen(term);
+  struct Token {
+    Packed<T, kVector> x[kSlots], branch[kSlots];
+  };
+  struct Modulation {
+    Packed<M, kVector> gate[kSlots], shift[kSlots], scale[kSlots];
+  };
+
+  __device__ int column(int slot) const { return (slot * shape.threads + thread) * kVector; }
+
+  __device__ void read(Token& token, int slot, int d, int64_t b, int n, bool last_use) const {
+    token.x[slot].load(row_of<const T>(p.x, b, n) + d, last_use);
+    if constexpr (kResidual) token.branch[slot].load(row_of<const T>(p.branch, b, n) + d, last_use);
+  }
+  __device__ void read(Token& token, int64_t b, int n) const {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) v[i] += factor[i] * term[i];
-      }
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (column(slot) < shape.D) read(token, slot, column(slot), b, n, true);
+    }
+  }
+
+  __device__ void read(Modulation& rows, int slot, int d, int64_t b, int n) const {
+    const auto row = [&](Packed<M, kVector>& to, const TensorView& view, Row which) {
+      to.load(row_of<const M>(view, b, n / shape.tokens_per_row[which]) + d, false);
     };
-    // f(first column, values) for every vector of this thread. What lies beyond the registers is computed again.
-    float kept[kSlots][kVector];
-    const auto each = [&](auto&& f) {
+    if constexpr (kResidual) row(rows.gate[slot], p.gate, kGate);
+    if constexpr (kNorm) row(rows.shift[slot], p.shift, kShift), row(rows.scale[slot], p.scale, kScale);
+  }
+
+  // x + gate * branch, unrounded
+  __device__ static void combine(const Token& token, const Modulation& rows, int slot, float (&v)[kVector]) {
+    token.x[slot].widen(v);
+    if constexpr (kResidual) {
+      float factor[kVector], term[kVector];
+      rows.gate[slot].widen(factor);
+      token.branch[slot].widen(term);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) v[i] += factor[i] * term[i];
+    }
+  }
+
+  // f(first column, values, modulation, slot of it) for every vector of this thread. What lies beyond the registers is
+  // computed again.
+  template <class F>
+  __device__ void each(const float (&kept)[kSlots][kVector], const Modulation& rows, int64_t b, int n, F&& f) const {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (column(slot) < shape.D) f(column(slot), kept[slot], rows, slot);
+    }
+    for (int d = column(kSlots); d < shape.D; d += shape.threads * kVector) {
+      Token token;
+      Modulation others;
+      float v[kVector];
+      read(token, 0, d, b, n, false);
+      read(others, 0, d, b, n);
+      combine(token, others, 0, v);
+      f(d, v, others, 0);
+    }
+  }
+
+  __device__ void run(int64_t begin, int64_t end) const {
+    __shared__ float scratch[2][1][kMaxThreads / kWarp];
+    for (int64_t token = begin; token < end;) {
+      const Stretch<kRows> at(shape.tokens_per_row, shape.N, token, end);
+      token += at.count;
+      Token next;
+      if (group < at.count) read(next, at.b, at.n + group);
+      Modulation rows;
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
-        const int d = (slot * threads + lane) * kVector;
-        if (d < D) f(d, kept[slot]);
+        if (column(slot) < shape.D) read(rows, slot, column(slot), at.b, at.n);
       }
-      for (int d = (kSlots * threads + lane) * kVector; d < D; d += threads * kVector) {
-        Packed<T, kVector> x_packed, branch_packed;
-        x_packed.load(x + d, false);
-        if constexpr (kResidual) branch_packed.load(branch + d, false);
-        float v[kVector];
-        combine(x_packed, branch_packed, d, v);
-        f(d, v);
+      for (int i = group; i - group < at.count; i += shape.groups) {
+        const Token now = next;
+        if (i + shape.groups < at.count) read(next, at.b, at.n + i + shape.groups);
+        normalise(now, rows, at.b, at.n + i, i < at.count, scratch);
       }
-    };
-
-    // All loads are under way before the first value is needed.
-    Packed<T, kVector> x_packed[kSlots], branch_packed[kSlots];
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      const int d = (slot * threads + lane) * kVector;
-      if (d >= D) continue;
-      x_packed[slot].load(x + d, true);
-      if constexpr (kResidual) branch_packed[slot].load(branch + d, true);
     }
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      const int d = (slot * threads + lane) * kVector;
-      if (d < D) combine(x_packed[slot], branch_packed[slot], d, kept[slot]);
-    }
+  }
 
-    float sum[1] = {0};
-    each([&](int d, const float (&v)[kVector]) {
-      if constexpr (kResidual) store(x_new + d, v);
+  // One token. Groups without one (not `valid`) only keep step.
+  __device__ void normalise(const Token& token, const Modulation& rows, int64_t b, int n, bool valid,
+                            float (&scratch)[2][1][kMaxThreads / kWarp]) const {
+    float kept[kSlots][kVector], sum[1] = {0};
+    if (valid) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum[0] += v[i];
-    });
-    if constexpr (!kNorm) continue;
-    const auto total = [&](float (&buffer)[1][kMaxWarps]) {
-      if (shape.row_per_warp) {
-        sum[0] = warp_sum(sum[0]);
-      } else {
-        group_sum(sum, buffer, threads);
+      for (int slot = 0; slot < kSlots; ++slot) {
+        if (column(slot) < shape.D) combine(token, rows, slot, kept[slot]);
       }
-      return sum[0];
-    };
-    const float mean = total(scratch[0]) / static_cast<float>(D);
+      each(kept, rows, b, n, [&](int d, const float (&v)[kVector], const Modulation&, int) {
+        if constexpr (kResidual) store(row_of<T>(p.x_new, b, n) + d, v);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sum[0] += v[i];
+      });
+    }
+    if constexpr (!kNorm) return;
+    group_sum(sum, scratch[0], shape.threads);
+    const float mean = sum[0] / static_cast<float>(shape.D);
     sum[0] = 0;
-    each([&](int, const float (&v)[kVector]) {
+    if (valid) {
+      each(kept, rows, b, n, [&](int, const float (&v)[kVector], const Modulation&, int) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum[0] += (v[i] - mean) * (v[i] - mean);
-    });
-    const float rstd = 1.0f / sqrtf(total(scratch[1]) / static_cast<float>(D) + static_cast<float>(p.eps));
-    if (lane == 0) {
+        for (int i = 0; i < kVector; ++i) sum[0] += (v[i] - mean) * (v[i] - mean);
+      });
+    }
+    group_sum(sum, scratch[1], shape.threads);
+    if (!valid) return;
+    const float rstd = 1.0f / sqrtf(sum[0] / static_cast<float>(shape.D) + static_cast<float>(p.eps));
+    if (thread == 0) {
       static_cast<float*>(p.mean.data)[b * shape.N + n] = mean;
       static_cast<float*>(p.rstd.data)[b * shape.N + n] = rstd;
     }
-    each([&](int d, const float (&v)[kVector]) {
-      float factor[kVector], offset[kVector], result[kVector];
-      load(scale + d, factor);
-      load(shift + d, offset);
+    each(kept, rows, b, n, [&](int d, const float (&v)[kVector], const Modulation& row, int slot) {
+      float factor[kVector], result[kVector];
+      row.scale[slot].widen(factor);
+      row.shift[slot].widen(result);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) result[i] = (v[i] - mean) * rstd * (1 + factor[i]) + offset[i];
-      store(h + d, result);
+      for (int i = 0; i < kVector; ++i) result[i] += (v[i] - mean) * rstd * (1 + factor[i]);
+      store(row_of<T>(p.h, b, n) + d, result);
     });
   }
+};
+
+template <bool kResidual, bool kNorm, class T, class M, int kVector>
+__global__ void __launch_bounds__(kMaxThreads, kLargestBlocks<M>)
+    adaln_forward_kernel(const AdalnForwardParams p, const ForwardShape shape) {
+  const int64_t run = blockIdx.x;
+  const int place = static_cast<int>(threadIdx.x);
+  const Forward<kResidual, kNorm, T, M, kVector> pass{p, shape, place / shape.threads, place % shape.threads};
+  pass.run(shape.runs.begin(run), shape.runs.begin(run + 1));
 }
 
 template <bool kResidual, bool kNorm, class T, class M, int kVector>
 void forward(const AdalnForwardParams& p, const CudaCall& call) {
   const int64_t B = p.x.shape[0], N = p.x.shape[1], D = p.x.shape[2];
-  const int64_t warps = divide_up(D, static_cast<int64_t>(kKept<kVector> * kWarp));
   ForwardShape shape{};
   shape.N = static_cast<int>(N);
   shape.D = static_cast<int>(D);
-  shape.gate_tokens = tokens_per_row(p.gate, N);
-  shape.shift_tokens = tokens_per_row(p.shift, N);
-  shape.scale_tokens = tokens_per_row(p.scale, N);
-  shape.row_per_warp = warps == 1;
-  const int64_t rows = shape.row_per_warp ? kRowsPerBlock : 1;
-  const int64_t threads = kWarp * (shape.row_per_warp ? rows : std::min<int64_t>(warps, kMaxWarps));
-  const dim3 grid(grid_size(divide_up(N, rows)), static_cast<unsigned>(std::min<int64_t>(B, 65535)));
-  launch("adaln_forward", adaln_forward_kernel<kResidual, kNorm, T, M, kVector>, grid,
-         dim3(static_cast<unsigned>(threads)), call, p, shape);
+  shape.threads = threads_of<kVector>(D, kMaxThreads);
+  shape.groups = std::max(1, kGroupThreads / shape.threads);
+  const int block = shape.threads * shape.groups;
+  const int64_t blocks = static_cast<int64_t>(call.processors) * (kThreadsPerProcessor / block);
+  shape.runs = {B * N, std::max<int64_t>(std::min(blocks, B * N / shape.groups), 1)};
+  shape.tokens_per_row[kGate] = tokens_per_row(p.gate, N);
+  shape.tokens_per_row[kShift] = tokens_per_row(p.shift, N);
+  shape.tokens_per_row[kScale] = tokens_per_row(p.scale, N);
+  launch("adaln_forward", adaln_forward_kernel<kResidual, kNorm, T, M, kVector>, dim3(grid_size(shape.runs.count)),
+         dim3(static_cast<unsigned>(block)), call, p, shape);
 }
 
 }  // namespace

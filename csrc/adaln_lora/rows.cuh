@@ -20,6 +20,33 @@ inline int tokens_per_row(const TensorView& rows, int64_t N) {
   return static_cast<int>(rows.defined() ? N / rows.shape[1] : N);
 }
 
+// Columns of a row per thread. Without vectors fewer.
+template <int kVector>
+constexpr int kColumns = kVector > 1 ? 8 : 4;
+
+// Threads of a group that has a row of D to itself.
+template <int kVector>
+int threads_of(int64_t D, int most) {
+  return static_cast<int>(std::min<int64_t>(divide_up<int64_t>(D, kColumns<kVector> * kWarp) * kWarp, most));
+}
+
+// Neighbouring tokens of one sample under the same rows of so many modulation tensors.
+template <int kRows>
+struct Stretch {
+  int64_t token, b;
+  int n, count;
+
+  __device__ Stretch(const int (&tokens_per_row)[kRows], int N, int64_t begin, int64_t end)
+      : token(begin), b(begin / N), n(static_cast<int>(begin - b * N)) {
+    count = end - begin < N ? static_cast<int>(end - begin) : N;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int left = tokens_per_row[i] - n % tokens_per_row[i];
+      count = left < count ? left : count;
+    }
+  }
+};
+
 inline void require_int(int64_t size, const char* message) { require(size <= 0x3fffffff, message); }
 
 template <class T>

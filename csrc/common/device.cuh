@@ -105,6 +105,11 @@ struct Packed {
 #pragma unroll
     for (int i = 0; i < kWords / 4; ++i) reinterpret_cast<uint4*>(p)[i] = quads[i];
   }
+  // For what nobody will read soon.
+  __device__ void stream(T* p) const {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) __stcs(reinterpret_cast<uint4*>(p) + i, quads[i]);
+  }
   __device__ void widen(float (&v)[kVector]) const {
 #pragma unroll
     for (int i = 0; i < kWords / 4; ++i) {
@@ -142,6 +147,7 @@ struct Packed<T, 1> {
 
   __device__ void load(const T* p, bool) { value = *p; }
   __device__ void store(T* p) const { *p = value; }
+  __device__ void stream(T* p) const { *p = value; }
   __device__ void widen(float (&v)[1]) const {
     if constexpr (sizeof(T) == 4) {
       v[0] = value;
@@ -171,6 +177,13 @@ __device__ inline void store(T* p, const float (&v)[kVector]) {
   Packed<T, kVector> packed;
   packed.round(v);
   packed.store(p);
+}
+
+template <int kVector, class T>
+__device__ inline void stream(T* p, const float (&v)[kVector]) {
+  Packed<T, kVector> packed;
+  packed.round(v);
+  packed.stream(p);
 }
 
 template <class T>

@@ -173,3 +173,8 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+template <class T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }

@@ -13,7 +13,7 @@ from torch import Tensor, float32
 
 from .. import _triton
 from .triton_rows import arguments_of, arguments_of_rows, frames_of, load_modulation, load_rows, run_of, segments_of
-from .triton_tiles import MODULATION, PROGRAMS_PER_PROCESSOR, block_of, fitting
+from .triton_tiles import BACKWARD_ELEMENTS, MODULATION, block_of, fitting, parts_of
 
 
 @triton.jit
@@ -47,12 +47,12 @@ def adaln_row_means_kernel(
             d = piece + columns
             within = d < D
             inside = within[None, :]
-            value = load_rows(x, n, x_n, d, x_d, inside)
+            value = load_rows(x, n, x_n, d, x_d, inside).to(tl.float32)
             if branch is not None:
                 factor = load_modulation(gate, b, begin, gate_tokens, gate_b, gate_f, gate_d, d, within)
-                value += factor * load_rows(branch, n, branch_n, d, branch_d, inside)
+                value += factor * load_rows(branch, n, branch_n, d, branch_d, inside).to(tl.float32)
             gain = load_modulation(scale, b, begin, scale_tokens, scale_b, scale_f, scale_d, d, within)
-            g = load_rows(grad_h, n, grad_h_n, d, grad_h_d, inside) * (1.0 + gain)
+            g = load_rows(grad_h, n, grad_h_n, d, grad_h_d, inside).to(tl.float32) * (1.0 + gain)
             g_sum += g
             gx_sum += g * (value - row_mean) * row_rstd
         tl.store(g_mean + at, tl.sum(g_sum) / D)
@@ -66,7 +66,7 @@ def adaln_backward_kernel(
     grad_x_new_b, grad_x_new_n, grad_x_new_d,
     gate_b, gate_f, gate_d, gate_tokens, scale_b, scale_f, scale_d, scale_tokens,
     tokens, segments, parts, D,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a run, and its sums in ``partial`` [programs, 3, D], of gate, shift and scale.
 
@@ -87,28 +87,28 @@ def adaln_backward_kernel(
         gain = 1.0 + load_modulation(scale, b, begin, scale_tokens, scale_b, scale_f, scale_d, columns, within)
         sum_shift = tl.zeros((ROWS, BLOCK_D), tl.float32)
         sum_scale = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for first in range(begin, end, ROWS):
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES):  # said here: there is no product, which tells by itself
         n = first + tl.arange(0, ROWS)
         token = b * tokens + n
         valid = n < end
         inside = valid[:, None] & within[None, :]
         out = token[:, None] * D + columns[None, :]
         if branch is not None:
-            term = load_rows(branch, n, branch_n, columns, branch_d, inside)
+            term = load_rows(branch, n, branch_n, columns, branch_d, inside).to(tl.float32)
         if grad_h is not None:
-            value = load_rows(x, n, x_n, columns, x_d, inside)
-            dh = load_rows(grad_h, n, grad_h_n, columns, grad_h_d, inside)
+            value = load_rows(x, n, x_n, columns, x_d, inside).to(tl.float32)
+            dh = load_rows(grad_h, n, grad_h_n, columns, grad_h_d, inside).to(tl.float32)
             row_mean = tl.load(mean + token, mask=valid, other=0.0)[:, None]
             row_rstd = tl.load(rstd + token, mask=valid, other=0.0)[:, None]
         if grad_x_new is not None:
-            grad = load_rows(grad_x_new, n, grad_x_new_n, columns, grad_x_new_d, inside)
+            grad = load_rows(grad_x_new, n, grad_x_new_n, columns, grad_x_new_d, inside).to(tl.float32)
         else:
             grad = tl.zeros((ROWS, BLOCK_D), tl.float32)
         if grad_h is not None:
             if branch is not None:
                 value += factor * term
             xhat = tl.where(inside, (value - row_mean) * row_rstd, 0.0)
-            g = dh * gain
+            g = tl.where(inside, dh * gain, 0.0)  # rounded here: where all are the same, less their mean it is 0
             sum_shift += dh
             sum_scale += dh * xhat
             if g_mean is None:
@@ -178,8 +178,8 @@ def backward(
     B, N, D = given.shape
     block, single = block_of(D)
     segments = segments_of(gate, shift, scale)
-    programs = PROGRAMS_PER_PROCESSOR * _triton.target(given.device).processors
-    parts = max(1, min(N // segments, programs // max(1, B * segments)))
+    processors = _triton.target(given.device).processors
+    parts = parts_of(N // segments, B * segments, block, BACKWARD_ELEMENTS, processors)
     runs = B * segments * parts
     partial = _triton.empty((runs, 3, D), float32, given.device)
     inputs = {
@@ -199,7 +199,7 @@ def backward(
             (runs, triton.cdiv(D, block)),
             fitting(tile, N // segments),
             **(inputs | means | arguments_of("grad_x_new", grad_x_new)),
-            **{"grad_x": grad_x, "grad_branch": grad_branch, "partial": partial},
+            **{"grad_x": grad_x, "grad_branch": grad_branch, "partial": partial, "STAGES": tile.stages},
         )
 
     run(_triton.pick(MODULATION, ("backward", block), given.device, run))

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernel of the gated residual and the modulated norm.
 
-A program holds whole rows of tokens, ROWS of them at once, in registers: one pass over memory. Rows wider than a block
-are walked in pieces, and read again from the cache.
+A program holds whole rows of tokens, ROWS of them at once, in registers: one pass over memory. Its next rows are on
+their way while it works on these. Rows wider than a block are walked in pieces, and read again from the cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _triton
 from .triton_rows import arguments_of, arguments_of_rows, load_modulation, load_rows, run_of, segments_of
-from .triton_tiles import MODULATION, block_of, fitting
+from .triton_tiles import FORWARD_ELEMENTS, MODULATION, block_of, fitting, parts_of
 
 
 @triton.jit
@@ -30,29 +30,36 @@ def adaln_forward_kernel(
     x += b * x_b
     if branch is not None:
         branch += b * branch_b
+    if SINGLE:
+        within = columns < D
+        n = begin + tl.arange(0, ROWS)
+        inside = (n < end)[:, None] & within[None, :]
+        next_x = load_rows(x, n, x_n, columns, x_d, inside)
+        if branch is not None:
+            next_branch = load_rows(branch, n, branch_n, columns, branch_d, inside)
+            factor = load_modulation(gate, b, begin, gate_tokens, gate_b, gate_f, gate_d, columns, within)
+        if h is not None:
+            gain = 1.0 + load_modulation(scale, b, begin, scale_tokens, scale_b, scale_f, scale_d, columns, within)
+            offset = load_modulation(shift, b, begin, shift_tokens, shift_b, shift_f, shift_d, columns, within)
     for first in range(begin, end, ROWS):
         n = first + tl.arange(0, ROWS)
         token = b * tokens + n
         valid = n < end
         if SINGLE:
-            within = columns < D
             inside = valid[:, None] & within[None, :]
+            ahead = (n + ROWS < end)[:, None] & within[None, :]
             out = token[:, None] * D + columns[None, :]
-            value = load_rows(x, n, x_n, columns, x_d, inside)
+            value = next_x.to(tl.float32)
+            next_x = load_rows(x, n + ROWS, x_n, columns, x_d, ahead)
             if branch is not None:
-                term = load_rows(branch, n, branch_n, columns, branch_d, inside)
-                factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, columns, within)
-            if h is not None:
-                gain = load_modulation(scale, b, first, scale_tokens, scale_b, scale_f, scale_d, columns, within)
-                offset = load_modulation(shift, b, first, shift_tokens, shift_b, shift_f, shift_d, columns, within)
-            if branch is not None:
-                value += factor * term
+                value += factor * next_branch.to(tl.float32)
+                next_branch = load_rows(branch, n + ROWS, branch_n, columns, branch_d, ahead)
                 tl.store(x_new + out, value.to(x_new.dtype.element_ty), mask=inside)
             if h is not None:
                 row_mean = tl.sum(value, 1) / D
                 centred = tl.where(inside, value - row_mean[:, None], 0.0)
                 row_rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
-                normal = centred * row_rstd[:, None] * (1.0 + gain) + offset
+                normal = centred * row_rstd[:, None] * gain + offset
                 tl.store(h + out, normal.to(h.dtype.element_ty), mask=inside)
                 tl.store(mean + token, row_mean, mask=valid)
                 tl.store(rstd + token, row_rstd, mask=valid)
@@ -62,10 +69,10 @@ def adaln_forward_kernel(
                 at = piece + columns
                 within = at < D
                 inside = valid[:, None] & within[None, :]
-                value = load_rows(x, n, x_n, at, x_d, inside)
+                value = load_rows(x, n, x_n, at, x_d, inside).to(tl.float32)
                 if branch is not None:
                     factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
-                    value += factor * load_rows(branch, n, branch_n, at, branch_d, inside)
+                    value += factor * load_rows(branch, n, branch_n, at, branch_d, inside).to(tl.float32)
                     out = token[:, None] * D + at[None, :]
                     tl.store(x_new + out, value.to(x_new.dtype.element_ty), mask=inside)
                 total += value
@@ -76,10 +83,10 @@ def adaln_forward_kernel(
                     at = piece + columns
                     within = at < D
                     inside = valid[:, None] & within[None, :]
-                    value = load_rows(x, n, x_n, at, x_d, inside)
+                    value = load_rows(x, n, x_n, at, x_d, inside).to(tl.float32)
                     if branch is not None:
                         factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
-                        value += factor * load_rows(branch, n, branch_n, at, branch_d, inside)
+                        value += factor * load_rows(branch, n, branch_n, at, branch_d, inside).to(tl.float32)
                     centred = tl.where(inside, value - row_mean[:, None], 0.0)
                     total += centred * centred
                 row_rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / D + eps)
@@ -87,10 +94,10 @@ def adaln_forward_kernel(
                     at = piece + columns
                     within = at < D
                     inside = valid[:, None] & within[None, :]
-                    value = load_rows(x, n, x_n, at, x_d, inside)
+                    value = load_rows(x, n, x_n, at, x_d, inside).to(tl.float32)
                     if branch is not None:
                         factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
-                        value += factor * load_rows(branch, n, branch_n, at, branch_d, inside)
+                        value += factor * load_rows(branch, n, branch_n, at, branch_d, inside).to(tl.float32)
                     gain = load_modulation(scale, b, first, scale_tokens, scale_b, scale_f, scale_d, at, within)
                     offset = load_modulation(shift, b, first, shift_tokens, shift_b, shift_f, shift_d, at, within)
                     normal = (value - row_mean[:, None]) * row_rstd[:, None] * (1.0 + gain) + offset
@@ -116,10 +123,12 @@ def forward(
     block, single = block_of(D)
     segments = segments_of(gate, shift, scale)
     length = N // segments
+    processors = _triton.target(x.device).processors
 
     def run(tile: _triton.Tile) -> None:
         tile = fitting(tile, length)
-        parts = triton.cdiv(length, tile.blocks["ROWS"])
+        steps = triton.cdiv(length, tile.blocks["ROWS"])
+        parts = parts_of(steps, B * segments, block, FORWARD_ELEMENTS, processors)
         _triton.launch(
             adaln_forward_kernel,
             (B * segments * parts,),

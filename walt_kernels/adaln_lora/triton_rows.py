@@ -29,9 +29,9 @@ def run_of(tokens, segments, parts):
 
 @triton.jit
 def load_rows(pointer, n, stride_n, columns, stride_d, inside):
-    """Rows of the tokens ``n``, which are read for the last time: nothing else need leave the caches for them."""
+    """Rows of the tokens ``n``, in their dtype; read for the last time: nothing else need leave the caches for them."""
     at = pointer + n.to(tl.int64)[:, None] * stride_n + columns[None, :] * stride_d
-    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -7,7 +7,11 @@ from dataclasses import replace
 from .._triton import Table, Tile
 
 WIDEST = 4096  # rows up to here are held by one program
-PROGRAMS_PER_PROCESSOR = 2  # of the kernels that sum over runs: what fits at once, so that none waits for a second turn
+_ELEMENTS = 1024  # of a tile, or one row
+# Elements that all programs of a multiprocessor have in hand: in the backward pass, which keeps sums, as many programs
+# as fit at once; in the forward pass some turns of them, so that none is left with much more than the others.
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 32 << 10, 4 << 10
+PROGRAMS_PER_PROCESSOR = 2  # of the sums over layers
 
 
 def block_of(D: int) -> tuple[int, bool]:
@@ -17,10 +21,16 @@ def block_of(D: int) -> tuple[int, bool]:
     return max(16, 1 << (D - 1).bit_length()), True
 
 
-def _rows(block: int, elements: int) -> Tile:
-    """A tile of about ``elements`` elements, eight for each thread: 16 bytes of a 16-bit tensor in one load."""
-    rows = max(1, elements // block)
-    return Tile({"ROWS": rows}, warps=max(1, min(16, rows * block // 256)))
+def parts_of(length: int, runs: int, block: int, elements: int, processors: int) -> int:
+    """Programs for each of so many segments of ``length`` tokens."""
+    programs = processors * max(1, elements // max(block, _ELEMENTS))
+    return max(1, min(length, programs // max(1, runs)))
+
+
+def _rows(block: int, stages: int) -> Tile:
+    """Eight elements for each thread: 16 bytes of a 16-bit tensor in one load."""
+    rows = max(1, _ELEMENTS // block)
+    return Tile({"ROWS": rows}, warps=rows * block // 256, stages=stages)
 
 
 def fitting(tile: Tile, length: int) -> Tile:
@@ -31,8 +41,8 @@ def fitting(tile: Tile, length: int) -> Tile:
 
 _BLOCKS = [1 << i for i in range(4, 13)]
 MODULATION: Table = {
-    **{("forward", block): {"any": _rows(block, 1024)} for block in _BLOCKS},
-    **{("backward", block): {"any": _rows(block, 2048)} for block in _BLOCKS},
+    **{("forward", block): {"any": _rows(block, 1)} for block in _BLOCKS},  # loads ahead by itself
+    **{("backward", block): {"any": _rows(block, 3)} for block in _BLOCKS},
     ("row_means", WIDEST // 2): {"any": Tile({}, warps=8)},
     ("finish",): {"any": Tile({"BLOCK_D": 128})},
 }

@@ -27,6 +27,7 @@ from .triton_geometry import (
     shared_by,
     sizes,
     split,
+    stages,
     total,
     video,
     whole,
@@ -55,7 +56,7 @@ def video_norm_backward_kernel(
     weight_c, bias_c, scale_b, scale_c, scale_t, shift_b, shift_c, shift_t, sum_b, sum_c, sum_t,
     frames, pixels, columns, channels, groups, span, count, across, run, parts,
     PIXEL: tl.constexpr, CENTER: tl.constexpr, SILU: tl.constexpr,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, ELEMENTS: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, ELEMENTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """grad_x and the partial rows of a run of a frame's pixels, where these are given.
 
@@ -96,7 +97,7 @@ def video_norm_backward_kernel(
     if SUMS:
         of_g = tl.zeros((PIXELS, GROUPS * SIZE), tl.float32)
         of_gx = tl.zeros((PIXELS, GROUPS * SIZE), tl.float32)
-    for first in range(begin, end, PIXELS):
+    for first in tl.range(begin, end, PIXELS, num_stages=STAGES):
         p = first + tl.arange(0, PIXELS)
         inside = (p < end)[:, None] & valid[None, :]
         xhat = tl.load(x + places(p, c, x_h, x_p, x_c, columns), mask=inside, other=0.0).to(tl.float32)
@@ -243,7 +244,7 @@ def backward(
             tile[0],
             **(shared | video("grad_x", grad_x) | parts | tile[1]),
             **{"partial": partial, "sum_g": sum_g, "sum_gx": sum_gx},
-            **{"sum_b": C * each, "sum_c": each, "sum_t": int(each > 1)},
+            **{"sum_b": C * each, "sum_c": each, "sum_t": int(each > 1), "STAGES": stages(H * W, *tile)},
         )
 
     fits = whole("backward", x, over, groups)

@@ -24,6 +24,7 @@ from .triton_geometry import (
     shared_by,
     sizes,
     split,
+    stages,
     total,
     video,
     whole,
@@ -35,6 +36,7 @@ from .triton_tiles import SUMS
 def video_norm_statistics_kernel(
     x, partial, x_b, x_t, x_h, x_p, x_c, frames, pixels, columns, channels, groups, across, run, parts,
     CENTER: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, ELEMENTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial[frame, part] = mean (``CENTER``) and sum of squared deviations of each channel over ``run`` pixels."""
     PIXELS: tl.constexpr = ELEMENTS // (GROUPS * SIZE)
@@ -48,7 +50,7 @@ def video_norm_statistics_kernel(
     mean = tl.zeros((PIXELS, GROUPS * SIZE), tl.float32)
     squares = tl.zeros((PIXELS, GROUPS * SIZE), tl.float32)
     seen = 0.0
-    for first in range(begin, end, PIXELS):
+    for first in tl.range(begin, end, PIXELS, num_stages=STAGES):
         p = first + lane
         inside = (p < end)[:, None] & valid[None, :]
         value = tl.load(x + places(p, c, x_h, x_p, x_c, columns), mask=inside, other=0.0).to(tl.float32)
@@ -177,7 +179,7 @@ def forward(
             (partial.shape[0] * shape["across"],),
             block,
             **(video("x", x) | size | parts | shape),
-            **{"partial": partial, "frames": T, "CENTER": center},
+            **{"partial": partial, "frames": T, "CENTER": center, "STAGES": stages(H * W, block, shape)},
         )
         block = _triton.pick(SUMS, ("combine",), x.device)
         _triton.launch(

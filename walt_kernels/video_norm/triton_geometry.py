@@ -131,7 +131,8 @@ def _tile(tile: _triton.Tile, x: Tensor, groups: int, number: int, size: int) ->
 
 @functools.cache
 def _unaligned(kernel: Any) -> Any:
-    return triton.jit(kernel.fn, do_not_specialize_on_alignment=kernel.arg_names)
+    values = [name for name in kernel.arg_names if name not in kernel.fn.__annotations__]  # all that are no constexpr
+    return triton.jit(kernel.fn, do_not_specialize_on_alignment=values)
 
 
 def for_frames_of(x: Tensor, kernel: Any) -> Any:
@@ -186,3 +187,8 @@ def split(pixels: int, tile: _triton.Tile, blocks: dict[str, Any]) -> dict[str, 
     step = pixels_of(tile, blocks)
     run = step * max(4, triton.cdiv(triton.cdiv(pixels, step), PARTS))
     return {"run": run, "parts": triton.cdiv(pixels, run)}
+
+
+def stages(pixels: int, tile: _triton.Tile, blocks: dict[str, Any]) -> int:
+    """Of a loop over the tiles of a run; a frame of one tile leaves nothing to load ahead."""
+    return tile.stages if pixels > pixels_of(tile, blocks) else 1

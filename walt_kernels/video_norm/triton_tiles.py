@@ -15,25 +15,25 @@ def lanes(order: str) -> int:
     return 128 if order == "rows" else 16
 
 
-def _elements(count: int, thread: int) -> Tile:
-    """``thread``: elements of a thread, two or one of the widest loads of 16-bit numbers."""
-    return Tile({"ELEMENTS": count}, warps=max(1, min(16, count // (32 * thread))))
+def _elements(count: int, thread: int, stages: int = 1) -> Tile:
+    """``thread``: elements of a thread, one to four of the widest loads of 16-bit numbers. ``stages``: of loops."""
+    return Tile({"ELEMENTS": count}, warps=max(1, min(16, count // (32 * thread))), stages=stages)
 
 
 PART: Table = {
-    ("statistics", "rows"): {"any": _elements(2048, 16)},
-    ("statistics", "planes"): {"any": _elements(4096, 16)},
-    ("forward", "rows"): {"any": _elements(4096, 16)},
+    ("statistics", "rows"): {"any": _elements(2048, 16, 4)},
+    ("statistics", "planes"): {"any": _elements(4096, 16, 3)},
+    ("forward", "rows"): {"any": _elements(8192, 32)},
     ("forward", "planes"): {"any": _elements(4096, 16)},
-    ("sums", "rows"): {"any": _elements(2048, 8)},
-    ("sums", "planes"): {"any": _elements(4096, 8)},
-    ("grad_x", "rows"): {"any": _elements(2048, 8)},
-    ("grad_x", "planes"): {"any": _elements(4096, 8)},
+    ("sums", "rows"): {"any": _elements(2048, 8, 3)},
+    ("sums", "planes"): {"any": _elements(4096, 16, 2)},
+    ("grad_x", "rows"): {"any": _elements(2048, 16, 3)},
+    ("grad_x", "planes"): {"any": _elements(4096, 8, 2)},
 }
 # Tiles that hold all that a statistic is taken over; the backward pass has twice as much in registers.
 WHOLE: Table = {
-    **{("forward", 1 << i): {"any": _elements(1 << i, 16)} for i in range(10, 15)},
-    **{("backward", 1 << i): {"any": _elements(1 << i, 16)} for i in range(10, 14)},
+    **{("forward", 1 << i): {"any": _elements(1 << i, 32)} for i in range(10, 15)},
+    **{("backward", 1 << i): {"any": _elements(1 << i, 8, 3 if i < 12 else 1)} for i in range(10, 14)},
 }
 SUMS: Table = {
     ("combine",): {"any": Tile({"BLOCK": 1024})},
