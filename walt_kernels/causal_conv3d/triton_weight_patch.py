@@ -102,7 +102,8 @@ def patch_of(grad: Tensor, pixels: int) -> tuple[int, int] | None:
 def takes(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], space: str, groups: int
 ) -> bool:
-    pixels = _triton.pick(WEIGHT_PATCH, weight_patch_key(x.dtype, *weight.shape[:2], weight.shape[4]), x.device).blocks["BLOCK_K"]
+    key = weight_patch_key(x.dtype, *weight.shape[:2], weight.shape[4])
+    pixels = _triton.pick(WEIGHT_PATCH, key, x.device).blocks["BLOCK_K"]
     plain = all(triton_patch.takes(each, x, weight, stride, dilation, space, groups) for each in (x, grad))
     return plain and patch_of(grad, pixels) is not None
 
