@@ -102,7 +102,7 @@ def patch_of(grad: Tensor, pixels: int) -> tuple[int, int] | None:
 def takes(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], space: str, groups: int
 ) -> bool:
-    key = weight_patch_key(x.dtype, *weight.shape[:2], weight.shape[4])
+    key = weight_patch_key(x.dtype, weight.shape[0], weight.shape[1], weight.shape[4])
     pixels = _triton.pick(WEIGHT_PATCH, key, x.device).blocks["BLOCK_K"]
     plain = all(triton_patch.takes(each, x, weight, stride, dilation, space, groups) for each in (x, grad))
     return plain and patch_of(grad, pixels) is not None
