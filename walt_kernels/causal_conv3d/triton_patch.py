@@ -2,7 +2,7 @@
 """The convolution with TMA loads, in Triton: a tile is a patch of a frame, and a tap's tile is one box of memory.
 
 What lies outside a frame arrives as zeros, so zero padding needs no mask and no address arithmetic at all. For
-strides of 1 or 2, dilation 1, one group and zeros around frames, with channels innermost. The gradient of the input
+strides of 1 or 2, dilation 1, one group and zeros around frames; channels are made innermost. The gradient of the input
 is the same walk with mirrored taps.
 
 Out channels are the rows of the product and pixels its columns, so that both operands are read from shared memory as
