@@ -109,9 +109,9 @@ def order_tile(parts: int, taps: int, out_channels: int, channels: int) -> Tile:
     block_c = min(max(16, 1 << (channels - 1).bit_length()), max(16, 2048 // block_t), 256)
     if parts <= 8:
         return Tile({"BLOCK_P": 1, "BLOCK_T": block_t, "BLOCK_C": block_c})
-    if 1 < out_channels < FEW:  # more programs, which read more parts at a time
-        block_c = 16
-    block_p = max(1, min(32, (8192 if block_c == 16 else 4096) // (block_t * block_c)))
+    if taps > 1:  # more programs, which read more parts at a time
+        block_c = min(block_c, 16 if out_channels < FEW else 32)
+    block_p = max(1, min(32, 4096 // (block_t * block_c)))
     return Tile({"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_C": block_c})
 
 
