@@ -126,9 +126,32 @@ def test_patches_one_stride_apart_and_of_weights_match_the_truth(options: dict[s
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [SQUARE, STRIDED | {"size": (4, 4), "kernel": (2, 2, 2)}], ids=str)
+def test_patches_of_other_layouts_match_the_truth(options: dict[str, Any], dtype: torch.dtype) -> None:
+    inputs = sample(dtype=dtype, **{**options, "layout": "contiguous", "time_padding": "first_frame"})
+    kernels = launched(inputs)
+    assert kernels.count("conv_patch_kernel") == 2
+    assert kernels.count("conv_transpose_kernel") == (3 if "conv_weight_patch_kernel" in kernels else 2)
+    compare(inputs)
+
+
+def test_tiles_follow_the_processors() -> None:
+    from walt_kernels.causal_conv3d.triton_patch import many, parts_of
+
+    clip = torch.empty(1, 256, 17, 64, 64, device="meta")
+    assert many(clip, (1, 1), False, 132)
+    assert not many(clip, (1, 1), True, 132)  # 4.1 rounds of sums that are all as long
+    assert not many(clip[:, :, :15], (1, 1), False, 132)
+    assert [parts_of(tiles, 216, 132) for tiles in (16, 72, 160, 264)] == [4, 4, 2, 1]
+    assert parts_of(72, 64, 132) == 2  # sums that are too short for more
+    assert parts_of(544, 16, 132) == parts_of(0, 16, 132) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parts_of_a_sum_match_the_truth(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from walt_kernels.causal_conv3d import triton_patch, triton_weight_patch
 
+    without_plans(monkeypatch)
     monkeypatch.setattr(triton_patch, "parts_of", lambda *sizes: 3)
     monkeypatch.setattr(triton_weight_patch, "parts_of", lambda *sizes: 9)  # more than one step of adding up takes
     inputs = sample(dtype=dtype, **{**SQUARE, "kernel": (2, 2, 1), "time_padding": "first_frame", "batch": 2})
@@ -143,6 +166,7 @@ def test_taps_share_a_step_of_the_weights_sum(taps: int, dtype: torch.dtype, mon
 
     shared = triton_tiles.weight_patch(64, 64, 16, taps, 8, 2)
     pick = _triton.pick
+    without_plans(monkeypatch)
     monkeypatch.setattr(
         _triton, "pick", lambda table, *key: shared if key[0][0].startswith("weight patch") else pick(table, *key)
     )
@@ -171,7 +195,7 @@ def test_few_output_channels_match_the_truth(options: dict[str, Any], dtype: tor
 @pytest.mark.parametrize(
     "change",
     [
-        {"layout": "contiguous"},
+        {"layout": "contiguous", "kernel": (1, 1, 1)},
         {"history": True},
         {"stride": (1, 2, 1)},
         {"dilation": (2, 1, 1)},

@@ -20,7 +20,7 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "head": (128, 3, 128, {}),
     "head, history": (128, 3, 64, {"history": True, "space_padding": "replicate"}),
     "8 to 3": (8, 3, 64, {}),
-    "256 to 256": (256, 256, 64, {}),
+    "256 to 256": (256, 256, 128, {}),  # tiles enough for the large ones
     "512 to 512": (512, 512, 16, {"time_padding": "first_frame"}),
     "128 to 128, first frame": (128, 128, 64, {"time_padding": "first_frame"}),
     "128 to 128, history": (128, 128, 64, {"history": True}),
@@ -31,6 +31,7 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "128 to 128, contiguous": (128, 128, 64, {}),
     "stem, contiguous": (3, 64, 128, {}),
     "depthwise": (256, 256, 32, {"groups": 256}),
+    "128 to 128, one by one": (128, 128, 64, {"kernel": 1}),
     "8 to 512, one by one": (8, 512, 16, {"kernel": 1}),
     "128 to 128, replicate": (128, 128, 64, {"space_padding": "replicate"}),
     "128 to 16, reflect": (128, 16, 64, {"space_padding": "reflect"}),

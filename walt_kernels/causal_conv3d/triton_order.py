@@ -47,7 +47,7 @@ def reorder(source: Tensor, out: Tensor, parts: int = 1) -> None:
     """Both are [C_out, C, kt, kh, kw] with any strides; the parts of source follow one another in its memory."""
     out_channels, channels, _, kh, kw = out.shape
     taps = out.shape[2:].numel()
-    tile = order_tile(parts, taps, channels)
+    tile = order_tile(parts, taps, out_channels, channels)
     _triton.launch(
         conv_order_kernel,
         (out_channels * triton.cdiv(channels, tile.blocks["BLOCK_C"]),),

@@ -2,7 +2,7 @@
 """The convolution with TMA loads, in Triton: a tile is a patch of a frame, and a tap's tile is one box of memory.
 
 What lies outside a frame arrives as zeros, so zero padding needs no mask and no address arithmetic at all. For
-strides of 1 or 2, dilation 1, one group and zeros around frames, with channels innermost. The gradient of the input
+strides of 1 or 2, dilation 1, one group and zeros around frames; channels are made innermost. The gradient of the input
 is the same walk with mirrored taps.
 
 Out channels are the rows of the product and pixels its columns, so that both operands are read from shared memory as
@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import _triton
 from .triton_geometry import strides, wide
 from .triton_tiles import FINISH, PATCH, patch_key
+from .triton_transposed import transposed
 
 
 @triton.jit
@@ -166,23 +167,41 @@ def even(x: Tensor, stride: Sequence[int], channels: int) -> bool:
 def takes(
     x: Tensor, frame: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], space: str, groups: int
 ) -> bool:
-    """Whether x (or a gradient in its place) can be walked in patches; ``frame`` is the convolution's input."""
+    """Whether x (or a gradient in its place) can be walked in patches; ``frame`` is the convolution's input.
+
+    Where taps read x more than once, it is copied into boxes if it does not lie in them (``in_boxes``).
+    """
     architecture = _triton.target(x.device).architecture
     plain = all(value == 1 for value in (*dilation, groups)) and space == "zeros"
     sizes = weight.shape[1] * weight.element_size() % 16 == 0 and min(weight.shape[:2]) >= 16
-    fits = even(frame, stride, weight.shape[1])
-    return architecture in ("sm_90", "sm_100", "interpreter") and plain and sizes and fits and boxes(x)
+    again = weight.shape[2:].numel() > 1 and x.numel() > 0 and x.shape[1] * x.element_size() % 16 == 0
+    fits = even(frame, stride, weight.shape[1]) and (again or boxes(x))
+    return architecture in ("sm_90", "sm_100", "interpreter") and plain and sizes and fits
+
+
+def in_boxes(x: Tensor) -> Tensor:
+    return x if boxes(x) else transposed(x)
+
+
+def many(y: Tensor, apart: Sequence[int], alike: bool, processors: int) -> bool:
+    """Whether y has tiles enough for those of 16 x 16 pixels: for four rounds of them on the processors.
+
+    Where all sums are ``alike``, a last round that few programs share takes as long as any other; otherwise the
+    shortest sums fill it.
+    """
+    height, width = (triton.cdiv(size, step) for size, step in zip(y.shape[3:], apart, strict=True))
+    frames = y.shape[0] * y.shape[2] * apart[0] * apart[1]
+    tiles = triton.cdiv(height, 16) * triton.cdiv(width, 16) * triton.cdiv(y.shape[1], 128) * frames
+    full = not alike or triton.cdiv(tiles, processors) * processors < 1.1 * tiles
+    return tiles >= 4 * processors and full
 
 
 def parts_of(tiles: int, steps: int, processors: int) -> int:
-    """Into how many parts sums are cut, so that few tiles keep all processors busy to the end."""
-    if tiles >= 4 * processors or steps < 64:
-        return 1
+    """Into how many parts sums are cut: until a processor has two programs, the loads of one beside the other's sums.
 
-    def cost(parts: int) -> float:  # rounds of programs by their length; a part more is written and read once
-        return triton.cdiv(tiles * parts, processors) / parts + 0.05 * (parts > 1) + 0.02 * parts
-
-    return min(range(1, 5), key=cost)
+    A part more is written and read as float32, which takes as long as 14 steps of a tile of 128 x 128 (at 3 TB/s).
+    """
+    return max(1, min(triton.cdiv(2 * processors, max(1, tiles)), steps // 32, 4))
 
 
 def convolve(
@@ -204,6 +223,8 @@ def convolve(
     kernel, taps = filters.shape[1:4], filters.shape[1:4].numel()
     apart = stride[1:] if backward else (1, 1)
     matrix = filters.flatten(1)
+    processors = _triton.target(x.device).processors
+    x = in_boxes(x)
 
     def run(tile: _triton.Tile) -> None:
         block_h, block_w, block_n, block_k = (tile.blocks[f"BLOCK_{name}"] for name in "HWNK")
@@ -212,7 +233,6 @@ def convolve(
         tiles *= triton.cdiv(out_channels, block_n) * batch * frames
         parts = 1
         if y.is_contiguous(memory_format=torch.channels_last_3d):
-            processors = _triton.target(x.device).processors
             parts = parts_of(tiles, taps * triton.cdiv(channels, block_k), processors)
         partials = _triton.empty((parts, y.numel()), torch.float32, x.device) if parts > 1 else None
         box = [1, block_h, block_w, block_k]
@@ -245,7 +265,9 @@ def convolve(
         if partials is not None:
             add_up(partials, bias, y)
 
-    run(_triton.pick(PATCH, patch_key(x.dtype, out_channels), x.device, run))
+    alike = frames == 1 or (time_padding == "first_frame" and not backward)
+    key = patch_key(x.dtype, out_channels, many(y, apart, alike, processors))
+    run(_triton.pick(PATCH, key, x.device, run))
 
 
 def add_up(partials: Tensor, bias: Tensor | None, y: Tensor) -> None:

@@ -57,9 +57,9 @@ _sums: Table = {
 }
 PIXELS: Table = {
     **{(kernel, *key): tiles for kernel in ("forward", "data") for key, tiles in _sums.items()},
-    ("forward", "16-bit", "short sum"): {"any": tile(128, 64, 32, 4, 2), "sm_90": tile(128, 128, 32, 8, 2)},
+    ("forward", "16-bit", "short sum"): {"any": tile(128, 64, 32, 4, 2), "sm_90": tile(64, 128, 32, 4, 2)},
     ("forward", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
-    ("data", "16-bit", "short sum"): {"any": tile(128, 128, 32, 8, 2)},
+    ("data", "16-bit", "short sum"): {"any": tile(128, 128, 32, 8, 2), "sm_90": tile(64, 128, 32, 4, 2)},
     ("data", "16-bit", "short sum, narrow"): {"any": tile(128, 64, 32, 4, 2)},
     ("data", "float32", "short sum"): {"any": tile(64, 32, 16, 4, 2)},
     ("data", "float32", "short sum, narrow"): {"any": tile(64, 32, 16, 4, 2)},
@@ -89,29 +89,37 @@ WEIGHT: Table = {
         "any": tile(64, 64, 64, 4, 4),
         "gfx942": tile(64, 64, 32, 4, 2),
     },
-    ("weight", "16-bit", "few channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(128, 128, 64, 8, 2)},
-    ("weight", "16-bit", "few out channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(128, 128, 64, 8, 2)},
+    ("weight", "16-bit", "few channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(128, 32, 64, 4, 2)},
+    ("weight", "16-bit", "few out channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(32, 128, 64, 4, 2)},
     ("weight", "float32", "wide"): {"any": tile(64, 64, 16, 8, 2)},
     ("weight", "float32", "narrow"): {"any": tile(64, 64, 16, 8, 2)},
     ("weight", "float32", "few channels"): {"any": tile(64, 32, 16, 4, 2)},
     ("weight", "float32", "few out channels"): {"any": tile(64, 32, 16, 4, 2)},
 }
 FINISH: Table = {
-    ("bias",): {"any": Tile({"BLOCK_N": 64, "BLOCK_K": 64})},
+    ("bias",): {"any": Tile({"BLOCK_N": 64, "BLOCK_K": 64}), "sm_90": Tile({"BLOCK_N": 64, "BLOCK_K": 256}, 8)},
     ("sum",): {"any": Tile({"BLOCK": 1024})},
+    ("transposed",): {"any": Tile({"BLOCK_P": 64, "BLOCK_C": 64})},
 }
 
 
-def order_tile(parts: int, taps: int, channels: int) -> Tile:
+def order_tile(parts: int, taps: int, out_channels: int, channels: int) -> Tile:
     """For one out channel's taps and some of its channels, of several parts at a time where there are many."""
     block_t = 1 << (taps - 1).bit_length()
     block_c = min(max(16, 1 << (channels - 1).bit_length()), max(16, 2048 // block_t), 256)
-    block_p = 1 if parts <= 8 else max(1, min(32, 4096 // (block_t * block_c)))
+    if parts <= 8:
+        return Tile({"BLOCK_P": 1, "BLOCK_T": block_t, "BLOCK_C": block_c})
+    if taps > 1:  # more programs, which read more parts at a time
+        block_c = min(block_c, 16 if out_channels < FEW else 32)
+    block_p = max(1, min(32, 4096 // (block_t * block_c)))
     return Tile({"BLOCK_P": block_p, "BLOCK_T": block_t, "BLOCK_C": block_c})
 
 
-def patch_key(dtype: torch.dtype, out_channels: int) -> tuple[str, str, str]:
-    return "patch", precision(dtype), "narrow" if out_channels <= 64 else "wide"
+def patch_key(dtype: torch.dtype, out_channels: int, many: bool) -> tuple[str, str, str]:
+    """``many``: as ``triton_patch.many`` counts tiles."""
+    if dtype is torch.float32:
+        return "patch", "float32", "any size"
+    return "patch", "16-bit", "narrow" if out_channels <= 64 else "wide" if many else "wide, few tiles"
 
 
 def patch(h: int, w: int, n: int, k: int, warps: int, stages: int) -> Tile:
@@ -120,19 +128,24 @@ def patch(h: int, w: int, n: int, k: int, warps: int, stages: int) -> Tile:
 
 # A row of a box is 128 bytes: what TMA swizzles at most.
 PATCH: Table = {
-    ("patch", "16-bit", "wide"): {"any": patch(16, 16, 128, 64, 8, 3)},
+    ("patch", "16-bit", "wide"): {"any": patch(16, 16, 128, 64, 8, 4)},
+    ("patch", "16-bit", "wide, few tiles"): {"any": patch(8, 16, 128, 64, 4, 3)},  # a processor holds two programs
     ("patch", "16-bit", "narrow"): {"any": patch(16, 16, 64, 64, 4, 3)},
-    ("patch", "float32", "wide"): {"any": patch(8, 8, 64, 16, 8, 2)},
-    ("patch", "float32", "narrow"): {"any": patch(8, 8, 64, 16, 8, 2)},
+    ("patch", "float32", "any size"): {"any": patch(8, 8, 64, 16, 8, 2)},
 }
 
 
-def weight_patch_key(dtype: torch.dtype, out_channels: int, channels: int) -> tuple[str, str]:
+def weight_patch_key(dtype: torch.dtype, out_channels: int, channels: int, width: int) -> tuple[str, str]:
+    """``width``: the kernel's, which is cut into as many taps as share a step of the sum."""
+    if dtype is torch.float32:
+        return "weight patch, float32", "any size"
     if min(channels, out_channels) <= 64:
         shape = "narrow"
+    elif channels > 128:
+        shape = "wide"
     else:
-        shape = "wide" if channels > 128 else "128 channels"
-    return f"weight patch, {precision(dtype)}", shape
+        shape = "128 channels" + (", 3 taps" if width % 3 == 0 else ", 2 taps" if width % 2 == 0 else "")
+    return "weight patch, 16-bit", shape
 
 
 def weight_patch(m: int, n: int, k: int, taps: int, warps: int, stages: int) -> Tile:
@@ -143,8 +156,8 @@ def weight_patch(m: int, n: int, k: int, taps: int, warps: int, stages: int) -> 
 WEIGHT_PATCH: Table = {
     ("weight patch, 16-bit", "wide"): {"any": weight_patch(128, 256, 64, 1, 8, 3)},
     ("weight patch, 16-bit", "128 channels"): {"any": weight_patch(128, 128, 64, 1, 4, 3)},
+    ("weight patch, 16-bit", "128 channels, 2 taps"): {"any": weight_patch(128, 128, 64, 2, 8, 3)},
+    ("weight patch, 16-bit", "128 channels, 3 taps"): {"any": weight_patch(128, 128, 64, 3, 8, 3)},
     ("weight patch, 16-bit", "narrow"): {"any": weight_patch(64, 64, 64, 1, 4, 4)},
-    ("weight patch, float32", "wide"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
-    ("weight patch, float32", "128 channels"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
-    ("weight patch, float32", "narrow"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
+    ("weight patch, float32", "any size"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
 }

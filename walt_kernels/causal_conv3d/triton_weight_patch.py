@@ -19,6 +19,7 @@ from .. import _triton
 from . import triton_patch
 from .triton_order import add_parts
 from .triton_tiles import WEIGHT_PATCH, weight_patch_key
+from .triton_transposed import transposed
 
 
 @triton.jit
@@ -101,10 +102,10 @@ def patch_of(grad: Tensor, pixels: int) -> tuple[int, int] | None:
 def takes(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], space: str, groups: int
 ) -> bool:
-    pixels = _triton.pick(WEIGHT_PATCH, weight_patch_key(x.dtype, *weight.shape[:2]), x.device).blocks["BLOCK_K"]
-    dense = grad.is_contiguous(memory_format=torch.channels_last_3d) and triton_patch.boxes(grad)
-    plain = triton_patch.takes(x, x, weight, stride, dilation, space, groups)
-    return dense and plain and patch_of(grad, pixels) is not None
+    key = weight_patch_key(x.dtype, weight.shape[0], weight.shape[1], weight.shape[4])
+    pixels = _triton.pick(WEIGHT_PATCH, key, x.device).blocks["BLOCK_K"]
+    plain = all(triton_patch.takes(each, x, weight, stride, dilation, space, groups) for each in (x, grad))
+    return plain and patch_of(grad, pixels) is not None
 
 
 def parts_of(tiles: int, steps: int, tile: _triton.Tile, filters: int, processors: int) -> int:
@@ -130,6 +131,9 @@ def write(
     """Writes the gradient of the weight; ``sides`` are the padding's top and left."""
     batch, out_channels, frames, height, width = grad.shape
     channels, kernel = x.shape[1], grad_weight.shape[2:]
+    x = triton_patch.in_boxes(x)
+    if not (grad.is_contiguous(memory_format=torch.channels_last_3d) and triton_patch.boxes(grad)):
+        grad = transposed(grad)
 
     def run(tile: _triton.Tile) -> None:
         block_m, block_n, block_k, taps = (tile.blocks[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TAPS"))
@@ -168,4 +172,4 @@ def write(
         )
         add_parts(partials, grad_weight)
 
-    run(_triton.pick(WEIGHT_PATCH, weight_patch_key(x.dtype, out_channels, channels), x.device, run))
+    run(_triton.pick(WEIGHT_PATCH, weight_patch_key(x.dtype, out_channels, channels, kernel[2]), x.device, run))
