@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import DEVICE, DTYPES, check, marks, on_device, through
+from on_gpu import DEVICE, DTYPES, check, marks, on_device, through, without_plans
 from test_window_attention import equal, gradients, keys_of, make, mask
 from torch import Tensor
 
@@ -97,6 +97,24 @@ def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = importlib.import_module("walt_kernels.window_attention.triton_geometry")
     monkeypatch.setattr(geometry, "NARROW", 1)
     matches(sample("dim in two tiles, context", T=2, window=(2, 3, 3), context=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_float32_table_is_read_as_float16(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside 16-bit tokens: right for large entries, exact for those that float16 holds; -inf hides its pairs."""
+    inputs = make(1, 1, 3, 4, 1, 8, window=(1, 3, 4), dtype=dtype)
+    table = 16 * inputs["bias_table"].detach()
+    table[:, :, 0] = -torch.inf
+    matches(inputs | {"bias_table": table.requires_grad_()})
+    inputs = on_device(inputs | {"bias_table": table.detach().half().float().requires_grad_()})
+    geometry = importlib.import_module("walt_kernels.window_attention.triton_geometry").Geometry
+    without_plans(monkeypatch)
+    found = []
+    for kind in (torch.float16, torch.float32):
+        monkeypatch.setattr(geometry, "bias_dtype", lambda _, kind=kind: kind)
+        found.append(results(inputs))
+    assert not found[0]["bias_table"][:, :, 0].any()
+    equal(*found)
 
 
 # ---- exact properties -----------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from .. import _triton
 from .triton_geometry import Geometry
 from .triton_rows import (
     base_of,
-    bias_at,
     keys_end,
     load_lines,
     load_rows,
@@ -56,7 +55,6 @@ def bias_backward_kernel(
     part = program // COLUMNS // ROWS // heads
     i = row + tl.arange(0, BLOCK_M)
     j = column + tl.arange(0, BLOCK_N)
-    pairs = bias_at(bias, head, i, j, PADDED)
     w0q, w1q = load_weight(q_norm, q_norm_d, DIM, D0, D1)
     w0k, w1k = load_weight(k_norm, k_norm_d, DIM, D0, D1)
     first = (part.to(tl.int64) * windows // parts).to(tl.int32)
@@ -89,7 +87,8 @@ def bias_backward_kernel(
             at = rows_of(tk, hk, wk, keys_t, keys_h, keys_w, UNIT, WIDE)
             y0, y1 = load_rows(many, at, seen_k, keys_d, DIM, D0, D1, MASKED)
             y0, y1 = norm_rows(y0, y1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1, NORMED)
-            s = scores_of(products(x0, x1, y0, y1, D1, PRECISION), scale, pairs)
+            s = products(x0, x1, y0, y1, D1, PRECISION)
+            s = scores_of(s, scale, bias, head, i, j, PADDED)
             if MASKED:
                 s = tl.where(seen_k[None, :], s, float("-inf"))
             lines = ((b.to(tl.int64) * heads + head) * T + t0) * H * W + h0 * W + w0

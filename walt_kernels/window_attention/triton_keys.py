@@ -9,7 +9,6 @@ import triton.language as tl
 from .triton_rows import (
     add_rows,
     base_of,
-    bias_at,
     context_at,
     context_rows,
     keys_end,
@@ -125,8 +124,8 @@ def key_backward_kernel(
             at = rows_of(t, h, w, queries_t, queries_h, queries_w, UNIT, WIDE)
             q0, q1 = load_rows(many, at, seen, queries_d, DIM, D0, D1, MASKED)
             q0, q1 = norm_rows(q0, q1, q_norm, w0q, w1q, seen, norm_eps, DIM, D0, D1, NORMED)
-            pairs = bias_at(bias, head, start + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_M), PADDED)
-            s = scores_of(products(k0, k1, q0, q1, D1, PRECISION), scale, pairs)
+            s = products(k0, k1, q0, q1, D1, PRECISION)
+            s = scores_of(s, scale, bias, head, start + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_M), PADDED)
             p = probabilities(s, best[None, :], log_total[None, :])
             p = tl.where(seen_k[:, None], p, 0.0)
             at = rows_of(t, h, w, grad_t, grad_h, grad_w, UNIT, WIDE)

@@ -9,7 +9,6 @@ import triton.language as tl
 from .triton_rows import (
     add_rows,
     base_of,
-    bias_at,
     context_at,
     context_rows,
     keys_end,
@@ -104,8 +103,8 @@ def query_backward_kernel(
             at = rows_of(tk, hk, wk, keys_t, keys_h, keys_w, UNIT, WIDE)
             k0, k1 = load_rows(keys, at, seen_k, keys_d, DIM, D0, D1, MASKED)
             k0, k1 = norm_rows(k0, k1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1, NORMED)
-            pairs = bias_at(bias, head, start + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N), PADDED)
-            s = scores_of(products(q0, q1, k0, k1, D1, PRECISION), scale, pairs)
+            s = products(q0, q1, k0, k1, D1, PRECISION)
+            s = scores_of(s, scale, bias, head, start + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N), PADDED)
             if MASKED:
                 s = tl.where(seen_k[None, :], s, float("-inf"))
             v0, v1 = load_rows(v, rows_of(tk, hk, wk, v_t, v_h, v_w, UNIT, WIDE), seen_k, v_d, DIM, D0, D1, MASKED)
@@ -122,7 +121,7 @@ def query_backward_kernel(
                 at = context_rows(n, context_keys_l, UNIT, WIDE)
                 k0, k1 = load_rows(context_keys, at, seen_k, context_keys_d, DIM, D0, D1, True)
                 k0, k1 = norm_rows(k0, k1, k_norm, w0k, w1k, seen_k, norm_eps, DIM, D0, D1, NORMED)
-                s = scores_of(products(q0, q1, k0, k1, D1, PRECISION), scale, None)
+                s = products(q0, q1, k0, k1, D1, PRECISION) * scale
                 s = tl.where(seen_k[None, :], s, float("-inf"))
                 at = context_rows(n, context_v_l, UNIT, WIDE)
                 v0, v1 = load_rows(context_v, at, seen_k, context_v_d, DIM, D0, D1, True)

@@ -239,18 +239,12 @@ def add_rows(acc0, acc1, p, x0, x1, D1, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def bias_at(bias, head, rows, columns, PADDED):
-    """A tile of one head of ``bias`` [heads, PADDED, PADDED] as pointers; None without a bias."""
-    if bias is not None:
-        bias += head.to(tl.int64) * PADDED * PADDED + (rows[:, None] * PADDED + columns[None, :])
-    return bias
-
-
-@triton.jit
-def scores_of(s, scale, bias):
+def scores_of(s, scale, bias, head, rows, columns, PADDED):
+    """The scores of a tile of inner products; ``bias`` [heads, PADDED, PADDED] or None."""
     s = s * scale
     if bias is not None:
-        s += tl.load(bias).to(tl.float32)
+        at = head.to(tl.int64) * PADDED * PADDED + (rows[:, None] * PADDED + columns[None, :])
+        s += tl.load(bias + at).to(tl.float32)
     return s
 
 

@@ -9,7 +9,6 @@ import triton.language as tl
 from .triton_rows import (
     add_rows,
     base_of,
-    bias_at,
     keys_end,
     load_lines,
     load_rows,
@@ -133,8 +132,10 @@ def window_backward_kernel(
             q0, q1 = norm_rows(q0, q1, q_norm, w0q, w1q, seen, norm_eps, DIM, D0, D1, NORMED)
             at_g = rows_of(t, h, w, grad_t, grad_h, grad_w, UNIT, WIDE)
             if BY_KEYS:
-                pairs = bias_at(bias, head, start + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_M), PADDED)
-                s = scores_of(products(k0, k1, q0, q1, D1, PRECISION), scale, pairs)
+                s = products(k0, k1, q0, q1, D1, PRECISION)
+                s = scores_of(
+                    s, scale, bias, head, start + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_M), PADDED
+                )
                 p = probabilities(s, best[None, :], log_total[None, :])
                 if MASKED:
                     p = tl.where(seen_k[:, None], p, 0.0)
@@ -144,8 +145,10 @@ def window_backward_kernel(
                 dk0, dk1 = add_rows(dk0, dk1, ds, q0, q1, D1, PRECISION)
                 ds = tl.trans(ds)
             else:
-                pairs = bias_at(bias, head, first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N), PADDED)
-                s = scores_of(products(q0, q1, k0, k1, D1, PRECISION), scale, pairs)
+                s = products(q0, q1, k0, k1, D1, PRECISION)
+                s = scores_of(
+                    s, scale, bias, head, first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N), PADDED
+                )
                 p = probabilities(s, best[:, None], log_total[:, None])
                 if MASKED:
                     p = tl.where(seen_k[None, :], p, 0.0)
