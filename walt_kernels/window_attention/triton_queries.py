@@ -91,8 +91,8 @@ def query_backward_kernel(
         v += base_of(b, t0, h0, w0, head, v_b, v_t, v_h, v_w, v_n, UNIT)
         w0q, w1q = load_weight(q_norm, q_norm_d, DIM, D0, D1)
         w0k, w1k = load_weight(k_norm, k_norm_d, DIM, D0, D1)
-        at = rows_of(t, h, w, queries_t, queries_h, queries_w, UNIT, WIDE)
-        q0, q1 = load_rows(queries, at, seen, queries_d, DIM, D0, D1, True)
+        at_q = rows_of(t, h, w, queries_t, queries_h, queries_w, UNIT, WIDE)
+        q0, q1 = load_rows(queries, at_q, seen, queries_d, DIM, D0, D1, True)
         q0, q1 = norm_rows(q0, q1, q_norm, w0q, w1q, seen, norm_eps, DIM, D0, D1, NORMED)
         best, log_total = load_lines(best_of, log_of, lines + local, seen, v)
         for first in range(0, keys_end(t0, T, N, WT, WH, WW, MASKED), BLOCK_N):
