@@ -11,7 +11,9 @@ from .._aot import Call
 
 # Rows of 16 bits hold a tile of queries, keys, values and gradients at once. Float32 rows of 256 have no tensor cores.
 SPILLS = {
+    "norm_kernel": 8,
     "forward_kernel": 16,
+    "forward_kernel, N 320, dim 72, bf16, image": 48,
     "query_backward_kernel": 32,
     "key_backward_kernel": 128,
     "bias_backward_kernel": 24,
