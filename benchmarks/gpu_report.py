@@ -30,8 +30,8 @@ from .machine import ROOT, level, machine, sentence
 from .measure import GPU_BACKENDS, Effort
 from .say import say
 
-TESTS_SHARE = 0.4  # of the time; what is compiled beside the tests ends with them
-MODELS_SHARE = 0.3
+TESTS_SHARE = 0.35  # of the time; what is compiled beside the tests ends with them
+MODELS_SHARE = 0.22
 MODEL = (sys.executable, "-m", "benchmarks.gpu_models")
 
 Tests = Callable[[float], list[gpu_tests.Outcome]]  # of the seconds that it may take
