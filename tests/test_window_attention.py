@@ -184,11 +184,11 @@ def test_every_isa_level(isa: str, dtype: torch.dtype) -> None:
         check(make(**options, dtype=dtype))
 
 
-@pytest.mark.skipif("amx" not in ISA, reason="this processor has no tiles, and this build does not emulate them")
+@pytest.mark.parametrize("level", sorted({"avx512", "amx"} & {*ISA}))
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_on_tiles(case: str) -> None:
+def test_every_case_on_pairs_and_on_tiles(case: str, level: str) -> None:
     before = _native.C.build_info()["isa"]
-    _native.C.set_isa("amx")
+    _native.C.set_isa(level)
     try:
         check(make(**CASES[case], dtype=torch.bfloat16))
     finally:
