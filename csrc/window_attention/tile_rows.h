@@ -87,6 +87,8 @@ class TileBias {
     table_ = at.table_of(head);
     positions_ = positions;
     keys_ = window.tokens();
+    size_ = table_size(at);
+    center_ = kTile + at.bias.center;
     window.each_token(0, keys_, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       positions[n] = at.bias.position(frame, row, column);
     });
@@ -94,28 +96,53 @@ class TileBias {
 
   void load_queries(const TileAttention& at, const Window& window, int64_t begin, int64_t end) {
     if (keys_ == 0) return;
+    for (Runs& runs : runs_) runs.count = 0;
     window.each_token(begin, end, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       const int64_t lane = n % kTile;
       Runs& runs = runs_[n / kTile];
-      if (lane == 0) runs.count = 0;
       if (lane != 0 && column != window.columns.begin) return;
       runs.position[runs.count] = at.bias.position(frame, row, column) - lane;
       runs.lane[runs.count++] = static_cast<int32_t>(lane);
     });
   }
 
+  // The gradient of the table is summed up in several, in turns: consecutive keys add to places that overlap, and a
+  // processor waits until it has stored what it is to load in part. Each has a vector before and behind.
+  static constexpr int64_t kTables = 8;
+  static int64_t table_size(const TileAttention& at) { return round_up(at.bias.size, kTile) + 2 * kTile; }
+
+  void add_gradient(int64_t n, int v, vfloat grad, float* tables) const {
+    if (n >= keys_) return;
+    const Runs& runs = runs_[v];
+    float* to = tables + n % kTables * size_ + center_ - positions_[n];
+    for (int i = 0; i < runs.count; ++i) {
+      const int32_t end = i + 1 < runs.count ? runs.lane[i + 1] : kTile;
+      float* place = to + runs.position[i];
+      store(place, load(place) + ((kLane >= runs.lane[i]) & (kLane < end) ? grad : vfloat{}));
+    }
+  }
+
+  static void sum_tables(const TileAttention& at, const float* tables, float* sum) {
+    const int64_t size = table_size(at);
+    for (int64_t i = kTile; i < size - kTile; i += kTile) {
+      vfloat total = load(sum + i - kTile);
+      for (int64_t table = 0; table < kTables; ++table) total += load(tables + table * size + i);
+      store(sum + i - kTile, total);
+    }
+  }
+
   // Of key n and the queries of vector v; zero for the context.
   vfloat operator()(int64_t n, int v) const {
-    if (n >= keys_) return vfloat{};
+    if (n >= keys_ || runs_[v].count == 0) return vfloat{};
     const Runs& runs = runs_[v];
     const float* from = table_ - positions_[n];
     vfloat value = load(from + runs.position[0]);
-    constexpr vint lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int i = 1; i < runs.count; ++i) value = lanes >= runs.lane[i] ? load(from + runs.position[i]) : value;
+    for (int i = 1; i < runs.count; ++i) value = kLane >= runs.lane[i] ? load(from + runs.position[i]) : value;
     return value;
   }
 
  private:
+  static constexpr vint kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   struct Runs {
     int count;
     int32_t lane[kTile];
@@ -123,8 +150,8 @@ class TileBias {
   };
   const float* table_;
   const int64_t* positions_;
-  int64_t keys_;
-  Runs runs_[kTileQueries / kTile];
+  int64_t keys_, size_, center_;
+  Runs runs_[kBlock / kTile];
 };
 
 }  // namespace walt::WALT_ISA::window_attention
