@@ -147,6 +147,15 @@ def test_large_inputs(scale: float, norm: bool, dtype: torch.dtype) -> None:
     check(make(dtype=dtype, scale=scale, norm=norm))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_that_the_bias_hides(dtype: torch.dtype, isa: str) -> None:
+    """No query sees an earlier frame: the last ones see none of the first 64 keys."""
+    inputs = make(dtype=dtype)
+    with torch.no_grad():
+        inputs["bias_table"][:, 5:] = -math.inf
+    check(inputs)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts(layout: str, dtype: torch.dtype) -> None:

@@ -26,7 +26,6 @@ struct TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
-
 };
 static_assert(sizeof(TileShapes) == 64, "as the processor reads it");
 

@@ -45,7 +45,7 @@ const typename Attention<T>::Unit* pick([[maybe_unused]] const accumulate_t<T>* 
 
 template <class T>
 void pack_pairs([[maybe_unused]] int64_t keys, [[maybe_unused]] int64_t i,
-                       [[maybe_unused]] const BackwardScratch<T>& s) {
+                [[maybe_unused]] const BackwardScratch<T>& s) {
 #ifdef WALT_HAS_BF16_DOT
   if constexpr (Attention<T>::kPaired) {
     using Unit = typename Attention<T>::Unit;

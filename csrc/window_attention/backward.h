@@ -1,5 +1,5 @@
-// What every way of computing the backward pass shares: the tasks, what gradients are summed up in, rows that are read and
-// gradients that are stored.
+// What every way of computing the backward pass shares: the tasks, what gradients are summed up in, rows that are read
+// and gradients that are stored.
 #pragma once
 
 #include <limits>
@@ -69,8 +69,8 @@ class Backward {
         wants_v(b.grad_v.defined() || b.grad_context_v.defined()),
         wants_table(b.grad_bias_table.defined()) {}
 
-  // S: the scratch of a thread. one_window(window, head, runs, scratch, partial) computes the gradients of the rows of one
-  // window's head, and passes them on through load_grads and finish_....
+  // S: the scratch of a thread. one_window(window, head, runs, scratch, partial) computes the gradients of the rows of
+  // one window's head, and passes them on through load_grads and finish_....
   template <class S, class F>
   void run(F&& one_window) {
     Arena counter(nullptr);
@@ -88,7 +88,8 @@ class Backward {
       Arena arena(memory.data() + thread * counter.used());
       const S scratch(at, arena);
       A* norm = norms.data() + 2 * task * norm_size;
-      const Partial<A> partial{wants_table ? tables.data() + task * table_size + lanes : nullptr, norm, norm + norm_size};
+      const Partial<A> partial{wants_table ? tables.data() + task * table_size + lanes : nullptr, norm,
+                               norm + norm_size};
       one_task(task % at.heads, task / at.heads, windows[static_cast<size_t>(thread)], scratch, partial,
                [&](const Window& window, int64_t head) {
                  one_window(window, head, runs[static_cast<size_t>(thread)], scratch, partial);
@@ -98,7 +99,8 @@ class Backward {
     if (wants_table) {
       parallel_for(at.heads, threads, [&](int64_t head, int) {
         A* grad = static_cast<A*>(b.grad_bias_table.data) + head * at.bias.size;
-        sum_partials(tables.data() + head * table_size + lanes, at.heads * table_size, groups.count, at.bias.size, grad);
+        sum_partials(tables.data() + head * table_size + lanes, at.heads * table_size, groups.count, at.bias.size,
+                     grad);
       });
     }
     for (const auto& [view, first] :

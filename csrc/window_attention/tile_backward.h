@@ -1,6 +1,6 @@
-// The backward pass of bfloat16 on tiles. Scores and their gradients are [keys][queries] and never leave the first cache;
-// what they become, weights P = exp(score - lse) and dS = P (dP - delta), is rounded where the next products read it:
-// along queries for the gradients of keys and values, across keys for those of queries.
+// The backward pass of bfloat16 on tiles. Scores and their gradients are [keys][queries] and never leave the first
+// cache; what they become, weights P = exp(score - lse) and dS = P (dP - delta), is rounded where the next products
+// read it: along queries for the gradients of keys and values, across keys for those of queries.
 #pragma once
 
 #include "window_attention/backward.h"
@@ -30,7 +30,8 @@ struct TileBackwardScratch : BackwardRows<bfloat16> {
     for (int32_t** part : {&query_units, &grad_units}) *part = arena.take<int32_t>(block);
     for (int32_t** part : {&query_across, &grad_across}) *part = arena.take<int32_t>(block / 2);
     for (int32_t** part : {&query_columns, &grad_columns}) *part = arena.take<int32_t>(sizes.steps * kTile * kBlock);
-    for (int32_t** part : {&weights_along, &grad_scores_along}) *part = arena.take<int32_t>(sizes.max_keys * kBlock / 2);
+    for (int32_t** part : {&weights_along, &grad_scores_along})
+      *part = arena.take<int32_t>(sizes.max_keys * kBlock / 2);
     grad_scores_across = arena.take<int32_t>(sizes.max_keys / 2 * kBlock);
   }
 };
@@ -84,7 +85,8 @@ inline void load_delta(const Backward<bfloat16>& pass, const Window& window, int
     prefetch_row(from + out.stride[2], at.shape.dim);
     load_row(from, out.stride[5], at.shape, s.row);
     vfloat sum{};
-    for (int64_t i = 0; i < at.shape.vectors * kTile; i += kTile) sum += load(s.row + i) * load(s.grads + n * at.shape.ld + i);
+    for (int64_t i = 0; i < at.shape.vectors * kTile; i += kTile)
+      sum += load(s.row + i) * load(s.grads + n * at.shape.ld + i);
     s.delta[n] = reduce_add(sum);
   });
   for (int64_t n = end - begin; n < padded; ++n) s.delta[n] = 0;
@@ -121,7 +123,8 @@ inline void one_window(const Backward<bfloat16>& pass, const Window& window, int
     bias.load_queries(at, window, begin, end);
     for (int64_t first = 0; first < keys; first += kTileKeys) {
       const auto product = [&](const int32_t* rows, const int32_t* columns, float* to) {
-        tile_gemm<false>(2, queries / kTile, sizes.steps, rows + first * sizes.ld, sizes.ld, columns, kBlock, to, kBlock);
+        tile_gemm<false>(2, queries / kTile, sizes.steps, rows + first * sizes.ld, sizes.ld, columns, kBlock, to,
+                         kBlock);
       };
       product(s.keys, s.query_columns, s.scores);
       product(s.values, s.grad_columns, s.grad_weights);

@@ -71,22 +71,27 @@ class TileBias {
   // What is added to the scores of vector v with key n: a function of n.
   template <int kRuns>
   auto of(int v) const {
-    const TileRuns& runs = runs_[v];
-    const float *first = table_ + runs.position[0], *second = table_ + runs.position[1];
-    const vint in_second = kLaneNumbers >= runs.lane[1];
-    return [=, &runs, table = table_, positions = positions_, keys = keys_](int64_t n) {
-      if (kRuns == 0 || n >= keys) return vfloat{};  // the context has none
-      vfloat value = load(first - positions[n]);
-      if constexpr (kRuns == 2) value = in_second ? load(second - positions[n]) : value;
-      for (int i = 1; kRuns == kManyRuns && i < runs.count; ++i) {
-        value = kLaneNumbers >= runs.lane[i] ? load(table + runs.position[i] - positions[n]) : value;
-      }
-      return value;
-    };
+    if constexpr (kRuns == 0) {
+      return [](int64_t) { return vfloat{}; };
+    } else {
+      const TileRuns& runs = runs_[v];
+      const float *first = table_ + runs.position[0], *second = table_ + runs.position[1];
+      const vint in_second = kLaneNumbers >= runs.lane[1];
+      return [=, &runs, table = table_, positions = positions_, keys = keys_](int64_t n) {
+        if (n >= keys) return vfloat{};  // the context has none
+        vfloat value = load(first - positions[n]);
+        if constexpr (kRuns == 2) value = in_second ? load(second - positions[n]) : value;
+        for (int i = 1; kRuns == kManyRuns && i < runs.count; ++i) {
+          value = kLaneNumbers >= runs.lane[i] ? load(table + runs.position[i] - positions[n]) : value;
+        }
+        return value;
+      };
+    }
   }
 
-  // The gradient of the table is summed up in several, in turns: runs and keys that follow one another add to places that
-  // overlap, and a processor waits until it has stored what it is to load in part. Each has a vector before and behind.
+  // The gradient of the table is summed up in several, in turns: runs and keys that follow one another add to places
+  // that overlap, and a processor waits until it has stored what it is to load in part. Each has a vector before and
+  // behind.
   static constexpr int64_t kTables = 16;
   static int64_t table_size(const TileAttention& at) { return round_up(at.bias.size, kTile) + 2 * kTile; }
 

@@ -1,5 +1,5 @@
-// The forward pass of bfloat16 on tiles. Queries lie across in every product: scores and weights are [keys][queries], so
-// that a weight is made where the next product reads it, and out = values^T weights is turned when it is stored.
+// The forward pass of bfloat16 on tiles. Queries lie across in every product: scores and weights are [keys][queries],
+// so that a weight is made where the next product reads it, and out = values^T weights is turned when it is stored.
 #pragma once
 
 #include "window_attention/tile_bias.h"
@@ -29,8 +29,8 @@ struct TileForwardScratch {
   }
 };
 
-// exp(score - reference) of the keys [begin, end), at most kTileKeys, in units of two keys, for one vector of queries. Adds
-// to their sums, and keeps the largest score.
+// exp(score - reference) of the keys [begin, end), at most kTileKeys, in units of two keys, for one vector of queries.
+// Adds to their sums, and keeps the largest score.
 template <int kRuns>
 void weigh(int64_t begin, int64_t end, int v, const TileBias& bias, const TileForwardScratch& s) {
   const auto bias_of = bias.of<kRuns>(v);
@@ -53,9 +53,9 @@ void weigh(int64_t begin, int64_t end, int v, const TileBias& bias, const TileFo
 
 // Weights of a block of queries and their sums, unnormalised.
 //
-// The scores of few keys at a time, which never leave the first cache. So the largest is not known when the first weight
-// is made; but any reference will do that lets no weight overflow, and none that counts vanish. It is the largest score
-// of the first keys, unless a later one is far above it: then all is done again.
+// The scores of few keys at a time, which never leave the first cache. So the largest is not known when the first
+// weight is made; but any reference will do that lets no weight overflow, and none that counts vanish. It is the
+// largest score of the first keys, unless a later one is far above it: then all is done again.
 template <int kRuns>
 void softmax(int64_t keys, int64_t vectors, const TileBias& bias, const TileForwardScratch& s) {
   constexpr float kFar = 40;
@@ -90,8 +90,7 @@ inline void attend(const TileAttention& at, const Window& window, int64_t head, 
   const Tiles tiles;
   const auto& p = at.p;
   const int64_t tokens = window.tokens(), units = s.sizes.steps * kTile;
-  const int64_t keys =
-      load_units(at, s.sizes, window, head, p.k, p.context_k, &at.k_norm, s.stats, s.queries, s.keys);
+  const int64_t keys = load_units(at, s.sizes, window, head, p.k, p.context_k, &at.k_norm, s.stats, s.queries, s.keys);
   load_units(at, s.sizes, window, head, p.v, p.context_v, nullptr, nullptr, nullptr, s.values);
   const int64_t padded = round_up(keys, kTileKeys), ld = odd_lines(padded / 2);
   transpose_numbers(s.values, s.sizes.ld, padded, units, s.values_across, ld);
@@ -112,7 +111,8 @@ inline void attend(const TileAttention& at, const Window& window, int64_t head, 
       float* out = s.rows + n * at.shape.ld;
       scale_row(out, 1 / s.sum[n], at.shape.vectors);
       store_row(at.mutable_data(p.out) + window.offset(p.out, head, frame, row, column), 1, at.shape.dim, out);
-      static_cast<float*>(p.lse.data)[lse_offset(p.lse, window, head, frame, row, column)] = s.reference[n] + std::log(s.sum[n]);
+      static_cast<float*>(p.lse.data)[lse_offset(p.lse, window, head, frame, row, column)] =
+          s.reference[n] + std::log(s.sum[n]);
     });
   }
 }

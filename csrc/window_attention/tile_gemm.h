@@ -54,8 +54,9 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, const int32_t* a, int64_t lda, c
   for (int64_t i = 0; i < m; i += 2, a += 2 * kTile * lda, c += 2 * kTile * ldc) {
     for (int64_t j = 0; j < n; j += 2) {
       const bool rows = m - i > 1, columns = n - j > 1;
-      const auto block = rows ? columns ? multiply_block<2, 2, kAdd> : multiply_block<2, 1, kAdd>
-                         : columns ? multiply_block<1, 2, kAdd> : multiply_block<1, 1, kAdd>;
+      const auto block = rows      ? columns ? multiply_block<2, 2, kAdd> : multiply_block<2, 1, kAdd>
+                         : columns ? multiply_block<1, 2, kAdd>
+                                   : multiply_block<1, 1, kAdd>;
       block(k, a, lda, b + j * kTile, ldb, c + j * kTile, ldc);
     }
   }
