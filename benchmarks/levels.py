@@ -27,7 +27,6 @@ from .say import say
 from .timing import interleaved
 
 BACKENDS = ("cpu", "onednn")  # backends that are kernels for CPUs
-AMX = "amx_bf16" in _native.PROCESSOR_FLAGS
 MARGIN = 1.10  # times the fastest way: beyond this the default is behind
 DTYPES = ("float32", "bfloat16")
 
@@ -44,9 +43,9 @@ def main(arguments: list[str]) -> int:
         "--json",
         type=Path,
         nargs="?",
-        const=RESULTS / f"levels-{'amx' if AMX else level()}.json",
+        const=RESULTS / f"levels-{level()}.json",
         metavar="FILE",
-        help="write the rows and the machine here; without FILE to benchmarks/results/, named by its best level",
+        help="write the rows and the machine here; without FILE to benchmarks/results/, named by its level",
     )
     parser.add_argument(
         "--check", action="store_true", help=f"exit with 1 where the default takes {MARGIN:g} times as long"

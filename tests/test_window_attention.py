@@ -147,6 +147,15 @@ def test_large_inputs(scale: float, norm: bool, dtype: torch.dtype) -> None:
     check(make(dtype=dtype, scale=scale, norm=norm))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_that_the_bias_hides(dtype: torch.dtype, isa: str) -> None:
+    """No query sees an earlier frame: the last ones see none of the first 64 keys."""
+    inputs = make(dtype=dtype)
+    with torch.no_grad():
+        inputs["bias_table"][:, 5:] = -math.inf
+    check(inputs)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts(layout: str, dtype: torch.dtype) -> None:
@@ -184,11 +193,11 @@ def test_every_isa_level(isa: str, dtype: torch.dtype) -> None:
         check(make(**options, dtype=dtype))
 
 
-@pytest.mark.skipif("amx" not in ISA, reason="this processor has no tiles, and this build does not emulate them")
+@pytest.mark.parametrize("level", sorted({"avx512", "amx"} & {*ISA}))
 @pytest.mark.parametrize("case", CASES)
-def test_every_case_on_tiles(case: str) -> None:
+def test_every_case_on_pairs_and_on_tiles(case: str, level: str) -> None:
     before = _native.C.build_info()["isa"]
-    _native.C.set_isa("amx")
+    _native.C.set_isa(level)
     try:
         check(make(**CASES[case], dtype=torch.bfloat16))
     finally:

@@ -19,23 +19,20 @@ namespace walt::WALT_ISA {
 
 constexpr int64_t kTile = 16;  // rows of a tile, and units of a row
 
+constexpr int kTiles = 8;
+
 // The shapes of all tiles, in the layout of ldtilecfg.
 struct TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
-
-  void set(int tile, int64_t tile_rows, int64_t units) {
-    rows[tile] = static_cast<uint8_t>(tile_rows);
-    bytes[tile] = static_cast<uint16_t>(4 * units);
-  }
 };
 static_assert(sizeof(TileShapes) == 64, "as the processor reads it");
 
 #if defined(WALT_EMULATE_AMX)
 struct EmulatedTiles {
   TileShapes shapes;
-  int32_t units[8][kTile][kTile];
+  int32_t units[kTiles][kTile][kTile];
 };
 inline thread_local EmulatedTiles tiles;
 
@@ -45,6 +42,10 @@ inline void configure_tiles(const TileShapes& shapes) {
 }
 inline void release_tiles() { configure_tiles({}); }
 
+template <int tile>
+inline void clear_tile() {
+  std::memset(tiles.units[tile], 0, sizeof tiles.units[tile]);
+}
 template <int tile>
 inline void load_tile(const void* from, int64_t stride) {  // in bytes
   for (int64_t row = 0; row < tiles.shapes.rows[tile]; ++row) {
@@ -74,6 +75,10 @@ inline void configure_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg 
 inline void release_tiles() { asm volatile("tilerelease" : : : "memory"); }
 
 template <int tile>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+template <int tile>
 inline void load_tile(const void* from, int64_t stride) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(tile), "r"(from), "r"(stride) : "memory");
 }
@@ -86,6 +91,40 @@ inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(a), "i"(b));
 }
 #endif
+
+// While one lives, this thread's tiles are there, all of full size.
+class Tiles {
+ public:
+  Tiles() {
+    TileShapes shapes;
+    for (int tile = 0; tile < kTiles; ++tile) {
+      shapes.rows[tile] = kTile;
+      shapes.bytes[tile] = 4 * kTile;
+    }
+    configure_tiles(shapes);
+  }
+  ~Tiles() { release_tiles(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+inline bool any(vint lanes) {
+  int32_t seen = 0;
+  for (int i = 0; i < kLanes<float>; ++i) seen |= lanes[i];
+  return seen != 0;
+}
+
+// 2^x of x <= 0 for numbers that become bfloat16: off by less than 9e-5, a twentieth of what that rounding adds. 2^0 is
+// 1 to the bit.
+inline vfloat exp2_coarse(vfloat x) {
+#if defined(__AVX512F__)
+  const vfloat r = (vfloat)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x)
+  const vfloat p = ((0.07706705f * r + 0.22764498f) * r + 0.69511679f) * r + 1.0f;
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
+#else
+  return exp(x * 0.69314718f);
+#endif
+}
 
 }  // namespace walt::WALT_ISA
 #endif

@@ -1,8 +1,7 @@
 // One binary, several instruction sets, called levels. setup.py compiles every .cpp of an op but its bind.cpp once per
 // level, with that level's compiler flags and with WALT_ISA naming its namespace; kernels are in walt::WALT_ISA::<op>.
 // A call runs at the best level that was compiled and that this processor has, or at the one that set_isa chose.
-// The level amx is the kernels of avx512, whose products of bfloat16 then run on tiles (amx.h). It has never been
-// timed, so it is never the best level by itself.
+// The level amx is the kernels of avx512, whose products of bfloat16 then run on tiles (amx.h).
 #pragma once
 
 #include <atomic>
@@ -16,7 +15,7 @@
 namespace walt {
 
 enum class Isa : int { baseline, avx2, avx512, amx };
-constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx};
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx};  // from the slowest on
 
 inline const char* isa_name(Isa isa) {
   switch (isa) {
@@ -78,9 +77,11 @@ inline bool isa_runs_here(Isa isa) {
 }
 
 inline Isa best_isa() {
-  if (isa_compiled(Isa::avx512) && isa_runs_here(Isa::avx512)) return Isa::avx512;
-  if (isa_compiled(Isa::avx2) && isa_runs_here(Isa::avx2)) return Isa::avx2;
-  return Isa::baseline;
+  Isa best = Isa::baseline;
+  for (Isa isa : kIsas) {
+    if (isa_compiled(isa) && isa_runs_here(isa)) best = isa;
+  }
+  return best;
 }
 
 inline std::atomic<Isa>& current_isa() {

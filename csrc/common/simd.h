@@ -285,6 +285,14 @@ inline V minimum(V a, V b) {
 // Sums lanes pairwise, always in the same order.
 template <class V>
 inline auto reduce_add(V v) {
+#if defined(__AVX512F__)  // in registers: the halves of an array would be written and read again four times
+  if constexpr (std::is_same_v<V, vfloat>) {
+    const __m256 eight = _mm512_castps512_ps256((__m512)v) + _mm512_extractf32x8_ps((__m512)v, 1);
+    const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+    const __m128 two = four + _mm_movehl_ps(four, four);
+    return _mm_cvtss_f32(two + _mm_movehdup_ps(two));
+  }
+#endif
   constexpr int lanes = sizeof(V) / sizeof(v[0]);
   std::decay_t<decltype(v[0])> sums[lanes];
   std::memcpy(sums, &v, sizeof v);

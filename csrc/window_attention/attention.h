@@ -64,7 +64,7 @@ struct Attention {
   RowShape<A> shape;
   RowNorm<A> q_norm, k_norm;
   int64_t heads, context, max_keys, units;  // units of a row that products along it read
-  Scratch<A> table;                         // all heads, with room to read a vector beyond the end
+  Scratch<A> table;                         // all heads, with room to read a vector beyond either end
 
   explicit Attention(const WindowAttentionParams& params)
       : p(params),
@@ -77,11 +77,15 @@ struct Attention {
         context(params.context_k.defined() ? params.context_k.shape[1] : 0),
         max_keys(grid.max_tokens() + context),
         units((shape.dim + U::kStep - 1) / U::kStep),
-        table(params.bias_table.defined() ? heads * bias.size + lanes : 0) {
+        table(params.bias_table.defined() ? heads * bias.size + 2 * lanes : 0) {
     if (!p.bias_table.defined()) return;
-    std::memcpy(table.data(), p.bias_table.data, static_cast<size_t>(heads * bias.size) * sizeof(A));
-    store(table.data() + heads * bias.size, V{});
+    std::memcpy(table.data() + lanes, p.bias_table.data, static_cast<size_t>(heads * bias.size) * sizeof(A));
+    store(table.data(), V{});
+    store(table.data() + lanes + heads * bias.size, V{});
   }
+
+  // What the position of a query less that of a key is an index of.
+  const A* table_of(int64_t head) const { return table.data() + lanes + head * bias.size + bias.center; }
 
   // Queries in a block: equal blocks, whole vectors each.
   int64_t block_size(int64_t tokens) const {
@@ -109,22 +113,28 @@ struct Attention {
     return n;
   }
 
-  // All keys (or values): window tokens, then visible context, as rows of `out`; returns their number.
-  int64_t load_keys(const Window& window, int64_t head, const TensorView& x, const TensorView& context_x,
-                    const RowNorm<A>* norm, A* stats, A* out) const {
+  // f(n, address, stride) for all keys (or values): window tokens, then visible context; returns their number.
+  template <class F>
+  int64_t each_key(const Window& window, int64_t head, const TensorView& x, const TensorView& context_x, F&& f) const {
     const int64_t tokens = window.tokens();
     window.each_token(0, tokens, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
-      A* to = out + n * shape.ld;
       const T* from = data(x) + window.offset(x, head, frame, row, column);
       prefetch_row(from + x.stride[2], shape.dim);
-      load_row(from, x.stride[5], shape, to);
-      if (norm != nullptr) norm->forward(to, stats + 2 * n);
+      f(n, from, x.stride[5]);
     });
     return tokens + each_context_row(context_x, window.sample, head, [&](int64_t n, const T* from, int64_t) {
-             A* to = out + (tokens + n) * shape.ld;
-             load_row(from, context_x.stride[3], shape, to);
-             if (norm != nullptr) norm->forward(to, stats + 2 * (tokens + n));
+             f(tokens + n, from, context_x.stride[3]);
            });
+  }
+
+  // They as rows of `out`.
+  int64_t load_keys(const Window& window, int64_t head, const TensorView& x, const TensorView& context_x,
+                    const RowNorm<A>* norm, A* stats, A* out) const {
+    return each_key(window, head, x, context_x, [&](int64_t n, const T* from, int64_t stride) {
+      A* to = out + n * shape.ld;
+      load_row(from, stride, shape, to);
+      if (norm != nullptr) norm->forward(to, stats + 2 * n);
+    });
   }
 
   // Queries [begin, end) as rows, normalised and scaled, zeros up to `padded` rows.
@@ -180,7 +190,7 @@ struct Attention {
   void start_scores(const Window& window, int64_t head, const std::vector<Run>& runs, int64_t keys, int64_t queries,
                     A* scores) const {
     const int64_t width = round_up(queries, lanes), tokens = p.bias_table.defined() ? window.tokens() : 0;
-    const A* head_table = table.data() + head * bias.size + bias.center;
+    const A* head_table = table_of(head);
     window.each_token(0, tokens, [&](int64_t n, int64_t frame, int64_t row, int64_t column) {
       A* to = scores + n * kBlock;
       const A* from = head_table - bias.position(frame, row, column);

@@ -10,15 +10,15 @@ namespace {
 template <class P>
 Arguments<P> inputs() {
   return Arguments<P>()
-      .required({{"q", &P::q}, {"k", &P::k}, {"v", &P::v}, {"lse", &P::lse}, {"window", &P::window}})
-      .required({{"norm_eps", &P::norm_eps}, {"scale", &P::scale}, {"threads", &P::threads}})
+      .required({{"q", &P::q}, {"k", &P::k}, {"v", &P::v}, {"out", &P::out}, {"lse", &P::lse}})
+      .required({{"window", &P::window}, {"norm_eps", &P::norm_eps}, {"scale", &P::scale}, {"threads", &P::threads}})
       .optional({{"bias_table", &P::bias_table}, {"image", &P::image}, {"q_norm", &P::q_norm}, {"k_norm", &P::k_norm}})
       .optional({{"context_k", &P::context_k}, {"context_v", &P::context_v}, {"context_mask", &P::context_mask}});
 }
 
 const Binding binding([](py::module_& m) {
   using F = WindowAttentionParams;
-  define(m, "window_attention", inputs<F>().required({{"out", &F::out}}), WALT_KERNEL(window_attention::forward));
+  define(m, "window_attention", inputs<F>(), WALT_KERNEL(window_attention::forward));
 
   using B = WindowAttentionBackwardParams;
   define(m, "window_attention_backward",

@@ -2,6 +2,7 @@
 // Window attention. A task is one head of one window; its image tokens pass through, its video tokens attend, a block
 // of queries at a time.
 #include "window_attention/params.h"
+#include "window_attention/tile_forward.h"
 
 namespace walt::WALT_ISA::window_attention {
 namespace {
@@ -137,10 +138,10 @@ void pass_images_through(const Attention<T>& at, const Window& window, int64_t h
   });
 }
 
-template <class T>
+template <class S, class T>
 void run(const Attention<T>& at) {
   Arena counter(nullptr);
-  ForwardScratch<T>{at, counter};
+  S{at, counter};
   const int threads = std::max(at.p.threads, 1);
   Scratch<char> memory(counter.used() * threads);
   std::vector<Window> windows(static_cast<size_t>(threads));
@@ -150,7 +151,7 @@ void run(const Attention<T>& at) {
 
   parallel_for(at.p.q.shape[0] * at.grid.windows() * at.heads, threads, [&](int64_t task, int thread) {
     Arena arena(memory.data() + thread * counter.used());
-    const ForwardScratch<T> scratch(at, arena);
+    const S scratch(at, arena);
     Window& window = windows[static_cast<size_t>(thread)];
     const int64_t head = task % at.heads, index = task / at.heads;
     window.load(at.grid, at.p.image, index / at.grid.windows(), index % at.grid.windows());
@@ -164,7 +165,15 @@ void run(const Attention<T>& at) {
 void forward(const WindowAttentionParams& p) {
   check(p);
   require(p.out.defined() && p.out.contiguous(), "out must be contiguous");
-  with_attention(p, [](const auto& attention) { run(attention); });
+  with_attention(p, [](const auto& attention) {
+    using T = typename std::decay_t<decltype(attention)>::Element;
+#ifdef WALT_HAS_TILES
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (tiles_in_use()) return run<TileForwardScratch>(attention);
+    }
+#endif
+    run<ForwardScratch<T>>(attention);
+  });
 }
 
 }  // namespace walt::WALT_ISA::window_attention

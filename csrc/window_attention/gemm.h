@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "common/simd.h"
-#include "window_attention/tile_gemm.h"
 
 namespace walt::WALT_ISA::window_attention {
 
@@ -81,11 +80,6 @@ constexpr std::array<MicroKernel<U>, kRows> micro_kernels(std::index_sequence<R.
 template <class U, bool kUnitRow>
 void gemm(int64_t m, int64_t vectors, int64_t k, const typename U::Unit* a, int64_t lda, const typename U::Unit* b,
           int64_t ldb, typename U::A* c, int64_t ldc) {
-#ifdef WALT_HAS_TILES
-  if constexpr (std::is_same_v<U, Bf16Pairs>) {
-    if (tiles_in_use()) return tile_gemm<kUnitRow>(m, vectors, k, a, lda, b, ldb, c, ldc);
-  }
-#endif
   constexpr int lanes = kLanes<typename U::A>;
   static constexpr auto two = micro_kernels<U, 2, kUnitRow>(std::make_index_sequence<kRows>{});
   static constexpr auto one = micro_kernels<U, 1, kUnitRow>(std::make_index_sequence<kRows>{});

