@@ -21,6 +21,7 @@ COLUMNS = {
     "training_step": "training step",
     "model": "accelerated models",
 }
+DEFAULT = ("triton", "Triton kernels")  # of our backends, on GPUs
 NO_GPU = "nothing has run on one yet"
 
 
@@ -38,9 +39,29 @@ def section(folder: Path = RESULTS) -> str:
     for (where, dtype), cells in found.items():
         values = [_cell(cells.get(column, ([], []))) for column in COLUMNS]
         lines.append(table_row([where, "C++ kernels", DTYPES[dtype], *values]))
-    if not list(folder.glob("cuda-*.json")):
+    gpus = sorted(folder.glob("cuda-*.json"))
+    lines += [_gpu(json.loads(file.read_text())) for file in gpus]
+    if not gpus:
         lines.append(table_row(["any GPU", "PyTorch, with a warning", "all", NO_GPU, *["-"] * (len(COLUMNS) - 1)]))
     return "\n".join(lines)
+
+
+def _gpu(results: dict[str, Any]) -> str:
+    """A GPU's line: of the default backend in bfloat16, over the fastest baseline; and steps of whole L models."""
+    cells: dict[str, tuple[list[float], list[float]]] = {}
+    for row in results["rows"]:
+        if row["backend"] == DEFAULT[0] and row["dtype"] == "bfloat16" and row["mode"] in PASSES:
+            cells.setdefault(_column(row), ([], []))[PASSES[row["mode"]]].append(row["speedup"])
+    steps = {(found["model"], found["backend"]): found["step_ms"] for found in results.get("models", [])}
+    speedups = [
+        f"{model} {steps[model, 'reference'] / ms:.2f}x"
+        for (model, backend), ms in steps.items()
+        if backend == "default" and (model, "reference") in steps
+    ]
+    values = {column: _cell(cells.get(column, ([], []))) for column in COLUMNS}
+    values["training_step"] = ", ".join(speedups) or "-"
+    where = "{hardware}, {isa}".format_map(results["machine"])
+    return table_row([where, DEFAULT[1], DTYPES["bfloat16"], *values.values()])
 
 
 def _column(row: dict[str, Any]) -> str:

@@ -41,8 +41,24 @@ def test_machines_and_their_means(tmp_path: Path) -> None:
     assert first == "| A machine, avx2, 2 threads | C++ kernels | fp32 | 4.00x | - | - | 2.00x | - | 5.00x |"
     assert second == "| A machine, avx2, 2 threads | C++ kernels | bf16 | - | - | - | - | 3.00x | - |"
     assert gpu == f"| any GPU | PyTorch, with a warning | all | {overview.NO_GPU} | - | - | - | - | - |"
-    write(tmp_path, "cuda-sm90.json")
-    assert overview.NO_GPU not in overview.section(tmp_path)
+
+
+def test_a_gpu_has_a_line_of_its_default_backend_and_of_whole_models(tmp_path: Path) -> None:
+    row = {"op": "adaln_modulate", "mode": "forward", "dtype": "bfloat16", "backend": "triton", "speedup": 2.0}
+    rows = [row, {**row, "mode": "forward+backward", "speedup": 3.0}, {**row, "backend": "cuda", "speedup": 9.0}]
+    rows += [{**row, "mode": "backward", "speedup": 5.0}, {**row, "dtype": "float32", "speedup": 7.0}]
+    models = [
+        {"model": model, "backend": backend, "step_ms": ms}
+        for model, backend, ms in (
+            ("transformer", "default", 10.0),
+            ("transformer", "reference", 25.0),
+            ("tokenizer", "default", 1.0),
+        )
+    ]
+    machine = {"hardware": "A GPU", "isa": "sm90", "threads": "2"}
+    (tmp_path / "cuda-sm90.json").write_text(json.dumps({"machine": machine, "rows": rows, "models": models}))
+    (line,) = overview.section(tmp_path).splitlines()[2:]
+    assert line == "| A GPU, sm90 | Triton kernels | bf16 | - | - | - | 2.00x, 3.00x | transformer 2.50x | - |"
 
 
 def test_the_command_writes_between_the_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
