@@ -83,6 +83,7 @@ def convolution(
             min(out_channels, 64),
             kernel,
             stride,
+            quick=True,
             memory_format=memory_format,
             **padding,
         ),
