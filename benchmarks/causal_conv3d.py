@@ -54,13 +54,14 @@ def convolution(
     kernel: tuple[int, int, int] = (3, 3, 3),
     stride: tuple[int, int, int] = (1, 1, 1),
     quick: bool = True,
+    memory_format: torch.memory_format = torch.channels_last_3d,
     **padding: str,
 ) -> Case:
-    """channels_last_3d, zero padding unless ``padding`` says otherwise; ``shape`` is [B, C, T, H, W]."""
+    """Zero padding unless ``padding`` says otherwise; ``shape`` is [B, C, T, H, W]."""
     B, C, T, H, W = shape
 
     def inputs(dtype: torch.dtype) -> Inputs:
-        x = random(*shape, dtype=dtype, grad=False).to(memory_format=torch.channels_last_3d).requires_grad_()
+        x = random(*shape, dtype=dtype, grad=False).to(memory_format=memory_format).requires_grad_()
         weight = random(out_channels, C, *kernel, dtype=dtype, scale=(C * kernel[0] * kernel[1] * kernel[2]) ** -0.5)
         return {"x": x, "weight": weight, "bias": random(out_channels, dtype=dtype), "stride": stride, **padding}
 
@@ -77,13 +78,23 @@ def convolution(
         3.0,
         taps * C,
         lambda: convolution(
-            "small", (1, min(C, 64), min(T, 2), 8, 8), min(out_channels, 64), kernel, stride, quick=True, **padding
+            "small",
+            (1, min(C, 64), min(T, 2), 8, 8),
+            min(out_channels, 64),
+            kernel,
+            stride,
+            quick=True,
+            memory_format=memory_format,
+            **padding,
         ),
         quick,
     )
 
 
-REPLICATED = {"time_padding": "first_frame", "space_padding": "replicate"}  # in time and space, one F.pad
+REPLICATED: dict[str, Any] = {
+    "time_padding": "first_frame",
+    "space_padding": "replicate",
+}  # one F.pad
 
 CASES = [
     convolution("C 64, 17x64x64", (1, 64, 17, 64, 64), 64),
@@ -102,9 +113,13 @@ GPU_CASES = [
     convolution("C 128, 17x128x128", (1, 128, 17, 128, 128), 128),
     convolution("C 256, 17x64x64", (1, 256, 17, 64, 64), 256),
     convolution("C 512, 4 x 5x16x16", (4, 512, 5, 16, 16), 512),
-    convolution("stem 3 to 128, 17x128x128", (1, 3, 17, 128, 128), 128, quick=False),
     convolution("head 128 to 3, 17x128x128", (1, 128, 17, 128, 128), 3, quick=False),
+    convolution("stem 3 to 128, 17x128x128", (1, 3, 17, 128, 128), 128, quick=False),
     convolution("down 128, 17x64x64", (1, 128, 17, 64, 64), 128, (4, 4, 4), (2, 2, 2), quick=False),
+    convolution(
+        "contiguous C 128, 17x128x128", (1, 128, 17, 128, 128), 128, quick=False, memory_format=torch.contiguous_format
+    ),
+    convolution("1x1x1 128 to 256, 17x64x64", (1, 128, 17, 64, 64), 256, (1, 1, 1), quick=False),
 ]
 
 # A case and the same with one size doubled.

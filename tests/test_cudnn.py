@@ -22,7 +22,11 @@ from walt_kernels.testing import check_op, move
 on_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or cudnn.reason is not None, reason=f"no GPU, or {cudnn.reason}"
 )
-ZEROS = {name: option for name, option in OPTIONS.items() if option.get("space_padding", "zeros") == "zeros"} | {
+ZEROS = {
+    name: option
+    for name, option in OPTIONS.items()
+    if option.get("space_padding", "zeros") == "zeros" and option.get("groups", 1) == 1
+} | {
     "long history": {"history": True, "frames": 9},
     "long history, even kernel, stride": {"history": True, "frames": 9, "kernel": (4, 4, 4), "stride": 2},
     "long past": {"time_padding": "first_frame", "frames": 9, "dilation": (2, 1, 1)},
@@ -49,14 +53,13 @@ class Calls(list[tuple[str, Tensor, Tensor, Tensor, cudnn.Window]]):
         self.append((kind, image, filters, response, window))
         before, after = window.before, window.after
         pads = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
-        groups = image.shape[1] // filters.shape[1]
         if kind == "y":
-            response.copy_(F.conv3d(F.pad(image, pads), filters, bias, window.stride, 0, window.dilation, groups))
+            response.copy_(F.conv3d(F.pad(image, pads), filters, bias, window.stride, 0, window.dilation))
             return
         padded = F.pad(image if kind == "grad_weight" else torch.zeros_like(image), pads)
         wanted = (kind == "grad_x", kind == "grad_weight", False)
         of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            response, padded, filters, None, window.stride, (0,) * 3, window.dilation, False, (0,) * 3, groups, wanted
+            response, padded, filters, None, window.stride, (0,) * 3, window.dilation, False, (0,) * 3, 1, wanted
         )
         if kind == "grad_x":
             inside = [slice(low, low + size) for low, size in zip(before, image.shape[2:], strict=True)]
@@ -135,6 +138,7 @@ def test_a_chunk_reads_the_chunk_before(calls: Calls) -> None:
         ({"dtype": torch.float64}, "no convolution for torch.float64"),
         ({"space_padding": "reflect"}, "pads frames with zeros only, not with 'reflect'"),
         ({"space_padding": "replicate", "padding": 0}, None),
+        ({"groups": 2}, "takes one group: with more, its gradient of the weight was wrong on an H200"),
     ],
 )
 def test_what_it_takes(options: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +197,6 @@ def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
 ON_GPU: dict[str, dict[str, Any]] = {
     "history, even kernel, stride": {"history": True, "frames": 9, "kernel": (4, 4, 4), "stride": 2},
     "first_frame, dilation": {"time_padding": "first_frame", "dilation": (2, 1, 2)},
-    "groups": {"groups": 8},
     "contiguous": {"layout": "contiguous", "dtype": torch.float16},
     "float32": {"dtype": torch.float32},
     "to few channels": {"out_channels": 3},

@@ -136,15 +136,20 @@ def test_patches_of_other_layouts_match_the_truth(options: dict[str, Any], dtype
 
 
 def test_tiles_follow_the_processors() -> None:
+    from walt_kernels.causal_conv3d import triton_weight_patch
     from walt_kernels.causal_conv3d.triton_patch import many, parts_of
+    from walt_kernels.causal_conv3d.triton_tiles import weight_patch
 
     clip = torch.empty(1, 256, 17, 64, 64, device="meta")
-    assert many(clip, (1, 1), False, 132)
-    assert not many(clip, (1, 1), True, 132)  # 4.1 rounds of sums that are all as long
-    assert not many(clip[:, :, :15], (1, 1), False, 132)
+    assert many(clip, (1, 1), 132)
+    assert not many(clip[:, :, :15], (1, 1), 132)
     assert [parts_of(tiles, 216, 132) for tiles in (16, 72, 160, 264)] == [4, 4, 2, 1]
     assert parts_of(72, 64, 132) == 2  # sums that are too short for more
     assert parts_of(544, 16, 132) == parts_of(0, 16, 132) == 1
+    # Just under two rounds of 264 programs of 4 warps, and just under three of 132 of 8.
+    of_weight = triton_weight_patch.parts_of
+    assert of_weight(27, 4352, weight_patch(128, 128, 64, 1, 4, 3), 27 * 128 * 128, 132) == 19
+    assert of_weight(54, 1088, weight_patch(128, 256, 64, 1, 8, 3), 27 * 256 * 256, 132) == 7
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,11 +165,10 @@ def test_parts_of_a_sum_match_the_truth(dtype: torch.dtype, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("taps", [2, 3])
-def test_taps_share_a_step_of_the_weights_sum(taps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_taps_share_a_step_of_the_weights_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from walt_kernels.causal_conv3d import triton_tiles
 
-    shared = triton_tiles.weight_patch(64, 64, 16, taps, 8, 2)
+    shared = triton_tiles.weight_patch(64, 64, 16, 2, 8, 2)
     pick = _triton.pick
     without_plans(monkeypatch)
     monkeypatch.setattr(

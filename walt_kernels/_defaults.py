@@ -12,10 +12,10 @@ import torch
 
 
 class Fastest(NamedTuple):
-    """The fastest backend of forward and backward together, and the row of benchmarks/results/ that says so."""
+    """The fastest backend of forward and backward together, and what says so."""
 
     backend: str
-    row: str
+    row: str  # of benchmarks/results/ ("file: case"), or the figures themselves ("a ms against b of ...")
 
 
 class Defaults(NamedTuple):

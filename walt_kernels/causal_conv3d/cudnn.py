@@ -48,6 +48,7 @@ def unsupported(
     dilation: Sequence[int],
     padding: Sequence[int],
     space_padding: str,
+    groups: int,
     **inputs: Any,
 ) -> str | None:
     if reason is not None:
@@ -56,6 +57,8 @@ def unsupported(
         return f"runs on NVIDIA GPUs; this tensor is on {x.device}"
     if x.dtype not in DTYPES:
         return f"no convolution for {x.dtype}"
+    if groups > 1:
+        return "takes one group: with more, its gradient of the weight was wrong on an H200"
     if space_padding != "zeros" and any(padding):
         return f"pads frames with zeros only, not with {space_padding!r}"
     if not torch.compiler.is_compiling():  # where sizes may be open

@@ -183,17 +183,12 @@ def in_boxes(x: Tensor) -> Tensor:
     return x if boxes(x) else transposed(x)
 
 
-def many(y: Tensor, apart: Sequence[int], alike: bool, processors: int) -> bool:
-    """Whether y has tiles enough for those of 16 x 16 pixels: for four rounds of them on the processors.
-
-    Where all sums are ``alike``, a last round that few programs share takes as long as any other; otherwise the
-    shortest sums fill it.
-    """
+def many(y: Tensor, apart: Sequence[int], processors: int) -> bool:
+    """Whether y has tiles enough for those of 16 x 16 pixels: for four rounds of them on the processors."""
     height, width = (triton.cdiv(size, step) for size, step in zip(y.shape[3:], apart, strict=True))
     frames = y.shape[0] * y.shape[2] * apart[0] * apart[1]
     tiles = triton.cdiv(height, 16) * triton.cdiv(width, 16) * triton.cdiv(y.shape[1], 128) * frames
-    full = not alike or triton.cdiv(tiles, processors) * processors < 1.1 * tiles
-    return tiles >= 4 * processors and full
+    return tiles >= 4 * processors
 
 
 def parts_of(tiles: int, steps: int, processors: int) -> int:
@@ -265,8 +260,7 @@ def convolve(
         if partials is not None:
             add_up(partials, bias, y)
 
-    alike = frames == 1 or (time_padding == "first_frame" and not backward)
-    key = patch_key(x.dtype, out_channels, many(y, apart, alike, processors))
+    key = patch_key(x.dtype, out_channels, many(y, apart, processors))
     run(_triton.pick(PATCH, key, x.device, run))
 
 

@@ -90,7 +90,7 @@ WEIGHT: Table = {
         "gfx942": tile(64, 64, 32, 4, 2),
     },
     ("weight", "16-bit", "few channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(128, 32, 64, 4, 2)},
-    ("weight", "16-bit", "few out channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(32, 128, 64, 4, 2)},
+    ("weight", "16-bit", "few out channels"): {"any": tile(64, 64, 32, 4, 2), "sm_90": tile(32, 128, 64, 4, 3)},
     ("weight", "float32", "wide"): {"any": tile(64, 64, 16, 8, 2)},
     ("weight", "float32", "narrow"): {"any": tile(64, 64, 16, 8, 2)},
     ("weight", "float32", "few channels"): {"any": tile(64, 32, 16, 4, 2)},
@@ -136,7 +136,7 @@ PATCH: Table = {
 
 
 def weight_patch_key(dtype: torch.dtype, out_channels: int, channels: int, width: int) -> tuple[str, str]:
-    """``width``: the kernel's, which is cut into as many taps as share a step of the sum."""
+    """``width``: the kernel's. If it is even, two taps share a step of the sum."""
     if dtype is torch.float32:
         return "weight patch, float32", "any size"
     if min(channels, out_channels) <= 64:
@@ -144,7 +144,7 @@ def weight_patch_key(dtype: torch.dtype, out_channels: int, channels: int, width
     elif channels > 128:
         shape = "wide"
     else:
-        shape = "128 channels" + (", 3 taps" if width % 3 == 0 else ", 2 taps" if width % 2 == 0 else "")
+        shape = "128 channels, 2 taps" if width % 2 == 0 else "128 channels"
     return "weight patch, 16-bit", shape
 
 
@@ -155,9 +155,8 @@ def weight_patch(m: int, n: int, k: int, taps: int, warps: int, stages: int) -> 
 
 WEIGHT_PATCH: Table = {
     ("weight patch, 16-bit", "wide"): {"any": weight_patch(128, 256, 64, 1, 8, 3)},
-    ("weight patch, 16-bit", "128 channels"): {"any": weight_patch(128, 128, 64, 1, 4, 3)},
+    ("weight patch, 16-bit", "128 channels"): {"any": weight_patch(128, 128, 64, 1, 4, 3)},  # two programs a processor
     ("weight patch, 16-bit", "128 channels, 2 taps"): {"any": weight_patch(128, 128, 64, 2, 8, 3)},
-    ("weight patch, 16-bit", "128 channels, 3 taps"): {"any": weight_patch(128, 128, 64, 3, 8, 3)},
     ("weight patch, 16-bit", "narrow"): {"any": weight_patch(64, 64, 64, 1, 4, 4)},
     ("weight patch, float32", "any size"): {"any": weight_patch(64, 64, 16, 1, 8, 2)},
 }

@@ -7,6 +7,7 @@ frame. For what ``triton_patch`` takes, where patches of whole rows (or of a par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ def conv_weight_patch_kernel(
     TIME: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M output channels by BLOCK_N channels of TAPS taps of one row, for one part of the pixels.
+    """BLOCK_M output channels by BLOCK_N channels of TAPS (1 or 2) taps of one row, for one part of the pixels.
 
     ``grad`` are boxes of [B * frames * height * width, C_out] and ``x`` boxes of frames as ``box_of`` makes them;
     ``partials`` is [parts, C_out, KT, KH, KW, C], ``filters`` the elements of one part.
@@ -55,7 +56,6 @@ def conv_weight_patch_kernel(
     row_shift, at = (u - top) >> (SH - 1), ((u - top) & (SH - 1)) * row_apart + n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(part * steps_part, tl.minimum((part + 1) * steps_part, steps)):
         frame, tile = step // tiles_frame, step % tiles_frame
         b, t = frame // (frames - t_first), frame % (frames - t_first) + t_first
@@ -72,11 +72,6 @@ def conv_weight_patch_kernel(
             here, place = column + (shift >> (SW - 1)), at + (shift & (SW - 1)) * channels
             pixels = x.load([source, row + row_shift, here, place]).reshape(BLOCK_K, BLOCK_N)
             acc1 = tl.dot(sent, pixels, acc1, input_precision="ieee")
-        if TAPS > 2:
-            shift = v + 2 - left
-            here, place = column + (shift >> (SW - 1)), at + (shift & (SW - 1)) * channels
-            pixels = x.load([source, row + row_shift, here, place]).reshape(BLOCK_K, BLOCK_N)
-            acc2 = tl.dot(sent, pixels, acc2, input_precision="ieee")
 
     o, c = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     mask = (o < out_channels)[:, None] & (c < channels)[None, :]
@@ -85,8 +80,6 @@ def conv_weight_patch_kernel(
     tl.store(partials + offsets, acc, mask=mask)
     if TAPS > 1:
         tl.store(partials + offsets + channels, acc1, mask=mask & (v + 1 < KW))
-    if TAPS > 2:
-        tl.store(partials + offsets + 2 * channels, acc2, mask=mask & (v + 2 < KW))
 
 
 def patch_of(grad: Tensor, pixels: int) -> tuple[int, int] | None:
@@ -111,16 +104,15 @@ def takes(
 def parts_of(tiles: int, steps: int, tile: _triton.Tile, filters: int, processors: int) -> int:
     """Into how many parts the sum is cut, so that the last round of programs keeps all processors busy.
 
-    A part more is written and read as float32, which takes as long as some steps of the sum: at 3 TB/s and 4.5 TFLOP/s
-    of a processor.
+    A processor holds programs of 8 warps in all, which share its 4.5 TFLOP/s. A part more is written and read as
+    float32, at 3 TB/s, and each part of a tile takes as long as 4 steps of the sum to begin and to end.
     """
-    sizes = [tile.blocks[f"BLOCK_{name}"] for name in "MNK"]
-    step = 2 * sizes[0] * sizes[1] * sizes[2] * tile.blocks["TAPS"] / 4.5e12
+    together = max(1, 8 // tile.warps)
+    step = 2 * math.prod(tile.blocks.values()) * together / 4.5e12
 
     def cost(parts: int) -> float:
-        return (
-            triton.cdiv(tiles * parts, processors) * (triton.cdiv(steps, parts) + 4) * step + parts * filters * 8 / 3e12
-        )
+        rounds = triton.cdiv(tiles * parts, together * processors)
+        return rounds * (triton.cdiv(steps, parts) + 4) * step + parts * filters * 8 / 3e12
 
     return min(range(1, max(2, min(64, steps))), key=cost)
 
