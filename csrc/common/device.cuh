@@ -238,7 +238,6 @@ __device__ inline void group_sum(float (&values)[kValues], float (&scratch)[kVal
     for (int w = 1; w < kUsualWarps; ++w) {
       if (w < warps) values[i] += scratch[i][first + w];
     }
-#pragma unroll 1
     for (int w = kUsualWarps; w < warps; ++w) values[i] += scratch[i][first + w];
   }
 }
