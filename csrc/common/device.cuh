@@ -216,6 +216,8 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+constexpr int kUsualWarps = 4;  // of a group: their sums are added without a loop
+
 // Every thread of a group of so many neighbours, whole warps of a block, gets the group's sums. One barrier, for the
 // whole block: a caller in a loop takes turns between two scratch arrays.
 template <int kValues, int kMaxWarps>
@@ -232,7 +234,11 @@ __device__ inline void group_sum(float (&values)[kValues], float (&scratch)[kVal
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     values[i] = scratch[i][first];
-    for (int w = 1; w < warps; ++w) values[i] += scratch[i][first + w];
+#pragma unroll
+    for (int w = 1; w < kUsualWarps; ++w) {
+      if (w < warps) values[i] += scratch[i][first + w];
+    }
+    for (int w = kUsualWarps; w < warps; ++w) values[i] += scratch[i][first + w];
   }
 }
 

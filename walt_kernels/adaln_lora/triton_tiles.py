@@ -27,10 +27,10 @@ def parts_of(length: int, runs: int, block: int, elements: int, processors: int)
     return max(1, min(length, programs // max(1, runs)))
 
 
-def _rows(block: int, stages: int) -> Tile:
-    """Eight elements for each thread: 16 bytes of a 16-bit tensor in one load."""
+def _rows(block: int, thread: int, stages: int) -> Tile:
+    """``thread``: elements of a thread; eight are 16 bytes of a 16-bit tensor, one load."""
     rows = max(1, _ELEMENTS // block)
-    return Tile({"ROWS": rows}, warps=rows * block // 256, stages=stages)
+    return Tile({"ROWS": rows}, warps=rows * block // (32 * thread), stages=stages)
 
 
 def fitting(tile: Tile, length: int) -> Tile:
@@ -41,8 +41,8 @@ def fitting(tile: Tile, length: int) -> Tile:
 
 _BLOCKS = [1 << i for i in range(4, 13)]
 MODULATION: Table = {
-    **{("forward", block): {"any": _rows(block, 1)} for block in _BLOCKS},  # loads ahead by itself
-    **{("backward", block): {"any": _rows(block, 3)} for block in _BLOCKS},
+    **{("forward", block): {"any": _rows(block, 16, 1)} for block in _BLOCKS},  # loads ahead by itself
+    **{("backward", block): {"any": _rows(block, 8, 3)} for block in _BLOCKS},
     ("row_means", WIDEST // 2): {"any": Tile({}, warps=8)},
     ("finish",): {"any": Tile({"BLOCK_D": 128})},
 }

@@ -249,7 +249,7 @@ def backward(
 
     fits = whole("backward", x, over, groups)
     tile = fits or part("sums", x, groups)
-    parts = split(H * W, *tile)
+    parts = split("whole" if fits else "sums", H * W, *tile)
     partial = sum_g = sum_gx = None
     if fits is None or any(gradient is not None for gradient in gradients.values()):
         partial = _triton.empty((B * T, parts["parts"], 2, C), torch.float32, x.device)
@@ -272,4 +272,4 @@ def backward(
         )
     if sum_gx is not None:
         tile = part("grad_x", x, groups)
-        run(tile, split(H * W, *tile), grad_x, None, sum_g, sum_gx)
+        run(tile, split("grad_x", H * W, *tile), grad_x, None, sum_g, sum_gx)

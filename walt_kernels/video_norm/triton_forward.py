@@ -172,7 +172,7 @@ def forward(
     tile = whole("forward", x, over, groups)
     if tile is None:
         block, shape = part("statistics", x, groups)
-        parts = split(H * W, block, shape)
+        parts = split("statistics", H * W, block, shape)
         partial = _triton.empty((B * T * parts["parts"], 2, C), torch.float32, x.device)
         _triton.launch(
             for_frames_of(x, video_norm_statistics_kernel),

@@ -15,7 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_tiles import PART, PARTS, WHOLE, lanes
+from .triton_tiles import PART, WHOLE, lanes
+
+# Programs of a frame at most. Those that sum leave partial rows, which one program adds up.
+PARTS = {"statistics": 128, "sums": 64, "grad_x": 256, "whole": 128}
 
 
 @triton.jit
@@ -182,10 +185,10 @@ def pixels_of(tile: _triton.Tile, blocks: dict[str, Any]) -> int:
     return tile.blocks["ELEMENTS"] // (blocks["GROUPS"] * blocks["SIZE"])
 
 
-def split(pixels: int, tile: _triton.Tile, blocks: dict[str, Any]) -> dict[str, int]:
-    """Programs of a frame, in which sums over pixels are kept in registers: of some tiles each, not more than PARTS."""
+def split(kernel: str, pixels: int, tile: _triton.Tile, blocks: dict[str, Any]) -> dict[str, int]:
+    """Programs of a frame: of some tiles each, not more than PARTS of the kernel."""
     step = pixels_of(tile, blocks)
-    run = step * max(4, triton.cdiv(triton.cdiv(pixels, step), PARTS))
+    run = step * max(4, triton.cdiv(triton.cdiv(pixels, step), PARTS[kernel]))
     return {"run": run, "parts": triton.cdiv(pixels, run)}
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from .._triton import Table, Tile
 
-PARTS = 128  # of a frame at most, whose sums one program adds up
-
 
 def lanes(order: str) -> int:
     """Channels of a tile that holds a part of what statistics are taken over."""
@@ -24,18 +22,18 @@ PART: Table = {
     ("statistics", "rows"): {"any": _elements(2048, 16, 4)},
     ("statistics", "planes"): {"any": _elements(4096, 16, 3)},
     ("forward", "rows"): {"any": _elements(8192, 32)},
-    ("forward", "planes"): {"any": _elements(4096, 16)},
-    ("sums", "rows"): {"any": _elements(2048, 8, 3)},
-    ("sums", "planes"): {"any": _elements(4096, 16, 2)},
-    ("grad_x", "rows"): {"any": _elements(2048, 16, 3)},
-    ("grad_x", "planes"): {"any": _elements(4096, 8, 2)},
+    ("forward", "planes"): {"any": _elements(4096, 32)},
+    ("sums", "rows"): {"any": _elements(1024, 8, 4)},
+    ("sums", "planes"): {"any": _elements(1024, 8, 4)},
+    ("grad_x", "rows"): {"any": _elements(2048, 16, 4)},
+    ("grad_x", "planes"): {"any": _elements(2048, 16, 4)},
 }
 # Tiles that hold all that a statistic is taken over; the backward pass has twice as much in registers.
 WHOLE: Table = {
     **{("forward", 1 << i): {"any": _elements(1 << i, 32)} for i in range(10, 15)},
-    **{("backward", 1 << i): {"any": _elements(1 << i, 8, 3 if i < 12 else 1)} for i in range(10, 14)},
+    **{("backward", 1 << i): {"any": _elements(1 << i, 16, 4 if i < 12 else 1)} for i in range(10, 14)},
 }
 SUMS: Table = {
     ("combine",): {"any": Tile({"BLOCK": 1024})},
-    ("finish",): {"any": Tile({"LANES": 16}, stages=3)},
+    ("finish",): {"any": Tile({"LANES": 8}, stages=4)},
 }
