@@ -10,6 +10,7 @@ import torch
 from .._aot import Call
 
 # Rows of 16 bits hold a tile of queries, keys, values and gradients at once. Float32 rows of 256 have no tensor cores.
+# Programs of whole windows have 4 warps: they spill, where 8 have to share every tile of 64 rows.
 SPILLS = {
     "norm_kernel": 8,
     "forward_kernel": 16,
@@ -19,7 +20,8 @@ SPILLS = {
     "bias_backward_kernel": 24,
     "bias_backward_kernel, N 448, dim 64, bf16": 48,
     "bias_backward_kernel, N 560, dim 64, bf16": 40,
-    "window_backward_kernel": 0,
+    "window_backward_kernel": 512,
+    "window_backward_kernel, N 320, dim 128, fp32": 0,
     "forward_kernel, N 320, dim 256, fp32": 232,
     "query_backward_kernel, N 320, dim 256, fp32": 328,
     "key_backward_kernel, N 320, dim 256, fp32": 512,
