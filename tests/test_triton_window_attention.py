@@ -11,7 +11,7 @@ from on_gpu import DEVICE, DTYPES, check, marks, on_device, through, without_pla
 from test_window_attention import equal, gradients, keys_of, make, mask
 from torch import Tensor
 
-from walt_kernels import _triton, use_backend, window_attention
+from walt_kernels import _dispatch, _triton, use_backend, window_attention
 from walt_kernels.testing import embed, random
 
 pytestmark = marks()
@@ -98,6 +98,19 @@ def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = importlib.import_module("walt_kernels.window_attention.triton_geometry")
     monkeypatch.setattr(geometry, "NARROW", 1)
     matches(sample("dim in two tiles, context", T=2, window=(2, 3, 3), context=2))
+
+
+@pytest.mark.parametrize("narrow", [2**31, 1], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced"])
+def test_rows_normed_ahead(layout: str, narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = importlib.import_module("walt_kernels.window_attention.triton_geometry")
+    monkeypatch.setattr(geometry, "NARROW", narrow)
+    inputs = on_device(make(2, 2, 3, 2, 2, 24, window=(1, 3, 2), layout=layout))
+    call = geometry.Geometry(_dispatch.prepare("window_attention", **inputs))
+    call.normed = True
+    call.norm("k", "k_norm", "keys")
+    expected = torch.nn.functional.layer_norm(inputs["k"], (24,), inputs["k_norm"], eps=call.arguments["norm_eps"])
+    torch.testing.assert_close(call.arguments["keys"], expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -188,9 +201,8 @@ def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
         assert torch.equal(g[0], whole[name][1]), name
 
 
-@pytest.mark.parametrize("dim", [16, 72])
-@pytest.mark.parametrize("options", [{"image": mask(2, 2)}, {"context": 5}], ids=["image", "context"])
-def test_runs_are_bit_identical(options: dict[str, Any], dim: int) -> None:
+@pytest.mark.parametrize(("dim", "options"), [(16, {"image": mask(2, 2)}), (72, {}), (16, {"context": 5})], ids=str)
+def test_runs_are_bit_identical(dim: int, options: dict[str, Any]) -> None:
     inputs = on_device(make(2, 2, 3, 3, 1, dim, window=(1, 3, 2), dtype=DTYPES[-1], **options))
     first = results(inputs)
     for _ in range(1 if len(DTYPES) == 1 else 9):
@@ -208,7 +220,10 @@ def test_one_gradient_alone_and_what_it_costs(wanted: str) -> None:
         out = window_attention(**inputs)
     with _triton.record(_triton.target(out.device)) as launches:
         out.backward(torch.ones_like(out))
-    assert ("bias_backward_kernel" in {x.kernel.__name__ for x in launches}) == (wanted == "bias_table")
+    names = [x.kernel.__name__ for x in launches]
+    assert ("bias_backward_kernel" in names) == (wanted == "bias_table")
+    assert names.count("bias_kernel") <= 2  # by query and by key
+    assert names.count("sum_rows_kernel") <= 2
     inputs[wanted].grad = None
     assert torch.equal(results(inputs)[wanted], everything)
 
