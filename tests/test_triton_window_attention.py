@@ -189,7 +189,8 @@ def test_windows_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"dim": 72}, {"context": 5}], ids=["own", "dim 72", "context"])
 def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
-    inputs = on_device(make(2, 1, 6, 3, 1, **{"dim": 16, "window": (1, 2, 3)} | options))
+    sizes: dict[str, Any] = {"dim": 16, "window": (1, 2, 3)}
+    inputs = on_device(make(2, 1, 6, 3, 1, **sizes | options))
     whole = results(inputs)
     per_sample = [n for n in ("q", "k", "v", "context_k", "context_v") if n in inputs]
     alone = inputs | {n: inputs[n].detach()[1:].requires_grad_() for n in per_sample}

@@ -69,7 +69,8 @@ def aot_calls() -> Iterator[Call]:
         yield call(f"N {N}, dim 64, bf16", N, 64, half)
     yield call("N 256, dim 64, bf16, plain", 256, 64, half, plain=True)
     yield call("N 320, dim 72, bf16, image", 320, 72, half, image=True)
-    yield call("N 320, dim 64, bf16, masked context", 320, 64, half, context=77)
+    for dim in (64, 128):
+        yield call(f"N 320, dim {dim}, bf16, masked context", 320, dim, half, context=77)
     yield call("N 320, dim 64, fp16", 320, 64, torch.float16)
     for dim in (64, 128, 256):
         yield call(f"N 320, dim {dim}, fp32", 320, dim, wide)
