@@ -11,7 +11,7 @@ from on_gpu import DEVICE, DTYPES, check, marks, on_device, through, without_pla
 from test_window_attention import equal, gradients, keys_of, make, mask
 from torch import Tensor
 
-from walt_kernels import _triton, use_backend, window_attention
+from walt_kernels import _dispatch, _triton, use_backend, window_attention
 from walt_kernels.testing import embed, random
 
 pytestmark = marks()
@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dim 256": {"T": 1, "H": 2, "W": 2, "window": (1, 2, 2), "dim": 256},
     "images": {"B": 2, "T": 2, "H": 4, "W": 4, "window": (1, 4, 4), "image": torch.tensor([True, False]), "dim": 16},
     "image frames": {"T": 3, "H": 3, "W": 3, "window": (3, 3, 3), "image": torch.tensor([[0, 1, 0]]) > 0, "dim": 24},
+    "images, dim 72": {"T": 3, "H": 2, "W": 2, "window": (2, 2, 2), "image": torch.tensor([[1, 1, 0]]) > 0, "dim": 72},
     "context": {"B": 2, "T": 1, "H": 3, "W": 4, "window": (1, 3, 2), "context": 35, "masked": True, "dim": 24},
     "dim in two tiles, context": {"T": 1, "H": 3, "W": 3, "window": (1, 3, 3), "context": 2, "dim": 88},
     "own scale": {"T": 1, "H": 4, "W": 4, "window": (1, 4, 4), "context": 3, "dim": 8, "norm": False},
@@ -99,6 +100,19 @@ def test_64_bit_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     matches(sample("dim in two tiles, context", T=2, window=(2, 3, 3), context=2))
 
 
+@pytest.mark.parametrize("narrow", [2**31, 1], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced"])
+def test_rows_normed_ahead(layout: str, narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = importlib.import_module("walt_kernels.window_attention.triton_geometry")
+    monkeypatch.setattr(geometry, "NARROW", narrow)
+    inputs = on_device(make(2, 2, 3, 2, 2, 24, window=(1, 3, 2), layout=layout))
+    call = geometry.Geometry(_dispatch.prepare("window_attention", **inputs))
+    call.normed = True
+    call.norm("k", "k_norm", "keys")
+    expected = torch.nn.functional.layer_norm(inputs["k"], (24,), inputs["k_norm"], eps=call.arguments["norm_eps"])
+    torch.testing.assert_close(call.arguments["keys"], expected.detach(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_float32_table_is_read_as_float16(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside 16-bit tokens: right for large entries, exact for those that float16 holds; -inf hides its pairs."""
@@ -128,10 +142,11 @@ def results(
         return gradients(inputs)
 
 
+@pytest.mark.parametrize("dim", [24, 72])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_image_frames_pass_v_through_and_leave_no_trace(dtype: torch.dtype) -> None:
+def test_image_frames_pass_v_through_and_leave_no_trace(dtype: torch.dtype, dim: int) -> None:
     image = torch.tensor([[True, False, True], [True, True, True], [False, False, True]])
-    inputs = on_device(make(3, 3, 3, 3, 1, 24, window=(2, 3, 3), image=image, dtype=dtype))
+    inputs = on_device(make(3, 3, 3, 3, 1, dim, window=(2, 3, 3), image=image, dtype=dtype))
     image = inputs["image"]
     result = results(inputs)
     grad = random(*result["out"].shape, dtype=dtype, grad=False).to(image.device)
@@ -172,9 +187,10 @@ def test_windows_do_not_see_each_other() -> None:
         assert torch.equal(changed[name], result[name]), name
 
 
-@pytest.mark.parametrize("options", [{}, {"context": 5}], ids=["own", "context"])
+@pytest.mark.parametrize("options", [{}, {"dim": 72}, {"context": 5}], ids=["own", "dim 72", "context"])
 def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
-    inputs = on_device(make(2, 1, 6, 3, 1, 16, window=(1, 2, 3), **options))
+    sizes: dict[str, Any] = {"dim": 16, "window": (1, 2, 3)}
+    inputs = on_device(make(2, 1, 6, 3, 1, **sizes | options))
     whole = results(inputs)
     per_sample = [n for n in ("q", "k", "v", "context_k", "context_v") if n in inputs]
     alone = inputs | {n: inputs[n].detach()[1:].requires_grad_() for n in per_sample}
@@ -186,9 +202,9 @@ def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
         assert torch.equal(g[0], whole[name][1]), name
 
 
-@pytest.mark.parametrize("options", [{"image": mask(2, 2)}, {"context": 5}], ids=["image", "context"])
-def test_runs_are_bit_identical(options: dict[str, Any]) -> None:
-    inputs = on_device(make(2, 2, 3, 3, 1, 16, window=(1, 3, 2), dtype=DTYPES[-1], **options))
+@pytest.mark.parametrize(("dim", "options"), [(16, {"image": mask(2, 2)}), (72, {}), (16, {"context": 5})], ids=str)
+def test_runs_are_bit_identical(dim: int, options: dict[str, Any]) -> None:
+    inputs = on_device(make(2, 2, 3, 3, 1, dim, window=(1, 3, 2), dtype=DTYPES[-1], **options))
     first = results(inputs)
     for _ in range(1 if len(DTYPES) == 1 else 9):
         equal(results(inputs), first)
@@ -205,7 +221,10 @@ def test_one_gradient_alone_and_what_it_costs(wanted: str) -> None:
         out = window_attention(**inputs)
     with _triton.record(_triton.target(out.device)) as launches:
         out.backward(torch.ones_like(out))
-    assert ("bias_backward_kernel" in {x.kernel.__name__ for x in launches}) == (wanted == "bias_table")
+    names = [x.kernel.__name__ for x in launches]
+    assert ("bias_backward_kernel" in names) == (wanted == "bias_table")
+    assert names.count("bias_kernel") <= 2  # by query and by key
+    assert names.count("sum_rows_kernel") <= 2
     inputs[wanted].grad = None
     assert torch.equal(results(inputs)[wanted], everything)
 

@@ -77,6 +77,7 @@ class Geometry:
         for name in ("q", "k", "v", "context_k", "context_v", "image", "context_mask", "q_norm", "k_norm"):
             self.add(name, inputs[name])
         self.table = inputs["bias_table"]
+        self.biases: dict[tuple[int, bool], Tensor] = {}
         if grad is not None:
             self.add("grad", grad)
 
@@ -101,28 +102,37 @@ class Geometry:
         out = _triton.empty(x.shape, x.dtype, x.device)
         self.add(name, out)
         grid = x if x.dim() == 6 else x[:, None, None]  # a context is one frame of one row
+        image = self.image if x.dim() == 6 else None
+        size, stride = grid.shape, grid.stride()
+        if image is None and all(stride[i] == size[i + 1] * stride[i + 1] for i in range(3)):
+            grid = grid.view(1, 1, 1, -1, *size[4:])  # one row of tokens: fewer divisions
         tile = _triton.pick(PREPARE, ("norm", 64 if self.width <= 64 else 256), self.device)
+        block = tile.blocks["BLOCK"]
         rows = grid.numel() // self.dim
         sizes = dict(zip("THW", grid.shape[1:4], strict=True))
-        image = self.image if x.dim() == 6 else None
         more = self._strided("x", grid) | self._strided("weight", scale) | self._strided("image", image) | sizes
-        self.launch(norm_kernel, -(-rows // tile.blocks["BLOCK"]), tile, out=out, rows=rows, **more)
+        more |= {"out": out, "rows": rows, "WIDE": rows + block > NARROW}
+        self.launch(norm_kernel, -(-rows // block), tile, **more)
 
     def bias(self, *tiles: _triton.Tile, by_keys: bool = False) -> dict[str, Any]:
-        """The bias of all pairs of a window's tokens, up to whole tiles: by (query, key) or (key, query)."""
+        """The bias of all pairs of a window's tokens, up to whole tiles: by (query, key) or (key, query). Made once."""
         if self.table is None:
             return {"bias": None, "PADDED": 0}
         block = max(size for tile in tiles for size in tile.blocks.values())
         padded = -(-self.N // block) * block
-        bias = _triton.empty((self.heads, padded, padded), self.bias_dtype(), self.device)
+        if (found := self.biases.get((padded, by_keys))) is not None:
+            return {"bias": found, "PADDED": padded}
+        bias = self.biases[padded, by_keys] = _triton.empty(
+            (self.heads, padded, padded), self.bias_dtype(), self.device
+        )
         tile = _triton.pick(PREPARE, ("bias",), self.device)
         centre = {f"centre_{axis}": size - 1 for axis, size in zip("thw", self.window, strict=True)}
         table = self._strided("bias_table", self.table)
         table = {name.replace("bias_table_", "table_"): value for name, value in table.items()}
-        found = {"bias": bias, "PADDED": padded}
+        result = {"bias": bias, "PADDED": padded}
         programs = self.heads * (-(-padded // tile.blocks["BLOCK"])) ** 2
-        self.launch(bias_kernel, programs, tile, **table, **centre, **found, BY_KEYS=by_keys)
-        return found
+        self.launch(bias_kernel, programs, tile, **table, **centre, **result, BY_KEYS=by_keys)
+        return result
 
     def bias_dtype(self) -> torch.dtype:
         """The table's. Of a float32 table beside 16-bit tokens half of its bytes are read, since all tiles read it.
@@ -148,7 +158,7 @@ class Geometry:
         """Whether a program takes a window, with five products, and not a tile of queries or of keys, with seven."""
         target = _triton.target(self.device)
         enough = self.windows * self.heads >= target.processors
-        return target.architecture in BY_WINDOW and enough and self.width <= 128 and self.L == 0
+        return target.architecture in BY_WINDOW and enough and 64 < self.width <= 128 and self.L == 0
 
     def masked(self, block: int) -> bool:
         """Whether tiles of ``block`` tokens may hold some that are not to be seen."""

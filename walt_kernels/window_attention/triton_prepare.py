@@ -17,25 +17,29 @@ from .triton_rows import load_rows, load_weight, norm_rows, store_rows
 def norm_kernel(
     x, weight, out, image,
     x_b, x_t, x_h, x_w, x_n, x_d, weight_d, image_b, image_t, T, H, W, heads, rows, norm_eps,
-    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The LayerNorm of the rows of x [B, T, H, W, heads, dim], contiguous. Rows of image frames are left out."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    if WIDE:  # divisions of 64 bits take longer than the norm
+        program = program.to(tl.int64)
+    row = program * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     n = row % heads
     token = row // heads
-    w = token % W
-    h = token // W % H
+    w = (token % W).to(tl.int64)
+    h = (token // W % H).to(tl.int64)
     frame = token // W // H
-    t = frame % T
-    b = frame // T
+    t = (frame % T).to(tl.int64)
+    b = (frame // T).to(tl.int64)
     if image is not None:
         inside = inside & (tl.load(image + b * image_b + t * image_t, mask=inside, other=1) == 0)
-    at = (b * x_b + t * x_t + h * x_h + w * x_w + n * x_n) * UNIT
+    at = (b * x_b + t * x_t + h * x_h + w * x_w + n.to(tl.int64) * x_n) * UNIT
     w0, w1 = load_weight(weight, weight_d, DIM, D0, D1)
     x0, x1 = load_rows(x, at, inside, x_d, DIM, D0, D1, True)
     x0, x1 = norm_rows(x0, x1, weight, w0, w1, inside, norm_eps, DIM, D0, D1, False)
-    store_rows(out, row * DIM, inside, x0, x1, DIM, D0, D1)
+    store_rows(out, row.to(tl.int64) * DIM, inside, x0, x1, DIM, D0, D1)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ def _tile(m: int, n: int, warps: int = 4, stages: int = 2) -> Tile:
 
 
 BACKWARD = ("query_backward", "key_backward", "bias_backward")
-BY_WINDOW = {"sm_90", "interpreter"}  # where queries, keys and values have one kernel, of rows up to 128 wide
+BY_WINDOW = {"sm_90", "interpreter"}  # where queries, keys and values of rows 65 to 128 wide have one kernel
 
 TABLE: Table = {
     # Large tiles where they do not waste half of the last one.
@@ -19,11 +19,16 @@ TABLE: Table = {
     ("forward", 16, 128, 64): {"any": _tile(64, 32), "sm_90": _tile(64, 64, 4, 3), "sm_100": _tile(64, 64)},
     ("forward", 16, 128, 128): {"any": _tile(128, 32, 8), "sm_90": _tile(128, 64, 8), "sm_100": _tile(128, 64, 8)},
     ("forward", 16, 256): {"any": _tile(32, 32, 8)},
-    ("query_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64, 4, 3), "gfx942": _tile(64, 32)},
-    ("key_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64, 4, 1), "gfx942": _tile(64, 32)},
-    ("window_backward", 16, 64): {"any": _tile(64, 64, 4, 1)},
-    ("window_backward", 16, 128): {"any": _tile(128, 64, 8, 1)},
-    ("window_backward", 32, 64): {"any": _tile(16, 16, 8)},
+    ("query_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64), "gfx942": _tile(64, 32)},
+    **{
+        ("key_backward", 16, 64, rows): {
+            "any": _tile(64, 64, 8),
+            "sm_90": _tile(64, 64, 4, stages),
+            "gfx942": _tile(64, 32),
+        }
+        for rows, stages in ((64, 1), (128, 2))
+    },
+    ("window_backward", 16, 128): {"any": _tile(64, 64, 4, 1)},
     ("window_backward", 32, 128): {"any": _tile(16, 16, 8)},
     ("bias_backward", 16, 64): {"any": _tile(64, 64, 8), "sm_90": _tile(64, 64, 4, 3), "gfx942": _tile(64, 32)},
     **{

@@ -40,14 +40,14 @@ def window_backward_kernel(
     T, H, W, heads, windows_t, windows_h, windows_w, scale, norm_eps,
     N: tl.constexpr, PADDED: tl.constexpr, WT: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr, NORMED: tl.constexpr, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, NORMED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """delta, grad_q, grad_k, grad_v, and a row of each norm's partial sums.
 
     Tiles of keys hold their gradients in registers and add to those of the queries, which lie in ``sums``
     [programs, N in whole tiles, D0 + D1], float32: a program's own rows, in the order of the keys. ``queries`` and
-    ``keys`` are normed already where NORMED; ``q`` and ``k`` are not. ``bias`` is by key. There is no context.
+    ``keys`` are normed already where NORMED; ``q`` and ``k`` are not. There is no context.
     """
     ROWS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     program = tl.program_id(0)
@@ -131,31 +131,15 @@ def window_backward_kernel(
             q0, q1 = load_rows(queries, at_q, seen, queries_d, DIM, D0, D1, MASKED)
             q0, q1 = norm_rows(q0, q1, q_norm, w0q, w1q, seen, norm_eps, DIM, D0, D1, NORMED)
             at_g = rows_of(t, h, w, grad_t, grad_h, grad_w, UNIT, WIDE)
-            if BY_KEYS:
-                s = products(k0, k1, q0, q1, D1, PRECISION)
-                s = scores_of(
-                    s, scale, bias, head, start + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_M), PADDED
-                )
-                p = probabilities(s, best[None, :], log_total[None, :])
-                if MASKED:
-                    p = tl.where(seen_k[:, None], p, 0.0)
-                g0, g1 = load_rows(own_grad, at_g, seen, grad_d, DIM, D0, D1, MASKED)
-                dv0, dv1 = add_rows(dv0, dv1, p, g0, g1, D1, PRECISION)
-                ds = (p * (products(v0, v1, g0, g1, D1, PRECISION) - each[None, :])).to(q0.dtype)
-                dk0, dk1 = add_rows(dk0, dk1, ds, q0, q1, D1, PRECISION)
-                ds = tl.trans(ds)
-            else:
-                s = products(q0, q1, k0, k1, D1, PRECISION)
-                s = scores_of(
-                    s, scale, bias, head, first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N), PADDED
-                )
-                p = probabilities(s, best[:, None], log_total[:, None])
-                if MASKED:
-                    p = tl.where(seen_k[None, :], p, 0.0)
-                g0, g1 = load_rows(own_grad, at_g, seen, grad_d, DIM, D0, D1, MASKED)
-                dv0, dv1 = add_rows(dv0, dv1, tl.trans(p.to(q0.dtype)), g0, g1, D1, PRECISION)
-                ds = (p * (products(g0, g1, v0, v1, D1, PRECISION) - each[:, None])).to(q0.dtype)
-                dk0, dk1 = add_rows(dk0, dk1, tl.trans(ds), q0, q1, D1, PRECISION)
+            s = products(q0, q1, k0, k1, D1, PRECISION)
+            s = scores_of(s, scale, bias, head, first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N), PADDED)
+            p = probabilities(s, best[:, None], log_total[:, None])
+            if MASKED:
+                p = tl.where(seen_k[None, :], p, 0.0)
+            g0, g1 = load_rows(own_grad, at_g, seen, grad_d, DIM, D0, D1, MASKED)
+            dv0, dv1 = add_rows(dv0, dv1, tl.trans(p.to(q0.dtype)), g0, g1, D1, PRECISION)
+            ds = (p * (products(g0, g1, v0, v1, D1, PRECISION) - each[:, None])).to(q0.dtype)
+            dk0, dk1 = add_rows(dk0, dk1, tl.trans(ds), q0, q1, D1, PRECISION)
             part = sums + (first + tl.arange(0, BLOCK_M))[:, None] * (D0 + D1)
             at_d = part + tl.arange(0, D0)[None, :]
             total = tl.load(at_d, mask=start > 0, other=0.0)
