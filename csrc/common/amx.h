@@ -125,7 +125,7 @@ inline bool any(vint lanes) {
   return seen != 0;
 }
 
-// 2^x of x <= 0 for numbers that become bfloat16: off by less than 9e-5, a twentieth of what that rounding adds. 2^0 is
+// 2^x for numbers that become bfloat16: off by less than 9e-5, a twentieth of what that rounding adds. 2^0 is
 // 1 to the bit.
 inline vfloat exp2_coarse(vfloat x) {
 #if defined(__AVX512F__)
