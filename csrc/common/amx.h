@@ -108,13 +108,24 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
+// The first numbers of the units of a, then those of b; and the second ones.
+typedef uint16_t vnumbers __attribute__((vector_size(kVectorBytes)));
+inline vint even_numbers(vint a, vint b) {
+  return (vint)__builtin_shufflevector((vnumbers)a, (vnumbers)b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
+                                       30, 32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62);
+}
+inline vint odd_numbers(vint a, vint b) {
+  return (vint)__builtin_shufflevector((vnumbers)a, (vnumbers)b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29,
+                                       31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+}
+
 inline bool any(vint lanes) {
   int32_t seen = 0;
   for (int i = 0; i < kLanes<float>; ++i) seen |= lanes[i];
   return seen != 0;
 }
 
-// 2^x of x <= 0 for numbers that become bfloat16: off by less than 9e-5, a twentieth of what that rounding adds. 2^0 is
+// 2^x for numbers that become bfloat16: off by less than 9e-5, a twentieth of what that rounding adds. 2^0 is
 // 1 to the bit.
 inline vfloat exp2_coarse(vfloat x) {
 #if defined(__AVX512F__)

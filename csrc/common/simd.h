@@ -1,5 +1,5 @@
 // The one portable SIMD layer: compiler vector extensions as wide as the level's registers. Intrinsics live here and
-// nowhere else, and only where the compiler cannot find the instruction by itself.
+// in amx.h, and only where the compiler cannot find the instruction by itself.
 #pragma once
 
 #include <cmath>

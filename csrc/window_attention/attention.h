@@ -127,7 +127,7 @@ struct Attention {
            });
   }
 
-  // They as rows of `out`.
+  // The same as rows of `out`.
   int64_t load_keys(const Window& window, int64_t head, const TensorView& x, const TensorView& context_x,
                     const RowNorm<A>* norm, A* stats, A* out) const {
     return each_key(window, head, x, context_x, [&](int64_t n, const T* from, int64_t stride) {

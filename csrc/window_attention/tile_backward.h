@@ -103,8 +103,6 @@ inline void one_window(const Backward<bfloat16>& pass, const Window& window, int
   load_units(at, sizes, window, head, p.v, p.context_v, nullptr, nullptr, nullptr, s.values);
   const int64_t padded = round_up(keys, kTileKeys), pairs = odd_lines(padded / 2);
   transpose_numbers(s.keys, sizes.ld, padded, units, s.keys_across, pairs);
-  at.clear_rows(s.grad_keys, 0, padded);
-  at.clear_rows(s.grad_values, 0, padded);
   // Beyond the last key all is zero.
   for (int32_t* x : {s.weights_along, s.grad_scores_along}) {
     clear_units(x + keys * kBlock / 2, (padded - keys) * kBlock / 2);
@@ -135,8 +133,9 @@ inline void one_window(const Backward<bfloat16>& pass, const Window& window, int
       });
     }
     const auto sum_over_queries = [&](const int32_t* along, float* rows, int32_t* across, float* sums) {
-      tile_gemm<true>(padded / kTile, sizes.columns, queries / kTileNumbers, along, kBlock / 2,
-                      at.across(rows, queries, across), ld, sums, ld);
+      const auto product = begin == 0 ? tile_gemm<false> : tile_gemm<true>;
+      product(padded / kTile, sizes.columns, queries / kTileNumbers, along, kBlock / 2,
+              at.across(rows, queries, across), ld, sums, ld);
     };
     if (pass.wants_v) sum_over_queries(s.weights_along, s.grads, s.grad_across, s.grad_values);
     if (pass.wants_k) sum_over_queries(s.grad_scores_along, s.queries, s.query_across, s.grad_keys);

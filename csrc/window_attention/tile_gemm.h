@@ -2,6 +2,8 @@
 // walked. All sizes are whole tiles; what scratch holds beyond the numbers of a problem is zero.
 #pragma once
 
+#include <type_traits>
+
 #include "common/amx.h"
 
 #ifdef WALT_HAS_TILES

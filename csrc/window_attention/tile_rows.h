@@ -69,10 +69,8 @@ inline void transpose_numbers(const int32_t* in, int64_t ldi, int64_t rows, int6
       }
       for (int i = 0; i < kTile; ++i) {
         int32_t* to = out + 2 * (u + i) * ldo + r / 2;
-        for (int half = 0; half < 2; ++half) {
-          store_flushed(reinterpret_cast<bfloat16*>(to) + half * kTile, (vfloat)(halves[half][i] << 16));
-          store_flushed(reinterpret_cast<bfloat16*>(to + ldo) + half * kTile, (vfloat)(halves[half][i] & -65536));
-        }
+        store(to, even_numbers(halves[0][i], halves[1][i]));
+        store(to + ldo, odd_numbers(halves[0][i], halves[1][i]));
       }
     }
   }
