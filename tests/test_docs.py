@@ -29,6 +29,8 @@ from walt.data.video import read_video
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     "docs/cpu.md",
+    "docs/cpu-amx.md",
+    "docs/gpu.md",
     "docs/kernels.md",
     "docs/model.md",
     "docs/ops.md",

@@ -53,10 +53,10 @@ def classify(
 
 SM_90 = {
     "3x3x3": Fastest("triton", "cuda-sm90.json: C 128, 17x128x128"),
-    "3x3x3, contiguous": Fastest("triton", "cuda-sm90.json: contiguous C 128, 17x128x128"),
-    "strided": Fastest("triton", "cuda-sm90.json: down 128, 17x64x64"),
+    "3x3x3, contiguous": Fastest("triton", "contiguous C 128, 17x128x128: 1.22 ms against 1.61 of cuDNN, on an H200"),
+    "strided": Fastest("triton", "down 128, 17x64x64: 0.13 ms against 0.25 of cuDNN, on an H200"),
     "strided, float32": Fastest("reference", "down 128, 17x64x64: 3.7 ms against 5.8 of triton, on an H200"),
-    "from few channels": Fastest("triton", "cuda-sm90.json: stem 3 to 128, 17x128x128"),
-    "to few channels": Fastest("triton", "cuda-sm90.json: head 128 to 3, 17x128x128"),
+    "from few channels": Fastest("triton", "stem 3 to 128, 17x128x128: 0.55 ms against 0.85 of cuDNN, on an H200"),
+    "to few channels": Fastest("triton", "head 128 to 3, 17x128x128: 0.46 ms against 0.73 of cuDNN, on an H200"),
 }
 DEFAULTS = Defaults(classify, {"sm_90": SM_90})

@@ -32,8 +32,8 @@ def classify(
 
 
 SM_90 = {
-    "with bias, norm or context": Fastest("triton", "cuda-sm90.json: L spatiotemporal 5x8x8"),
-    "with images": Fastest("triton", "cuda-sm90.json: L 5x8x8, half the batch images"),
-    "plain": Fastest("triton", "cuda-sm90.json: L 5x8x8, no table, no norm"),
+    "with bias, norm or context": Fastest("triton", "L spatiotemporal 5x8x8: 0.99 ms against 3.5 of PyTorch, on an H200"),
+    "with images": Fastest("triton", "L 5x8x8, half the batch images: 0.84 ms against 2.6 of SDPA, on an H200"),
+    "plain": Fastest("triton", "L 5x8x8, no table, no norm: 0.62 ms against 1.2 of SDPA, on an H200"),
 }
 DEFAULTS = Defaults(classify, {"sm_90": SM_90})
