@@ -32,7 +32,9 @@ def classify(
 
 
 SM_90 = {
-    "with bias, norm or context": Fastest("triton", "L spatiotemporal 5x8x8: 0.99 ms against 3.5 of PyTorch, on an H200"),
+    "with bias, norm or context": Fastest(
+        "triton", "L spatiotemporal 5x8x8: 0.99 ms against 3.5 of PyTorch, on an H200"
+    ),
     "with images": Fastest("triton", "L 5x8x8, half the batch images: 0.84 ms against 2.6 of SDPA, on an H200"),
     "plain": Fastest("triton", "L 5x8x8, no table, no norm: 0.62 ms against 1.2 of SDPA, on an H200"),
 }
