@@ -12,7 +12,6 @@ A repeated call computes addresses, takes one piece of memory for all temporarie
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import os
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _triton
+from ._places import PLACED, Descriptor, Group, Place
 
 LIMIT = 1024  # plans of one pass of an op; beyond it all are forgotten, so that shapes in turns lose no more than once
 ALIGNMENT = 256  # bytes, of temporaries: what PyTorch's allocator gives
@@ -33,74 +33,6 @@ POINTER = 16  # bytes: of pointers that are multiples of this, Triton makes anot
 enabled = not _triton.INTERPRET and os.environ.get("WALT_KERNELS_PLANS") != "0"
 
 _get_allow_tf32 = torch._C._get_cublas_allow_tf32  # as torch.backends.cuda.matmul.allow_tf32, in a tenth of the time
-
-
-class Place(NamedTuple):
-    """Where a tensor of a launch lies: in which of the call's tensors (one more is the memory of the temporaries), and
-    how many bytes behind its first element.
-    """
-
-    base: int
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def tensor(self, tensors: Sequence[Tensor]) -> Tensor:
-        base = tensors[self.base]
-        first = (base.storage_offset() * base.itemsize + self.offset) // self.dtype.itemsize
-        view = torch.empty(0, dtype=self.dtype, device=base.device)
-        return view.set_(base.untyped_storage(), first, self.shape, self.stride)
-
-    def pointer(self, addresses: Sequence[int]) -> int:
-        return addresses[self.base] + self.offset
-
-
-class Descriptor(NamedTuple):
-    """A tensor descriptor of a launch: where its tensor lies, and all else, of a tensor without memory."""
-
-    place: Place
-    described: Any
-
-    def tensor(self, tensors: Sequence[Tensor]) -> Any:
-        return dataclasses.replace(self.described, base=self.place.tensor(tensors))
-
-    def pointer(self, addresses: Sequence[int]) -> Box:
-        return Box(self.place.pointer(addresses), self.described)
-
-
-class Box:
-    """What Triton's launcher reads of a tensor descriptor; its tensor is an address."""
-
-    __slots__ = ("address", "padding", "round_f32_to_tf32", "shape", "strides")
-
-    def __init__(self, address: int, described: Any) -> None:
-        self.address = address
-        self.shape, self.strides, self.padding = described.shape, described.strides, described.padding
-        self.round_f32_to_tf32 = getattr(described, "round_f32_to_tf32", False)  # since Triton 3.7
-
-    @property
-    def base(self) -> Box:
-        return self
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-class Group(NamedTuple):
-    """A tuple of a launch with tensors in it."""
-
-    kind: Callable[[Sequence[Any]], tuple[Any, ...]]
-    items: tuple[Any, ...]
-
-    def tensor(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        return self.kind([item.tensor(tensors) if isinstance(item, _PLACED) else item for item in self.items])
-
-    def pointer(self, addresses: Sequence[int]) -> tuple[Any, ...]:
-        return self.kind([item.pointer(addresses) if isinstance(item, _PLACED) else item for item in self.items])
-
-
-_PLACED = (Place, Descriptor, Group)
 
 
 class Unplannable(Exception):
@@ -227,7 +159,7 @@ class Plan:
         """The first time: Triton finds (or compiles) the kernels, by the tensors that they run on."""
         steps = []
         for launch in self.launches:
-            arguments = {n: v.tensor(tensors) if isinstance(v, _PLACED) else v for n, v in launch.arguments.items()}
+            arguments = {n: v.tensor(tensors) if isinstance(v, PLACED) else v for n, v in launch.arguments.items()}
             compiled = self.runtime.start(launch, arguments)
             if compiled is not None:
                 steps.append(_step(launch, compiled))
@@ -240,7 +172,7 @@ def _step(launch: _triton.Launch, compiled: Any) -> Step:
     grid = x, y, z
     values = [launch.arguments.get(parameter.name, parameter.default) for parameter in launch.kernel.params]
     template = [*grid, None, compiled.function, compiled.packed_metadata, None, None, None, *values]
-    placed = [(i, value) for i, value in enumerate(template) if isinstance(value, _PLACED)]
+    placed = [(i, value) for i, value in enumerate(template) if isinstance(value, PLACED)]
     pointers = tuple((i, value.base, value.offset) for i, value in placed if isinstance(value, Place))
     others = tuple((i, value) for i, value in placed if not isinstance(value, Place))
     for i, _ in placed:
