@@ -10,7 +10,7 @@
   overhead             host time of a call of every op on a GPU, which this needs none of, and what it may be
   overview             README's first table, of all machines that have a file in benchmarks/results
   memory               peak memory of a training step of the L tokenizer, ours beside eager PyTorch's
-  verified             that table again, or what is known without a GPU
+  verified             that table again, from a file of gpu-report
 """
 
 from __future__ import annotations
@@ -108,17 +108,23 @@ def floors_of(arguments: list[str]) -> int:
 
 
 def verified_on(arguments: list[str]) -> int:
-    """README's "verified on" table from a file of gpu-report, or without one; nothing is run."""
+    """README's "verified on" table from a file of gpu-report; nothing is run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks verified", description=verified_on.__doc__)
-    parser.add_argument("results", type=Path, nargs="?", help="a file that gpu-report wrote")
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="?",
+        default=RESULTS / "cuda-sm90.json",
+        help="a file that gpu-report wrote (default: that of benchmarks/results/)",
+    )
     parser.add_argument("--readme", type=Path, metavar="FILE", help="write it between the markers of this file")
     options = parser.parse_args(arguments)
     try:
-        text = verified.section(json.loads(options.results.read_text()) if options.results else None)
+        text = verified.section(json.loads(options.results.read_text()))
         if options.readme:
             report.rewrite(options.readme, text, verified.MARKS)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"{type(error).__name__}: {error}")
+        parser.error(f"{options.results} is not a file of gpu-report: {error}")
     print(text)
     return 0
 
@@ -132,7 +138,7 @@ def table(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         results = json.loads(options.results.read_text())
-        results["rows"], results["machine"]
+        results["machine"], [row["baselines"] for row in results["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{options.results} is not a results file: {error}")
     check_targets(options, parser)

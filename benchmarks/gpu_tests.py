@@ -73,7 +73,11 @@ def _spread(jobs: int) -> list[str]:
 def limited(command: list[str], seconds: float, more: dict[str, str]) -> tuple[bool, str]:
     """Runs ``command``, interrupted after ``seconds``; whether it ended by itself, and its last words."""
     forced = ("TRITON_INTERPRET", "WALT_KERNELS_BACKEND")
-    environment = {name: value for name, value in os.environ.items() if name not in forced}
+    environment = {
+        name: value  # without those of a pytest-xdist that this runs in
+        for name, value in os.environ.items()
+        if name not in forced and not name.startswith("PYTEST_XDIST")
+    }
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(
             command,

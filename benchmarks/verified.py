@@ -1,4 +1,4 @@
-"""README's table of what ran on which GPU; without results it says what is known without one."""
+"""README's table of what ran on which GPU, and what is known of backends that did not."""
 
 from __future__ import annotations
 
@@ -44,14 +44,12 @@ def backends() -> Iterator[tuple[str, str]]:
                 yield name, backend.name
 
 
-def section(results: Results | None = None) -> str:
+def section(results: Results) -> str:
     """The table. Speed-ups are over the fastest baseline: geometric mean and lowest of all cases in bfloat16."""
     lines = ["| op | backend | tests on the GPU | forward | backward | targets |", "|---" * 6 + "|"]
     for op, backend in backends():
         cells = [f"`{_label(op)}`", backend, *_cells(op, backend, results)]
         lines.append(f"| {' | '.join(cells)} |")
-    if results is None:
-        return "\n".join(["No GPU was there yet; `python -m benchmarks gpu-report` fills this in.", "", *lines])
     about = f"Written by `{results['command']}` on {sentence(results['machine'])}."
     return "\n".join(
         [about, "Speed-ups: geometric mean and lowest of all cases, over the fastest baseline.", "", *lines]
@@ -70,9 +68,7 @@ def unproven(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _cells(op: str, backend: str, results: Results | None) -> list[str]:
-    if results is None:
-        return [WITHOUT[backend], "-", "-", "-"]
+def _cells(op: str, backend: str, results: Results) -> list[str]:
     tests = [test for test in results["tests"] if test["backend"] == backend and _tests(op, test["file"])]
     ran = sum(test["passed"] + test["failed"] for test in tests)
     rows = [row for row in results["rows"] if _file(row["op"]) == op and row["backend"] == backend]

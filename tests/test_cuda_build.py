@@ -29,8 +29,8 @@ BUDGET = {
     r"adaln_forward_kernelI.*Li1E": (112, 2048),  # without vectors
     r"adaln_forward_kernelI.*Li8E": (136, 2048),
     r"adaln_forward_kernelI.*Li4E": (176, 2048),  # float32
-    r"adaln_backward_kernelILb.ELb.Ef": (168, 2048),
-    r"adaln_backward_kernelILb.ELb.EN": (128, 2048),
+    r"adaln_backward_kernelILb.ELb.Ef": (168, 10240),
+    r"adaln_backward_kernelILb.ELb.EN": (128, 10240),
     r"adaln_finish_kernel": (64, 6144),
     r"adaln_zero_kernel": (32, 1024),
     r"lora_forward_kernel": (128, 3072),

@@ -236,15 +236,18 @@ def test_the_table_of_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.strip() in text
 
 
-@pytest.mark.usefixtures("two_backends")
-def test_the_table_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_readme_has_the_table_of_the_committed_results(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where this fails after a run: python -m benchmarks verified --readme README.md"""
     assert benchmark.main(["verified"]) == 0
-    out = capsys.readouterr().out
-    assert "| `window_attention` | triton | compiles; interpreted; not yet run on a GPU | - | - | - |" in out
+    begin, end = verified.MARKS
+    assert (machine.ROOT / "README.md").read_text().partition(f"{begin}\n")[2].partition(f"\n{end}")[0] == (
+        capsys.readouterr().out.strip()
+    )
     (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(SystemExit):
-        benchmark.main(["verified", "--readme", str(tmp_path / "README.md")])
-    assert "no single pair of lines" in capsys.readouterr().err
+    for arguments in (["--readme", str(tmp_path / "README.md")], [str(tmp_path / "README.md")]):
+        with pytest.raises(SystemExit):
+            benchmark.main(["verified", *arguments])
+    assert "is not a file of gpu-report" in capsys.readouterr().err
 
 
 def test_the_backends_are_those_of_the_ops() -> None:

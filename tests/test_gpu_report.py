@@ -259,9 +259,9 @@ def test_report_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     effort = measure.Effort(False, ("triton", "cuda", "cudnn", "flash"))
     planned = gpu_report.plan(cases.GPU_CASES)
     models = [(m, b) for b in ("default", "reference") for m in ("transformer", "tokenizer")]
-    assert list(seen["measured"](1009.0)) == [(planned, effort, "cuda", 1009.0 - 36), (models, 1009.0)]
+    assert list(seen["measured"](1009.0)) == [(planned, effort, "cuda", 1009.0 - 0.22 * 120), (models, 1009.0)]
     compiled = Compiled.last
-    assert (compiled.jobs, compiled.deadline, len(compiled.work)) == (8, 1009.0 - 72, 2 + len(planned))
+    assert (compiled.jobs, compiled.deadline, len(compiled.work)) == (8, 1009.0 - 0.65 * 120, 2 + len(planned))
     assert readme.read_text().startswith(f"a\n{verified.MARKS[0]}\nWritten by `python -m benchmarks` on A machine")
     assert benchmark.main([*arguments[:2], str(tmp_path / "again"), "--no-tests"]) == 0
 

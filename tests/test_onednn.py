@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def on_a_processor(flags: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
     at = _dispatch.op("causal_conv3d")
-    replaced = tuple(b if b.name != "onednn" else onednn.backend(flags) for b in at.backends)
+    replaced = tuple(b if b.name != "onednn" else onednn.backend(flags, ["amx"], {}) for b in at.backends)
     monkeypatch.setitem(_dispatch._ops, "causal_conv3d", at._replace(backends=replaced))
 
 
@@ -115,3 +115,35 @@ def test_with_amx_it_is_chosen_in_bfloat16(dtype: torch.dtype, channels: int, mo
     )
     chosen = _dispatch.select("causal_conv3d", _dispatch.prepare("causal_conv3d", **inputs))
     assert (chosen == "onednn") == (dtype == torch.bfloat16)
+
+
+def test_it_is_left_where_onednn_may_not_use_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_processor_with_amx(monkeypatch)
+    inputs = sample(channels=64, out_channels=64, dtype=torch.bfloat16)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert explain("causal_conv3d", **inputs)["onednn"] == "torch.backends.mkldnn.enabled is False"
+    flags = frozenset({"amx_tile", "amx_bf16"})
+    for name, value, words in [
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", "ONEDNN_MAX_CPU_ISA=AVX2 keeps it from AMX"),
+        ("DNNL_MAX_CPU_ISA", "avx512_core", "DNNL_MAX_CPU_ISA=avx512_core keeps it from AMX"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", None),
+        ("ONEDNN_MAX_CPU_ISA", "ALL", None),
+    ]:
+        opt_in = onednn.backend(flags, ["amx"], {name: value}).opt_in
+        assert opt_in is None if words is None else words in (opt_in or "")
+    assert "does not let this process use AMX" in (onednn.backend(flags, ["avx2"], {}).opt_in or "")
+
+
+def test_gradients_of_a_depthwise_convolution_are_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_processor_with_amx(monkeypatch)
+    inputs = sample(channels=8, out_channels=8, groups=8, dtype=torch.bfloat16)
+    assert "depthwise" in (explain("causal_conv3d", **inputs)["onednn"] or "")
+    with torch.no_grad():
+        assert explain("causal_conv3d", **inputs)["onednn"] is None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_contiguous_video_comes_back_contiguous(batch: int) -> None:
+    y = forced(**sample(batch=batch, dtype=torch.bfloat16))
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, forced(**sample(batch=batch, dtype=torch.bfloat16, layout="channels_last")))

@@ -24,6 +24,7 @@ from walt.model.config import TokenizerConfig, TransformerConfig
 from walt.model.diffusion import Diffusion, noise_schedule
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
+from walt.sample.replay import Replayed
 from walt.train.discriminator import Discriminator
 from walt.train.losses import LeCam
 from walt.train.objective import LossModule
@@ -59,6 +60,7 @@ EXAMPLES: dict[str, Callable[[], nn.Module]] = {
     "lecam": LeCam,
     "perceptual": lambda: PerceptualLoss(EfficientNetFeatures(efficientnet())),
     "i3d": I3D,
+    "replayed": lambda: Replayed(Transformer(SMALL)),
     "wrapped": lambda: LossModule(LeCam(), lambda network, batch: None, "float32"),
 }
 FIELDS = {"layers": 2, "width": 32, "heads": 2, "latent_channels": 4, "latent_size": (3, 4, 4), "time_features": 16}

@@ -117,3 +117,5 @@ def test_tiles_are_not_timed_meanwhile(cache: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_called() -> None:
     assert walt_kernels.warm(lambda: pytest.fail("called")) == 0
+    with pytest.raises(TypeError, match="step is None, expected a function"):
+        walt_kernels.warm(None)  # type: ignore[arg-type]

@@ -47,6 +47,8 @@ def warm(step: Callable[[], object], *, processes: int | None = None, progress: 
     Returns:
         The number of kernels that were compiled.
     """
+    if not callable(step):
+        raise TypeError(f"step is {step!r}, expected a function of no arguments")
     if _triton.reason is not None or _triton.INTERPRET or not torch.cuda.is_available():
         return 0
     collected = Collected()

@@ -17,9 +17,14 @@ constexpr int kGroupThreads = 128;  // of a block with several groups
 constexpr int kMaxThreads = 512;    // of one group
 constexpr int kThreadsPerProcessor = 4096;
 // Blocks of so many threads that run at once: float32 modulation takes twice the registers, and a row that does not fit
-// in them some more.
+// in them some more; for sm_100 half of them are too few for any.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMostBlocks = 1;
+#else
+constexpr int kMostBlocks = 2;
+#endif
 template <class M, bool kFits>
-constexpr int kLargestBlocks = sizeof(M) == 4 || !kFits ? 1 : 2;
+constexpr int kLargestBlocks = sizeof(M) == 4 || !kFits ? 1 : kMostBlocks;
 
 struct ForwardShape {
   Runs runs;
