@@ -10,7 +10,7 @@ import torch
 from .._aot import Call
 
 # Bytes of stack that the assembler takes although registers are left.
-SPILLS = {"conv_data_kernel": 16}
+SPILLS = {"conv_data_kernel": 16, "conv_order_kernel": 24}
 
 # channels, output channels, rows and columns, options; x is channels_last_3d unless the name says otherwise.
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {

@@ -9,7 +9,7 @@ import torch
 
 from .._aot import Call
 
-SPILLS: dict[str, int] = {}
+SPILLS = {"video_norm_statistics_kernel": 16}
 
 # batch, channels, frames, rows and columns, options; x is channels_last_3d unless the name says otherwise.
 FRAME: dict[str, Any] = {"groups": 32, "activation": "silu", "modulated": True}
