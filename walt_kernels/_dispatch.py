@@ -118,8 +118,10 @@ def prepare(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return op(name).check(*args, **kwargs)
 
 
-def _fastest(op: str, inputs: Mapping[str, Any]) -> Fastest | None:
-    """What the op's table says of inputs, the first of which is a tensor; None where its backend cannot run."""
+def _fastest(op: str, inputs: Mapping[str, Any]) -> tuple[str, Fastest] | None:
+    """The class of inputs, the first of which is a tensor, and what the op's table says of it; None where its backend
+    cannot run.
+    """
     defaults = _ops[op].defaults
     if defaults is None:
         return None
@@ -128,17 +130,17 @@ def _fastest(op: str, inputs: Mapping[str, Any]) -> Fastest | None:
     if table is None or kind is None or kind not in table:
         return None
     found = table[kind]
-    return found if backend(op, found.backend).unsupported(**inputs) is None else None
+    return (kind, found) if backend(op, found.backend).unsupported(**inputs) is None else None
 
 
 def reasons(op: str, inputs: Mapping[str, Any]) -> dict[str, str | None]:
     """For every backend of ``op``, in order of preference: why it would not be chosen for ``inputs``, or None."""
-    at, fastest = _ops[op], _fastest(op, inputs)
-    if at.defaults is None or fastest is None:
-        return {b.name: b.reason(**inputs) for b in at.backends}
-    name, kind = fastest.backend, at.defaults.classify(**inputs)
-    slower = f"{name} is the fastest for calls of the class {kind!r} ({fastest.row})"
-    return {b.name: None if b.name == name else b.unsupported(**inputs) or slower for b in at.backends}
+    backends, fastest = _ops[op].backends, _fastest(op, inputs)
+    if fastest is None:
+        return {b.name: b.reason(**inputs) for b in backends}
+    kind, (name, row) = fastest
+    slower = f"{name} is the fastest for calls of the class {kind!r} ({row})"
+    return {b.name: None if b.name == name else b.unsupported(**inputs) or slower for b in backends}
 
 
 def select(op: str, inputs: Mapping[str, Any]) -> str:
@@ -154,7 +156,7 @@ def select(op: str, inputs: Mapping[str, Any]) -> str:
         return "reference"
     fastest = _fastest(op, inputs)
     if fastest is not None:
-        return fastest.backend
+        return fastest[1].backend
     name = _first(op, inputs)
     if name == "reference" and not torch.compiler.is_compiling():
         _warn_about_reference(op, inputs)
