@@ -6,7 +6,8 @@ call's, on which launches are noted and nothing is computed. So every tensor of 
 the call's tensors, or of a temporary, however the call's own tensors may overlap in memory. A backend that does
 anything else (an op of PyTorch's, a look at data) has no plan, and its Python runs in every call.
 
-A repeated call computes addresses, takes one piece of memory for all temporaries and calls Triton's launcher.
+A repeated call computes addresses, takes one piece of memory for all temporaries and hands them to the CUDA driver by
+way of the native module (``_launches``), or of Triton's launcher.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _triton
+from . import _launches, _triton
 from ._places import PLACED, Descriptor, Group, Place
 
 LIMIT = 1024  # plans of one pass of an op; beyond it all are forgotten, so that shapes in turns lose no more than once
@@ -124,6 +125,7 @@ class Plan:
         self.launches, self.size, self.device, self.runtime = launches, size, device, runtime
         self.index = -1 if device.index is None else device.index
         self.steps: list[Step] | None = None
+        self.native: Any = None  # the steps without Python, where they can be so
 
     def run(self, tensors: Sequence[Tensor], addresses: list[int]) -> None:
         """Does the call with these tensors, which lie at these addresses."""
@@ -134,8 +136,8 @@ class Plan:
             self._run(tensors, addresses)
 
     def _run(self, tensors: Sequence[Tensor], addresses: list[int]) -> None:
-        if self.size:  # float32, which tests fill with NaN
-            memory = torch.empty(self.size // 4, dtype=torch.float32, device=self.device)
+        if self.size:
+            memory = self.memory()
             addresses.append(memory.data_ptr())
             tensors = (*tensors, memory)
         if self.steps is None:
@@ -143,6 +145,8 @@ class Plan:
             return
         stream = self.runtime.stream(self.index)
         hooks = _hooks()
+        if hooks is None and self.native is not None and self.native.run(addresses, stream):
+            return
         for run, template, pointers, others, compiled, grid in self.steps:
             arguments = template.copy()
             arguments[STREAM] = stream
@@ -155,6 +159,10 @@ class Plan:
                 arguments[METADATA] = compiled.launch_metadata(grid, stream, *arguments[FIRST:])
             run(*arguments)
 
+    def memory(self) -> Tensor:
+        """Of all temporaries."""
+        return torch.empty(self.size // 4, dtype=torch.float32, device=self.device)  # float32: tests fill it with NaN
+
     def _start(self, tensors: Sequence[Tensor]) -> None:
         """The first time: Triton finds (or compiles) the kernels, by the tensors that they run on."""
         steps = []
@@ -164,6 +172,7 @@ class Plan:
             if compiled is not None:
                 steps.append(_step(launch, compiled))
         if len(steps) == len(self.launches):
+            self.native = _launches.native(zip(self.launches, [step.compiled for step in steps], strict=True))
             self.steps = steps
 
 
@@ -180,11 +189,17 @@ def _step(launch: _triton.Launch, compiled: Any) -> Step:
     return Step(compiled.run, template, pointers, others, compiled, grid)
 
 
-def _hooks() -> tuple[Any, Any] | None:
-    """What profilers want to be called around every launch, None where nobody does."""
+@functools.cache
+def _knobs() -> Any:
     from triton import knobs
 
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return knobs.runtime
+
+
+def _hooks() -> tuple[Any, Any] | None:
+    """What profilers want to be called around every launch, None where nobody does."""
+    knobs = _knobs()
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
     return (enter, leave) if getattr(enter, "calls", enter) or getattr(leave, "calls", leave) else None
 
 
