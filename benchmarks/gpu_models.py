@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu_models transformer default``: one training step of a whole L model, in bfloat16 autocast.
 
 The transformer takes 16 samples, a quarter of them images, and the tokenizer one clip of 17x128x128; forward, a mean of
-squares, backward, no optimizer. On the backends that the ops choose ("default"), or with all of them on one. A line of
-JSON says what a step takes.
+squares, backward, no optimizer. On the backends that the ops choose ("default"), so with each block compiled
+("compiled") and recorded as a CUDA graph ("graphs"), or with all ops on one. A line of JSON says what a step takes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from walt.model.tokenizer import Tokenizer
 from walt.model.transformer import Transformer
 from walt.presets import PRESETS
+from walt.train.objective import compile_blocks
 from walt_kernels import use_backend
 
 MODELS = ("transformer", "tokenizer")
 BACKENDS = ("default", "reference")
+COMPILED = {"compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's modes, on the default backends
 STEPS = 8
 
 Forward = Callable[[], Tensor]
@@ -58,13 +60,17 @@ def measure(which: str, backend: str, preset: str, device: str, ahead: bool = Fa
     torch.manual_seed(0)
     batch = 1 if which == "tokenizer" else 16
     model, forward = {"transformer": transformer, "tokenizer": tokenizer}[which](preset, batch, device)
-    forced = contextlib.nullcontext if backend == "default" else lambda: use_backend(backend)
+    if backend in COMPILED:
+        compile_blocks(model, COMPILED[backend])
+    chosen = backend in ("default", *COMPILED)
+    forced = contextlib.nullcontext if chosen else lambda: use_backend(backend)
 
     def run() -> Tensor:
         with forced(), torch.autocast(device, torch.bfloat16):
             return forward()
 
     def step() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         loss = run().float().square().mean()
         loss.backward()
         for parameter in model.parameters():
@@ -122,7 +128,7 @@ def line(found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_models", description=__doc__)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("backend", help="default, or the name of a backend")
+    parser.add_argument("backend", help="default, compiled, graphs, or the name of a backend")
     parser.add_argument("--preset", default="L")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--ahead", action="store_true", help="only the first step, which compiles")

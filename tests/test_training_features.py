@@ -157,6 +157,14 @@ def test_equal_blocks_are_compiled_once_and_others_each(monkeypatch):
         assert len(graphs) == expected
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_blocks_are_compiled_in_the_mode_that_was_asked_for(monkeypatch, mode):
+    modes = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: modes.append(options["mode"]))
+    Objective(Net(), regression, TrainingConfig(3, compile=True, compile_mode=mode))
+    assert set(modes) == {mode}
+
+
 def test_previews_see_the_average_and_disturb_nothing(tmp_path):
     seen = []
 
@@ -272,6 +280,7 @@ def test_a_log_is_rewound(tmp_path):
         ("precision", "float16", "float32 or bfloat16"),
         ("strategy", "none", "ddp or fsdp"),
         ("compile", 1, "true or false"),
+        ("compile_mode", "fast", "default or reduce-overhead"),
         ("keep", 0, "an int >= 1"),
         ("seed", None, "an int >= 0"),
         ("workers", 0, "an int >= 1"),

@@ -45,13 +45,14 @@ CHOICES = {
     "schedule": ("cosine", "constant"),
     "optimizer": ("adamw", "adafactor"),
     "precision": ("float32", "bfloat16"),
+    "compile_mode": ("default", "reduce-overhead"),
     "strategy": ("ddp", "fsdp"),
     "tensorboard": (None, True, False),
 }
 COUNTS = {"steps": 1, "warmup": 0, "accumulate": 1, "save_every": 1, "log_every": 1, "keep": 1}
 COUNTS |= {"seed": 0, "workers": 1, "profile": 0}
 # What may change when a run is resumed: how it is spread over memory and devices, and what it writes.
-SPREAD = ("accumulate", "compile", "checkpointing", "strategy", "workers")
+SPREAD = ("accumulate", "compile", "compile_mode", "checkpointing", "strategy", "workers")
 WRITTEN = ("save_every", "log_every", "preview_every", "keep", "tensorboard", "profile", "peak_tflops")
 FREE = frozenset((*SPREAD, *WRITTEN))
 
@@ -110,6 +111,7 @@ class TrainingConfig(Config):
     accumulate: int = 1  # microbatches of each process in a step
     precision: str = "float32"  # or "bfloat16": autocast; parameters and optimizer stay as they are
     compile: bool = False  # torch.compile
+    compile_mode: str = "default"  # torch.compile's; on a GPU "reduce-overhead" records CUDA graphs
     checkpointing: bool = False  # transformers compute each layer again in the backward pass
     strategy: str = "ddp"  # or "fsdp": parameters, optimizer and averages sharded; for one process both are the same
     preview_every: int | None = None  # steps from preview to preview; 0: never; null: four previews in a run

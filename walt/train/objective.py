@@ -27,18 +27,18 @@ COLUMNS = frozenset(
 )  # taken: names that a loss's values may not have
 
 
-def compile_blocks(network: nn.Module) -> None:
+def compile_blocks(network: nn.Module, mode: str = "default") -> None:
     """Compile each block of the network's lists by itself; of a network without lists, itself and its children.
 
     Equal blocks share a graph, while a graph of all layers takes minutes to compile. In place, so that names in the
-    state dict stay.
+    state dict stay. `mode` is torch.compile's.
     """
     lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
     blocks = _callable(block for part in lists for block in part) or _callable([network, *network.children()])
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))  # widths and sizes that one class may have
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, mode=mode)
 
 
 def _callable(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -89,7 +89,7 @@ class Objective:
         keeps = sharded or (average and config.ema_decay > 0)
         self.average = WeightAverage(network, config.ema_decay) if keeps else None
         if config.compile:
-            compile_blocks(network)
+            compile_blocks(network, config.compile_mode)
         self.forward = parallel(LossModule(network, loss, config.precision), network, config.strategy)
         self.optimizer = make_optimizer(config, network.parameters())
         self.result: Result | None = None  # of the last backward
@@ -102,6 +102,7 @@ class Objective:
         microbatches: this rank's share of that batch, on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        torch.compiler.cudagraph_mark_step_begin()  # memory of the last step's graphs may be used again
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(microbatches, 1):
             with synchronizing(self.forward, number == len(microbatches)):
