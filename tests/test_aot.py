@@ -159,11 +159,18 @@ def test_types_are_those_of_a_launch() -> None:
         **{"a": "*bf16", "b": "*bf16", "c": "*fp32", "rows": "i32", "stride": "i32", "eps": "fp32"},
         **{"SIZE": "constexpr", "TWICE": "constexpr"},
     }
-    assert dict(special.constants) == {"SIZE": 64, "TWICE": True}
-    assert special.divisible == ("a", "b", "c", "rows", "stride")
+    assert dict(special.constants) == {("SIZE",): 64, ("TWICE",): True}
+    assert special.divisible == (("a",), ("b",), ("c",), ("rows",), ("stride",))
     arguments = {"a": None, "b": None, "c": None, "rows": 1, "stride": 2**31, "eps": 0.5, "SIZE": 64, "TWICE": False}
     special = _aot.specialise(Launch(product_kernel, arguments, Tile({})), "a call", "sm_90", {})
-    assert dict(special.constants) == {"a": None, "b": None, "c": None, "rows": 1, "SIZE": 64, "TWICE": False}
+    assert dict(special.constants) == {
+        ("a",): None,
+        ("b",): None,
+        ("c",): None,
+        ("rows",): 1,
+        ("SIZE",): 64,
+        ("TWICE",): False,
+    }
     assert dict(special.signature)["stride"] == "i64"
 
 
@@ -200,6 +207,6 @@ def test_an_image_and_a_video_are_normed_by_the_same_code(
         with _triton.record(TARGETS["sm_90"]) as launches:
             _aot.Call("a call", "video_norm", {"x": x, "groups": 4, "activation": "silu"}).run()
         kernels = [_aot.specialise(launch, "a call", "sm_90", {}) for launch in launches]
-        return [{name for name in k.divisible if name.split("_")[0] in ("x", "y", "grad")} for k in kernels]
+        return [{name for name, *_ in k.divisible if name.split("_")[0] in ("x", "y", "grad")} for k in kernels]
 
     assert alignment(1) == alignment(2) == alignment(16)

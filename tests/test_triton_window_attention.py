@@ -110,7 +110,7 @@ def test_rows_normed_ahead(layout: str, narrow: int, monkeypatch: pytest.MonkeyP
     call.normed = True
     call.norm("k", "k_norm", "keys")
     expected = torch.nn.functional.layer_norm(inputs["k"], (24,), inputs["k_norm"], eps=call.arguments["norm_eps"])
-    torch.testing.assert_close(call.arguments["keys"], expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(call.arguments["keys"].at, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -248,7 +248,7 @@ def test_nothing_is_the_size_of_the_input() -> None:
             window_attention(**inputs)
         arguments = launches[-1].arguments
         for name, argument in (("q", "q"), ("k", "keys"), ("v", "v")):
-            assert (arguments[argument].data_ptr() == inputs[name].data_ptr()) == (name != normed), name
+            assert (arguments[argument].at.data_ptr() == inputs[name].data_ptr()) == (name != normed), name
 
 
 @pytest.mark.large

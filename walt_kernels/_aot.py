@@ -68,6 +68,9 @@ def folders_with_calls() -> list[str]:
     return [folder for folder in folders() if importlib.util.find_spec(f"{__package__}.{folder}.triton_aot")]
 
 
+Where = tuple[Any, ...]  # the name of an argument, and where in it, if it is a tuple
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One specialisation of a kernel for one target, as plain data that another process can compile."""
@@ -76,9 +79,9 @@ class Kernel:
     module: str
     name: str
     architecture: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[str, ...]  # arguments that are multiples of 16
+    signature: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[Where, Any], ...]
+    divisible: tuple[Where, ...]  # arguments that are multiples of 16
     warps: int
     stages: int
     spill_budget: int = 0
@@ -96,28 +99,39 @@ class Resources:
 
 
 def specialise(launch: Launch, call: str, architecture: str, spills: dict[str, int]) -> Kernel:
-    """Argument types as Triton's launcher would derive them: integers of 1 are constants, multiples of 16 are known."""
-    signature, constants, divisible = [], [], []
+    """Argument types as Triton's launcher would derive them: integers of 1 are constants, multiples of 16 are known.
+
+    So, too, for the items of a tuple, each by itself.
+    """
+    constants: list[tuple[Where, Any]] = []
+    divisible: list[Where] = []
+
+    def kind_of(value: Any, path: Where, constant: bool, aligns: bool) -> Any:
+        if isinstance(value, tuple):
+            items = [kind_of(item, (*path, i), constant, aligns) for i, item in enumerate(value)]
+            return getattr(type(value), "_make", tuple)(items)
+        fixed = type(value).__name__ == "constexpr"
+        if constant or fixed or value is None or (type(value) is int and value == 1):
+            constants.append((path, value.value if fixed else value))
+            return "constexpr"
+        if aligns and (isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)):
+            divisible.append(path)
+        if isinstance(value, Tensor):
+            return POINTERS[value.dtype]
+        if isinstance(value, bool):
+            return "u1"
+        if isinstance(value, int):
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, float):
+            return "fp32"
+        assert _triton.is_descriptor(value), value
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
+
+    signature = []
     for parameter in launch.kernel.params:
         value = launch.arguments.get(parameter.name, parameter.default)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature.append((parameter.name, "constexpr"))
-            constants.append((parameter.name, value))
-            continue
-        if isinstance(value, Tensor):
-            kind = POINTERS[value.dtype]
-        elif isinstance(value, bool):
-            kind = "u1"
-        elif isinstance(value, int):
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-        elif isinstance(value, float):
-            kind = "fp32"
-        else:  # a tensor descriptor
-            kind = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
-        signature.append((parameter.name, kind))
-        aligned = isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
-        if aligned and not parameter.do_not_specialize_on_alignment:
-            divisible.append(parameter.name)
+        aligns = not parameter.do_not_specialize_on_alignment
+        signature.append((parameter.name, kind_of(value, (parameter.name,), parameter.is_constexpr, aligns)))
     return Kernel(
         call,
         launch.kernel.fn.__module__,
@@ -154,9 +168,13 @@ def compile_kernel(kernel: Kernel) -> Resources:
     from triton.compiler import ASTSource, compile
 
     function = getattr(importlib.import_module(kernel.module), kernel.name)
-    names = function.arg_names
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.divisible}
-    source = ASTSource(function, dict(kernel.signature), dict(kernel.constants), attributes)
+
+    def place(path: Where) -> tuple[int, ...]:
+        return function.arg_names.index(path[0]), *path[1:]
+
+    attributes = {place(path): [["tt.divisibility", 16]] for path in kernel.divisible}
+    constants = {place(path): value for path, value in kernel.constants}
+    source = ASTSource(function, dict(kernel.signature), constants, attributes)
     number = kernel.architecture.removeprefix("sm_")
     target = GPUTarget("cuda", int(number), 32) if number.isdigit() else GPUTarget("hip", kernel.architecture, 64)
     try:

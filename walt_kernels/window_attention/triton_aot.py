@@ -19,7 +19,7 @@ SPILLS = {
     "key_backward_kernel": 128,
     "bias_backward_kernel": 24,
     "bias_backward_kernel, N 448, dim 64, bf16": 48,
-    "bias_backward_kernel, N 560, dim 64, bf16": 40,
+    "bias_backward_kernel, N 560, dim 64, bf16": 48,
     "window_backward_kernel": 512,
     "window_backward_kernel, N 320, dim 128, fp32": 0,
     "forward_kernel, N 320, dim 256, fp32": 232,

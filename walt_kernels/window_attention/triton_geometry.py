@@ -7,21 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
 from .triton_prepare import bias_kernel, norm_kernel
+from .triton_rows import Context, Grid, Image, Layout, Mask, Scale, Table, Video, Window
 from .triton_tiles import BY_WINDOW, PREPARE, TABLE
 
 NARROW = 2**31  # offsets inside a window from here on need 64 bits
 
-# Axes of the tensors whose strides the kernels take. Those of rows, which end in d, are in units of UNIT elements.
-_GRID, _CONTEXT = "bthwnd", "blnd"
-_AXES = {
-    "x": _GRID, "q": _GRID, "k": _GRID, "v": _GRID, "grad": _GRID, "queries": _GRID, "keys": _GRID,
-    "context_k": _CONTEXT, "context_v": _CONTEXT, "context_keys": _CONTEXT,
-    "image": "bt", "context_mask": "bl", "bias_table": "nthw", "q_norm": "d", "k_norm": "d", "weight": "d",
-}  # fmt: skip
+# As what the kernels take tensors.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("q", "k", "v", "grad", "queries", "keys"), Grid),
+    **dict.fromkeys(("context_k", "context_v", "context_keys"), Context),
+    **dict.fromkeys(("q_norm", "k_norm"), Scale),
+    "image": Image,
+    "context_mask": Mask,
+}
 
 
 def split_dim(dim: int) -> tuple[int, int]:
@@ -35,6 +38,11 @@ def split_dim(dim: int) -> tuple[int, int]:
 def _reach(x: Tensor, sizes: tuple[int, ...]) -> int:
     """The largest offset inside a window (of a context: inside a sample) in elements."""
     return sum((size - 1) * abs(stride) for size, stride in zip(sizes, x.stride()[1:], strict=True))
+
+
+def constants(sizes: Any) -> Any:
+    """The tuple with items that are compiled into a kernel."""
+    return type(sizes)(*map(tl.constexpr, sizes))
 
 
 class Geometry:
@@ -54,8 +62,8 @@ class Geometry:
         self.divides = all(a % b == 0 for a, b in zip(sizes, self.extent, strict=True))
         context_k = inputs["context_k"]
         self.L = 0 if context_k is None else context_k.shape[1]
-        D0, D1 = split_dim(self.dim)
-        self.width = D0 + D1
+        halves = split_dim(self.dim)
+        self.width = sum(halves)
         # Where a window is a tile or less, a program norms no row twice.
         self.normed = self.N > 64
         rows = [inputs[name] for name in ("q", "k", "v", "context_k", "context_v")] + [grad]
@@ -66,14 +74,18 @@ class Geometry:
         own, context = (*self.extent, 1, self.dim), (self.L, 1, self.dim)
         reach = max(_reach(x, own if x.dim() == 6 else context) for x in rows)
         reach = max(reach, self.extent[0] * self.H * self.W * self.heads * self.dim)
+        self.layout = Layout(self.dim, *halves, self.unit, reach >= NARROW)
         self.arguments: dict[str, Any] = {
-            "T": self.T, "H": self.H, "W": self.W, "L": self.L, "heads": self.heads,
-            "windows_t": self.grid[0], "windows_h": self.grid[1], "windows_w": self.grid[2],
-            "scale": inputs["scale"], "norm_eps": inputs["norm_eps"],
-            "N": self.N, "WT": self.extent[0], "WH": self.extent[1], "WW": self.extent[2],
-            "DIM": self.dim, "D0": D0, "D1": D1, "UNIT": self.unit, "WIDE": reach >= NARROW, "NORMED": self.normed,
+            "video": Video(*sizes, self.heads, *self.grid),
+            "L": self.L,
+            "heads": self.heads,
+            "scale": inputs["scale"],
+            "norm_eps": inputs["norm_eps"],
+            "window": constants(Window(self.N, *self.extent)),
+            "layout": constants(self.layout),
+            "NORMED": self.normed,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        }  # fmt: skip
+        }
         for name in ("q", "k", "v", "context_k", "context_v", "image", "context_mask", "q_norm", "k_norm"):
             self.add(name, inputs[name])
         self.table = inputs["bias_table"]
@@ -83,19 +95,19 @@ class Geometry:
 
     def add(self, name: str, tensor: Tensor | None) -> None:
         """An argument of the launches to come, and its strides."""
-        self.arguments |= self._strided(name, tensor)
+        self.arguments[name] = self.strided(_KINDS[name], tensor)
 
-    def _strided(self, name: str, tensor: Tensor | None) -> dict[str, Any]:
-        axes = _AXES[name]
-        units = [self.unit if len(axes) > 1 and axes[-1] == "d" and axis != "d" else 1 for axis in axes]
-        strides = (0,) * len(axes) if tensor is None else tensor.stride()
-        return {name: tensor} | {
-            f"{name}_{axis}": stride // unit for axis, stride, unit in zip(axes, strides, units, strict=True)
-        }
+    def strided(self, kind: Any, tensor: Tensor | None) -> Any:
+        """A tensor, or None, and its strides. Those of rows are in units of elements, but for d's."""
+        if tensor is None:
+            return kind(None, *[0] * (len(kind._fields) - 1))
+        unit = self.unit if kind in (Grid, Context) else 1
+        *strides, last = tensor.stride()
+        return kind(tensor, *[stride // unit for stride in strides], last)
 
     def norm(self, source: str, weight: str, name: str) -> None:
         """Adds ``name``: the normed rows of an argument, or its rows as they are, where they need none or no longer."""
-        x, scale = self.arguments[source], self.arguments[weight]
+        x, scale = self.arguments[source].at, self.arguments[weight].at
         if x is None or scale is None or not self.normed:
             self.add(name, x)
             return
@@ -109,9 +121,10 @@ class Geometry:
         tile = _triton.pick(PREPARE, ("norm", 64 if self.width <= 64 else 256), self.device)
         block = tile.blocks["BLOCK"]
         rows = grid.numel() // self.dim
-        sizes = dict(zip("THW", grid.shape[1:4], strict=True))
-        more = self._strided("x", grid) | self._strided("weight", scale) | self._strided("image", image) | sizes
-        more |= {"out": out, "rows": rows, "WIDE": rows + block > NARROW}
+        more = dict(zip("THW", grid.shape[1:4], strict=True))
+        more |= {"x": self.strided(Grid, grid), "weight": self.arguments[weight], "image": self.strided(Image, image)}
+        more |= {"out": out, "rows": rows}
+        more["layout"] = constants(self.layout._replace(WIDE=rows + block > NARROW))
         self.launch(norm_kernel, -(-rows // block), tile, **more)
 
     def bias(self, *tiles: _triton.Tile, by_keys: bool = False) -> dict[str, Any]:
@@ -127,11 +140,10 @@ class Geometry:
         )
         tile = _triton.pick(PREPARE, ("bias",), self.device)
         centre = {f"centre_{axis}": size - 1 for axis, size in zip("thw", self.window, strict=True)}
-        table = self._strided("bias_table", self.table)
-        table = {name.replace("bias_table_", "table_"): value for name, value in table.items()}
+        table = self.strided(Table, self.table)
         result = {"bias": bias, "PADDED": padded}
         programs = self.heads * (-(-padded // tile.blocks["BLOCK"])) ** 2
-        self.launch(bias_kernel, programs, tile, **table, **centre, **result, BY_KEYS=by_keys)
+        self.launch(bias_kernel, programs, tile, table=table, **centre, **result, BY_KEYS=by_keys)
         return result
 
     def bias_dtype(self) -> torch.dtype:
