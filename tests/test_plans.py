@@ -147,6 +147,41 @@ def test_what_a_plan_depends_on(gpu: Launched, other: dict[str, Any]) -> None:
     assert len(made) == len(call.plans) == 2
 
 
+def test_memory_that_was_made_for_a_call_follows_from_it(gpu: Launched) -> None:
+    """Of ``out`` only whether it is there, and as far behind a multiple of 16 bytes, tells two calls apart."""
+    call, x = planned(lambda **arguments: None), torch.empty(8)
+    for made in (torch.empty(8), torch.empty(8, 2), torch.empty(8).double()):
+        call.write(("x",), (x,), ("out",), (made,))
+    assert len(call.plans) == 1
+    for count, made in enumerate((None, torch.empty(9)[1:]), 2):
+        call.write(("x",), (x,), ("out",), (made,))
+        assert len(call.plans) == count
+    call.write(("x",), (torch.empty(7),), ("out",), (torch.empty(7),))
+    assert len(call.plans) == 4
+
+
+def test_written_memory_stands_behind_the_tensors_of_a_call(gpu: Launched) -> None:
+    call = planned(sums)
+    for _ in range(2):
+        x, y, out = torch.randn(8), torch.randn(9), torch.randn(8)
+        call.write(("x", "y", "factor"), (x, y, 3.0), ("out",), (out,))
+    assert len(call.plans) == 1
+    assert gpu.calls[0][FIRST:][:2] == (x.data_ptr(), y.data_ptr() + 4)
+    assert gpu.calls[1][FIRST + 2] == 3.0
+    assert gpu.calls[2][FIRST + 1] == out.data_ptr()
+
+
+def test_strides_that_move_nothing_make_no_other_plan(gpu: Launched) -> None:
+    """Of a dimension of one element."""
+    call = planned(lambda **arguments: None)
+    for stride in (8, 3):
+        call(x=torch.empty(8).as_strided((1, 8), (stride, 1)))
+    assert len(call.plans) == 1
+    call(x=torch.empty(16).as_strided((2, 8), (8, 1)))
+    call(x=torch.empty(16).as_strided((2, 8), (1, 2)))
+    assert len(call.plans) == 3
+
+
 def test_settings_and_names_are_part_of_the_key(gpu: Launched) -> None:
     call = planned(lambda **arguments: None)
     call(x=torch.empty(8))
@@ -310,10 +345,12 @@ def test_every_call_that_is_compiled_ahead_has_a_plan(folder: str, monkeypatch: 
     """So no backend does more than it may: else its Python would run in every call."""
     launches = []
 
-    def made(self: Planned, **arguments: Any) -> None:
-        launches.extend(plan(self.function, arguments, _plans.Nothing()).launches)
+    def planned(self: Planned, key: Any, arguments: dict[str, Any]) -> _plans.Plan:
+        made = plan(self.function, arguments, _plans.Nothing())
+        launches.extend(made.launches)
+        return made
 
-    monkeypatch.setattr(Planned, "__call__", made)
+    monkeypatch.setattr(Planned, "planned", planned)
     calls = importlib.import_module(f"walt_kernels.{folder}.triton_aot").aot_calls()
     for architecture in TARGETS:
         monkeypatch.setattr(_triton, "target", lambda device, found=TARGETS[architecture]: found)

@@ -32,6 +32,19 @@ def shape_error(name: str, tensor: Tensor, expected: str) -> ValueError:
     return ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
 
 
+def fits(value: Any, shape: tuple[int, ...], x: Tensor) -> bool:
+    """Whether it is a tensor of this shape on x's device that kernels take: nothing is left to check but its dtype
+    beside x's. Calls are many, so the other questions are asked only where this one is answered with no.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == len(shape)  # for torch.compile, which compares sizes of different numbers too
+        and value.shape == shape
+        and value.dtype in DTYPES
+        and value.device == x.device
+    )
+
+
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
     if tensor is not None and tensor.shape != shape:
         raise shape_error(name, tensor, f"{tuple(shape)}, {meaning}")
@@ -54,6 +67,8 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def number(name: str, value: Any) -> float:
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         shown = repr(value) if isinstance(value, str | bool) else f"a {type(value).__name__}"
@@ -64,6 +79,8 @@ def number(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any) -> int:
+    if type(value) is int and value > 0:
+        return value
     value = plain(value)
     if not is_int(value):
         raise TypeError(f"{name} is {value!r}, expected a positive int")
@@ -79,14 +96,19 @@ def positive_number(name: str, value: Any) -> float:
     return value
 
 
-def one_dtype(x: Tensor, **rows: Tensor) -> dict[str, Tensor]:
+def one_dtype(x: Tensor, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """Checks that the rows that modulate x have one dtype, x's or float32 beside a 16-bit x; autocast widens them."""
-    allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
     first_name, first = next(iter(rows.items()))
+    allowed = (x.dtype,) if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
+    for tensor in rows.values():
+        if tensor.dtype is not first.dtype:
+            break
+    else:
+        if first.dtype in allowed:
+            return rows
     if autocast_enabled(x.device.type):
-        fits = first.dtype in allowed and all(tensor.dtype == first.dtype for tensor in rows.values())
-        common = first.dtype if fits else torch.promote_types(x.dtype, torch.float32)
-        return {name: tensor.to(common) for name, tensor in rows.items()}
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return {name: tensor.to(wide) for name, tensor in rows.items()}
     if first.dtype not in allowed:
         either = f"{' or '.join(map(str, allowed))} as x has{', or wider' * (len(allowed) > 1)}"
         raise TypeError(f"{first_name} has dtype {first.dtype}, expected {either}")
@@ -111,8 +133,10 @@ def triple(name: str, value: Any) -> tuple[int, int, int]:
 
 def three(name: str, value: Any, axes: str) -> tuple[int, int, int]:
     """One positive int for each of ``axes``."""
-    if type(value) is tuple and len(value) == 3 and all(type(size) is int and size > 0 for size in value):
-        return value
+    if type(value) is tuple and len(value) == 3:
+        t, h, w = value
+        if type(t) is type(h) is type(w) is int and t > 0 and h > 0 and w > 0:
+            return t, h, w
     values = plain(value)
     if not isinstance(values, Sequence) or isinstance(values, str) or not all(map(is_int, values)):
         raise TypeError(f"{name} is {values!r}, expected three integers {axes}")

@@ -16,6 +16,7 @@ from ._dispatch import Backend, Op, backend, register, select
 from ._flops import count_flops
 from ._layout import like
 from ._library import as_tuple, complete, define, in_backward, past_dispatcher, unwatched
+from ._plans import Planned
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,19 +75,18 @@ def define_op(
     def decorate(check: Callable[P, dict[str, Any]]) -> Callable[P, R]:
         name = check.__name__
         types, visible = _schema(reference)
-        names = (*types, "backend")
+        arguments, names = tuple(types), (*types, "backend")
         memory = None if outputs is None else _seeing(names, outputs)
         passes = _Backward(name, types, visible, returns, differentiable, unread, gradients, backward)
         every = (*backends, Backend("reference", lambda **inputs: None, reference))
         composed = frozenset(each.name for each in every if each.differentiable)
 
         def impl(*values: Any) -> Any:
-            named, chosen = dict(zip(types, values, strict=False)), backend(name, values[-1])
+            chosen = backend(name, values[-1])
             if memory is None or values[-1] in composed:
-                return complete(overload, chosen.forward(**named))
+                return complete(overload, chosen.forward(**dict(zip(arguments, values, strict=False))))
             made = memory(values)
-            named.update(zip(returns, as_tuple(made), strict=True))
-            chosen.forward(**named)
+            write(chosen.forward, arguments, values[:-1], returns, as_tuple(made))
             return made
 
         def fake(*values: Any) -> Any:
@@ -124,14 +124,15 @@ def define_op(
             chosen = select(name, inputs)
             if chosen in composed:
                 return backend(name, chosen).forward(**inputs)
-            values = (*[inputs[argument] for argument in types], chosen)
+            values = (*[inputs[argument] for argument in arguments], chosen)
             results = eager(values) if unwatched(values) else overload(*values)
             if len(returns) == visible:
                 return results
             return results[:visible] if visible > 1 else results[0]
 
         def both_passes(chosen: str, inputs: dict[str, Any], absent: Sequence[str] = ()) -> None:
-            outputs = dict(zip(returns, as_tuple(impl(*[inputs[n] for n in types], chosen)), strict=True))
+            made = impl(*[inputs[argument] for argument in arguments], chosen)
+            outputs = dict(zip(returns, as_tuple(made), strict=True))
             incoming = {f"grad_{n}": None if n in absent else outputs[n] for n in returns[:visible]}
             reads = {**inputs, **outputs, **incoming, "wanted": [inputs[n] is not None for n in differentiable]}
             passes.impl(*[reads[n] for n in passes.types], chosen)
@@ -165,7 +166,7 @@ class _Backward:
         incoming = dict.fromkeys((f"grad_{n}" for n in returns[:visible]), "Tensor?" if visible > 1 else "Tensor")
         self.types = {**incoming, **{n: types[n] for n in inputs}, **dict.fromkeys(kept, "Tensor")}
         self.types |= {n: types[n] for n in options}
-        self.saved = tuple(self.types)
+        self.saved, self.writes = tuple(self.types), tuple(f"grad_{n}" for n in differentiable)
         self.chooses = gradients is None or "wanted" in _parameters(gradients)
         if self.chooses:
             self.types["wanted"] = "bool[]"
@@ -177,7 +178,6 @@ class _Backward:
         self.places = [self.place[n] for n in differentiable]
         self.inputs, self.options, self.needed = (_picking(names, n) for n in (inputs, options, differentiable))
         self.kept = _picking(returns, kept)
-        self.writes = [f"grad_{n}" for n in differentiable]
         self.gradients = _seeing(self.reads, gradients) if gradients is not None else self.like_inputs()
 
     def define(self) -> None:
@@ -185,12 +185,13 @@ class _Backward:
         self.overload = define(f"{self.name}_backward", schema, impl=self.impl, fake=self.fake)
 
     def impl(self, *reads: Any) -> Any:
+        return _filled(self.compute(reads), reads)
+
+    def compute(self, reads: Sequence[Any]) -> Sequence[Tensor | None]:
         made, chosen = self.gradients(reads), backend(self.name, reads[-1])
-        named = dict(zip(self.saved, reads, strict=False))
-        named.update(zip(self.writes, made, strict=True))
         assert chosen.backward is not None, f"{self.name}: PyTorch differentiates {chosen.name}"
-        chosen.backward(**named)
-        return _filled(made, reads)
+        write(chosen.backward, self.saved, reads[: len(self.saved)], self.writes, made)
+        return made
 
     def fake(self, *reads: Any) -> Any:
         return _filled(self.gradients(reads), reads)
@@ -208,28 +209,30 @@ class _Backward:
         outputs = as_tuple(output)
         ctx.save_for_backward(*self.inputs(inputs), *self.kept(outputs))
         ctx.options, ctx.backend, ctx.unwatched = self.options(inputs), inputs[-1], False
-        ctx.mark_non_differentiable(*outputs[self.visible :])
+        if len(outputs) > self.visible:
+            ctx.mark_non_differentiable(*outputs[self.visible :])
         ctx.set_materialize_grads(False)
 
-    def autograd(self, ctx: Any, *grads: Tensor | None) -> Sequence[Tensor | None]:
+    def autograd(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         incoming: Sequence[Tensor | None] = grads[: self.visible]
         result: list[Tensor | None] = [None] * (len(self.place) + 1)
         for grad in incoming:
             if grad is not None:
                 break
         else:
-            return result
+            return tuple(result)
         needed = ctx.needs_input_grad
         wanted = self.needed(needed)
         reads = (*incoming, *ctx.saved_tensors, *ctx.options, *([wanted] if self.chooses else ()), ctx.backend)
 
-        def computed() -> Sequence[Tensor]:
+        def computed() -> Sequence[Tensor | None]:
             if True not in wanted:
                 return ()
-            past = ctx.unwatched and not torch.is_grad_enabled() and unwatched(incoming)
-            return as_tuple(self.impl(*reads) if past else in_backward(self.overload, reads))
+            if ctx.unwatched and not torch.is_grad_enabled() and unwatched(incoming):
+                return self.compute(reads)
+            return as_tuple(in_backward(self.overload, reads))
 
-        found: Iterable[tuple[int, Tensor]]
+        found: Iterable[tuple[int, Tensor | None]]
         if self.hook is None:
             found = zip(self.places, computed(), strict=False)
         else:
@@ -238,7 +241,21 @@ class _Backward:
         for place, gradient in found:
             if needed[place]:
                 result[place] = gradient
-        return result
+        return tuple(result)
+
+
+def write(
+    function: Callable[..., None],
+    names: tuple[str, ...],
+    values: Sequence[Any],
+    writes: Sequence[str],
+    made: Sequence[Tensor | None],
+) -> None:
+    """Calls what writes into memory that was made for these values: by name, but for one that repeats plans."""
+    if isinstance(function, Planned):
+        function.write(names, values, writes, made)
+    else:
+        function(**dict(zip((*names, *writes), (*values, *made), strict=True)))
 
 
 def _filled(made: Sequence[Tensor | None], reads: Sequence[Any]) -> Any:

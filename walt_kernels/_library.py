@@ -23,6 +23,9 @@ warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="walt
 Tangents = Sequence[Tensor | None]
 Tangent = Callable[[Sequence[Any], Tangents], tuple[Tensor | None, ...]]
 
+# Of options, and of tensors that are not given. For these ``isinstance(value, Tensor)`` takes three times as long.
+NO_TENSORS = frozenset((type(None), bool, int, float, str, tuple, list))
+
 
 def define(
     name: str,
@@ -154,10 +157,7 @@ def past_dispatcher(
         ctx.unwatched = True
         return output
 
-    def node_backward(ctx: Any, *grads: Any) -> Any:
-        return tuple(backward(ctx, *grads))
-
-    methods = {"forward": staticmethod(node_forward), "backward": staticmethod(node_backward)}
+    methods = {"forward": staticmethod(node_forward), "backward": staticmethod(backward)}
     Node: Any = type(name, (_SingleLevelFunction,), methods)
 
     def run(arguments: Sequence[Any]) -> Any:
@@ -184,10 +184,11 @@ def unwatched(arguments: Iterable[Any]) -> bool:
     ):
         return False
     for argument in arguments:
-        if type(argument) is Tensor or type(argument) is Parameter:
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
             if argument.is_meta or argument.is_neg():
                 return False
-        elif isinstance(argument, Tensor):
+        elif kind not in NO_TENSORS:
             return False
     return True
 
@@ -268,10 +269,10 @@ def autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts floating tensors as autocast does for convolutions and attention; outside it returns them as they are."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not autocast_enabled(device):
+    tensors = (first, *others)
+    if not torch._C._is_any_autocast_enabled() or not autocast_enabled(device := first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)

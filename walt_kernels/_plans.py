@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _launches, _triton
+from ._library import NO_TENSORS
 from ._places import PLACED, Descriptor, Group, Place
 
 LIMIT = 1024  # plans of one pass of an op; beyond it all are forgotten, so that shapes in turns lose no more than once
@@ -320,27 +322,43 @@ class Planned:
         return found
 
     def __call__(self, **arguments: Any) -> None:
+        self.write(tuple(arguments), tuple(arguments.values()))
+
+    def write(
+        self, names: tuple[str, ...], values: Sequence[Any], writes: Sequence[str] = (), made: Sequence[Any] = ()
+    ) -> None:
+        """The call with these values of ``names`` and the memory ``made`` for ``writes``.
+
+        That memory was made for these very values, so its shapes, strides and dtypes need no place in the key; nor do
+        strides that follow from the shape.
+        """
         if not enabled or _triton.recording() is not None:
-            self.function(**arguments)
+            self.function(**_named(names, values, writes, made))
             return
         tensors: list[Tensor] = []
-        addresses: list[int] = []
-        key: list[Any] = [*arguments, _allow_tf32()]
-        for value in arguments.values():
-            if isinstance(value, Tensor):
-                address = value.data_ptr()
-                tensors.append(value)
-                addresses.append(address)
-                key += (value.shape, value.stride(), value.dtype, address % POINTER)
-            else:
+        key: list[Any] = [names, _allow_tf32()]
+        for value in values:
+            if type(value) in NO_TENSORS:
                 key.append(tuple(value) if type(value) is list else value)
+            elif isinstance(value, Tensor):
+                tensors.append(value)
+                key += (value.shape, None if value.is_contiguous() else value.stride(), value.dtype)
+            else:
+                key.append(value)
         key.append(tensors[0].get_device())
+        for value in made:
+            key.append(value is None)
+            if value is not None:
+                tensors.append(value)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if functools.reduce(operator.or_, addresses) % POINTER:
+            key += [address % POINTER for address in addresses]
         try:
             found = self.plans[tuple(key)]
         except KeyError:
-            found = self.planned(tuple(key), arguments)
+            found = self.planned(tuple(key), _named(names, values, writes, made))
         if found is None:
-            self.function(**arguments)
+            self.function(**_named(names, values, writes, made))
         else:
             found.run(tensors, addresses)
 
@@ -354,3 +372,7 @@ class Planned:
             self.plans.clear()
         self.plans[key] = found
         return found
+
+
+def _named(names: Sequence[str], values: Sequence[Any], writes: Sequence[str], made: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip((*names, *writes), (*values, *made), strict=True))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._defaults import architecture
 from ._dispatch import Backend
+from ._library import NO_TENSORS
 
 
 def _find() -> str | None:
@@ -133,10 +134,10 @@ def unsupported(**inputs: Any) -> str | None:
         return reason
     on_gpu = None
     for tensor in inputs.values():
-        if not isinstance(tensor, Tensor):
+        if type(tensor) in NO_TENSORS or not isinstance(tensor, Tensor):
             continue
-        if tensor.is_cuda and tensor.dtype in DTYPES:  # the cheapest questions first: every call asks
-            on_gpu = tensor
+        if (tensor.is_cuda or (imagined is not None and tensor.is_cpu)) and tensor.dtype in DTYPES:
+            on_gpu = tensor  # the cheapest questions first: every call asks
         elif tensor.is_floating_point() and (reason_against := _unfit(tensor)) is not None:
             return reason_against
     if on_gpu is not None and (name := architecture(on_gpu.device)) in TOO_OLD:

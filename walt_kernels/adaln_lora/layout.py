@@ -10,9 +10,8 @@ from .._layout import accumulate_dtype, like
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """mean and rstd, one of each per token."""
-    dtype = accumulate_dtype(x.dtype)
-    mean = torch.empty(x.shape[:2], dtype=dtype, device=x.device)
-    return mean, torch.empty(x.shape[:2], dtype=dtype, device=x.device)
+    mean = torch.empty(x.shape[:2], dtype=accumulate_dtype(x.dtype), device=x.device)
+    return mean, torch.empty_like(mean)
 
 
 def hidden_like(cond: Tensor, down: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .._checks import (
     check_same_dtype,
     check_shape,
     check_tensor,
+    fits,
     one_dtype,
     positive_number,
     shape_error,
@@ -42,6 +43,9 @@ def lora_flops(cond: Sequence[int], base: Sequence[int], down: Sequence[int]) ->
     """Of adaln_lora's forward pass, by the shapes of the arguments."""
     layers, rank, width = down
     return 2 * cond[0] * layers * rank * (width + base[1])
+
+
+_LORA_LAYOUTS = {"cond": "[B, D]", "base": "[B, K]", "down": "[layers, r, D]", "up": "[layers, K, r]"}
 
 
 def _lora_sample(tensor: Callable[..., Tensor], batch: int) -> dict[str, Any]:
@@ -85,17 +89,18 @@ def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> dict[str
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     tensors = {"cond": cond, "base": base, "down": down, "up": up}
-    layouts = {"cond": "[B, D]", "base": "[B, K]", "down": "[layers, r, D]", "up": "[layers, K, r]"}
-    for name, tensor in tensors.items():
-        check_tensor(name, tensor, layouts[name])
-        check_dtype(name, tensor)
-        check_same_device(name, tensor, "cond", cond)
+    for name, layout in _LORA_LAYOUTS.items():
+        tensor = tensors[name]
+        check_tensor(name, tensor, layout)
+        if tensor is cond or tensor.dtype is not cond.dtype or tensor.device != cond.device:
+            check_dtype(name, tensor)
+            check_same_device(name, tensor, "cond", cond)
     if base.shape[0] != cond.shape[0]:
         raise shape_error("base", base, f"[B, K] with B = {cond.shape[0]} as in cond")
     if down.shape[2] != cond.shape[1]:
         raise shape_error("down", down, f"[layers, r, D] with D = {cond.shape[1]} as in cond")
     check_shape("up", up, (down.shape[0], base.shape[1], down.shape[1]), "[layers, K, r] as in base and down")
-    if autocast_enabled(cond.device.type):
+    if torch._C._is_any_autocast_enabled() and autocast_enabled(cond.device.type):
         widest = cond.dtype
         for tensor in tensors.values():
             widest = torch.promote_types(widest, tensor.dtype)
@@ -250,10 +255,14 @@ def _check_tokens(x: Any) -> None:
 
 def _checked_branch(x: Tensor, branch: Any) -> Tensor:
     """branch, in x's dtype under autocast."""
-    check_tensor("branch", branch, "[B, N, D]")
-    check_dtype("branch", branch)
-    check_shape("branch", branch, x.shape, "x's shape")
-    check_same_device("branch", branch, "x", x)
+    if fits(branch, x.shape, x):
+        if branch.dtype is x.dtype:
+            return branch
+    else:
+        check_tensor("branch", branch, "[B, N, D]")
+        check_dtype("branch", branch)
+        check_shape("branch", branch, x.shape, "x's shape")
+        check_same_device("branch", branch, "x", x)
     if autocast_enabled(x.device.type):
         return branch.to(x.dtype)
     check_same_dtype("branch", branch, "x", x)
@@ -264,6 +273,8 @@ def _modulation(x: Tensor, **rows: Any) -> dict[str, Tensor]:
     """Checks rows of modulation against x: one dtype for all of them, x's or float32 beside a 16-bit x."""
     batch, tokens, width = x.shape
     for name, tensor in rows.items():
+        if fits(tensor, (batch, width), x):
+            continue
         check_tensor(name, tensor, "[B, D] or [B, F, D]", (2, 3))
         check_dtype(name, tensor)
         good = tensor.shape[0] == batch and tensor.shape[-1] == width
@@ -273,4 +284,4 @@ def _modulation(x: Tensor, **rows: Any) -> dict[str, Tensor]:
             either = f"[B, D] = ({batch}, {width}) or [B, F, D] with F dividing N = {tokens}"
             raise shape_error(name, tensor, either)
         check_same_device(name, tensor, "x", x)
-    return one_dtype(x, **rows)
+    return one_dtype(x, rows)

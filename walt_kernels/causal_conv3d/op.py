@@ -143,9 +143,11 @@ def causal_conv3d(
     choice("space_padding", space_padding, SPACE_PADDING)
     if history is not None:
         _check_history(history, x, (weight.shape[2] - 1) * dilation[0])
-    size, kernel = x.shape[3:], tuple(map(int, weight.shape[3:]))  # int: torch.jit.trace has tensors as sizes
-    sides = resolve_padding(padding, kernel, dilation[1:])
-    _check_frame(size, sides, space_padding, kernel, dilation[1:])
+    (*_, H, W), (*_, kh, kw) = x.shape, weight.shape
+    kh, kw, dh, dw = int(kh), int(kw), *dilation[1:]  # int: torch.jit.trace has tensors as sizes
+    top, bottom, left, right = resolve_padding(padding, (kh, kw), (dh, dw))
+    _check_side("height", H, top, bottom, space_padding, (kh - 1) * dh + 1)
+    _check_side("width", W, left, right, space_padding, (kw - 1) * dw + 1)
     return {
         "x": x,
         "weight": weight,
@@ -153,7 +155,7 @@ def causal_conv3d(
         "history": history,
         "stride": stride,
         "dilation": dilation,
-        "padding": sides,
+        "padding": (top, bottom, left, right),
         "time_padding": time_padding,
         "space_padding": space_padding,
         "groups": groups,
@@ -193,9 +195,16 @@ def _check_x(x: Any) -> None:
 
 
 def _check_like_x(name: str, tensor: Any, x: Tensor, layout: str) -> None:
-    check_tensor(name, tensor, layout)
-    check_same_dtype(name, tensor, "x", x)
-    check_same_device(name, tensor, "x", x)
+    dims = layout.count(",") + 1
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.dim() != dims
+        or tensor.dtype is not x.dtype
+        or tensor.device != x.device
+    ):
+        check_tensor(name, tensor, layout)
+        check_same_dtype(name, tensor, "x", x)
+        check_same_device(name, tensor, "x", x)
 
 
 def _check_history(history: Any, x: Tensor, frames: int) -> None:
@@ -206,16 +215,16 @@ def _check_history(history: Any, x: Tensor, frames: int) -> None:
 
 def _check_weight(weight: Any, bias: Any, x: Tensor, groups: int) -> None:
     _check_like_x("weight", weight, x, "[C_out, C / groups, kt, kh, kw]")
-    channels, out_channels = x.shape[1], weight.shape[0]
+    channels, (out_channels, taken, *kernel) = x.shape[1], weight.shape
     if channels % groups:
         raise ValueError(f"groups is {groups}, expected a divisor of x's {channels} channels")
     if out_channels % groups:
         raise ValueError(f"groups is {groups}, expected a divisor of weight's {out_channels} output channels")
-    if 0 in weight.shape:
+    if 0 in (out_channels, taken, *kernel):
         raise shape_error("weight", weight, "sizes of at least 1")
-    if weight.shape[1] != channels // groups:
+    if taken != channels // groups:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)} and takes {weight.shape[1]} channels a group, "
+            f"weight has shape {tuple(weight.shape)} and takes {taken} channels a group, "
             f"expected {channels // groups} (x has {channels} channels, groups is {groups})"
         )
     if bias is not None:
@@ -224,20 +233,12 @@ def _check_weight(weight: Any, bias: Any, x: Tensor, groups: int) -> None:
             raise ValueError(f"bias has {bias.shape[0]} elements, expected weight's {out_channels} output channels")
 
 
-def _check_frame(
-    size: Sequence[int], padding: Sequence[int], mode: str, kernel: Sequence[int], dilation: Sequence[int]
-) -> None:
-    for name, n, pads, k, d in zip(
-        ("height", "width"), size, (padding[:2], padding[2:]), kernel, dilation, strict=True
-    ):
-        if mode == "reflect" and max(pads) >= n:
-            raise ValueError(
-                f"padding of {max(pads)} reflects more than x's {name} of {n} has; expected at most {n - 1}"
-            )
-        if n + sum(pads) < (k - 1) * d + 1:
-            raise ValueError(
-                f"weight spans {(k - 1) * d + 1} pixels of {name}, expected at most the padded frame's {n + sum(pads)}"
-            )
+def _check_side(name: str, size: int, before: int, after: int, mode: str, spans: int) -> None:
+    if mode == "reflect" and (most := max(before, after)) >= size:
+        raise ValueError(f"padding of {most} reflects more than x's {name} of {size} has; expected at most {size - 1}")
+    if size + before + after < spans:
+        padded = size + before + after
+        raise ValueError(f"weight spans {spans} pixels of {name}, expected at most the padded frame's {padded}")
 
 
 def next_history(

@@ -13,14 +13,15 @@ from .._layout import accumulate_dtype, like, like_video
 def statistics_shape(x: Tensor, over: str, groups: int) -> tuple[int, ...]:
     """[B, T, groups] over a frame, [B, groups] over a clip, [B, T, H * W] over a pixel."""
     B, _, T, H, W = x.shape
-    return {"frame": (B, T, groups), "clip": (B, groups), "pixel": (B, T, H * W)}[over]
+    if over == "frame":
+        return B, T, groups
+    return (B, groups) if over == "clip" else (B, T, H * W)
 
 
 def outputs_like(x: Tensor, over: str, groups: int, center: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean (nothing where the norm does not centre) and rstd."""
-    shape, dtype = statistics_shape(x, over, groups), accumulate_dtype(x.dtype)
-    mean = torch.empty(shape if center else (0,), dtype=dtype, device=x.device)
-    return like_video(x), mean, torch.empty(shape, dtype=dtype, device=x.device)
+    rstd = torch.empty(statistics_shape(x, over, groups), dtype=accumulate_dtype(x.dtype), device=x.device)
+    return like_video(x), torch.empty_like(rstd) if center else rstd.new_empty(0), rstd
 
 
 def gradients_like(

@@ -14,6 +14,7 @@ from .._checks import (
     check_shape,
     check_tensor,
     choice,
+    fits,
     one_dtype,
     positive,
     positive_number,
@@ -98,9 +99,9 @@ def video_norm(
     """
     check_tensor("x", x, "[B, C, T, H, W]")
     check_dtype("x", x)
-    if 0 in x.shape[1:]:
+    B, C, T, H, W = x.shape
+    if 0 in (C, T, H, W):
         raise shape_error("x", x, "sizes of at least 1 (the batch may be empty)")
-    B, C, T = x.shape[:3]
     choice("over", over, OVER)
     groups = positive("groups", groups)
     if C % groups:
@@ -115,6 +116,8 @@ def video_norm(
     given = {name: tensor for name, tensor in rows.items() if tensor is not None}
     for name, tensor in given.items():
         per_frame = name in ("scale", "shift")
+        if fits(tensor, (B, C, T) if per_frame else (C,), x):
+            continue
         check_tensor(name, tensor, "[B, C] or [B, C, T]" if per_frame else "[C]", (2, 3) if per_frame else ())
         check_dtype(name, tensor)
         check_same_device(name, tensor, "x", x)
@@ -123,6 +126,6 @@ def video_norm(
         else:
             check_shape(name, tensor, (B, C) if per_frame else (C,), "[B, C] as in x" if per_frame else "[C] as in x")
     if given:
-        rows |= one_dtype(x, **given)
+        rows |= one_dtype(x, given)
     options = {"over": over, "groups": groups, "center": center, "eps": positive_number("eps", eps)}
     return {"x": x, **rows, **options, "activation": activation}

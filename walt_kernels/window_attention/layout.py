@@ -19,4 +19,5 @@ def wide_dtype(q: Tensor) -> torch.dtype:
 def outputs_like(q: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """out [B, T, H, W, heads, dim] and lse [*parts, B, heads, T, H, W], contiguous."""
     B, T, H, W, heads, _ = q.shape
-    return like(q), torch.empty((*LSE_PARTS.get(backend, ()), B, heads, T, H, W), dtype=wide_dtype(q), device=q.device)
+    parts = LSE_PARTS.get(backend, ())
+    return like(q), torch.empty((*parts, B, heads, T, H, W), dtype=wide_dtype(q), device=q.device)

@@ -122,41 +122,56 @@ def window_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the text names it.
     """
-    masks = {"image": image, "context_mask": context_mask}
-    parameters = {"bias_table": bias_table, "q_norm": q_norm, "k_norm": k_norm}
-    keys: dict[str, Any] = {"k": k, "v": v, "context_k": context_k, "context_v": context_v}
     check_tensor("q", q)
-    for name, given in {**keys, **parameters, **masks}.items():
-        if given is not None or name in ("k", "v"):
-            check_tensor(name, given)
-            check_same_device(name, given, "q", q)
+    device = q.device
+    parameters = ("bias_table", bias_table), ("q_norm", q_norm), ("k_norm", k_norm)
+    masks = ("image", image), ("context_mask", context_mask)
+    given: Sequence[tuple[str, Any]] = (
+        ("k", k),
+        ("v", v),
+        ("context_k", context_k),
+        ("context_v", context_v),
+        *parameters,
+        *masks,
+    )
+    for name, tensor in given:
+        if tensor is None and name not in ("k", "v"):
+            continue
+        if not isinstance(tensor, Tensor) or tensor.device != device:
+            check_tensor(name, tensor)
+            check_same_device(name, tensor, "q", q)
     q, k, v, context_k, context_v = autocast(q, k, v, context_k, context_v)  # type: ignore[assignment]
     check_dtype("q", q)
-    for name, tensor in {"k": k, "v": v, "context_k": context_k, "context_v": context_v}.items():
-        if tensor is not None:
+    dtype = q.dtype
+    for name, tensor in (("k", k), ("v", v), ("context_k", context_k), ("context_v", context_v)):
+        if tensor is not None and tensor.dtype is not dtype:
             check_same_dtype(name, tensor, "q", q)
-    for name, tensor in parameters.items():
-        if tensor is not None:
-            check_dtype(name, tensor, WIDE if q.dtype == torch.float64 else NARROW)
-    for name, tensor in masks.items():
+    for name, tensor in parameters:
+        if tensor is not None and tensor.dtype is not dtype:
+            check_dtype(name, tensor, WIDE if dtype is torch.float64 else NARROW)
+    for name, tensor in masks:
         if tensor is not None:
             check_dtype(name, tensor, (torch.bool,))
     check_tensor("q", q, "[B, T, H, W, heads, dim]")
-    B, T, H, W, heads, dim = q.shape
+    shape = q.shape
+    B, T, H, W, heads, dim = shape
     if 0 in (T, H, W, heads):  # one by one: min() would put their order into an exported graph
         raise shape_error("q", q, "at least one frame, row, column and head")
     if not 8 <= dim <= 256:
         raise ValueError(f"q has dim {dim} in its last dimension, expected 8 to 256")
-    check_shape("k", k, q.shape, "q's shape")
-    check_shape("v", v, q.shape, "q's shape")
-    extent = three("window", window, "(t, h, w)")
-    check_shape("bias_table", bias_table, (heads, *(2 * s - 1 for s in extent)), "[heads, 2t-1, 2h-1, 2w-1]")
+    if k.shape != shape or v.shape != shape:
+        check_shape("k", k, shape, "q's shape")
+        check_shape("v", v, shape, "q's shape")
+    extent = t, h, w = three("window", window, "(t, h, w)")
+    if bias_table is not None:
+        check_shape("bias_table", bias_table, (heads, 2 * t - 1, 2 * h - 1, 2 * w - 1), "[heads, 2t-1, 2h-1, 2w-1]")
     check_shape("q_norm", q_norm, (dim,), "[dim]")
     check_shape("k_norm", k_norm, (dim,), "[dim]")
     norm_eps = number("norm_eps", norm_eps)
     if not norm_eps >= 0:
         raise ValueError(f"norm_eps is {norm_eps}, expected a number >= 0")
-    _check_context(context_k, context_v, context_mask, image, (B, heads, dim))
+    if context_k is not None or context_v is not None or context_mask is not None:
+        _check_context(context_k, context_v, context_mask, image, (B, heads, dim))
     if image is not None:
         if image.dim() not in (1, 2) or image.shape[0] != B or image.shape[1:] not in ((), (T,)):
             raise shape_error("image", image, f"[B] = ({B},) or [B, T] = ({B}, {T})")
@@ -187,8 +202,6 @@ def _check_context(
 ) -> None:
     given = {"context_k": context_k, "context_v": context_v, "context_mask": context_mask}
     names = [name for name, tensor in given.items() if tensor is not None]
-    if not names:
-        return
     if context_k is None or context_v is None:
         missing = "context_k" if context_k is None else "context_v"
         raise ValueError(f"{missing} is None while {names[0]} is given, expected context_k and context_v together")
