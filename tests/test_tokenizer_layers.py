@@ -9,7 +9,7 @@ from small_tokenizer import one_thread as one_thread
 from torch import Tensor
 from torch.nn import functional as F
 
-from walt.model.tokenizer_layers import AdaptiveNorm, FrameNormSwish, Upsample, depth_to_space
+from walt.model.tokenizer_layers import AdaptiveNorm, FrameNormSwish, Upsample, depth_to_space, frame_means
 from walt_kernels.testing import K_BACKWARD, K_FORWARD, compare
 
 
@@ -85,7 +85,7 @@ def test_each_frame_is_modulated_by_its_latent_frame(frames: int, layout: torch.
     length = 1 + 2 * frames
     x = draw(2, 8, length, 3, 5, dtype=torch.float64).contiguous(memory_format=layout)
     latent = draw(2, LATENT, 3, 2, 3, seed=1, dtype=torch.float64)
-    y = layer(x, latent)
+    y = layer(x, frame_means(latent))
     assert y.is_contiguous(memory_format=layout)
     for frame in range(length):
         place = 0 if frame == 0 else 1 + (frame - 1) // frames
@@ -97,7 +97,7 @@ def test_each_frame_is_modulated_by_its_latent_frame(frames: int, layout: torch.
 
 def test_a_new_adaptive_norm_is_a_plain_norm() -> None:
     x = draw(1, 8, 3, 4, 4)
-    y = AdaptiveNorm(8, 2, SMALL)(x, draw(1, LATENT, 2, 2, 2))
+    y = AdaptiveNorm(8, 2, SMALL)(x, frame_means(draw(1, LATENT, 2, 2, 2)))
     plain = torch.stack([F.group_norm(frame, SMALL.groups, eps=1e-6) for frame in x.unbind(2)], dim=2)
     torch.testing.assert_close(y, plain)
 
@@ -108,7 +108,7 @@ def test_adaptive_norm_gradcheck() -> None:
     latent = draw(1, LATENT, 2, 1, 2, seed=1, dtype=torch.float64).requires_grad_()
 
     def function(x: Tensor, latent: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x, latent))
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x, frame_means(latent)))
 
     assert torch.autograd.gradcheck(function, (x, latent, *layer.parameters()))
 
@@ -116,8 +116,8 @@ def test_adaptive_norm_gradcheck() -> None:
 def test_adaptive_norm_of_a_chunk_is_that_of_the_whole_bitwise() -> None:
     layer = adaptive(8, 2, torch.float32)
     x, latent = draw(2, 8, 7, 5, 3), draw(2, LATENT, 4, 2, 3, seed=1)
-    whole = layer(x, latent)
+    whole = layer(x, frame_means(latent))
     for plan in ([1, 1, 1, 1], [2, 2], [1, 3], [3, 1]):
         lengths = [2 * plan[0] - 1, *(2 * count for count in plan[1:])]
         pieces = zip(x.split(lengths, dim=2), latent.split(plan, dim=2), strict=True)
-        assert torch.equal(torch.cat([layer(*piece) for piece in pieces], dim=2), whole)
+        assert torch.equal(torch.cat([layer(piece, frame_means(part)) for piece, part in pieces], dim=2), whole)

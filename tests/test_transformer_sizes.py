@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_cases import EVERYTHING, FEATURES, SMALL, inputs, make
 
 from walt.model.config import TransformerConfig
-from walt.model.transformer import Transformer
+from walt.model.transformer import Transformer, split
 from walt.presets import PRESETS
 from walt_kernels import use_backend
 
@@ -53,6 +54,31 @@ def test_modulations_of_the_paper(adaln: str, millions: float) -> None:
     with torch.device("meta"):
         modulation = Transformer(TransformerConfig(layers=40, width=1408, adaln=adaln)).modulation
     assert sum(p.numel() for p in modulation.parameters()) / 1e6 == pytest.approx(millions, rel=3e-3)
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_modulations_of_all_layers_are_split_at_once(branches: int) -> None:
+    """A layer more does not add to the ops, which are launches, that split them and join their gradients."""
+
+    class Calls(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ops: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.ops.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    for layers in (2, 5):
+        modulations = torch.randn(layers, 3, 3 * branches * 4, requires_grad=True)
+        with Calls() as calls:
+            rows = [row for layer in split(modulations, branches) for kind in layer for row in kind]
+            (gradient,) = torch.autograd.grad(rows, modulations, [row.detach() for row in rows])
+        assert torch.equal(gradient, modulations)
+        assert torch.equal(torch.cat(rows, dim=-1), modulations.transpose(0, 1).flatten(1))
+        seen.append([name for name in calls.ops if "detach" not in name])
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize(

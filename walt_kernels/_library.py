@@ -275,8 +275,8 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]
     if not torch._C._is_any_autocast_enabled() or not autocast_enabled(device := first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    castable = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)
+    castable = [other for other in (torch.float32, torch.float16, torch.bfloat16) if other is not dtype]
+    return tuple([t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors])
 
 
 def is_open(size: int) -> bool:

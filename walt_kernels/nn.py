@@ -206,8 +206,10 @@ class WindowAttention(nn.Module):
                 if context is None
                 else "context is a tensor, expected None, since the module was made without context_width"
             )
-        # By reshape: in a trace, unflatten would fix the sizes for the old exporter of ONNX.
-        q, k, v = self.qkv(x).reshape(*x.shape[:-1], 3, self.heads, self.dim).unbind(-3)
+        # By reshape: in a trace, unflatten would fix the sizes for the old exporter of ONNX. Linear layers of matrices
+        # make no views of their own.
+        rows = x.flatten(0, -2)
+        q, k, v = self.qkv(rows).reshape(*x.shape[:-1], 3, self.heads, self.dim).unbind(-3)
         context_k = context_v = None
         if context is not None and self.context_kv is not None:
             pair = self.context_kv(context).reshape(*context.shape[:-1], 2, self.heads, self.dim)
@@ -225,7 +227,7 @@ class WindowAttention(nn.Module):
             context_v=context_v,
             context_mask=context_mask,
         )
-        return self.proj(out.flatten(-2))
+        return self.proj(out.reshape(rows.shape)).reshape(x.shape)
 
     def extra_repr(self) -> str:
         return (

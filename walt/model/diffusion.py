@@ -168,8 +168,9 @@ class Diffusion:
                 first = model(x_t, time, **conditions).to(x_t.dtype)
                 conditioned = randoms["self_conditioned"].reshape(-1, *[1] * (x0.ndim - 1))
                 conditions["self_condition"] = torch.where(conditioned, self.x0_from_velocity(x_t, first, time), 0)
-            # Before 2.11, PyTorch's autocast gives the pass below the weights that it cast here, without a gradient.
-            torch.clear_autocast_cache()
+            # The weights that autocast has cast here serve the pass below, but before PyTorch 2.11 without a gradient.
+            if torch.__version__ < "2.11":
+                torch.clear_autocast_cache()
         v = model(x_t, time, **conditions)
         return F.mse_loss(v.to(x0.dtype), self.velocity(x0, noise, time))
 

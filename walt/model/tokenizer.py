@@ -31,6 +31,7 @@ from walt.model.tokenizer_layers import (
     causal_conv,
     channels_last,
     convolve,
+    frame_means,
 )
 from walt_kernels.nn import CausalConv3d, reset_children
 
@@ -52,12 +53,13 @@ class _Coder(nn.Module):
     def __init__(self, first: CausalConv3d, layers: list[nn.Module], norm: FrameNormSwish, last: CausalConv3d) -> None:
         super().__init__()
         self.first, self.layers, self.norm, self.last = first, nn.ModuleList(layers), norm, last
+        self.adaptive = any(isinstance(layer, AdaptiveNorm) for layer in layers)
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        latent = x  # in the decoder, which alone has adaptive norms
+        means = frame_means(x) if self.adaptive else x  # of the latent: in the decoder, which alone has adaptive norms
         x = convolve(self.first, x, history)
         for layer in self.layers:
-            x = layer(x, latent) if isinstance(layer, AdaptiveNorm) else layer(x, history)
+            x = layer(x, means) if isinstance(layer, AdaptiveNorm) else layer(x, history)
         return convolve(self.last, self.norm(x), history)
 
 
@@ -179,7 +181,7 @@ class Tokenizer(nn.Module):
         return self.decoder(channels_last(raw), history)
 
     def _per_channel(self, statistic: Tensor) -> Tensor:
-        return statistic[:, None, None, None]
+        return statistic.view(-1, 1, 1, 1)
 
     def check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():

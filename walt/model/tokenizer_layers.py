@@ -21,6 +21,7 @@ __all__ = [
     "channels_last",
     "convolve",
     "depth_to_space",
+    "frame_means",
 ]
 
 
@@ -98,20 +99,23 @@ class AdaptiveNorm(nn.Module):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        """x [B, C, T, H, W] and the latent [B, c, t, h, w] that it comes from, of a video or a stream's chunk."""
-        # At a stream's start, up-sampling has dropped all but the last frame of the first latent frame.
-        dropped = self.frames * latent.shape[2] - x.shape[2]
-        scale, shift = self._modulation(latent).repeat_interleave(self.frames, dim=2)[:, :, dropped:].chunk(2, dim=1)
+    def forward(self, x: Tensor, means: Tensor) -> Tensor:
+        """x [B, C, T, H, W] and `frame_means` of the latent that it comes from, of a video or a stream's chunk."""
+        # A convolution: its bits do not depend on the number of frames. In the weights' dtype also under autocast.
+        modulation = causal_conv3d(means, self.weight.view(*self.weight.shape, 1, 1, 1), self.bias)
+        modulation = modulation.to(self.weight.dtype).flatten(2)  # [B, 2C, t]
+        if self.frames > 1:
+            # At a stream's start, up-sampling has dropped all but the last frame of the first latent frame.
+            dropped = self.frames * means.shape[2] - x.shape[2]
+            modulation = modulation.repeat_interleave(self.frames, dim=2)[:, :, dropped:]
+        scale, shift = modulation.chunk(2, dim=1)
         return video_norm(x, groups=self.groups, eps=self.eps, scale=scale, shift=shift)
 
-    def _modulation(self, latent: Tensor) -> Tensor:
-        """[B, c, t, h, w] -> [B, 2C, t], in the dtype of the weights also under autocast."""
-        # Bits must not depend on the number of frames: each mean is over numbers that stand in a line, and the linear
-        # layer is a convolution.
-        mean = latent.contiguous().flatten(3).mean(dim=3)[..., None, None]
-        modulation = causal_conv3d(mean, self.weight[:, :, None, None, None], self.bias)
-        return modulation.to(self.weight.dtype).flatten(2)
+
+def frame_means(latent: Tensor) -> Tensor:
+    """The spatial mean of each frame of a latent [B, c, t, h, w] -> [B, c, t, 1, 1]."""
+    # Over numbers that stand in a line: the bits do not depend on the number of frames.
+    return latent.contiguous().mean(dim=(3, 4), keepdim=True)
 
 
 class ZeroConv3d(CausalConv3d):
@@ -182,9 +186,10 @@ def depth_to_space(x: Tensor, factor: tuple[int, int, int]) -> Tensor:
 
     Channels are ordered (st, sh, sw, C), so that in channels_last_3d runs of C numbers move as a whole.
     """
+    (B, _, T, H, W), (st, sh, sw) = x.shape, factor
     y = x.permute(0, 2, 3, 4, 1).unflatten(4, (*factor, -1))  # B T H W st sh sw C
     y = y.permute(0, 1, 4, 2, 5, 3, 6, 7)  # B T st H sh W sw C
-    return y.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
+    return y.reshape(B, st * T, sh * H, sw * W, y.shape[-1]).permute(0, 4, 1, 2, 3)
 
 
 def causal_conv(

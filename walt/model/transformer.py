@@ -23,6 +23,8 @@ from walt_kernels.nn import AdaLNLoRA, WindowAttention, reset_children
 __all__ = ["Transformer"]
 
 Context = tuple[Tensor, Tensor]  # tokens [B, L, width] and mask bool [B, L]
+Rows = tuple[Tensor, ...]  # [B, (T,) width], one for each branch of a layer
+Modulation = tuple[Rows, Rows, Rows]  # scales, shifts, gates
 
 
 class SeparateAdaLN(nn.Module):
@@ -64,8 +66,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, H, W, width], context tokens [B, L, width] and mask [B, L] -> [B, T, H, W, width]."""
         tokens, mask = context
-        q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        rows = x.flatten(0, -2)
+        q = self.q(rows).reshape(*x.shape[:-1], self.heads, -1)
+        k, v = self.kv(rows).reshape(*x.shape[:-1], 2, self.heads, -1).unbind(-3)
         context_k, context_v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         out = window_attention(
             q,
@@ -78,7 +81,7 @@ class CrossAttention(nn.Module):
             context_v=context_v,
             context_mask=mask,
         )
-        return self.proj(out.flatten(-2))
+        return self.proj(out.reshape(rows.shape)).reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -110,7 +113,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         h: Tensor,
-        modulation: Tensor,
+        modulation: Modulation,
         following: tuple[Tensor, Tensor],
         grid: tuple[int, int, int],
         image: Tensor | None,
@@ -118,21 +121,26 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x, the residual stream, and h, the normed and modulated input of the attention [B, N, width] -> the same.
 
-        modulation [B, (T,) 6 or 9 width]; following, the scale and shift of the next layer's input [B, (T,) width].
+        following: the scale and shift of the next layer's input, [B, (T,) width]. image: bool [B, T].
         """
-        scales, shifts, gates = split(modulation, 2 if self.cross is None else 3)
+        scales, shifts, gates = modulation
         # Spatial windows lie inside one frame and need no mask.
         out = self.attention(h.unflatten(1, grid), image=None if self.spatial else image).flatten(1, 3)
         x, h = adaln_residual_modulate(x, out, gates[0], shifts[1], scales[1])
         if self.cross is not None and context is not None:
             out = self.cross(h.unflatten(1, grid), context).flatten(1, 3)
             x, h = adaln_residual_modulate(x, out, gates[1], shifts[2], scales[2])
-        return adaln_residual_modulate(x, self.mlp(h), gates[-1], following[1], following[0])
+        out = self.mlp(h.flatten(0, 1)).view_as(h)  # linear layers of matrices make no views
+        return adaln_residual_modulate(x, out, gates[-1], following[1], following[0])
 
 
-def split(modulation: Tensor, branches: int) -> tuple[tuple[Tensor, ...], ...]:
-    """[..., 3 * branches * width] -> scales, shifts and gates, each a tuple with one for each branch of a layer."""
-    return tuple(chunk.chunk(branches, dim=-1) for chunk in modulation.chunk(3, dim=-1))
+def split(modulations: Tensor, branches: int) -> list[Modulation]:
+    """[layers, ..., 3 * branches * width] -> what each layer is modulated by.
+
+    Of all layers at once: in the backward pass, every split is launches that join its gradients.
+    """
+    chunks = [chunk.unbind(0) for chunk in modulations.chunk(3 * branches, dim=-1)]
+    return [(row[:branches], row[branches:-branches], row[-branches:]) for row in zip(*chunks, strict=True)]
 
 
 class Transformer(nn.Module):
@@ -227,10 +235,10 @@ class Transformer(nn.Module):
         cond = self._condition(time, label, noise_level)
         context = self._context(text, text_mask, z_t)
 
-        modulations = self.modulation(cond).unbind(0)
-        inputs = [
-            (scales[0], shifts[0]) for scales, shifts, _ in (split(m, self.config.sublayers) for m in modulations)
-        ]
+        if image is not None:
+            image = image[:, None].expand(-1, grid[0])
+        modulations = split(self.modulation(cond), self.config.sublayers)
+        inputs = [(scales[0], shifts[0]) for scales, shifts, _ in modulations]
         scale, shift = self.final_modulation(F.silu(cond)).chunk(2, dim=-1)
         h = adaln_modulate(x, inputs[0][1], inputs[0][0])
         for layer, modulation, following in zip(self.layers, modulations, [*inputs[1:], (scale, shift)], strict=True):
