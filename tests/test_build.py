@@ -57,14 +57,10 @@ def build_wheel(source: Path, out: Path, env: dict[str, str]) -> tuple[set[str],
 
 
 def test_wheel_builds_without_torch_and_holds_the_packages(
-    source: Path, tmp_path: Path, without_torch: dict[str, str]
+    source: Path, tmp_path: Path, without_torch: dict[str, str], touching: Path
 ) -> None:
-    # As if there were no nvcc: its kernels are compiled once, with the installation that test_cuda_build.py looks at.
-    # The last -O counts: nothing of this build runs, and without optimisation it takes a third of the time.
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
-    compiler.chmod(0o755)
-    environment = {**without_torch, "CXX": str(compiler), "CUDACXX": "no-such-nvcc"}
+    # That the sources compile is seen by every installation; here it is what the wheel holds.
+    environment = {**without_torch, "CXX": str(touching), "CUDACXX": "no-such-nvcc"}
     names, log = build_wheel(source, tmp_path / "out", environment)
     assert any(re.fullmatch(r"walt_kernels/_C\..*\.so", name) for name in names)
     assert "built native CPU kernels for baseline" in log

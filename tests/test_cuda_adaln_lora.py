@@ -52,7 +52,7 @@ def compile_emulation(folder: Path) -> Path:
     sanitize = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     if os.environ.get("WALT_KERNELS_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *sanitize]
+    flags = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *sanitize]
     flags += [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
     flags += ["-DWALT_EMULATE_CUDA", "-DWALT_ISA=isa_emulated"]
     compiler = os.environ.get("CXX", "c++").split()

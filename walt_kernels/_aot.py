@@ -154,8 +154,12 @@ def kernels(folder: str, architectures: Iterable[str]) -> Iterator[Kernel]:
         for call in module.aot_calls():
             with _triton.record(TARGETS[architecture]) as launches:
                 call.run()
+            # The strips of one call that differ only in which offsets are multiples of 16 count as one kernel.
+            parts = {}
             for launch in launches:
                 kernel = specialise(launch, call.name, architecture, module.SPILLS)
+                parts.setdefault(replace(kernel, divisible=()), kernel)
+            for kernel in parts.values():
                 identity = replace(kernel, call="", spill_budget=0)
                 if identity not in seen:
                     seen.add(identity)

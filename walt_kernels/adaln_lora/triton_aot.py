@@ -24,14 +24,14 @@ _DTYPES = {
 def _modulation(D: int, x_dtype: torch.dtype, row_dtype: torch.dtype) -> dict[str, Tensor]:
     """The strided rows of a chunked 6 D table."""
     B, N = 2, 1280
-    gate, shift, scale = torch.empty(B, 6 * D, dtype=row_dtype).chunk(6, 1)[2:5]
-    x, branch = torch.empty(2, B, N, D, dtype=x_dtype)
+    gate, shift, scale = torch.empty(B, 6 * D, dtype=row_dtype, device="meta").chunk(6, 1)[2:5]
+    x, branch = torch.empty(2, B, N, D, dtype=x_dtype, device="meta")
     return {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
 
 
 def _lora(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     shapes = {"cond": (2, 1024), "base": (2, 6144), "down": (24, rank, 1024), "up": (24, 6144, rank)}
-    return {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
 
 
 def aot_calls() -> Iterator[Call]:
@@ -43,7 +43,7 @@ def aot_calls() -> Iterator[Call]:
     inputs = _modulation(1024, half, half)
     modulated = {name: inputs[name] for name in ("x", "shift", "scale")}
     yield Call("modulate D 1024, bf16", "adaln_modulate", modulated)
-    gate = torch.empty(2, 20, 1024, dtype=half)
+    gate = torch.empty(2, 20, 1024, dtype=half, device="meta")
     yield Call("residual D 1024, bf16", "adaln_residual", {"x": inputs["x"], "branch": inputs["branch"], "gate": gate})
     yield Call("residual_modulate D 1024, bf16, gradient of h alone", both, inputs, ("x_new",))
     for rank in (2, 256):

@@ -35,7 +35,6 @@ _WINDOWS = {
     560: ((5, 8, 14), (5, 32, 56)),
     80: ((5, 4, 4), (5, 8, 8)),
     448: ((1, 16, 28), (5, 16, 28)),
-    1280: ((5, 16, 16), (5, 32, 32)),
 }
 
 
@@ -45,16 +44,20 @@ def _inputs(
     """From one packed projection."""
     window, frames = _WINDOWS[N]
     B, heads = 2, 16
-    q, k, v = torch.empty(B, *frames, 3, heads, dim, dtype=dtype).unbind(4)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = empty(B, *frames, 3, heads, dim, dtype=dtype).unbind(4)
     inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "window": window}
     if not plain:
-        inputs["bias_table"] = torch.empty(heads, *(2 * s - 1 for s in window))
-        inputs["q_norm"], inputs["k_norm"] = torch.empty(dim), torch.empty(dim)
+        inputs["bias_table"] = empty(heads, *(2 * s - 1 for s in window))
+        inputs["q_norm"], inputs["k_norm"] = empty(dim), empty(dim)
     if image:
-        inputs["image"] = torch.empty(B, dtype=torch.bool)
+        inputs["image"] = empty(B, dtype=torch.bool)
     if context:
-        inputs["context_k"], inputs["context_v"] = torch.empty(B, context, 2, heads, dim, dtype=dtype).unbind(2)
-        inputs["context_mask"] = torch.empty(B, context, dtype=torch.bool)
+        inputs["context_k"], inputs["context_v"] = empty(B, context, 2, heads, dim, dtype=dtype).unbind(2)
+        inputs["context_mask"] = empty(B, context, dtype=torch.bool)
     return inputs
 
 
@@ -63,14 +66,14 @@ def aot_calls() -> Iterator[Call]:
         return Call(name, "window_attention", _inputs(*sizes, **options))
 
     half, wide = torch.bfloat16, torch.float32
-    for N, dim in ((256, 64), (320, 64), (320, 72), (256, 88), (256, 128), (320, 128), (256, 256)):
+    for N, dim in ((256, 64), (320, 64), (256, 88), (256, 128), (320, 128), (256, 256), (448, 64)):
         yield call(f"N {N}, dim {dim}, bf16", N, dim, half)
-    for N in (80, 448, 560, 1280):  # the last tiles of 80 and 560 are not full
-        yield call(f"N {N}, dim 64, bf16", N, 64, half)
+    # The last tiles of 80 and 560 are not full. Float16 has the code and the tiles of bfloat16: one call is enough.
+    yield call("N 560, dim 64, bf16", 560, 64, half)
+    yield call("N 80, dim 64, fp16", 80, 64, torch.float16)
     yield call("N 256, dim 64, bf16, plain", 256, 64, half, plain=True)
     yield call("N 320, dim 72, bf16, image", 320, 72, half, image=True)
     for dim in (64, 128):
         yield call(f"N 320, dim {dim}, bf16, masked context", 320, dim, half, context=77)
-    yield call("N 320, dim 64, fp16", 320, 64, torch.float16)
     for dim in (64, 128, 256):
         yield call(f"N 320, dim {dim}, fp32", 320, dim, wide)
