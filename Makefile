@@ -59,8 +59,8 @@ sanitize: $(VENV)/.test
 	WALT_KERNELS_SANITIZE=1 WALT_KERNELS_CUDA=0 WALT_KERNELS_EMULATE_AVX512=$(call EMULATE,avx512_bf16) WALT_KERNELS_EMULATE_AMX=$(call EMULATE,amx_bf16) \
 	$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED) $(UNSANITIZED)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive \
+	$(BIN)/pytest -q -n 2 -p no:cacheprovider $(SANITIZED) $(UNSANITIZED)
 
 # Before a release. Registration, compilation, choice and the ops themselves; compiled Triton calls where that torch
 # brings a Triton, whose interpreter before 3.7 needs an older NumPy. `make compat-2.12.0` takes any other torch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -14,6 +15,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 # `with torch.device(...)` knows the constructors by identity and looks once: let it see the real ones.
 _device_constructors()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported for all tests stays: no later garbage collection has to walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -194,6 +195,11 @@ def test_calls_reach_every_entry_of_the_tile_tables(op: str, monkeypatch: pytest
     assert list(_aot.kernels(op, TARGETS))
     assert entries
     assert entries - reached == set()
+
+
+def test_launches_of_a_call_that_differ_in_alignment_alone_are_compiled_once() -> None:
+    found = [dataclasses.replace(kernel, divisible=()) for kernel in _aot.kernels("causal_conv3d", ["sm_80"])]
+    assert len(found) == len(set(found))
 
 
 @pytest.mark.parametrize("size", [(4, 6), (8, 8), (50, 42), (64, 64)], ids=str)

@@ -155,7 +155,7 @@ def kernels(folder: str, architectures: Iterable[str]) -> Iterator[Kernel]:
             with _triton.record(TARGETS[architecture]) as launches:
                 call.run()
             # The strips of one call that differ only in which offsets are multiples of 16 count as one kernel.
-            parts = {}
+            parts: dict[Kernel, Kernel] = {}
             for launch in launches:
                 kernel = specialise(launch, call.name, architecture, module.SPILLS)
                 parts.setdefault(replace(kernel, divisible=()), kernel)
