@@ -76,7 +76,7 @@ def test_zero_gate_is_the_residual_bitwise() -> None:
 def test_runs_are_bit_identical(name: str) -> None:
     inputs = on_device(inputs_of(name, (2, 30, 65, 2), DTYPES[-1]))
     first = run(through("triton", getattr(wk, name)), inputs)
-    for _ in range(3):
+    for _ in range(1 if len(DTYPES) == 1 else 3):
         again = run(through("triton", getattr(wk, name)), inputs)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
