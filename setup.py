@@ -45,7 +45,7 @@ if os.environ.get("WALT_KERNELS_EMULATE_AVX512") == "1":
 if os.environ.get("WALT_KERNELS_EMULATE_AMX") == "1":
     ISA_FLAGS["avx512"].append("-DWALT_EMULATE_AMX")
 OPTIMIZE = ["-O3", "-fno-math-errno", "-mprefer-vector-width=512"]
-SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-Og", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # GCC 12 takes the deliberately undefined vectors of its own AVX-512 headers for mistakes.
 WARN = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 

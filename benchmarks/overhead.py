@@ -1,7 +1,7 @@
 """Host time of a call of every op: Python, PyTorch's dispatcher and autograd, and the launches, not the kernels.
 
 On a GPU the calls are enqueued, none is waited for, and Triton's launcher is part of them. Without one, tensors of the
-CPU stand for those of an H200 and a launch does nothing: what a call costs before Triton's launcher.
+CPU stand for those of an H200 and a launch does nothing: what a call costs before the launcher.
 """
 
 from __future__ import annotations

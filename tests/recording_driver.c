@@ -61,7 +61,6 @@ static Result launch(const unsigned *grid, const unsigned *block, unsigned share
   if (failure) return failure;
   if (recorded == RECORDS) return 2;
   Record *record = &records[recorded++];
-  memset(record, 0, sizeof *record);
   memcpy(record->grid, grid, sizeof record->grid);
   memcpy(record->block, block, sizeof record->block);
   record->shared = shared, record->stream = stream, record->function = function;

@@ -19,7 +19,7 @@ if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
 
 HERE = Path(__file__).parent
-OPS = ("adaln_residual_modulate", "causal_conv3d", "window_attention")
+OPS = ("adaln_lora", "adaln_residual_modulate", "causal_conv3d", "video_norm", "window_attention")
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,12 @@ class Launched(_plans.Nothing):
         self.started.append(arguments)
         return self
 
-    def run(self, *arguments: Any) -> None:
+    def native(self, launches: Any) -> None:
+        return None
+
+    def run(self, *arguments: Any) -> bool:
         self.calls.append(arguments)
+        return True
 
     def launch_metadata(self, grid: Any, stream: int, *arguments: Any) -> Any:
         return grid, stream, arguments

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -117,10 +117,20 @@ def one_dtype(x: Tensor, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return rows
 
 
+def _are_three(value: Any) -> TypeGuard[tuple[int, int, int]]:
+    """Whether they are positive integers of Python, as nearly always."""
+    if type(value) is not tuple or len(value) != 3:
+        return False
+    t, h, w = value
+    return type(t) is type(h) is type(w) is int and t > 0 and h > 0 and w > 0
+
+
 def triple(name: str, value: Any) -> tuple[int, int, int]:
     """One positive int for each of time, height and width, or one for all."""
     if type(value) is int and value > 0:  # nearly always, and calls are many
         return value, value, value
+    if _are_three(value):
+        return value
     value = plain(value)
     values = (value, value, value) if is_int(value) else value
     if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(is_int, values)):
@@ -133,10 +143,8 @@ def triple(name: str, value: Any) -> tuple[int, int, int]:
 
 def three(name: str, value: Any, axes: str) -> tuple[int, int, int]:
     """One positive int for each of ``axes``."""
-    if type(value) is tuple and len(value) == 3:
-        t, h, w = value
-        if type(t) is type(h) is type(w) is int and t > 0 and h > 0 and w > 0:
-            return t, h, w
+    if _are_three(value):
+        return value
     values = plain(value)
     if not isinstance(values, Sequence) or isinstance(values, str) or not all(map(is_int, values)):
         raise TypeError(f"{name} is {values!r}, expected three integers {axes}")

@@ -17,7 +17,7 @@ import functools
 import importlib
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,10 @@ class Runtime:
         """Runs a kernel on tensors. Returns the compiled one, None where it is interpreted."""
         return launch.kernel[launch.grid](**arguments, num_warps=launch.tile.warps, num_stages=launch.tile.stages)
 
+    def native(self, launches: Iterable[tuple[_triton.Launch, Any]]) -> Any:
+        """What launches compiled kernels without Python; None where nothing does."""
+        return _launches.native(launches)
+
 
 @functools.cache
 def _triton_runtime() -> Runtime:
@@ -63,7 +67,7 @@ def _triton_runtime() -> Runtime:
 
 
 class Nothing(Runtime):
-    """In the place of a GPU that is imagined: takes all that Triton's launcher takes, and runs nothing."""
+    """In the place of a GPU that is imagined: takes all that a launcher takes, and runs nothing."""
 
     function, packed_metadata = 0, ()
 
@@ -74,7 +78,11 @@ class Nothing(Runtime):
     def start(self, launch: _triton.Launch, arguments: dict[str, Any]) -> Any:
         return self
 
-    def run(self, *arguments: Any) -> None: ...
+    def native(self, launches: Iterable[tuple[_triton.Launch, Any]]) -> Any:
+        return self
+
+    def run(self, *arguments: Any) -> bool:
+        return True
 
 
 @contextlib.contextmanager
@@ -174,7 +182,7 @@ class Plan:
             if compiled is not None:
                 steps.append(_step(launch, compiled))
         if len(steps) == len(self.launches):
-            self.native = _launches.native(zip(self.launches, [step.compiled for step in steps], strict=True))
+            self.native = self.runtime.native(zip(self.launches, [step.compiled for step in steps], strict=True))
             self.steps = steps
 
 
