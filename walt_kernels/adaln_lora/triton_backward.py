@@ -12,7 +12,18 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from .. import _triton
-from .triton_rows import arguments_of, arguments_of_rows, frames_of, load_modulation, load_rows, run_of, segments_of
+from .triton_rows import (
+    Runs,
+    frames_of,
+    load_modulation,
+    load_residual,
+    load_rows,
+    matrices,
+    matrix_of,
+    modulation,
+    run_of,
+    segments_of,
+)
 from .triton_tiles import BACKWARD_ELEMENTS, MODULATION, block_of, fitting, parts_of
 
 
@@ -22,23 +33,17 @@ def _add_pairs(a, b, other_a, other_b):
 
 
 @triton.jit
-def adaln_row_means_kernel(
-    x, branch, gate, scale, grad_h, mean, rstd, g_mean, gx_mean,
-    x_b, x_n, x_d, branch_b, branch_n, branch_d, grad_h_b, grad_h_n, grad_h_d,
-    gate_b, gate_f, gate_d, gate_tokens, scale_b, scale_f, scale_d, scale_tokens,
-    tokens, segments, parts, D,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def adaln_row_means_kernel(x, branch, gate, scale, grad_h, mean, rstd, g_mean, gx_mean, runs, D, BLOCK_D: tl.constexpr):
     """mean(g) and mean(g * xhat) of rows wider than a block, for g = grad_h * (1 + scale)."""
-    b, begin, end = run_of(tokens, segments, parts)
+    b, begin, end = run_of(runs)
     columns = tl.arange(0, BLOCK_D).to(tl.int64)
-    x += b * x_b
-    grad_h += b * grad_h_b
-    if branch is not None:
-        branch += b * branch_b
+    x = matrix_of(x, b)
+    grad_h = matrix_of(grad_h, b)
+    if branch.at is not None:
+        branch = matrix_of(branch, b)
     for token in range(begin, end):
         n = token + tl.arange(0, 1)
-        at = b * tokens + token
+        at = b * runs.tokens + token
         row_mean = tl.load(mean + at)
         row_rstd = tl.load(rstd + at)
         g_sum = tl.zeros((1, BLOCK_D), tl.float32)
@@ -47,12 +52,9 @@ def adaln_row_means_kernel(
             d = piece + columns
             within = d < D
             inside = within[None, :]
-            value = load_rows(x, n, x_n, d, x_d, inside).to(tl.float32)
-            if branch is not None:
-                factor = load_modulation(gate, b, begin, gate_tokens, gate_b, gate_f, gate_d, d, within)
-                value += factor * load_rows(branch, n, branch_n, d, branch_d, inside).to(tl.float32)
-            gain = load_modulation(scale, b, begin, scale_tokens, scale_b, scale_f, scale_d, d, within)
-            g = load_rows(grad_h, n, grad_h_n, d, grad_h_d, inside).to(tl.float32) * (1.0 + gain)
+            value = load_residual(x, branch, gate, b, begin, n, d, within, inside)
+            gain = load_modulation(scale, b, begin, d, within)
+            g = load_rows(grad_h, n, d, inside).to(tl.float32) * (1.0 + gain)
             g_sum += g
             gx_sum += g * (value - row_mean) * row_rstd
         tl.store(g_mean + at, tl.sum(g_sum) / D)
@@ -62,50 +64,46 @@ def adaln_row_means_kernel(
 @triton.jit
 def adaln_backward_kernel(
     x, branch, gate, scale, grad_h, grad_x_new, mean, rstd, g_mean, gx_mean, grad_x, grad_branch, partial,
-    x_b, x_n, x_d, branch_b, branch_n, branch_d, grad_h_b, grad_h_n, grad_h_d,
-    grad_x_new_b, grad_x_new_n, grad_x_new_d,
-    gate_b, gate_f, gate_d, gate_tokens, scale_b, scale_f, scale_d, scale_tokens,
-    tokens, segments, parts, D,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    runs, D, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a run, and its sums in ``partial`` [programs, 3, D], of gate, shift and scale.
 
     grad_x = grad_x_new + rstd * (g - mean(g) - xhat * mean(g * xhat));  grad_branch = grad_x * gate
     """
-    b, begin, end = run_of(tokens, segments, parts)
+    b, begin, end = run_of(runs)
     columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     within = columns < D
-    if grad_x_new is not None:
-        grad_x_new += b * grad_x_new_b
-    if branch is not None:
-        branch += b * branch_b
-        factor = load_modulation(gate, b, begin, gate_tokens, gate_b, gate_f, gate_d, columns, within)
+    if grad_x_new.at is not None:
+        grad_x_new = matrix_of(grad_x_new, b)
+    if branch.at is not None:
+        branch = matrix_of(branch, b)
+        factor = load_modulation(gate, b, begin, columns, within)
         sum_gate = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    if grad_h is not None:
-        x += b * x_b
-        grad_h += b * grad_h_b
-        gain = 1.0 + load_modulation(scale, b, begin, scale_tokens, scale_b, scale_f, scale_d, columns, within)
+    if grad_h.at is not None:
+        x = matrix_of(x, b)
+        grad_h = matrix_of(grad_h, b)
+        gain = 1.0 + load_modulation(scale, b, begin, columns, within)
         sum_shift = tl.zeros((ROWS, BLOCK_D), tl.float32)
         sum_scale = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in tl.range(begin, end, ROWS, num_stages=STAGES):  # said here: there is no product, which tells by itself
         n = first + tl.arange(0, ROWS)
-        token = b * tokens + n
+        token = b * runs.tokens + n
         valid = n < end
         inside = valid[:, None] & within[None, :]
         out = token[:, None] * D + columns[None, :]
-        if branch is not None:
-            term = load_rows(branch, n, branch_n, columns, branch_d, inside).to(tl.float32)
-        if grad_h is not None:
-            value = load_rows(x, n, x_n, columns, x_d, inside).to(tl.float32)
-            dh = load_rows(grad_h, n, grad_h_n, columns, grad_h_d, inside).to(tl.float32)
+        if branch.at is not None:
+            term = load_rows(branch, n, columns, inside).to(tl.float32)
+        if grad_h.at is not None:
+            value = load_rows(x, n, columns, inside).to(tl.float32)
+            dh = load_rows(grad_h, n, columns, inside).to(tl.float32)
             row_mean = tl.load(mean + token, mask=valid, other=0.0)[:, None]
             row_rstd = tl.load(rstd + token, mask=valid, other=0.0)[:, None]
-        if grad_x_new is not None:
-            grad = load_rows(grad_x_new, n, grad_x_new_n, columns, grad_x_new_d, inside).to(tl.float32)
+        if grad_x_new.at is not None:
+            grad = load_rows(grad_x_new, n, columns, inside).to(tl.float32)
         else:
             grad = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        if grad_h is not None:
-            if branch is not None:
+        if grad_h.at is not None:
+            if branch.at is not None:
                 value += factor * term
             xhat = tl.where(inside, (value - row_mean) * row_rstd, 0.0)
             g = tl.where(inside, dh * gain, 0.0)  # rounded here: where all are the same, less their mean it is 0
@@ -120,24 +118,24 @@ def adaln_backward_kernel(
                 row_gx = tl.load(gx_mean + token, mask=valid, other=0.0)
             grad += (g - row_g[:, None] - xhat * row_gx[:, None]) * row_rstd
             tl.store(grad_x + out, grad.to(grad_x.dtype.element_ty), mask=inside)
-        if branch is not None:
+        if branch.at is not None:
             tl.store(grad_branch + out, (grad * factor).to(grad_branch.dtype.element_ty), mask=inside)
             sum_gate += grad * term
     to = partial + tl.program_id(0).to(tl.int64) * 3 * D + columns
-    if branch is not None:
+    if branch.at is not None:
         tl.store(to, tl.sum(sum_gate, 0), mask=within)
-    if grad_h is not None:
+    if grad_h.at is not None:
         tl.store(to + D, tl.sum(sum_shift, 0), mask=within)
         tl.store(to + 2 * D, tl.sum(sum_scale, 0), mask=within)
 
 
 @triton.jit
-def _finish(partial, grad, rows, runs, D, TURN: tl.constexpr, BLOCK_D: tl.constexpr):
+def _finish(partial, grad, rows, programs, D, TURN: tl.constexpr, BLOCK_D: tl.constexpr):
     if grad is not None:
         row = tl.program_id(0)
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         if (tl.program_id(2) == TURN) & (row < rows):
-            number = runs // rows
+            number = programs // rows
             at = partial + (row.to(tl.int64) * number * 3 + TURN) * D + columns
             total = tl.zeros((BLOCK_D,), tl.float32)
             for _ in range(number):
@@ -148,12 +146,12 @@ def _finish(partial, grad, rows, runs, D, TURN: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def adaln_finish_kernel(
-    partial, grad_gate, grad_shift, grad_scale, gate_rows, shift_rows, scale_rows, runs, D, BLOCK_D: tl.constexpr
+    partial, grad_gate, grad_shift, grad_scale, gate_rows, shift_rows, scale_rows, programs, D, BLOCK_D: tl.constexpr
 ):
-    """A row of one of the gradients [rows, D] is the sum of its share of the partial rows of all ``runs``, in order."""
-    _finish(partial, grad_gate, gate_rows, runs, D, 0, BLOCK_D)
-    _finish(partial, grad_shift, shift_rows, runs, D, 1, BLOCK_D)
-    _finish(partial, grad_scale, scale_rows, runs, D, 2, BLOCK_D)
+    """A row of one of the gradients [rows, D] is the sum of its share of the rows of ``partial``, in order."""
+    _finish(partial, grad_gate, gate_rows, programs, D, 0, BLOCK_D)
+    _finish(partial, grad_shift, shift_rows, programs, D, 1, BLOCK_D)
+    _finish(partial, grad_scale, scale_rows, programs, D, 2, BLOCK_D)
 
 
 def backward(
@@ -180,26 +178,27 @@ def backward(
     segments = segments_of(gate, shift, scale)
     processors = _triton.target(given.device).processors
     parts = parts_of(N // segments, B * segments, block, BACKWARD_ELEMENTS, processors)
-    runs = B * segments * parts
-    partial = _triton.empty((runs, 3, D), float32, given.device)
+    programs = B * segments * parts
+    partial = _triton.empty((programs, 3, D), float32, given.device)
     inputs = {
-        **(arguments_of("x", x) | arguments_of("branch", branch) | arguments_of("grad_h", grad_h)),
-        **(arguments_of_rows("gate", gate, N) | arguments_of_rows("scale", scale, N)),
-        **{"mean": mean, "rstd": rstd, "tokens": N, "segments": segments, "parts": parts, "D": D, "BLOCK_D": block},
+        **{"x": matrices(x), "branch": matrices(branch), "grad_h": matrices(grad_h), "mean": mean, "rstd": rstd},
+        **{"gate": modulation(gate, N), "scale": modulation(scale, N)},
+        **{"runs": Runs(N, segments, parts), "D": D, "BLOCK_D": block},
     }
     means: dict[str, Tensor | None] = {"g_mean": None, "gx_mean": None}
     if not single and grad_h is not None:
         means = {name: _triton.empty((B, N), float32, given.device) for name in means}
         tile = _triton.pick(MODULATION, ("row_means", block), given.device)
-        _triton.launch(adaln_row_means_kernel, (runs,), tile, **inputs, **means)
+        _triton.launch(adaln_row_means_kernel, (programs,), tile, **inputs, **means)
 
     def run(tile: _triton.Tile) -> None:
         _triton.launch(
             adaln_backward_kernel,
-            (runs, triton.cdiv(D, block)),
+            (programs, triton.cdiv(D, block)),
             fitting(tile, N // segments),
-            **(inputs | means | arguments_of("grad_x_new", grad_x_new)),
-            **{"grad_x": grad_x, "grad_branch": grad_branch, "partial": partial, "STAGES": tile.stages},
+            **(inputs | means),
+            **{"grad_x_new": matrices(grad_x_new), "grad_x": grad_x, "grad_branch": grad_branch},
+            **{"partial": partial, "STAGES": tile.stages},
         )
 
     run(_triton.pick(MODULATION, ("backward", block), given.device, run))
@@ -212,5 +211,5 @@ def backward(
         tile,
         **{f"grad_{name}": gradient for name, gradient in gradients.items()},
         **{f"{name}_rows": number for name, number in rows.items()},
-        **{"partial": partial, "runs": runs, "D": D},
+        **{"partial": partial, "programs": programs, "D": D},
     )

@@ -12,48 +12,55 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_rows import arguments_of, arguments_of_rows, load_modulation, load_rows, run_of, segments_of
+from .triton_rows import (
+    Runs,
+    load_modulation,
+    load_residual,
+    load_rows,
+    matrices,
+    matrix_of,
+    modulation,
+    run_of,
+    segments_of,
+)
 from .triton_tiles import FORWARD_ELEMENTS, MODULATION, block_of, fitting, parts_of
 
 
 @triton.jit
 def adaln_forward_kernel(
-    x, branch, gate, shift, scale, x_new, h, mean, rstd,
-    x_b, x_n, x_d, branch_b, branch_n, branch_d, gate_b, gate_f, gate_d, gate_tokens,
-    shift_b, shift_f, shift_d, shift_tokens, scale_b, scale_f, scale_d, scale_tokens,
-    tokens, segments, parts, D, eps,
+    x, branch, gate, shift, scale, x_new, h, mean, rstd, runs, D, eps,
     SINGLE: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The tokens of a run; ``SINGLE``: a block holds a whole row."""
-    b, begin, end = run_of(tokens, segments, parts)
+    b, begin, end = run_of(runs)
     columns = tl.arange(0, BLOCK_D).to(tl.int64)
-    x += b * x_b
-    if branch is not None:
-        branch += b * branch_b
+    x = matrix_of(x, b)
+    if branch.at is not None:
+        branch = matrix_of(branch, b)
     if SINGLE:
         within = columns < D
         n = begin + tl.arange(0, ROWS)
         inside = (n < end)[:, None] & within[None, :]
-        next_x = load_rows(x, n, x_n, columns, x_d, inside)
-        if branch is not None:
-            next_branch = load_rows(branch, n, branch_n, columns, branch_d, inside)
-            factor = load_modulation(gate, b, begin, gate_tokens, gate_b, gate_f, gate_d, columns, within)
+        next_x = load_rows(x, n, columns, inside)
+        if branch.at is not None:
+            next_branch = load_rows(branch, n, columns, inside)
+            factor = load_modulation(gate, b, begin, columns, within)
         if h is not None:
-            gain = 1.0 + load_modulation(scale, b, begin, scale_tokens, scale_b, scale_f, scale_d, columns, within)
-            offset = load_modulation(shift, b, begin, shift_tokens, shift_b, shift_f, shift_d, columns, within)
+            gain = 1.0 + load_modulation(scale, b, begin, columns, within)
+            offset = load_modulation(shift, b, begin, columns, within)
     for first in range(begin, end, ROWS):
         n = first + tl.arange(0, ROWS)
-        token = b * tokens + n
+        token = b * runs.tokens + n
         valid = n < end
         if SINGLE:
             inside = valid[:, None] & within[None, :]
             ahead = (n + ROWS < end)[:, None] & within[None, :]
             out = token[:, None] * D + columns[None, :]
             value = next_x.to(tl.float32)
-            next_x = load_rows(x, n + ROWS, x_n, columns, x_d, ahead)
-            if branch is not None:
+            next_x = load_rows(x, n + ROWS, columns, ahead)
+            if branch.at is not None:
                 value += factor * next_branch.to(tl.float32)
-                next_branch = load_rows(branch, n + ROWS, branch_n, columns, branch_d, ahead)
+                next_branch = load_rows(branch, n + ROWS, columns, ahead)
                 tl.store(x_new + out, value.to(x_new.dtype.element_ty), mask=inside)
             if h is not None:
                 row_mean = tl.sum(value, 1) / D
@@ -69,10 +76,8 @@ def adaln_forward_kernel(
                 at = piece + columns
                 within = at < D
                 inside = valid[:, None] & within[None, :]
-                value = load_rows(x, n, x_n, at, x_d, inside).to(tl.float32)
-                if branch is not None:
-                    factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
-                    value += factor * load_rows(branch, n, branch_n, at, branch_d, inside).to(tl.float32)
+                value = load_residual(x, branch, gate, b, first, n, at, within, inside)
+                if branch.at is not None:
                     out = token[:, None] * D + at[None, :]
                     tl.store(x_new + out, value.to(x_new.dtype.element_ty), mask=inside)
                 total += value
@@ -83,10 +88,7 @@ def adaln_forward_kernel(
                     at = piece + columns
                     within = at < D
                     inside = valid[:, None] & within[None, :]
-                    value = load_rows(x, n, x_n, at, x_d, inside).to(tl.float32)
-                    if branch is not None:
-                        factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
-                        value += factor * load_rows(branch, n, branch_n, at, branch_d, inside).to(tl.float32)
+                    value = load_residual(x, branch, gate, b, first, n, at, within, inside)
                     centred = tl.where(inside, value - row_mean[:, None], 0.0)
                     total += centred * centred
                 row_rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / D + eps)
@@ -94,12 +96,9 @@ def adaln_forward_kernel(
                     at = piece + columns
                     within = at < D
                     inside = valid[:, None] & within[None, :]
-                    value = load_rows(x, n, x_n, at, x_d, inside).to(tl.float32)
-                    if branch is not None:
-                        factor = load_modulation(gate, b, first, gate_tokens, gate_b, gate_f, gate_d, at, within)
-                        value += factor * load_rows(branch, n, branch_n, at, branch_d, inside).to(tl.float32)
-                    gain = load_modulation(scale, b, first, scale_tokens, scale_b, scale_f, scale_d, at, within)
-                    offset = load_modulation(shift, b, first, shift_tokens, shift_b, shift_f, shift_d, at, within)
+                    value = load_residual(x, branch, gate, b, first, n, at, within, inside)
+                    gain = load_modulation(scale, b, first, at, within)
+                    offset = load_modulation(shift, b, first, at, within)
                     normal = (value - row_mean[:, None]) * row_rstd[:, None] * (1.0 + gain) + offset
                     tl.store(h + token[:, None] * D + at[None, :], normal.to(h.dtype.element_ty), mask=inside)
                 tl.store(mean + token, row_mean, mask=valid)
@@ -133,14 +132,10 @@ def forward(
             adaln_forward_kernel,
             (B * segments * parts,),
             tile,
-            **(arguments_of("x", x) | arguments_of("branch", branch)),
-            **(
-                arguments_of_rows("gate", gate, N)
-                | arguments_of_rows("shift", shift, N)
-                | arguments_of_rows("scale", scale, N)
-            ),
+            **{"x": matrices(x), "branch": matrices(branch), "runs": Runs(N, segments, parts)},
+            **{"gate": modulation(gate, N), "shift": modulation(shift, N), "scale": modulation(scale, N)},
             **{"x_new": x_new, "h": h, "mean": mean, "rstd": rstd, "eps": eps},
-            **{"tokens": N, "segments": segments, "parts": parts, "D": D, "SINGLE": single, "BLOCK_D": block},
+            **{"D": D, "SINGLE": single, "BLOCK_D": block},
         )
 
     run(_triton.pick(MODULATION, ("forward", block), x.device, run))
