@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -269,12 +270,19 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch, and no more
     context.set_forkserver_preload(["walt.train.trainer", "walt.model.transformer", "torch._dynamo"])
     steps = [0]
+
+    def saved():
+        """When the checkpoint was written; None where there is none, or it is just being replaced."""
+        with contextlib.suppress(FileNotFoundError):
+            found = checkpoint.checkpoint_folder(tmp_path / "a")
+            return found and (found / "config.json").stat().st_mtime_ns
+
     for i in range(5):
-        started = context.Event()
+        before, started = saved(), context.Event()
         process = context.Process(target=train_forever, args=(str(tmp_path / "a"), started))
         process.start()
         assert started.wait(60)
-        while not i and checkpoint.checkpoint_folder(tmp_path / "a") is None:
+        while i % 2 == 0 and saved() in (None, before):  # however busy the machine is, three runs save something
             assert process.is_alive()
         time.sleep(random.uniform(0.05, 0.4))
         process.kill()
