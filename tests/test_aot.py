@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ if _triton.INTERPRET:
 
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
-from walt_kernels import _aot
+from walt_kernels import _aot, _warm
 from walt_kernels._triton import TARGETS, Launch, Tile
 
 OPS = _aot.folders_with_calls()
@@ -176,6 +179,31 @@ def test_types_are_those_of_a_launch() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_tensors_strides_and_sizes_are_known_as_in_a_launch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's launcher: items of tuples, kernels without alignment."""
+    hopper = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(driver, "_active", hopper)
+    for call in importlib.import_module(f"walt_kernels.{op}.triton_aot").aot_calls():
+        with _triton.record(TARGETS["sm_90"]) as launches:
+            call.run()
+        for launch in launches:
+            noted = _warm.Collected()
+            launch.kernel.device_caches.clear()
+            noted.append(launch)
+            launch.kernel.device_caches.clear()
+            special, names = _aot.specialise(launch, call.name, "sm_90", {}), launch.kernel.arg_names
+            (kernel,) = noted.kernels
+            divisible = {path for path, attributes in kernel.attributes.items() if attributes}
+            assert {(names.index(name), *rest) for (name, *rest) in special.divisible} == divisible, call.name
+            constants = {(names.index(name), *rest): value for (name, *rest), value in special.constants}
+            assert constants == kernel.constants, call.name
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_calls_reach_every_entry_of_the_tile_tables(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = importlib.import_module(f"walt_kernels.{op}.triton_tiles")
     tables = {name: table for name, table in vars(tiles).items() if name.isupper() and isinstance(table, Mapping)}
@@ -208,11 +236,11 @@ def test_launches_of_a_call_that_differ_in_alignment_alone_are_compiled_once() -
 def test_an_image_and_a_video_are_normed_by_the_same_code(
     channels: int, layout: torch.memory_format, size: tuple[int, int]
 ) -> None:
-    def alignment(frames: int) -> list[set[str]]:
+    def alignment(frames: int) -> list[set[tuple[Any, ...]]]:
         x = torch.empty((1, channels, frames, *size), dtype=torch.bfloat16, device="meta").to(memory_format=layout)
         with _triton.record(TARGETS["sm_90"]) as launches:
             _aot.Call("a call", "video_norm", {"x": x, "groups": 4, "activation": "silu"}).run()
         kernels = [_aot.specialise(launch, "a call", "sm_90", {}) for launch in launches]
-        return [{name for name, *_ in k.divisible if name.split("_")[0] in ("x", "y", "grad")} for k in kernels]
+        return [{path for path in k.divisible if path[0].startswith(("x", "y", "grad"))} for k in kernels]
 
     assert alignment(1) == alignment(2) == alignment(16)

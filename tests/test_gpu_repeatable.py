@@ -79,10 +79,17 @@ def programs(case: Case, architecture: str) -> set[tuple[Any, ...]]:
         case.call.run()
     found = set()
     for launch in launches:
-        values = ((p.name, launch.arguments.get(p.name, p.default)) for p in launch.kernel.params)
-        switches = tuple((name, value) for name, value in values if value is None or isinstance(value, bool | str))
-        found.add((launch.kernel.fn.__name__, launch.tile, switches))
+        values = [launch.arguments.get(p.name, p.default) for p in launch.kernel.params]
+        found.add((launch.kernel.fn.__name__, launch.tile, tuple(map(switches, values))))
     return found
+
+
+def switches(value: Any) -> Any:
+    """An argument if it switches something on; of a tuple, its items."""
+    if isinstance(value, tuple):
+        return tuple(map(switches, value))
+    value = getattr(value, "value", value)  # of a constant in a tuple
+    return value if value is None or isinstance(value, bool | str) else "a number or a tensor"
 
 
 @functools.cache
