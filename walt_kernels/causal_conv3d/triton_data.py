@@ -10,23 +10,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_geometry import geometry, oriented, strides, wide
+from .triton_geometry import constants, geometry, moved, oriented, strided, wide
 from .triton_order import by_tap
 from .triton_patch import convolve, takes
 from .triton_tiles import PIXELS, data_key
+
+
+class Piece(NamedTuple):
+    """A rectangle of a frame: its first row and column, and how many of them."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+
+class Edge(NamedTuple):
+    """How many copies a row and a column may have, itself included, and how many are padded behind the last."""
+
+    copies_h: int
+    copies_w: int
+    bottom: int
+    right: int
+
+
+class Steps(NamedTuple):
+    """How far apart the taps lie through which a position is seen: constants of a kernel."""
+
+    T: Any
+    H: Any
+    W: Any
 
 
 @triton.jit
 def copy_of(position, number, low, high, size, before, after, MODE: tl.constexpr):
     """Where the padding's ``number``-th copy of a row (or column) would be, and whether there is one; 0 is itself.
 
-    Of positions from ``low`` to ``high``; the third and fourth result are between what their copies lie.
+    Of positions from ``low`` to ``high``; the third and fourth result are between what rows of the padded frame their
+    copies lie.
     """
     if MODE == "replicate":  # one copy of the first row for each of ``before``, then of the last row
         first = number <= before
@@ -40,8 +68,9 @@ def copy_of(position, number, low, high, size, before, after, MODE: tl.constexpr
         copied = tl.where(first, (position > 0) & (position <= before), copied)
         place_low, place_high = tl.where(first, -before, size), tl.where(first, -1, size - 1 + after)
     itself = number == 0
-    place = tl.where(itself, position, place)
-    return place, itself | copied, tl.where(itself, low, place_low), tl.where(itself, high, place_high)
+    place, copied = tl.where(itself, position, place), itself | copied
+    low, high = tl.where(itself, low, place_low), tl.where(itself, high, place_high)
+    return place, copied, low + before, high + before
 
 
 @triton.jit
@@ -71,108 +100,99 @@ def taps_between(low, high, last, K: tl.constexpr, S: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def gather_sent(
-    grad, h, w, last_seer, tap, o, valid, frames_out, height_out, width_out, grad_c, grad_t, grad_h, grad_w,
-    KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def gather_sent(from_grad, h, w, last_seer, tap, o, valid, grad, output, conv, WIDE: tl.constexpr):
     """What position (h, w) of the padded frame gets back through each tap of ``tap``, zeros where ``valid`` is not.
 
-    ``last_seer`` is the frame that sees the position's frame through tap 0, times ST.
+    ``from_grad`` is where the channels of a sample and group begin, ``last_seer`` the frame that sees the position's
+    frame through tap 0, times ST.
     """
-    from_t, from_h, from_w = last_seer - tap // (KH * KW) * DT, h - tap // KW % KH * DH, w - tap % KW * DW
-    t, row, column = from_t // ST, from_h // SH, from_w // SW
-    inside = (
-        (from_t >= 0) & (t < frames_out) & (from_h >= 0) & (row < height_out) & (from_w >= 0) & (column < width_out)
-    )
-    if ST * SH * SW > 1:
-        inside &= (from_t % ST == 0) & (from_h % SH == 0) & (from_w % SW == 0)
+    from_t = last_seer - tap // (conv.KH * conv.KW) * conv.DT
+    from_h, from_w = h - tap // conv.KW % conv.KH * conv.DH, w - tap % conv.KW * conv.DW
+    t, row, column = from_t // conv.ST, from_h // conv.SH, from_w // conv.SW
+    inside = (from_t >= 0) & (t < output.frames) & (from_h >= 0) & (row < output.height)
+    inside = inside & (from_w >= 0) & (column < output.width)
+    if conv.ST * conv.SH * conv.SW > 1:
+        inside &= (from_t % conv.ST == 0) & (from_h % conv.SH == 0) & (from_w % conv.SW == 0)
     if WIDE:
         t, row, column, o = t.to(tl.int64), row.to(tl.int64), column.to(tl.int64), o.to(tl.int64)
-    offsets = t * grad_t + row * grad_h + column * grad_w + o * grad_c
-    return tl.load(grad + offsets, mask=inside & valid, other=0.0)
+    offsets = t * grad.t + row * grad.h + column * grad.w + o * grad.c
+    return tl.load(from_grad + offsets, mask=inside & valid, other=0.0)
 
 
 @triton.jit
 def conv_data_kernel(
-    grad, weight, dx,
-    frames, first_frame, row, column, rows, columns, copies_h, copies_w,
-    frames_out, height, width, height_out, width_out, top, bottom, left, right, channels, out_channels,
-    grad_b, grad_c, grad_t, grad_h, grad_w, dx_b, dx_c, dx_t, dx_h, dx_w,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    grad, weight, dx, frames, first_frame, piece, edge, output, frame, channels, out_channels, conv, steps,
     TIME: tl.constexpr, SPACE: tl.constexpr, EDGE: tl.constexpr, LAST: tl.constexpr, FOLD: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M pixels of a rectangle of an input frame and BLOCK_N channels of a group.
 
     ``EDGE``: the rectangle's pixels have copies. Otherwise a program takes pixels one stride apart, which are seen
-    through the same taps (STEP apart), and visits no other taps. ``LAST``: channels are grad's innermost dimension.
-    ``FOLD``: a block of the sum holds output channels of several taps.
+    through the same taps (``steps`` apart), and visits no other taps. ``LAST``: channels are grad's innermost
+    dimension. ``FOLD``: a block of the sum holds output channels of several taps.
     """
     program, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    APART_H: tl.constexpr = 1 if EDGE or FOLD else SH
-    APART_W: tl.constexpr = 1 if EDGE or FOLD else SW
-    rows_apart, columns_apart = tl.cdiv(rows, APART_H), tl.cdiv(columns, APART_W)
+    APART_H: tl.constexpr = 1 if EDGE or FOLD else conv.SH
+    APART_W: tl.constexpr = 1 if EDGE or FOLD else conv.SW
+    rows_apart, columns_apart = tl.cdiv(piece.rows, APART_H), tl.cdiv(piece.columns, APART_W)
     tiles_n = tl.cdiv(channels, BLOCK_N)
     tiles_m = tl.cdiv(rows_apart * columns_apart, BLOCK_M)
     tile_n, program = program % tiles_n, program // tiles_n
     tile_m, program = program % tiles_m, program // tiles_m
-    phase, frame = program % (APART_H * APART_W), program // (APART_H * APART_W)
-    b, t = (frame // frames).to(tl.int64), frame % frames + first_frame
+    phase, program = program % (APART_H * APART_W), program // (APART_H * APART_W)
+    b, t = (program // frames).to(tl.int64), program % frames + first_frame
 
-    row_phase, column_phase = row + phase // APART_W, column + phase % APART_W
+    row_phase, column_phase = piece.row + phase // APART_W, piece.column + phase % APART_W
     pixel = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     h = pixel // columns_apart * APART_H + row_phase
     w = pixel % columns_apart * APART_W + column_phase
-    seen = (h < row + rows) & (w < column + columns)
+    seen = (h < piece.row + piece.rows) & (w < piece.column + piece.columns)
     c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     c_at = c
     if WIDE:
         c_at = c.to(tl.int64)
-    TAPS: tl.constexpr = KT * KH * KW
-    grad += b * grad_b + group * out_channels * grad_c
+    TAPS: tl.constexpr = conv.KT * conv.KH * conv.KW
+    from_grad = moved(grad, b * grad.b + group * out_channels * grad.c)
     weight += group * out_channels * TAPS * channels
 
     copies = 1
     if EDGE:
-        copies = copies_h * copies_w
+        copies = edge.copies_h * edge.copies_w
     copies_t = 1
     if TIME == "first_frame":
-        copies_t = tl.where(t == 0, (KT - 1) * DT + 1, 1)
+        copies_t = tl.where(t == 0, (conv.KT - 1) * conv.DT + 1, 1)
     blocks = tl.cdiv(out_channels, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(copies * copies_t):
-        last_seer = t - number // copies + (KT - 1) * DT  # the frame that sees this one through tap 0, times ST
-        j_first, j_count = taps_of(last_seer, frames_out - 1, KT, ST, DT, True)
+        # The frame that sees this one through tap 0, times ST.
+        last_seer = t - number // copies + (conv.KT - 1) * conv.DT
+        j_first, j_count = taps_of(last_seer, output.frames - 1, conv.KT, conv.ST, conv.DT, True)
         if EDGE:
-            row_end, column_end = row + rows - 1, column + columns - 1
+            row_end, column_end = piece.row + piece.rows - 1, piece.column + piece.columns - 1
             place_h, copied_h, low, high = copy_of(
-                h, number % copies // copies_w, row, row_end, height, top, bottom, SPACE
+                h, number % copies // edge.copies_w, piece.row, row_end, frame.height, frame.top, edge.bottom, SPACE
             )
-            u_first, u_count = taps_between(low + top, high + top, height_out - 1, KH, SH, DH)
-            place_w, copied_w, low, high = copy_of(w, number % copies_w, column, column_end, width, left, right, SPACE)
-            v_first, v_count = taps_between(low + left, high + left, width_out - 1, KW, SW, DW)
+            u_first, u_count = taps_between(low, high, output.height - 1, conv.KH, conv.SH, conv.DH)
+            place_w, copied_w, low, high = copy_of(
+                w, number % edge.copies_w, piece.column, column_end, frame.width, frame.left, edge.right, SPACE
+            )
+            v_first, v_count = taps_between(low, high, output.width - 1, conv.KW, conv.SW, conv.DW)
             copied = copied_h & copied_w & seen
             j_count *= tl.max(copied.to(tl.int32), 0)
         else:
             place_h, place_w, copied = h, w, seen
-            u_first, u_count = taps_of(row_phase + top, 0, KH, SH, DH, False)
-            v_first, v_count = taps_of(column_phase + left, 0, KW, SW, DW, False)
-        place_h, place_w = oriented(place_h + top, LAST), oriented(place_w + left, LAST)
+            u_first, u_count = taps_of(row_phase + frame.top, 0, conv.KH, conv.SH, conv.DH, False)
+            v_first, v_count = taps_of(column_phase + frame.left, 0, conv.KW, conv.SW, conv.DW, False)
+        place_h, place_w = oriented(place_h + frame.top, LAST), oriented(place_w + frame.left, LAST)
         copied = oriented(copied, LAST)
         if FOLD:
-            for step in range(tl.where(j_count > 0, tl.cdiv(TAPS * out_channels, BLOCK_K), 0)):
+            for step in range(tl.where(j_count > 0, tl.cdiv(out_channels * TAPS, BLOCK_K), 0)):
                 k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                valid = k < TAPS * out_channels
+                valid = k < out_channels * TAPS
                 tap, o = k // out_channels, k % out_channels
                 sent = gather_sent(
-                    grad, place_h, place_w, last_seer, oriented(tap, not LAST), oriented(o, not LAST),
-                    copied & oriented(valid, not LAST), frames_out, height_out, width_out,
-                    grad_c, grad_t, grad_h, grad_w, KH, KW, ST, SH, SW, DT, DH, DW, WIDE,
+                    from_grad, place_h, place_w, last_seer, oriented(tap, not LAST), oriented(o, not LAST),
+                    copied & oriented(valid, not LAST), grad, output, conv, WIDE,
                 )  # fmt: skip
                 if not LAST:
                     sent = tl.trans(sent)
@@ -182,32 +202,33 @@ def conv_data_kernel(
         else:
             for step in range(j_count * u_count * v_count * blocks):
                 tap = step // blocks
-                v = v_first + tap % v_count * (1 if EDGE else STEP_W)
-                u = u_first + tap // v_count % u_count * (1 if EDGE else STEP_H)
-                j = j_first + tap // (v_count * u_count) * STEP_T
-                from_h, from_w = place_h - u * DH, place_w - v * DW
-                h_out, w_out = from_h // SH, from_w // SW
-                inside = copied & (from_h >= 0) & (h_out < height_out) & (from_w >= 0) & (w_out < width_out)
+                v = v_first + tap % v_count * (1 if EDGE else steps.W)
+                u = u_first + tap // v_count % u_count * (1 if EDGE else steps.H)
+                j = j_first + tap // (v_count * u_count) * steps.T
+                from_h, from_w = place_h - u * conv.DH, place_w - v * conv.DW
+                h_out, w_out = from_h // conv.SH, from_w // conv.SW
+                inside = copied & (from_h >= 0) & (h_out < output.height) & (from_w >= 0) & (w_out < output.width)
                 if EDGE:
-                    inside &= (from_h % SH == 0) & (from_w % SW == 0)
+                    inside &= (from_h % conv.SH == 0) & (from_w % conv.SW == 0)
                 o = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
                 valid = o < out_channels
                 if WIDE:
                     o, h_out, w_out = o.to(tl.int64), h_out.to(tl.int64), w_out.to(tl.int64)
-                base = grad + ((last_seer - j * DT) // ST).to(tl.int64) * grad_t
-                offsets = h_out * grad_h + w_out * grad_w + oriented(o, not LAST) * grad_c
+                base = from_grad + ((last_seer - j * conv.DT) // conv.ST).to(tl.int64) * grad.t
+                offsets = h_out * grad.h + w_out * grad.w + oriented(o, not LAST) * grad.c
                 sent = tl.load(base + offsets, mask=inside & oriented(valid, not LAST), other=0.0)
                 if not LAST:
                     sent = tl.trans(sent)
-                offsets = o[:, None] * (TAPS * channels) + ((j * KH + u) * KW + v) * channels + c_at[None, :]
+                offsets = o[:, None] * (channels * TAPS) + ((j * conv.KH + u) * conv.KW + v) * channels
+                offsets += c_at[None, :]
                 filters = tl.load(weight + offsets, mask=valid[:, None] & (c < channels)[None, :], other=0.0)
                 acc = tl.dot(sent, filters, acc, input_precision="ieee")
 
     if WIDE:
         h, w = h.to(tl.int64), w.to(tl.int64)
-    dx += b * dx_b + (t - first_frame).to(tl.int64) * dx_t + group * channels * dx_c
-    offsets = (h * dx_h + w * dx_w)[:, None] + c_at[None, :] * dx_c
-    tl.store(dx + offsets, acc.to(dx.dtype.element_ty), mask=seen[:, None] & (c < channels)[None, :])
+    place = dx.at + (b * dx.b + (t - first_frame).to(tl.int64) * dx.t + group * channels * dx.c)
+    offsets = (h * dx.h + w * dx.w)[:, None] + c_at[None, :] * dx.c
+    tl.store(place + offsets, acc.to(place.dtype.element_ty), mask=seen[:, None] & (c < channels)[None, :])
 
 
 def ends(size: int, before: int, after: int, mode: str) -> tuple[int, int]:
@@ -220,7 +241,7 @@ def ends(size: int, before: int, after: int, mode: str) -> tuple[int, int]:
     return (first, end) if first < end else (size, size)
 
 
-def rectangles(height: int, width: int, padding: Sequence[int], mode: str) -> Iterator[tuple[bool, dict[str, int]]]:
+def rectangles(height: int, width: int, padding: Sequence[int], mode: str) -> Iterator[tuple[bool, Piece]]:
     """The frame in pieces: whether a piece's pixels have copies, and where it is."""
     top, bottom = ends(height, padding[0], padding[1], mode)
     left, right = ends(width, padding[2], padding[3], mode)
@@ -233,7 +254,7 @@ def rectangles(height: int, width: int, padding: Sequence[int], mode: str) -> It
     )
     for edge, row, row_end, column, column_end in pieces:
         if row < row_end and column < column_end:
-            yield edge, {"row": row, "column": column, "rows": row_end - row, "columns": column_end - column}
+            yield edge, Piece(row, column, row_end - row, column_end - column)
 
 
 def backward_data(
@@ -252,19 +273,19 @@ def backward_data(
 ) -> None:
     """Writes the gradients of x and history where they are given."""
     shared = geometry(x, weight, history, grad, stride, dilation, padding, time_padding, space_padding, groups)
-    sides = dict(zip(("top", "bottom", "left", "right"), padding, strict=True))
-    steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+    shared["steps"] = constants(Steps(*(s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))))
     copies = [3 if space_padding == "reflect" else 1 + sum(pair) for pair in (padding[:2], padding[2:])]
+    shared["edge"] = Edge(copies[0], copies[1], padding[1], padding[3])
     filters = by_tap(weight)
     if history is None and grad_x is not None and takes(grad, x, weight, stride, dilation, space_padding, groups):
         convolve(grad, filters, None, grad_x, stride, padding[::2], time_padding, True)
         return
 
-    def write(dx: Tensor, first_frame: int, edge: bool, piece: dict[str, int]) -> None:
+    def write(dx: Tensor, first_frame: int, edge: bool, piece: Piece) -> None:
         key = data_key(x.dtype, shared["out_channels"], shared["channels"], edge)
         fold = key[-1] == "short sum"
         apart_h, apart_w = (1, 1) if edge or fold else stride[1:]
-        pixels = triton.cdiv(piece["rows"], apart_h) * triton.cdiv(piece["columns"], apart_w)
+        pixels = triton.cdiv(piece.rows, apart_h) * triton.cdiv(piece.columns, apart_w)
 
         def run(tile: _triton.Tile) -> None:
             tiles = triton.cdiv(pixels, tile.blocks["BLOCK_M"]) * triton.cdiv(weight.shape[1], tile.blocks["BLOCK_N"])
@@ -272,10 +293,13 @@ def backward_data(
                 conv_data_kernel,
                 (tiles * apart_h * apart_w * dx.shape[0] * dx.shape[2], groups),
                 tile,
-                **{"grad": grad, "weight": filters, "dx": dx, "frames": dx.shape[2], "first_frame": first_frame},
-                **(piece | shared | sides | strides("grad", grad) | strides("dx", dx)),
-                **{"height_out": grad.shape[3], "copies_h": copies[0], "copies_w": copies[1]},
-                **dict(zip(("STEP_T", "STEP_H", "STEP_W"), steps, strict=True)),
+                grad=strided(grad),
+                weight=filters,
+                dx=strided(dx),
+                frames=dx.shape[2],
+                first_frame=first_frame,
+                piece=piece,
+                **shared,
                 EDGE=edge,
                 LAST=grad.stride(1) == 1,
                 FOLD=fold,

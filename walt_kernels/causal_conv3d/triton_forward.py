@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_geometry import gather, geometry, oriented, strides, wide
+from .triton_geometry import Output, gather, geometry, moved, oriented, strided, wide
 from .triton_order import by_tap
 from .triton_patch import convolve, takes
 from .triton_tiles import PIXELS, forward_key
@@ -18,12 +18,7 @@ from .triton_tiles import PIXELS, forward_key
 
 @triton.jit
 def conv_forward_kernel(
-    x, history, weight, bias, y,
-    frames_out, height, width, pixels_out, width_out, top, left, channels, out_channels,
-    x_b, x_c, x_t, x_h, x_w, past_b, past_c, past_t, past_h, past_w, y_b, y_c, y_t, y_w,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    x, history, weight, bias, y, frame, output, channels, out_channels, conv,
     TIME: tl.constexpr, SPACE: tl.constexpr, LAST: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -33,36 +28,35 @@ def conv_forward_kernel(
     """
     program, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles_n = tl.cdiv(out_channels, BLOCK_N)
-    tiles_m = tl.cdiv(pixels_out, BLOCK_M)
+    tiles_m = tl.cdiv(output.pixels, BLOCK_M)
     tile_n, program = program % tiles_n, program // tiles_n
-    tile_m, frame = program % tiles_m, program // tiles_m
-    b, t = (frame // frames_out).to(tl.int64), frame % frames_out
+    tile_m, program = program % tiles_m, program // tiles_m
+    b, t = (program // output.frames).to(tl.int64), program % output.frames
 
-    TAPS: tl.constexpr = KT * KH * KW
+    TAPS: tl.constexpr = conv.KT * conv.KH * conv.KW
     pixel = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    h, w = oriented(pixel // width_out, LAST), oriented(pixel % width_out, LAST)
-    seen = oriented(pixel < pixels_out, LAST)
+    h, w = oriented(pixel // output.width, LAST), oriented(pixel % output.width, LAST)
+    seen = oriented(pixel < output.pixels, LAST)
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x += b * x_b + group * channels * x_c
-    if TIME == "history":
-        history += b * past_b + group * channels * past_c
+    from_x = moved(x, b * x.b + group * channels * x.c)
+    from_history = moved(history, b * history.b + group * channels * history.c)
     weight += group * out_channels * TAPS * channels
-    rows = o * (TAPS * channels)
+    rows = o * (channels * TAPS)
     if WIDE:
-        rows = o.to(tl.int64) * (TAPS * channels)
+        rows = o.to(tl.int64) * (channels * TAPS)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = 0
     blocks = tl.cdiv(channels, BLOCK_K)
-    steps = TAPS * blocks
+    steps = blocks * TAPS
     if FOLD:
-        steps = tl.cdiv(TAPS * channels, BLOCK_K)
+        steps = tl.cdiv(channels * TAPS, BLOCK_K)
     elif TIME == "zeros":  # taps that see only frames before the first
-        first = tl.maximum(KT - 1 - t * ST // DT, 0) * (KH * KW * blocks)
+        first = tl.maximum(-(t * conv.ST // conv.DT) + (conv.KT - 1), 0) * (blocks * (conv.KH * conv.KW))
     for step in range(first, steps):
         if FOLD:
             k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            valid = k < TAPS * channels
+            valid = k < channels * TAPS
             tap, c = oriented(k // channels, not LAST), oriented(k % channels, not LAST)
         else:
             tap = step // blocks
@@ -71,9 +65,8 @@ def conv_forward_kernel(
             k = tap * channels + c
             c = oriented(c, not LAST)
         pixels = gather(
-            x, history, h, w, t, tap, c, seen & oriented(valid, not LAST), height, width, top, left,
-            x_c, x_t, x_h, x_w, past_c, past_t, past_h, past_w,
-            KT, KH, KW, ST, SH, SW, DT, DH, DW, TIME, SPACE, WIDE,
+            from_x, from_history, h, w, t, tap, c, seen & oriented(valid, not LAST),
+            x, history, frame, conv, TIME, SPACE, WIDE,
         )  # fmt: skip
         if not LAST:
             pixels = tl.trans(pixels)
@@ -85,9 +78,9 @@ def conv_forward_kernel(
         acc += tl.load(bias + group * out_channels + o, mask=o < out_channels, other=0.0).to(tl.float32)[None, :]
     if WIDE:
         pixel, o = pixel.to(tl.int64), o.to(tl.int64)
-    y += b * y_b + t.to(tl.int64) * y_t + group * out_channels * y_c
-    mask = (pixel < pixels_out)[:, None] & (o < out_channels)[None, :]
-    tl.store(y + (pixel[:, None] * y_w + o[None, :] * y_c), acc.to(y.dtype.element_ty), mask=mask)
+    place = y.at + (b * y.b + t.to(tl.int64) * y.t + group * out_channels * y.c)
+    mask = (pixel < output.pixels)[:, None] & (o < out_channels)[None, :]
+    tl.store(place + (pixel[:, None] * y.w + o[None, :] * y.c), acc.to(place.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -108,6 +101,7 @@ def forward(
     if history is None and takes(x, x, weight, stride, dilation, space_padding, groups):
         convolve(x, filters, bias, y, stride, padding[::2], time_padding, False)
         return
+    shared["output"] = Output(y.shape[2], None, y.shape[4], pixels)
     key = forward_key(x.dtype, shared["channels"], shared["out_channels"])
 
     def run(tile: _triton.Tile) -> None:
@@ -117,8 +111,12 @@ def forward(
             conv_forward_kernel,
             (tiles * x.shape[0] * y.shape[2], groups),
             tile,
-            **{"x": x, "history": history, "weight": filters, "bias": bias, "y": y, "pixels_out": pixels},
-            **(shared | strides("x", x) | strides("past", history) | strides("y", y, "bctw")),
+            x=strided(x),
+            history=strided(history),
+            weight=filters,
+            bias=bias,
+            y=strided(y)._replace(h=None),  # a frame's pixels are evenly apart
+            **shared,
             LAST=x.stride(1) == 1,
             FOLD=key[-1] == "short sum",
             WIDE=wide(x, history, filters, y),

@@ -3,16 +3,63 @@
 
 Nothing is padded or unfolded in memory: a tap is a shift of coordinates, and padding is a rule for coordinates that
 fall outside. A program stays inside one frame, so time is a scalar and its padding costs nothing a pixel.
+
+What belongs together is a named tuple, whose items Triton specialises as it does arguments: None is a constant, so what
+a kernel does not read costs it no parameter. Constants stand behind the tensors that they are added to or multiplied
+with: in front of one, Triton's interpreter makes the result a constant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+class Video(NamedTuple):
+    """[B, C, T, H, W]: where it begins, and its strides. ``at`` of an absent one is None."""
+
+    at: Any
+    b: int
+    c: int
+    t: int
+    h: int | None
+    w: int
+
+
+class Frame(NamedTuple):
+    """Rows and columns of a frame, and how many are padded in front of them."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+
+class Output(NamedTuple):
+    """Frames of the output (or its gradient), their rows and columns, and the pixels of one."""
+
+    frames: int
+    height: int | None
+    width: int
+    pixels: int | None
+
+
+class Convolution(NamedTuple):
+    """Kernel size, stride and dilation: constants of a kernel."""
+
+    KT: Any
+    KH: Any
+    KW: Any
+    ST: Any
+    SH: Any
+    SW: Any
+    DT: Any
+    DH: Any
+    DW: Any
 
 
 @triton.jit
@@ -36,35 +83,41 @@ def oriented(vector, FIRST: tl.constexpr):
 
 
 @triton.jit
+def moved(x, by):
+    """Where x begins, ``by`` elements further; 0 of an absent tensor, to which more may be added."""
+    pointer = 0
+    if x.at is not None:
+        pointer = x.at + by
+    return pointer
+
+
+@triton.jit
 def gather(
-    x, history, h, w, t, tap, c, valid, height, width, top, left,
-    x_c, x_t, x_h, x_w, past_c, past_t, past_h, past_w,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    from_x, from_history, h, w, t, tap, c, valid, x, history, frame, conv,
     TIME: tl.constexpr, SPACE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The input that output pixels (t, h, w) see through a tap, zeros where ``valid`` is not.
 
-    ``tap`` is one tap or, where few channels make a block of several taps, one for every channel of ``c``.
+    ``from_x`` and ``from_history`` are where the channels of a sample and group begin. ``tap`` is one tap or, where few
+    channels make a block of several taps, one for every channel of ``c``.
     """
-    row, row_inside = source(h * SH + tap // KW % KH * DH - top, height, SPACE)
-    column, column_inside = source(w * SW + tap % KW * DW - left, width, SPACE)
-    frame = t * ST - (KT - 1 - tap // (KH * KW)) * DT
+    row, row_inside = source(h * conv.SH + tap // conv.KW % conv.KH * conv.DH - frame.top, frame.height, SPACE)
+    column, column_inside = source(w * conv.SW + tap % conv.KW * conv.DW - frame.left, frame.width, SPACE)
+    t = t * conv.ST - (conv.KT - 1 - tap // (conv.KH * conv.KW)) * conv.DT
     inside = row_inside & column_inside & valid
     if TIME == "zeros":
-        inside &= frame >= 0
+        inside &= t >= 0
     if WIDE:
         row, column, c = row.to(tl.int64), column.to(tl.int64), c.to(tl.int64)
     if TIME == "history":
-        past = frame < 0
-        base = tl.where(past, history, x)
-        base += tl.where(past, frame + (KT - 1) * DT, frame).to(tl.int64) * tl.where(past, past_t, x_t)
-        offsets = row * tl.where(past, past_h, x_h) + column * tl.where(past, past_w, x_w)
-        offsets += c * tl.where(past, past_c, x_c)
+        past = t < 0
+        base = tl.where(past, from_history, from_x)
+        base += tl.where(past, t + (conv.KT - 1) * conv.DT, t).to(tl.int64) * tl.where(past, history.t, x.t)
+        offsets = row * tl.where(past, history.h, x.h) + column * tl.where(past, history.w, x.w)
+        offsets += c * tl.where(past, history.c, x.c)
     else:
-        base = x + tl.maximum(frame, 0).to(tl.int64) * x_t
-        offsets = row * x_h + column * x_w + c * x_c
+        base = from_x + tl.maximum(t, 0).to(tl.int64) * x.t
+        offsets = row * x.h + column * x.w + c * x.c
     return tl.load(base + offsets, mask=inside, other=0.0)
 
 
@@ -80,9 +133,18 @@ def wide(*tensors: Tensor | None) -> bool:
     return max(map(reach, tensors)) >= 2**30
 
 
-def strides(name: str, tensor: Tensor | None, axes: str = "bcthw") -> dict[str, int]:
-    """The strides of the axes that a kernel asks for, by its names for them; 0 without a tensor."""
-    return {f"{name}_{axis}": 0 if tensor is None else tensor.stride("bcthw".index(axis)) for axis in axes}
+def constants(sizes: Any) -> Any:
+    """The tuple with items that are compiled into a kernel."""
+    return type(sizes)(*map(tl.constexpr, sizes))
+
+
+def strided(tensor: Tensor | None) -> Video:
+    """A tensor, or None, and its strides."""
+    return Video(None, 0, 0, 0, 0, 0) if tensor is None else Video(tensor, *tensor.stride())
+
+
+def convolution(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = (1, 1, 1)) -> Any:
+    return constants(Convolution(*kernel, *stride, *dilation))
 
 
 def geometry(
@@ -97,18 +159,13 @@ def geometry(
     space_padding: str,
     groups: int,
 ) -> dict[str, Any]:
-    """Sizes and constants that all kernels take; y may be its gradient, channels are a group's."""
-    names = ("KT", "KH", "KW", "ST", "SH", "SW", "DT", "DH", "DW")
+    """What all kernels take; y may be its gradient, channels are a group's."""
     return {
-        "frames_out": y.shape[2],
-        "height": x.shape[3],
-        "width": x.shape[4],
-        "width_out": y.shape[4],
-        "top": padding[0],
-        "left": padding[2],
+        "frame": Frame(x.shape[3], x.shape[4], padding[0], padding[2]),
+        "output": Output(y.shape[2], y.shape[3], y.shape[4], None),
         "channels": weight.shape[1],
         "out_channels": weight.shape[0] // groups,
-        **dict(zip(names, (*weight.shape[2:], *stride, *dilation), strict=True)),
+        "conv": convolution(weight.shape[2:], stride, dilation),
         "TIME": time_padding if history is None else "history",
         "SPACE": space_padding,
     }

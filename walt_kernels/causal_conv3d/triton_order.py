@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,11 +13,20 @@ from .. import _triton
 from .triton_tiles import order_tile
 
 
+class Filters(NamedTuple):
+    """[C_out, C, kt, kh, kw]: where they begin, and their strides."""
+
+    at: Any
+    o: int
+    c: int
+    t: int
+    h: int
+    w: int
+
+
 @triton.jit
 def conv_order_kernel(
-    source, out, parts, size, taps, channels,
-    source_o, source_c, source_t, source_h, source_w, out_o, out_c, out_t, out_h, out_w,
-    KH: tl.constexpr, KW: tl.constexpr,
+    source, out, parts, size, taps, channels, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out`` [C_out, C, kt, kh, kw] from ``source``, of which ``parts`` that are ``size`` apart are added up in order.
@@ -28,7 +39,7 @@ def conv_order_kernel(
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (tap < taps) & (c < channels)
     j, u, v = tap // (KH * KW), tap // KW % KH, tap % KW
-    at = source + o * source_o + (c * source_c + j * source_t + u * source_h + v * source_w)
+    at = source.at + o * source.o + (c * source.c + j * source.t + u * source.h + v * source.w)
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if BLOCK_P == 1:
         for _ in range(parts):
@@ -39,8 +50,8 @@ def conv_order_kernel(
             part = first + tl.arange(0, BLOCK_P)[:, None, None]
             some = tl.load(at[None, :, :] + part.to(tl.int64) * size, mask=mask[None, :, :] & (part < parts), other=0.0)
             acc += tl.sum(some.to(tl.float32), 0)
-    place = out + o * out_o + (c * out_c + j * out_t + u * out_h + v * out_w)
-    tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
+    place = out.at + o * out.o + (c * out.c + j * out.t + u * out.h + v * out.w)
+    tl.store(place, acc.to(out.at.dtype.element_ty), mask=mask)
 
 
 def reorder(source: Tensor, out: Tensor, parts: int = 1) -> None:
@@ -52,14 +63,12 @@ def reorder(source: Tensor, out: Tensor, parts: int = 1) -> None:
         conv_order_kernel,
         (out_channels * triton.cdiv(channels, tile.blocks["BLOCK_C"]),),
         tile,
-        source=source,
-        out=out,
+        source=Filters(source, *source.stride()),
+        out=Filters(out, *out.stride()),
         parts=parts,
         size=out.numel(),
         taps=taps,
         channels=channels,
-        **{f"source_{axis}": stride for axis, stride in zip("octhw", source.stride(), strict=True)},
-        **{f"out_{axis}": stride for axis, stride in zip("octhw", out.stride(), strict=True)},
         KH=kh,
         KW=kw,
     )

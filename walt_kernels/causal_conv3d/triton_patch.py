@@ -20,17 +20,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _triton
-from .triton_geometry import strides, wide
+from .triton_geometry import Frame, convolution, strided, wide
 from .triton_tiles import FINISH, PATCH, patch_key
 from .triton_transposed import transposed
 
 
 @triton.jit
 def conv_patch_kernel(
-    x, weight, bias, y, partials,
-    batch, frames, sources, height, width, top, left, channels, out_channels, row_apart, elements,
-    y_b, y_c, y_t, y_h, y_w,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    x, weight, bias, y, partials, batch, frames, sources, frame, channels, out_channels, row_apart, elements, conv,
     TIME: tl.constexpr, BACKWARD: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -40,12 +37,12 @@ def conv_patch_kernel(
     row h sees x's rows h SH - top + u. ``BACKWARD``, x is the gradient of the output, and y's row h is seen by the
     rows (h + top - u) / SH: a patch takes pixels one stride apart, which are seen through the same taps.
     """
-    APART_H: tl.constexpr = SH if BACKWARD else 1
-    APART_W: tl.constexpr = SW if BACKWARD else 1
+    APART_H: tl.constexpr = conv.SH if BACKWARD else 1
+    APART_W: tl.constexpr = conv.SW if BACKWARD else 1
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     program, part = tl.program_id(0), tl.program_id(1)
     tiles_n = tl.cdiv(out_channels, BLOCK_N)
-    tiles_w, tiles_h = tl.cdiv(tl.cdiv(width, APART_W), BLOCK_W), tl.cdiv(tl.cdiv(height, APART_H), BLOCK_H)
+    tiles_w, tiles_h = tl.cdiv(tl.cdiv(frame.width, APART_W), BLOCK_W), tl.cdiv(tl.cdiv(frame.height, APART_H), BLOCK_H)
     n, program = program % tiles_n * BLOCK_N, program // tiles_n
     column, program = program % tiles_w * BLOCK_W, program // tiles_w
     row, program = program % tiles_h * BLOCK_H, program // tiles_h
@@ -57,21 +54,22 @@ def conv_patch_kernel(
 
     # The sum in one flat loop over (group, u, v, block of channels). A group is a tap in time.
     if BACKWARD:
-        u_first, v_first = (row_phase + top) % SH, (column_phase + left) % SW
-        from_row, from_column = row + (row_phase + top) // SH, column + (column_phase + left) // SW
-        u_count, v_count = tl.cdiv(KH - u_first, SH), tl.cdiv(KW - v_first, SW)
-        source_first = tl.cdiv(t, ST)
-        groups = tl.maximum(tl.minimum((t + KT - 1) // ST, sources - 1) - source_first + 1, 0)
+        u_first, v_first = (row_phase + frame.top) % conv.SH, (column_phase + frame.left) % conv.SW
+        from_row = row + (row_phase + frame.top) // conv.SH
+        from_column = column + (column_phase + frame.left) // conv.SW
+        u_count, v_count = tl.cdiv(conv.KH - u_first, conv.SH), tl.cdiv(conv.KW - v_first, conv.SW)
+        source_first = tl.cdiv(t, conv.ST)
+        groups = tl.maximum(tl.minimum((t + conv.KT - 1) // conv.ST, sources - 1) - source_first + 1, 0)
         if TIME == "first_frame":  # the copies of frame 0
-            for copy in tl.static_range(1, KT):
-                groups += tl.where(t == 0, tl.minimum((KT - 1 - copy) // ST + 1, sources), 0)
+            for copy in tl.static_range(1, conv.KT):
+                groups += tl.where(t == 0, tl.minimum((conv.KT - 1 - copy) // conv.ST + 1, sources), 0)
     else:
         t = frames - 1 - t
-        u_first, v_first, u_count, v_count = 0, 0, KH, KW
+        u_first, v_first, u_count, v_count = 0, 0, conv.KH, conv.KW
         from_row, from_column = row, column
-        source_first, groups = t * ST - (KT - 1), KT
+        source_first, groups = t * conv.ST - (conv.KT - 1), conv.KT
         if TIME == "zeros":  # groups that see only frames before the first are left out
-            groups = tl.minimum(KT, t * ST + 1)
+            groups = tl.minimum(conv.KT, t * conv.ST + 1)
     steps_group = u_count * v_count * blocks
     steps = groups * steps_group
     steps_part = tl.cdiv(steps, tl.num_programs(1))
@@ -83,40 +81,42 @@ def conv_patch_kernel(
             u, v = spot // v_count, spot % v_count
             back = 0
             if TIME == "first_frame":
-                for i in tl.static_range(KT - 1):
-                    count = tl.minimum((t + KT - 1 - i) // ST - source_first + 1, sources - source_first)
+                for i in tl.static_range(conv.KT - 1):
+                    count = tl.minimum((t + conv.KT - 1 - i) // conv.ST - source_first + 1, sources - source_first)
                     further = (t == 0) & (back == i) & (group >= count)
                     group -= tl.where(further, count, 0)
                     back += further.to(tl.int32)
             source = source_first + group
-            tap = ((t - back + KT - 1 - source * ST) * KH + u_first + u * SH) * KW + v_first + v * SW
+            j = t - back + conv.KT - 1 - source * conv.ST
+            tap = (j * conv.KH + u_first + u * conv.SH) * conv.KW + v_first + v * conv.SW
             filters = weight.load([k, tap * out_channels + n]).T
             pixels = x.load([b * sources + source, from_row - u, from_column - v, k])
         else:
-            j = KT - groups + group
-            u, v = spot // KW - top, spot % KW - left
+            j = conv.KT - groups + group
+            u, v = spot // conv.KW - frame.top, spot % conv.KW - frame.left
             source = tl.maximum(source_first + j, 0)
-            filters = weight.load([n, (j * (KH * KW) + spot) * channels + k])
+            filters = weight.load([n, (j * (conv.KH * conv.KW) + spot) * channels + k])
             # With a stride of 2, u's last bit tells odd rows from even ones; with 1 there is no such bit.
-            at = (u & (SH - 1)) * row_apart + (v & (SW - 1)) * channels + k
-            pixels = x.load([b * sources + source, from_row + (u >> (SH - 1)), from_column + (v >> (SW - 1)), at])
+            at = (u & (conv.SH - 1)) * row_apart + (v & (conv.SW - 1)) * channels + k
+            image = b * sources + source
+            pixels = x.load([image, from_row + (u >> (conv.SH - 1)), from_column + (v >> (conv.SW - 1)), at])
         acc = tl.dot(filters, pixels.reshape(BLOCK_M, BLOCK_K).T, acc, input_precision="ieee")
 
     o = n + tl.arange(0, BLOCK_N)
     pixel = tl.arange(0, BLOCK_M)
     h, w = (row + pixel // BLOCK_W) * APART_H + row_phase, (column + pixel % BLOCK_W) * APART_W + column_phase
-    mask = ((h < height) & (w < width))[:, None] & (o < out_channels)[None, :]
+    mask = ((h < frame.height) & (w < frame.width))[:, None] & (o < out_channels)[None, :]
     total = acc.T
     if WIDE:
         h, w, o = h.to(tl.int64), w.to(tl.int64), o.to(tl.int64)
-    offsets = (h * y_h + w * y_w)[:, None] + o[None, :] * y_c
-    place = b.to(tl.int64) * y_b + t.to(tl.int64) * y_t
+    offsets = (h * y.h + w * y.w)[:, None] + o[None, :] * y.c
+    place = b.to(tl.int64) * y.b + t.to(tl.int64) * y.t
     if partials is not None:
         tl.store(partials + part.to(tl.int64) * elements + place + offsets, total, mask=mask)
     else:
         if bias is not None:
             total += tl.load(bias + o, mask=o < out_channels, other=0.0).to(tl.float32)[None, :]
-        tl.store(y + place + offsets, total.to(y.dtype.element_ty), mask=mask)
+        tl.store(y.at + place + offsets, total.to(y.at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -238,21 +238,17 @@ def convolve(
             x=box_of(x, (1, 1, 1) if backward else stride, box),
             weight=TensorDescriptor.from_tensor(matrix, [block_k, block_n] if backward else [block_n, block_k]),
             bias=bias,
-            y=y,
+            y=strided(y),
             partials=partials,
             batch=batch,
             frames=frames,
             sources=sources,
-            height=y.shape[3],
-            width=y.shape[4],
-            top=sides[0],
-            left=sides[1],
+            frame=Frame(*y.shape[3:], *sides),
             channels=channels,
             out_channels=out_channels,
             row_apart=x.stride(3),
             elements=y.numel(),
-            **strides("y", y),
-            **dict(zip(("KT", "KH", "KW", "ST", "SH", "SW"), (*kernel, *stride), strict=True)),
+            conv=convolution(kernel, stride),
             TIME=time_padding,
             BACKWARD=backward,
             WIDE=wide(y),

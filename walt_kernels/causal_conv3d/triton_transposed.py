@@ -8,14 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_geometry import strides, wide
+from .triton_geometry import strided, wide
 from .triton_tiles import FINISH
 
 
 @triton.jit
 def conv_transpose_kernel(
-    x, out, frames, channels, pixels, width, x_b, x_c, x_t, x_h, x_w,
-    WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, out, frames, channels, pixels, width, WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels of a frame by BLOCK_C channels; ``out`` is [B, T, H, W, C] in memory."""
     program = tl.program_id(0)
@@ -25,14 +24,14 @@ def conv_transpose_kernel(
     pixel = program % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P)
     frame = (program // tiles_p).to(tl.int64)
     mask = (pixel < pixels)[:, None] & (c < channels)[None, :]
-    x += frame // frames * x_b + frame % frames * x_t
+    from_x = x.at + (frame // frames * x.b + frame % frames * x.t)
     out += frame * pixels * channels
     to = pixel[:, None] * channels + c[None, :]
     h, w = pixel // width, pixel % width
     if WIDE:
         h, w, c = h.to(tl.int64), w.to(tl.int64), c.to(tl.int64)
         to = pixel[:, None].to(tl.int64) * channels + c[None, :]
-    values = tl.load(x + ((h * x_h + w * x_w)[:, None] + c[None, :] * x_c), mask=mask, other=0.0)
+    values = tl.load(from_x + ((h * x.h + w * x.w)[:, None] + c[None, :] * x.c), mask=mask, other=0.0)
     tl.store(out + to, values, mask=mask)
 
 
@@ -47,13 +46,12 @@ def transposed(x: Tensor) -> Tensor:
             conv_transpose_kernel,
             (tiles * batch * frames,),
             tile,
-            x=x,
+            x=strided(x),
             out=out,
             frames=frames,
             channels=channels,
             pixels=height * width,
             width=width,
-            **strides("x", x),
             WIDE=wide(x, out),
         )
 

@@ -8,6 +8,7 @@ sums in float32 are added up in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import _triton
 from .triton_data import gather_sent
-from .triton_geometry import gather, geometry, oriented, strides, wide
+from .triton_geometry import Convolution, Output, gather, geometry, moved, oriented, strided, wide
 from .triton_order import add_parts, reorder
 from .triton_tiles import FEW, FINISH, WEIGHT, weight_key
 from .triton_weight_patch import takes, write
@@ -24,14 +25,18 @@ from .triton_weight_patch import takes, write
 PROGRAMS = 2  # of a processor: what the partial sums are cut for
 
 
+class Padded(NamedTuple):
+    """Frames of the padded input, how many of them come before the first, and their rows and columns."""
+
+    frames: int
+    before: int
+    rows: int
+    columns: int
+
+
 @triton.jit
 def conv_weight_kernel(
-    grad, x, history, partials,
-    tiles_part, frames, frames_out, height, width, pixels_out, width_out, top, left, channels, out_channels, filters,
-    grad_b, grad_c, grad_t, grad_h, grad_w, x_b, x_c, x_t, x_h, x_w, past_b, past_c, past_t, past_h, past_w,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    grad, x, history, partials, tiles_part, frames, frame, output, channels, out_channels, filters, conv,
     TIME: tl.constexpr, SPACE: tl.constexpr, FOLD: tl.constexpr,
     LAST: tl.constexpr, GRAD_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -42,13 +47,13 @@ def conv_weight_kernel(
     pixels of a frame, and a part is ``tiles_part`` steps.
     """
     program, group, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    TAPS: tl.constexpr = KT * KH * KW
+    TAPS: tl.constexpr = conv.KT * conv.KH * conv.KW
     tiles_m = tl.cdiv(out_channels, BLOCK_M)
     o = program % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     program = program // tiles_m
     if FOLD:
         n = program * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = n < TAPS * channels
+        valid = n < channels * TAPS
         tap, c = oriented(n // channels, not LAST), oriented(n % channels, not LAST)
     else:
         blocks = tl.cdiv(channels, BLOCK_N)
@@ -60,35 +65,30 @@ def conv_weight_kernel(
     o_at, n_at = o, n
     if WIDE:
         o_at, n_at = o.to(tl.int64), n.to(tl.int64)
-    grad += group * out_channels * grad_c
-    x += group * channels * x_c
-    if TIME == "history":
-        history += group * channels * past_c
+    from_grad = moved(grad, group * out_channels * grad.c)
+    from_x = moved(x, group * channels * x.c)
+    from_history = moved(history, group * channels * history.c)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    tiles_frame = tl.cdiv(pixels_out, BLOCK_K)
+    tiles_frame = tl.cdiv(output.pixels, BLOCK_K)
     first = part * tiles_part
     for step in range(first, tl.minimum(first + tiles_part, frames * tiles_frame)):
-        frame = step // tiles_frame
-        b, t = (frame // frames_out).to(tl.int64), frame % frames_out
+        number = step // tiles_frame
+        b, t = (number // output.frames).to(tl.int64), number % output.frames
         pixel = step % tiles_frame * BLOCK_K + tl.arange(0, BLOCK_K)
-        seen = pixel < pixels_out
-        h, w = pixel // width_out, pixel % width_out
-        past = history
-        if TIME == "history":
-            past = history + b * past_b
+        seen = pixel < output.pixels
+        h, w = pixel // output.width, pixel % output.width
+        past = from_history + b * history.b
         pixels = gather(
-            x + b * x_b, past, oriented(h, LAST), oriented(w, LAST), t, tap, c,
-            oriented(seen, LAST) & oriented(valid, not LAST), height, width, top, left,
-            x_c, x_t, x_h, x_w, past_c, past_t, past_h, past_w,
-            KT, KH, KW, ST, SH, SW, DT, DH, DW, TIME, SPACE, WIDE,
+            from_x + b * x.b, past, oriented(h, LAST), oriented(w, LAST), t, tap, c,
+            oriented(seen, LAST) & oriented(valid, not LAST), x, history, frame, conv, TIME, SPACE, WIDE,
         )  # fmt: skip
         if not LAST:
             pixels = tl.trans(pixels)
         if WIDE:
             h, w = h.to(tl.int64), w.to(tl.int64)
-        base = grad + b * grad_b + t.to(tl.int64) * grad_t
-        offsets = oriented(h * grad_h + w * grad_w, GRAD_LAST) + oriented(o_at, not GRAD_LAST) * grad_c
+        base = from_grad + b * grad.b + t.to(tl.int64) * grad.t
+        offsets = oriented(h * grad.h + w * grad.w, GRAD_LAST) + oriented(o_at, not GRAD_LAST) * grad.c
         mask = oriented(seen, GRAD_LAST) & oriented(o < out_channels, not GRAD_LAST)
         sent = tl.load(base + offsets, mask=mask, other=0.0)
         if GRAD_LAST:
@@ -96,19 +96,13 @@ def conv_weight_kernel(
         acc = tl.dot(sent, pixels, acc, input_precision="ieee")
 
     partials += part.to(tl.int64) * filters + group * out_channels * TAPS * channels
-    offsets = o_at[:, None] * (TAPS * channels) + n_at[None, :]
+    offsets = o_at[:, None] * (channels * TAPS) + n_at[None, :]
     tl.store(partials + offsets, acc, mask=(o < out_channels)[:, None] & valid[None, :])
 
 
 @triton.jit
 def conv_weight_few_kernel(
-    grad, x, history, partials,
-    tiles_part, batch, frames, frames_before, frames_out, height, width, rows, columns, height_out, width_out,
-    top, left, channels, out_channels, filters,
-    grad_b, grad_c, grad_t, grad_h, grad_w, x_b, x_c, x_t, x_h, x_w, past_b, past_c, past_t, past_h, past_w,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    grad, x, history, partials, tiles_part, batch, padded, frame, output, channels, out_channels, filters, conv,
     TIME: tl.constexpr, SPACE: tl.constexpr, LAST: tl.constexpr, GRAD_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +111,7 @@ def conv_weight_few_kernel(
     For few output channels: a pixel of x is read once and meets what it gets back through every tap.
     """
     program, group, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    TAPS: tl.constexpr = KT * KH * KW
+    TAPS: tl.constexpr = conv.KT * conv.KH * conv.KW
     tiles_m = tl.cdiv(out_channels * TAPS, BLOCK_M)
     m = program % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     c = program // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -126,38 +120,34 @@ def conv_weight_few_kernel(
     c_at, o_at = c, o
     if WIDE:
         c_at, o_at = c.to(tl.int64), o.to(tl.int64)
-    grad += group * out_channels * grad_c
-    x += group * channels * x_c
-    if TIME == "history":
-        history += group * channels * past_c
+    from_grad = moved(grad, group * out_channels * grad.c)
+    from_x = moved(x, group * channels * x.c)
+    from_history = moved(history, group * channels * history.c)
+    # Through its last tap in time, each position sees the pixel of the padded input in the same place.
+    one_to_one = Convolution(conv.KT, 1, 1, 1, 1, 1, conv.DT, 1, 1)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    pixels = rows * columns
+    pixels = padded.rows * padded.columns
     tiles_frame = tl.cdiv(pixels, BLOCK_K)
     first = part * tiles_part
-    for step in range(first, tl.minimum(first + tiles_part, batch * frames * tiles_frame)):
-        frame = step // tiles_frame
-        b, t = (frame // frames).to(tl.int64), frame % frames - frames_before
+    for step in range(first, tl.minimum(first + tiles_part, batch * padded.frames * tiles_frame)):
+        number = step // tiles_frame
+        b, t = (number // padded.frames).to(tl.int64), number % padded.frames - padded.before
         pixel = step % tiles_frame * BLOCK_K + tl.arange(0, BLOCK_K)
         seen = pixel < pixels
-        h, w = pixel // columns, pixel % columns
-        past = history
-        if TIME == "history":
-            past = history + b * past_b
+        h, w = pixel // padded.columns, pixel % padded.columns
+        past = from_history + b * history.b
         place_h, place_w = oriented(h, LAST), oriented(w, LAST)
         values = gather(
-            x + b * x_b, past, place_h, place_w, t, KT - 1, oriented(c_at, not LAST),
-            oriented(seen, LAST) & oriented(valid, not LAST), height, width, top, left,
-            x_c, x_t, x_h, x_w, past_c, past_t, past_h, past_w,
-            KT, 1, 1, 1, 1, 1, DT, 1, 1, TIME, SPACE, WIDE,
+            from_x + b * x.b, past, place_h, place_w, t, conv.KT - 1, oriented(c_at, not LAST),
+            oriented(seen, LAST) & oriented(valid, not LAST), x, history, frame, one_to_one, TIME, SPACE, WIDE,
         )  # fmt: skip
         if not LAST:
             values = tl.trans(values)
         sent = gather_sent(
-            grad + b * grad_b, oriented(h, GRAD_LAST), oriented(w, GRAD_LAST), t + (KT - 1) * DT,
+            from_grad + b * grad.b, oriented(h, GRAD_LAST), oriented(w, GRAD_LAST), t + (conv.KT - 1) * conv.DT,
             oriented(tap, not GRAD_LAST), oriented(o_at, not GRAD_LAST),
-            oriented(seen, GRAD_LAST) & oriented(paired, not GRAD_LAST), frames_out, height_out, width_out,
-            grad_c, grad_t, grad_h, grad_w, KH, KW, ST, SH, SW, DT, DH, DW, WIDE,
+            oriented(seen, GRAD_LAST) & oriented(paired, not GRAD_LAST), grad, output, conv, WIDE,
         )  # fmt: skip
         if GRAD_LAST:
             sent = tl.trans(sent)
@@ -170,8 +160,7 @@ def conv_weight_few_kernel(
 
 @triton.jit
 def conv_bias_kernel(
-    grad, partials, tiles_part, frames, frames_out, pixels_out, width_out, out_channels,
-    grad_b, grad_c, grad_t, grad_h, grad_w,
+    grad, partials, tiles_part, frames, output, out_channels,
     GRAD_LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums BLOCK_N channels of grad over one part of the pixels; ``partials`` is [parts, C_out]."""
@@ -183,17 +172,18 @@ def conv_bias_kernel(
     acc = oriented(tl.zeros((BLOCK_N,), tl.float32), not GRAD_LAST) + oriented(
         tl.zeros((BLOCK_K,), tl.float32), GRAD_LAST
     )
-    tiles_frame = tl.cdiv(pixels_out, BLOCK_K)
+    tiles_frame = tl.cdiv(output.pixels, BLOCK_K)
     first = part * tiles_part
     for step in range(first, tl.minimum(first + tiles_part, frames * tiles_frame)):
-        frame = step // tiles_frame
+        number = step // tiles_frame
         pixel = step % tiles_frame * BLOCK_K + tl.arange(0, BLOCK_K)
-        h, w = pixel // width_out, pixel % width_out
+        h, w = pixel // output.width, pixel % output.width
         if WIDE:
             h, w = h.to(tl.int64), w.to(tl.int64)
-        base = grad + (frame // frames_out).to(tl.int64) * grad_b + (frame % frames_out).to(tl.int64) * grad_t
-        offsets = oriented(h * grad_h + w * grad_w, GRAD_LAST) + oriented(o_at, not GRAD_LAST) * grad_c
-        mask = oriented(pixel < pixels_out, GRAD_LAST) & oriented(o < out_channels, not GRAD_LAST)
+        base = grad.at + (number // output.frames).to(tl.int64) * grad.b
+        base += (number % output.frames).to(tl.int64) * grad.t
+        offsets = oriented(h * grad.h + w * grad.w, GRAD_LAST) + oriented(o_at, not GRAD_LAST) * grad.c
+        mask = oriented(pixel < output.pixels, GRAD_LAST) & oriented(o < out_channels, not GRAD_LAST)
         acc += tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(acc, 0) if GRAD_LAST else tl.sum(acc, 1)
     tl.store(partials + part * out_channels + o, total, mask=o < out_channels)
@@ -230,13 +220,12 @@ def backward_weight(
     rows, columns = x.shape[3] + sum(padding[:2]), x.shape[4] + sum(padding[2:])
     before = 0 if shared["TIME"] == "zeros" else (kernel[0] - 1) * dilation[0]
     if few:
-        sums = {"batch": x.shape[0], "frames": x.shape[2] + before, "frames_before": before, "rows": rows}
-        sums |= {"columns": columns, "height_out": grad.shape[3]}
+        sums = {"batch": x.shape[0], "padded": Padded(x.shape[2] + before, before, rows, columns)}
         frames, pixels = x.shape[0] * (x.shape[2] + before), rows * columns
         across_m, across_n, taps = out_channels * kernel.numel(), channels, 1
     else:
         frames, pixels = grad.shape[0] * grad.shape[2], grad.shape[3] * grad.shape[4]
-        sums = {"frames": frames, "pixels_out": pixels, "FOLD": fold}
+        sums = {"frames": frames, "output": Output(grad.shape[2], None, grad.shape[4], pixels), "FOLD": fold}
         across_m, across_n, taps = out_channels, channels * (kernel.numel() if fold else 1), kernel.numel()
 
     def run(tile: _triton.Tile) -> None:
@@ -248,13 +237,13 @@ def backward_weight(
             conv_weight_few_kernel if few else conv_weight_kernel,
             (tiles, groups, parts),
             tile,
-            grad=grad,
-            x=x,
-            history=history,
+            grad=strided(grad),
+            x=strided(x),
+            history=strided(history),
             partials=partials,
             tiles_part=tiles_part,
             filters=weight.numel(),
-            **(shared | sums | strides("grad", grad) | strides("x", x) | strides("past", history)),
+            **(shared | sums),
             LAST=x.stride(1) == 1,
             GRAD_LAST=grad.stride(1) == 1,
             WIDE=wide(grad, x, history, weight),
@@ -275,15 +264,12 @@ def backward_bias(grad: Tensor, grad_bias: Tensor) -> None:
             conv_bias_kernel,
             (tiles, parts),
             tile,
-            grad=grad,
+            grad=strided(grad),
             partials=partials,
             tiles_part=tiles_part,
             frames=frames,
-            frames_out=grad.shape[2],
-            pixels_out=pixels,
-            width_out=grad.shape[4],
+            output=Output(grad.shape[2], None, grad.shape[4], pixels),
             out_channels=out_channels,
-            **strides("grad", grad),
             GRAD_LAST=grad.stride(1) == 1,
             WIDE=wide(grad),
         )

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _triton
 from . import triton_patch
+from .triton_geometry import Frame, convolution
 from .triton_order import add_parts
 from .triton_tiles import WEIGHT_PATCH, weight_patch_key
 from .triton_transposed import transposed
@@ -26,8 +27,7 @@ from .triton_transposed import transposed
 @triton.jit
 def conv_weight_patch_kernel(
     grad, x, partials,
-    batch, frames, sources, height, width, top, left, channels, out_channels, row_apart, parts, filters,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    batch, frames, sources, frame, channels, out_channels, row_apart, parts, filters, conv,
     TIME: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -36,50 +36,51 @@ def conv_weight_patch_kernel(
     ``grad`` are boxes of [B * frames * height * width, C_out] and ``x`` boxes of frames as ``box_of`` makes them;
     ``partials`` is [parts, C_out, KT, KH, KW, C], ``filters`` the elements of one part.
     """
-    GROUPS: tl.constexpr = (KW + TAPS - 1) // TAPS
+    GROUPS: tl.constexpr = (conv.KW + TAPS - 1) // TAPS
     program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(out_channels, BLOCK_M), tl.cdiv(channels, BLOCK_N)
     m, program = program % tiles_m * BLOCK_M, program // tiles_m
     n, program = program % tiles_n * BLOCK_N, program // tiles_n
     v, program = program % GROUPS * TAPS, program // GROUPS
-    u, program = program % KH, program // KH
+    u, program = program % conv.KH, program // conv.KH
     part, back = program % parts, program // parts  # the last tap in time sees the most frames: longest sums first
-    j = KT - 1 - back
+    j = conv.KT - 1 - back
 
     t_first = 0
     if TIME == "zeros":  # frames that see only what is before the first are left out
-        t_first = tl.minimum(tl.cdiv(back, ST), frames)
-    tiles_w = width // BLOCK_W
-    tiles_frame = height // BLOCK_H * tiles_w
+        t_first = tl.minimum(tl.cdiv(back, conv.ST), frames)
+    tiles_w = frame.width // BLOCK_W
+    tiles_frame = frame.height // BLOCK_H * tiles_w
     steps = batch * (frames - t_first) * tiles_frame
     steps_part = tl.cdiv(steps, parts)
-    row_shift, at = (u - top) >> (SH - 1), ((u - top) & (SH - 1)) * row_apart + n
+    row_shift = (u - frame.top) >> (conv.SH - 1)
+    at = ((u - frame.top) & (conv.SH - 1)) * row_apart + n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(part * steps_part, tl.minimum((part + 1) * steps_part, steps)):
-        frame, tile = step // tiles_frame, step % tiles_frame
-        b, t = frame // (frames - t_first), frame % (frames - t_first) + t_first
-        source = b * sources + tl.maximum(t * ST - back, 0)
+        number, tile = step // tiles_frame, step % tiles_frame
+        b, t = number // (frames - t_first), number % (frames - t_first) + t_first
+        source = b * sources + tl.maximum(t * conv.ST - back, 0)
         row, column = tile // tiles_w * BLOCK_H, tile % tiles_w * BLOCK_W
-        sent = grad.load([((b * frames + t) * height + row) * width + column, m]).T
+        sent = grad.load([((b * frames + t) * frame.height + row) * frame.width + column, m]).T
         # With a stride of 2, the shift's last bit tells odd columns from even ones; with 1 there is no such bit.
-        shift = v - left
-        here, place = column + (shift >> (SW - 1)), at + (shift & (SW - 1)) * channels
+        shift = v - frame.left
+        here, place = column + (shift >> (conv.SW - 1)), at + (shift & (conv.SW - 1)) * channels
         pixels = x.load([source, row + row_shift, here, place]).reshape(BLOCK_K, BLOCK_N)
         acc = tl.dot(sent, pixels, acc, input_precision="ieee")
         if TAPS > 1:
-            shift = v + 1 - left
-            here, place = column + (shift >> (SW - 1)), at + (shift & (SW - 1)) * channels
+            shift = v + 1 - frame.left
+            here, place = column + (shift >> (conv.SW - 1)), at + (shift & (conv.SW - 1)) * channels
             pixels = x.load([source, row + row_shift, here, place]).reshape(BLOCK_K, BLOCK_N)
             acc1 = tl.dot(sent, pixels, acc1, input_precision="ieee")
 
     o, c = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     mask = (o < out_channels)[:, None] & (c < channels)[None, :]
-    partials += part.to(tl.int64) * filters + ((j * KH + u) * KW + v) * channels
-    offsets = o[:, None] * (KT * KH * KW * channels) + c[None, :]
+    partials += part.to(tl.int64) * filters + ((j * conv.KH + u) * conv.KW + v) * channels
+    offsets = o[:, None] * (channels * (conv.KT * conv.KH * conv.KW)) + c[None, :]
     tl.store(partials + offsets, acc, mask=mask)
     if TAPS > 1:
-        tl.store(partials + offsets + channels, acc1, mask=mask & (v + 1 < KW))
+        tl.store(partials + offsets + channels, acc1, mask=mask & (v + 1 < conv.KW))
 
 
 def patch_of(grad: Tensor, pixels: int) -> tuple[int, int] | None:
@@ -148,16 +149,13 @@ def write(
             batch=batch,
             frames=frames,
             sources=x.shape[2],
-            height=height,
-            width=width,
-            top=sides[0],
-            left=sides[1],
+            frame=Frame(height, width, *sides),
             channels=channels,
             out_channels=out_channels,
             row_apart=x.stride(3),
             parts=parts,
             filters=grad_weight.numel(),
-            **dict(zip(("KT", "KH", "KW", "ST", "SH", "SW"), (*kernel, *stride), strict=True)),
+            conv=convolution(kernel, stride),
             TIME=time_padding,
             BLOCK_H=block_h,
             BLOCK_W=block_w,
