@@ -199,6 +199,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def constants(sizes: Any) -> Any:
+    """A named tuple with items that are compiled into a kernel."""
+    from triton.language import constexpr
+
+    return type(sizes)(*map(constexpr, sizes))
+
+
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
     """Runs ``kernel`` on the device of its tensors; arguments are by name, and the tile's blocks join them."""
     arguments = arguments | dict(tile.blocks)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from .triton_geometry import constants, geometry, moved, oriented, strided, wide
+from .triton_geometry import geometry, moved, oriented, strided, wide
 from .triton_order import by_tap
 from .triton_patch import convolve, takes
 from .triton_tiles import PIXELS, data_key
@@ -273,7 +273,7 @@ def backward_data(
 ) -> None:
     """Writes the gradients of x and history where they are given."""
     shared = geometry(x, weight, history, grad, stride, dilation, padding, time_padding, space_padding, groups)
-    shared["steps"] = constants(Steps(*(s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))))
+    shared["steps"] = _triton.constants(Steps(*(s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))))
     copies = [3 if space_padding == "reflect" else 1 + sum(pair) for pair in (padding[:2], padding[2:])]
     shared["edge"] = Edge(copies[0], copies[1], padding[1], padding[3])
     filters = by_tap(weight)

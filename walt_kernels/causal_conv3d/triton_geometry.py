@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _triton
+
 
 class Video(NamedTuple):
     """[B, C, T, H, W]: where it begins, and its strides. ``at`` of an absent one is None."""
@@ -133,18 +135,13 @@ def wide(*tensors: Tensor | None) -> bool:
     return max(map(reach, tensors)) >= 2**30
 
 
-def constants(sizes: Any) -> Any:
-    """The tuple with items that are compiled into a kernel."""
-    return type(sizes)(*map(tl.constexpr, sizes))
-
-
 def strided(tensor: Tensor | None) -> Video:
     """A tensor, or None, and its strides."""
     return Video(None, 0, 0, 0, 0, 0) if tensor is None else Video(tensor, *tensor.stride())
 
 
 def convolution(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = (1, 1, 1)) -> Any:
-    return constants(Convolution(*kernel, *stride, *dilation))
+    return _triton.constants(Convolution(*kernel, *stride, *dilation))
 
 
 def geometry(

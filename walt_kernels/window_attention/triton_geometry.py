@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
@@ -38,11 +37,6 @@ def split_dim(dim: int) -> tuple[int, int]:
 def _reach(x: Tensor, sizes: tuple[int, ...]) -> int:
     """The largest offset inside a window (of a context: inside a sample) in elements."""
     return sum((size - 1) * abs(stride) for size, stride in zip(sizes, x.stride()[1:], strict=True))
-
-
-def constants(sizes: Any) -> Any:
-    """The tuple with items that are compiled into a kernel."""
-    return type(sizes)(*map(tl.constexpr, sizes))
 
 
 class Geometry:
@@ -81,8 +75,8 @@ class Geometry:
             "heads": self.heads,
             "scale": inputs["scale"],
             "norm_eps": inputs["norm_eps"],
-            "window": constants(Window(self.N, *self.extent)),
-            "layout": constants(self.layout),
+            "window": _triton.constants(Window(self.N, *self.extent)),
+            "layout": _triton.constants(self.layout),
             "NORMED": self.normed,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         }
@@ -124,7 +118,7 @@ class Geometry:
         more = dict(zip("THW", grid.shape[1:4], strict=True))
         more |= {"x": self.strided(Grid, grid), "weight": self.arguments[weight], "image": self.strided(Image, image)}
         more |= {"out": out, "rows": rows}
-        more["layout"] = constants(self.layout._replace(WIDE=rows + block > NARROW))
+        more["layout"] = _triton.constants(self.layout._replace(WIDE=rows + block > NARROW))
         self.launch(norm_kernel, -(-rows // block), tile, **more)
 
     def bias(self, *tiles: _triton.Tile, by_keys: bool = False) -> dict[str, Any]:
