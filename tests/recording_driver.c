@@ -34,6 +34,7 @@ void declare(uint64_t function, int count, const size_t *bytes) {
 Result cuInit(unsigned flags) { return 0; }
 Result cuDriverGetVersion(int *version) { return *version = 13000, 0; }
 Result cuDeviceGet(int *device, int i) { return *device = i, 0; }
+Result cuCtxGetDevice(int *device) { return *device = 0, 0; }
 Result cuDeviceGetCount(int *count) { return *count = 1, 0; }
 Result cuDeviceGetAttribute(int *value, int attribute, int device) { return *value = 232448, 0; }
 Result cuDevicePrimaryCtxRetain(void **context, int device) { return *context = (void *)1, 0; }
@@ -42,6 +43,8 @@ Result cuCtxSetCurrent(void *context) { return context_is_current = 1, 0; }
 Result cuCtxGetLimit(size_t *value, int limit) { return *value = 0, 0; }
 Result cuCtxSetLimit(int limit, size_t value) { return 0; }
 Result cuModuleLoadData(void **module, const void *image) { return *module = (void *)1, 0; }
+Result cuModuleUnload(void *module) { return 0; }
+Result cuStreamIsCapturing(void *stream, int *status) { return *status = 0, 0; }
 Result cuModuleGetFunction(void **function, void *module, const char *name) {
   return *function = (void *)(uintptr_t)++functions, functions < FUNCTIONS ? 0 : 2;
 }
@@ -87,11 +90,12 @@ Result cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, uns
 
 static void mix(uint64_t *lane, uint64_t value) { *lane = (*lane ^ value) * 1099511628211u; }
 
-// The map is a digest of all that it was asked for, and the address as it is.
+// The map is a digest of all that it was asked for, and the address as it is. The bit that Triton clears for tensors of
+// less than 128 KiB is set.
 Result cuTensorMapEncodeTiled(void *map, int dtype, uint32_t rank, void *address, const uint64_t *dims,
                               const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
                               int interleave, int swizzle, int promotion, int fill) {
-  uint64_t lanes[16] = {(uintptr_t)address, dtype, rank, interleave, swizzle, promotion, fill};
+  uint64_t lanes[16] = {(uintptr_t)address, dtype | 1u << 21, rank, interleave, swizzle, promotion, fill};
   for (uint32_t i = 0; i < rank; ++i) {
     mix(&lanes[7], dims[i]), mix(&lanes[8], box[i]), mix(&lanes[9], element_strides[i]);
     if (i + 1 < rank) mix(&lanes[10], strides[i]);

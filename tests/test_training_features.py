@@ -281,6 +281,7 @@ def test_a_log_is_rewound(tmp_path):
         ("strategy", "none", "ddp or fsdp"),
         ("compile", 1, "true or false"),
         ("compile_mode", "fast", "default or reduce-overhead"),
+        ("compile_mode", "reduce-overhead", "default without compile"),
         ("keep", 0, "an int >= 1"),
         ("seed", None, "an int >= 0"),
         ("workers", 0, "an int >= 1"),
@@ -311,6 +312,18 @@ def test_an_objective_trains_its_own_network_only(tmp_path):
 
     a, b = judged(True), judged(False)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_graphs_of_a_step_live_until_the_next(tmp_path, monkeypatch, mode):
+    """The first objective's gradients wait while the second one's are computed."""
+    marks = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: None)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(trainer.step))
+    config = TrainingConfig(3, compile=True, compile_mode=mode)
+    trainer = trainer_of([Objective(Net(), regression, config, name=name) for name in "ab"], tmp_path / mode)
+    trainer.run()
+    assert marks == ([0, 1, 2] if mode == "reduce-overhead" else [])
 
 
 def test_objectives_that_are_refused(tmp_path):

@@ -266,6 +266,13 @@ def test_samples_do_not_depend_on_their_batch() -> None:
 # Conditions
 
 
+@pytest.mark.parametrize("config", [SMALL, FEATURES, EVERYTHING], ids=["plain", "text", "everything"])
+def test_an_empty_batch(config: TransformerConfig) -> None:
+    given = inputs(2, config)
+    out = make(config)(**{name: value[:0] for name, value in given.items()})
+    assert out.shape == (0, *given["z_t"].shape[1:])
+
+
 def test_labels_per_frame() -> None:
     model, batch = make(), inputs()
     image = torch.tensor([True, True])

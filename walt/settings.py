@@ -134,6 +134,7 @@ class TrainingConfig(Config):
             self._expect(getattr(self, name) in choices, name, " or ".join(map(str, choices)))
         for name in ("compile", "checkpointing"):
             self._expect(isinstance(getattr(self, name), bool), name, "true or false")
+        self._expect(self.compile or self.compile_mode == "default", "compile_mode", "default without compile")
         self._expect(_is_number(self.lr) and self.lr > 0, "lr", "a number > 0")
         for name in ("weight_decay", "clip_norm", "peak_tflops"):
             value = getattr(self, name)

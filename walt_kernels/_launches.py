@@ -6,8 +6,7 @@ is known. What is out of the ordinary is left to Triton's launcher.
 
 from __future__ import annotations
 
-import math
-import struct
+import ctypes
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ from ._places import Descriptor, Group, Place
 
 WARP = 32
 INTEGERS = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}  # bytes
-FLOATS = {"fp32": "<f", "fp64": "<d"}
+FLOATS = {"fp32": ctypes.c_float, "fp64": ctypes.c_double}  # beyond float32 is infinite
 # Some drivers need a bit set right in the maps of tensors that reach less far than this (bytes): Triton knows which.
 SMALL = 128 << 10
 
@@ -31,7 +30,7 @@ def native(launches: Iterable[tuple[_triton.Launch, Any]]) -> Any:
         return None
     try:
         made = [_launch(launch, compiled) for launch, compiled in launches]
-    except Unusual:
+    except (Unusual, AttributeError, ImportError, KeyError, TypeError):  # all but the first: a Triton of other names
         return None
     return _native.C.Launches(made)
 
@@ -71,8 +70,8 @@ def _add(made: Any, kind: Any, value: Any, boxes: Any) -> None:
     elif kind in INTEGERS:
         made.constant(INTEGERS[kind], value % (1 << 64))
     elif kind in FLOATS:
-        packed = struct.pack(FLOATS[kind], value)
-        made.constant(len(packed), int.from_bytes(packed, "little"))
+        memory = bytes(FLOATS[kind](value))
+        made.constant(len(memory), int.from_bytes(memory, "little"))
     else:
         raise Unusual(f"an argument of type {kind}")
 
@@ -86,7 +85,7 @@ def _add_box(made: Any, value: Descriptor, metadata: Any) -> None:
     if metadata is None or metadata["fp4_padded"] or getattr(described, "round_f32_to_tf32", False):
         raise Unusual("a descriptor that is no plain tensor map")
     width = metadata["elem_size"]
-    if math.prod(sizes) * width < SMALL:
+    if sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) * width < SMALL:
         raise Unusual("a map of a small tensor")
     dtype, fill = DTYPES[metadata["elem_type"]], int(described.padding == "nan")
     across = [width * stride for stride in strides[-2::-1]]

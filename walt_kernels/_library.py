@@ -276,7 +276,7 @@ def autocast(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = [other for other in (torch.float32, torch.float16, torch.bfloat16) if other is not dtype]
-    return tuple([t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors])
+    return tuple([t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors])
 
 
 def is_open(size: int) -> bool:

@@ -337,8 +337,7 @@ class Planned:
     ) -> None:
         """The call with these values of ``names`` and the memory ``made`` for ``writes``.
 
-        That memory was made for these very values, so its shapes, strides and dtypes need no place in the key; nor do
-        strides that follow from the shape.
+        That memory was made for these very values, so its shapes, strides and dtypes need no place in the key.
         """
         if not enabled or _triton.recording() is not None:
             self.function(**_named(names, values, writes, made))
@@ -350,7 +349,7 @@ class Planned:
                 key.append(tuple(value) if type(value) is list else value)
             elif isinstance(value, Tensor):
                 tensors.append(value)
-                key += (value.shape, None if value.is_contiguous() else value.stride(), value.dtype)
+                key += (value.shape, value.stride(), value.dtype)
             else:
                 key.append(value)
         key.append(tensors[0].get_device())

@@ -1,6 +1,7 @@
 // A launch of a compiled kernel of which all is known but the addresses of its tensors, handed to the driver.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -40,6 +41,7 @@ struct Box {
 class Launch {
  public:
   static constexpr size_t kMaxParameters = 256, kMaxBoxes = 4;
+  static constexpr int kMaxBases = 1 << 16;
 
   Launch(Function function, std::array<unsigned, 3> grid, unsigned threads, unsigned shared_bytes)
       : function_(function), grid_(grid), threads_(threads), shared_bytes_(shared_bytes) {}
@@ -108,7 +110,7 @@ class Launch {
   void add(const Parameter& parameter) {
     require(parameters_.size() < kMaxParameters, "a launch has at most 256 parameters");
     require(parameter.kind == Kind::box || parameter.bytes <= sizeof(uint64_t), "a constant has at most 8 bytes");
-    require(parameter.pointer.base >= 0, "base must not be negative");
+    require(parameter.pointer.base >= 0 && parameter.pointer.base < kMaxBases, "base must be from 0 to 65535");
     parameters_.push_back(parameter);
   }
 

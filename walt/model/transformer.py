@@ -67,8 +67,9 @@ class CrossAttention(nn.Module):
         """x [B, T, H, W, width], context tokens [B, L, width] and mask [B, L] -> [B, T, H, W, width]."""
         tokens, mask = context
         rows = x.flatten(0, -2)
-        q = self.q(rows).reshape(*x.shape[:-1], self.heads, -1)
-        k, v = self.kv(rows).reshape(*x.shape[:-1], 2, self.heads, -1).unbind(-3)
+        dim = x.shape[-1] // self.heads  # not -1, which is no size in an empty batch
+        q = self.q(rows).reshape(*x.shape[:-1], self.heads, dim)
+        k, v = self.kv(rows).reshape(*x.shape[:-1], 2, self.heads, dim).unbind(-3)
         context_k, context_v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         out = window_attention(
             q,

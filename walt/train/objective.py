@@ -102,7 +102,6 @@ class Objective:
         microbatches: this rank's share of that batch, on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        torch.compiler.cudagraph_mark_step_begin()  # memory of the last step's graphs may be used again
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(microbatches, 1):
             with synchronizing(self.forward, number == len(microbatches)):

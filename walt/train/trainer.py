@@ -185,6 +185,8 @@ class Trainer(Generic[Model]):
         return results
 
     def _backward(self, microbatches: Sequence[Any]) -> list[Result]:
+        if self.config.compile_mode == "reduce-overhead":  # memory of the last step's graphs may be used again
+            torch.compiler.cudagraph_mark_step_begin()
         results = []
         for objective in self.objectives:
             with frozen(*(other.network for other in self.objectives if other is not objective)):
