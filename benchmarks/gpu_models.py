@@ -70,7 +70,8 @@ def measure(which: str, backend: str, preset: str, device: str, ahead: bool = Fa
             return forward()
 
     def step() -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
+        if backend == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         loss = run().float().square().mean()
         loss.backward()
         for parameter in model.parameters():

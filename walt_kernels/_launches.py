@@ -30,7 +30,7 @@ def native(launches: Iterable[tuple[_triton.Launch, Any]]) -> Any:
         return None
     try:
         made = [_launch(launch, compiled) for launch, compiled in launches]
-    except (Unusual, AttributeError, ImportError, KeyError, TypeError):  # all but the first: a Triton of other names
+    except (Unusual, AttributeError, ImportError, KeyError, TypeError, ValueError):  # the others: an unknown Triton
         return None
     return _native.C.Launches(made)
 
