@@ -584,12 +584,6 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "history"])
-def test_no_tensor_under_autocast(name: str) -> None:
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=f"{name} is a list, expected a tensor"):
-        causal_conv3d(**{"x": X, "weight": W, name: [1.0]})
-
-
 def test_bad_arguments_of_next_history() -> None:
     with pytest.raises(ValueError, match="x has shape"):
         next_history(X[0], None, 3)

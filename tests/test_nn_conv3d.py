@@ -180,3 +180,9 @@ def test_an_adapter_can_be_made_of_its_type() -> None:
     delta = torch.einsum("or,ricdf->oicdf", up.weight[:, :, 0, 0, 0], down.weight)
     merged = conv._conv_forward(X, conv.weight + delta, conv.bias)
     torch.testing.assert_close(conv(X) + up(down(X)), merged)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "history"])
+def test_no_tensor_under_autocast(name: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=f"{name} is a list, expected a tensor"):
+        causal_conv3d(**{"x": X, "weight": draw(4, 4, 3, 3, 3), name: [1.0]})

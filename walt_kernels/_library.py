@@ -266,13 +266,14 @@ def _one_by_one(op: Any) -> Callable[..., Any]:
 
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for tensors on such a device. "meta" has none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
+    return torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts floating tensors as autocast does for convolutions and attention; outside it returns them as they are."""
     tensors = (first, *others)
-    if not torch._C._is_any_autocast_enabled() or not autocast_enabled(device := first.device.type):
+    device = first.device.type
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = [other for other in (torch.float32, torch.float16, torch.bfloat16) if other is not dtype]

@@ -100,7 +100,7 @@ def adaln_lora(cond: Tensor, base: Tensor, down: Tensor, up: Tensor) -> dict[str
     if down.shape[2] != cond.shape[1]:
         raise shape_error("down", down, f"[layers, r, D] with D = {cond.shape[1]} as in cond")
     check_shape("up", up, (down.shape[0], base.shape[1], down.shape[1]), "[layers, K, r] as in base and down")
-    if torch._C._is_any_autocast_enabled() and autocast_enabled(cond.device.type):
+    if autocast_enabled(cond.device.type):
         widest = cond.dtype
         for tensor in tensors.values():
             widest = torch.promote_types(widest, tensor.dtype)

@@ -159,9 +159,8 @@ def window_attention(
         raise shape_error("q", q, "at least one frame, row, column and head")
     if not 8 <= dim <= 256:
         raise ValueError(f"q has dim {dim} in its last dimension, expected 8 to 256")
-    if k.shape != shape or v.shape != shape:
-        check_shape("k", k, shape, "q's shape")
-        check_shape("v", v, shape, "q's shape")
+    check_shape("k", k, shape, "q's shape")
+    check_shape("v", v, shape, "q's shape")
     extent = t, h, w = three("window", window, "(t, h, w)")
     if bias_table is not None:
         check_shape("bias_table", bias_table, (heads, 2 * t - 1, 2 * h - 1, 2 * w - 1), "[heads, 2t-1, 2h-1, 2w-1]")
